@@ -1,0 +1,37 @@
+# `make demo` and `make test` are all that a fresh clone needs: both build .venv first.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types wheel bench clean
+
+demo: $(VENV)/.ready
+	$(PYTHON) examples/demo.py
+
+test: $(VENV)/.ready
+	$(PYTHON) -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.ready
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# mypy follows the installed package, and the editable install is invisible to it.
+types: $(VENV)/.ready
+	$(PYTHON) tests/check_types.py
+
+wheel: $(VENV)/.ready
+	$(PYTHON) tests/check_wheel.py
+
+bench: $(VENV)/.ready
+	$(PYTHON) benchmarks/run.py
+
+# torch goes in first and pinned: packages that depend on it would otherwise fetch another build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	python3 -c 'import sys; assert sys.version_info >= (3, 11), "ringfence needs Python 3.11 or newer"'
+	python3 -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,247 @@
+"""The backend: the journey of a graph, one line per stage.
+
+Dynamo graph -> AOT -> find -> fuse -> judge -> split -> lower -> PiecewiseRunner
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch.fx import GraphModule
+
+from .compile_passes.dump import dump_graph
+from .compile_passes.find import find
+from .compile_passes.fuse import fuse
+from .compile_passes.judge import group_of, judge
+from .compile_passes.lower import eager_piece, inductor_piece, lower
+from .compile_passes.report import CompileReport
+from .compile_passes.sizes import padding, size_rule
+from .compile_passes.split import split
+from .compile_passes.verify import verify
+from .options import Options
+from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
+from .runtime.errors import InputError
+from .runtime.groups import describe_group
+from .runtime.runner import PiecewiseRunner
+
+log = logging.getLogger(__name__)
+
+
+class Backend:
+    """A ``torch.compile`` backend with a memory: ``torch.compile(model, backend=Backend(...))``.
+
+    Options are the fields of :class:`ringfence.Options`, as keyword arguments. ``reports``
+    holds a :class:`CompileReport` for each graph that was compiled, in order; a model
+    that breaks the graph, or that is recompiled for new shapes, adds several.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = Options.parse(options)
+        self.reports: list[CompileReport] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one Dynamo graph."""
+        if _needs_grad(gm, example_inputs):
+            return self._without_fusion(gm, example_inputs)
+        _check_inputs(example_inputs)
+        _specialise_floats(gm)
+        inductor = self.options.piece_compiler == "inductor"
+        compiler = aot_autograd(
+            fw_compiler=self._compile,
+            inference_compiler=self._compile,
+            decompositions=_inductor_decompositions() if inductor else {},
+        )
+        return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one functional ATen graph. Called by AOT, with fake tensors."""
+        options, notes = self.options, []
+        device = _device(example_inputs)
+        static_inputs = _static_inputs(example_inputs)
+        dump_graph("captured", gm)
+
+        candidates = find(
+            gm,
+            strict=options.numerics == "strict",
+            groups=options.groups,
+            all_reduce_ops=options.all_reduce_ops,
+        )
+        if options.verify:
+            candidates = verify(candidates)
+        sizes = size_rule(gm, candidates, static_inputs)
+        backends = {name: describe_group(name, device).backend for name in _groups(gm)}
+        sites = fuse(gm, candidates, collective="reference")
+        dump_graph("fused", gm)
+
+        graphs = self._graphs(device) if options.capture_sizes else None
+        verdicts = judge(
+            gm,
+            backends=backends,
+            capture=graphs is not None,
+            split_ops=options.split_ops,
+            all_reduce_ops=options.all_reduce_ops,
+        )
+        pads = padding(gm, sizes) if options.pad_to_capture_size else None
+        if options.pad_to_capture_size and pads is None:
+            notes.append("not padded: the graph has no single dynamic size that all its dynamic dimensions equal")
+        plan, whole = split(gm, verdicts)
+        dump_graph("split", whole)
+
+        compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
+        program = lower(plan, whole, compile_piece, static_inputs)
+        runner = PiecewiseRunner(
+            program,
+            sizes,
+            graphs,
+            options.capture_sizes,
+            padding=pads,
+            static_outputs=options.static_outputs,
+        )
+        self._report(
+            CompileReport(
+                sites=tuple(sites),
+                pieces=plan.pieces,
+                verdicts=tuple(verdicts),
+                options=options.as_dict(),
+                versions=_versions(),
+                collective="reference",
+                graphs=graphs.name if graphs is not None else None,
+                notes=tuple(notes),
+            )
+        )
+        return _boxed(runner)
+
+    def _graphs(self, device: torch.device) -> GraphBackend:
+        wanted = self.options.graphs
+        if wanted == "cuda" or (wanted == "auto" and device.type == "cuda"):
+            return CudaGraphs(device)
+        return SimulatedGraphs()
+
+    def _report(self, report: CompileReport) -> None:
+        self.reports.append(report)
+        log.info("%s", report.summary)
+        if self.options.on_report is not None:
+            self.options.on_report(report)
+
+    def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        note = (
+            "compiled without fusion: grad mode is on and an input or parameter requires grad, and the fused "
+            "collective has no backward. Call the model under torch.no_grad() or torch.inference_mode()"
+        )
+        warnings.warn(f"ringfence: {note}", UserWarning, stacklevel=2)
+        self._report(
+            CompileReport((), (), (), self.options.as_dict(), _versions(), "reference", graphs=None, notes=(note,))
+        )
+        fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
+        return torch._dynamo.lookup_backend(fallback)(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def compiler(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Entry point of ``torch.compile(model, backend="ringfence", options={...})``.
+
+    ``mode`` is torch.compile's own argument; ringfence has options instead.
+    """
+    if mode not in (None, "default"):
+        from .runtime.errors import OptionsError
+
+        raise OptionsError(f"mode='{mode}' has no meaning for ringfence; pass options={{...}} instead")
+    return Backend(**(options or {}))(gm, example_inputs)
+
+
+# -- facts about the graph's inputs ------------------------------------------------
+
+
+def _needs_grad(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    tensors = [*gm.parameters(), *(x for x in example_inputs if isinstance(x, Tensor))]
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _check_inputs(example_inputs: Sequence[Any]) -> None:
+    """Raises :class:`InputError` for inputs on several devices, or without a token."""
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    devices = {str(t.device) for t in tensors if t.ndim}
+    if len(devices) > 1:
+        raise InputError(f"the inputs are on several devices: {sorted(devices)}; move model and inputs to one")
+    for i, t in enumerate(tensors):
+        if any(isinstance(n, int) and n == 0 for n in t.shape):
+            raise InputError(
+                f"input {i} of the graph is empty (shape {list(t.shape)}); a fused collective cannot run on zero "
+                "tokens, and a rank that skips it leaves the others waiting: pad to at least one token on every rank"
+            )
+
+
+def _specialise_floats(gm: GraphModule) -> None:
+    """Make the model's Python floats constants of the graph, with a guard each.
+
+    Under ``dynamic=True`` Dynamo passes a float such as a norm's epsilon as a zero-dimensional
+    CPU tensor. The kernels take epsilon as a number, and a capture would bake in what a CPU
+    tensor held. Reading the value guards it; AOT then restarts the trace with the constant.
+    """
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymFloat):
+            float(value)
+
+
+def _device(example_inputs: Sequence[Any]) -> torch.device:
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    sized = [t for t in tensors if t.ndim]
+    return (sized or tensors)[0].device if tensors else torch.device("cpu")
+
+
+def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
+    """The inputs that Dynamo knows to stay in place: parameters and buffers.
+
+    Only tensors count: a DTensor parameter is unwrapped into its local tensor and its
+    mesh, and the mesh is marked too.
+    """
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    marked = (metadata.static_input_indices or ()) if metadata is not None else ()
+    return frozenset(i for i in marked if isinstance(example_inputs[i], Tensor))
+
+
+def _groups(gm: GraphModule) -> set[str]:
+    return {name for node in gm.graph.nodes if (name := group_of(node)) is not None}
+
+
+# -- plumbing ------------------------------------------------------------------------
+
+
+def _inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def _boxed(runner: PiecewiseRunner) -> Callable[[list[Any]], list[Any]]:
+    """AOT hands its arguments over in a list that the callee empties, so that they can die early."""
+
+    def call(args: list[Any]) -> list[Any]:
+        values = tuple(args)
+        args.clear()
+        return runner(*values)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("ringfence", "torch", "transformers", "flashinfer-python"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

@@ -1,0 +1,473 @@
+"""Find: every all-reduce of a graph becomes a :class:`Site`.
+
+The walk starts at the collective, not at the norm, so that an all-reduce which
+nothing fuses is still in the report, with the reason.
+
+    partial -> all_reduce -> [wait, copy, views] -> [+ residual] -> RMSNorm
+
+:func:`find` changes nothing. It returns one :class:`Candidate` per all-reduce: the
+Site that the report prints and, where the site can be fused, the nodes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import roles
+from .norms import Norm, recognise_rms_norm
+from .provenance import module_of, source_of
+from .reasons import Decline, Reason, Rounding
+from .roles import aten, c10d, dtype_text, same_size, shape_text, tensor
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Kind(StrEnum):
+    """What the fused op computes at a site."""
+
+    ADD_NORM = "all_reduce_add_rms_norm"
+    NORM = "all_reduce_rms_norm"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One all-reduce of the graph and what became of it.
+
+    ``kind`` is None when no norm was recognised; ``decline`` is None when the site
+    is fused. ``dtype`` is the activation dtype; ``hidden_size`` the length of the
+    normalised dimension. ``source`` is ``file:line`` of the user's code, ``module``
+    the path of the ``nn.Module``.
+    """
+
+    index: int
+    node: str
+    kind: Kind | None
+    decline: Decline | None
+    group: str | None
+    dtype: str
+    hidden_size: int | None
+    eps: float | None
+    has_residual: bool
+    source: str | None
+    module: str | None
+    roundings: tuple[Rounding, ...] = ()
+
+    @property
+    def fused(self) -> bool:
+        return self.decline is None
+
+    @property
+    def message(self) -> str:
+        if self.decline is not None:
+            return self.decline.message
+        return "; ".join(self.roundings)
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """A collective and the chain of nodes that only hand its value on.
+
+    ``value`` is the last of ``chain``; ``views`` are those of the chain that
+    reshape, so that they can be applied to ``input`` instead: a sum over ranks is
+    elementwise, so a view of it is the sum of the views.
+    """
+
+    start: Node
+    input: Node
+    op: str
+    group: object
+    chain: tuple[Node, ...]
+    views: tuple[Node, ...]
+
+    @property
+    def value(self) -> Node:
+        return self.chain[-1]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The nodes that one fused op replaces.
+
+    ``sum`` is the node of the residual add, or the reduced value when there is no
+    residual; ``residual`` is None in that case.
+    """
+
+    all_reduce: AllReduce
+    sum: Node
+    residual: Node | None
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Candidate:
+    site: Site
+    match: Match | None
+
+
+def find(
+    gm: GraphModule,
+    *,
+    strict: bool = False,
+    groups: Collection[str] | None = None,
+    all_reduce_ops: Mapping[str, str | None] | None = None,
+) -> list[Candidate]:
+    """One candidate for every all-reduce of a functional ATen graph, in graph order.
+
+    ``strict`` declines a site whose source rounds differently from the fused op.
+    ``groups``, when given, are the names of the process groups to fuse over.
+    ``all_reduce_ops`` maps an engine's own op (``"namespace::name"``) to the group it
+    reduces over, or to None when the op takes the group's name as an argument.
+
+    Raises :class:`GraphMetadataError` for nodes without ``val`` metadata.
+    """
+    claimed: set[Node] = set()
+    candidates: list[Candidate] = []
+    for node in gm.graph.nodes:
+        all_reduce = _all_reduce(node, all_reduce_ops or {})
+        if all_reduce is None:
+            continue
+        found = all_reduce if isinstance(all_reduce, Decline) else _match(all_reduce, groups)
+        if isinstance(found, Match):
+            found = _policy(found, strict, claimed)
+        site = _site(len(candidates), node, all_reduce, found)
+        match = found if isinstance(found, Match) else None
+        if match is not None:
+            claimed |= {match.sum, match.norm.out}
+        candidates.append(Candidate(site, match))
+    return candidates
+
+
+def _site(index: int, node: Node, all_reduce: AllReduce | Decline, found: Match | Decline) -> Site:
+    group = all_reduce.group if isinstance(all_reduce, AllReduce) else None
+    value = all_reduce.input if isinstance(all_reduce, AllReduce) else node
+    described = tensor(value) if roles.is_tensor(value) else None
+    last = described.shape[-1] if described is not None and described.ndim else None
+    site = Site(
+        index=index,
+        node=node.name,
+        kind=None,
+        decline=None,
+        group=group if isinstance(group, str) else None,
+        dtype=dtype_text(described.dtype) if described is not None else "unknown",
+        hidden_size=last if isinstance(last, int) else None,
+        eps=None,
+        has_residual=False,
+        source=source_of(node),
+        module=module_of(node),
+    )
+    if isinstance(found, Decline):
+        return replace(site, decline=found)
+    kind = Kind.NORM if found.residual is None else Kind.ADD_NORM
+    return replace(
+        site,
+        kind=kind,
+        eps=found.norm.eps,
+        has_residual=found.residual is not None,
+        roundings=found.norm.roundings,
+    )
+
+
+# -- the collective --------------------------------------------------------------
+
+
+def is_all_reduce(node: Node, all_reduce_ops: Collection[str]) -> bool:
+    """Whether ``node`` starts an all-reduce in any of the forms that :func:`find` knows."""
+    return roles.calls(node, c10d.all_reduce.default, c10d.all_reduce_.default) or _custom_name(node) in all_reduce_ops
+
+
+def _custom_name(node: Node) -> str | None:
+    """``"namespace::name"`` of a custom op, also inside ``auto_functionalized``."""
+    if node.op != "call_function":
+        return None
+    target = node.args[0] if _is_functionalized(node) else node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    return target._schema.name
+
+
+def _is_functionalized(node: Node) -> bool:
+    return roles.calls(node, torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
+
+
+def _all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -> AllReduce | Decline | None:
+    if roles.calls(node, c10d.all_reduce.default):
+        source, op, group = (*node.args, *node.kwargs.values())
+        return _walk(node, source, str(op), group, node)
+    if roles.calls(node, c10d.all_reduce_.default):
+        return Decline(
+            Reason.ALL_REDUCE_FORM,
+            f"'{node.name}' reduces in place; run the pass on a functional graph (from aot_autograd)",
+        )
+    name = _custom_name(node)
+    if name not in all_reduce_ops:
+        return None
+    if _is_functionalized(node):
+        return _functionalized(node, all_reduce_ops[name])
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    tensors = [v for v in bound.values() if roles.is_tensor(v)]
+    if len(tensors) != 1 or not roles.is_tensor(node):
+        return Decline(
+            Reason.ALL_REDUCE_FORM,
+            f"'{name}' takes {len(tensors)} tensors and cannot be an all-reduce of one; "
+            "register an op that takes one tensor and returns its sum",
+        )
+    return _walk(node, tensors[0], "sum", all_reduce_ops[name] or _group_argument(bound), node)
+
+
+def _functionalized(node: Node, group: str | None) -> AllReduce | Decline:
+    """An op that mutates its input, as AOT functionalises it."""
+    name = _custom_name(node)
+    arguments = dict(node.kwargs)
+    bases = arguments.pop("_all_bases", None)
+    tensors = bases if bases is not None else [v for v in arguments.values() if roles.is_tensor(v)]
+    values = [u for u in node.users if roles.calls(u, operator.getitem) and u.args[1] == 1]
+    whole = bases is None or _covers_base(arguments, tensors[0])
+    if len(tensors) != 1 or len(values) != 1 or len(node.users) != 1 or not whole:
+        return Decline(
+            Reason.ALL_REDUCE_FORM,
+            f"'{name}' mutates its input, and what it returns or which part it writes is not plain; "
+            "register an op that returns the sum, or pass a whole tensor",
+        )
+    return _walk(node, tensors[0], "sum", group or _group_argument(arguments), values[0])
+
+
+def _covers_base(arguments: Mapping[str, object], base: Node) -> bool:
+    """Whether the mutated view is the whole of its base, element for element."""
+    if any("_slice_" in key for key in arguments):
+        return False
+    sizes = [v for k, v in arguments.items() if k.endswith("_size")]
+    if not sizes:
+        return True
+    offsets = [v for k, v in arguments.items() if k.endswith("_storage_offset")]
+    dims = [d.meta["val"] if isinstance(d, Node) else d for d in sizes[0]]  # type: ignore[attr-defined]
+    return offsets == [0] and tensor(base).is_contiguous() and same_size(math.prod(dims), tensor(base).numel())
+
+
+def _group_argument(arguments: Mapping[str, object]) -> object:
+    """The group's name among an op's arguments: by name, else the only string."""
+    for name in ("group_name", "group", "tag"):
+        if name in arguments:
+            return arguments[name]
+    strings = [v for v in arguments.values() if isinstance(v, str)]
+    return strings[0] if len(strings) == 1 else None
+
+
+def _walk(start: Node, source: Node, op: str, group: object, value: Node) -> AllReduce:
+    """Follow the value through everything that only hands it on."""
+    chain, views = [start] if value is start else [start, value], []
+    while len(value.users) == 1:
+        user = next(iter(value.users))
+        if roles.calls(user, c10d.wait_tensor.default) or roles.copied_value(user) is value:
+            pass
+        elif roles.view_input(user) is value:
+            views.append(user)
+        else:
+            break
+        chain.append(user)
+        value = user
+    # A wait belongs to its collective whatever else reads the unwaited value.
+    return AllReduce(start, source, op, group, tuple(chain), tuple(views))
+
+
+# -- what surrounds it -----------------------------------------------------------
+
+
+def _match(all_reduce: AllReduce, groups: Collection[str] | None) -> Match | Decline:
+    declined = _usable(all_reduce, groups)
+    if declined is not None:
+        return declined
+    value = all_reduce.value
+    dtype = tensor(value).dtype
+    users = list(value.users)
+    add = users[0] if len(users) == 1 else None
+    if add is not None and roles.cast_input(add) is value and roles.is_widening(add) and len(add.users) == 1:
+        wide_add = next(iter(add.users))
+        if roles.is_add(wide_add):  # the float32-residual spelling
+            return _add_norm(all_reduce, wide_add, add, dtype)
+    if add is not None and roles.is_add(add):
+        return _add_norm(all_reduce, add, value, dtype)
+    norm = recognise_rms_norm(value, dtype)
+    if isinstance(norm, Norm):
+        return Match(all_reduce, value, None, norm)
+    if len(users) > 1 and any(map(roles.is_add, users)):
+        others = ", ".join(f"'{u.name}' ({u.target})" for u in users if not roles.is_add(u))
+        return Decline(
+            Reason.VALUE_USED_ELSEWHERE,
+            f"the reduced value '{value.name}' is also read by {others or 'a second add'}; "
+            "the fused op returns only the sum with the residual",
+        )
+    if norm.reason is Reason.NO_NORM and add is not None:
+        if roles.calls(add, aten.sub.Tensor):
+            return Decline(Reason.OP_BETWEEN, f"'{add.name}' subtracts; the fused op adds the residual")
+        return Decline(
+            Reason.OP_BETWEEN, f"'{add.name}' ({add.target}) stands between the all-reduce and an add or RMSNorm"
+        )
+    return norm
+
+
+def _usable(all_reduce: AllReduce, groups: Collection[str] | None) -> Decline | None:
+    start, value = all_reduce.start, all_reduce.value
+    if all_reduce.op.lower() != "sum":
+        return Decline(Reason.REDUCE_OP, f"'{start.name}' reduces with '{all_reduce.op}'; the fused kernels sum")
+    if not isinstance(all_reduce.group, str):
+        return Decline(
+            Reason.GROUP_KIND,
+            f"the group of '{start.name}' is {type(all_reduce.group).__name__}, not a name; "
+            "turn torch.distributed.config.compile_on_one_rank off, or name the group in all_reduce_ops",
+        )
+    if groups is not None and all_reduce.group not in groups:
+        return Decline(
+            Reason.OTHER_GROUP,
+            f"'{start.name}' reduces over group '{all_reduce.group}', and only {sorted(groups)} are to be fused",
+        )
+    users = list(value.users)
+    if not users:
+        return Decline(Reason.UNUSED, f"nothing reads the reduced value '{value.name}'")
+    if all(u.op == "output" for u in users):
+        return Decline(
+            Reason.ESCAPES_GRAPH,
+            f"the reduced value '{value.name}' leaves the graph; if a norm follows in the model, a graph break "
+            "separates them (TORCH_LOGS=graph_breaks shows it)",
+        )
+    shape = tensor(value).shape
+    if not shape or not isinstance(shape[-1], int):
+        return Decline(Reason.HIDDEN_SIZE_DYNAMIC, f"the last dimension of '{value.name}' is not a fixed size")
+    if tensor(value).dtype not in _KERNEL_DTYPES:
+        return Decline(
+            Reason.ACTIVATION_DTYPE,
+            f"'{value.name}' is {dtype_text(tensor(value).dtype)}; the kernels take float16, bfloat16 and float32",
+        )
+    if len(users) == 1 and roles.cast_input(users[0]) is value and not roles.is_widening(users[0]):
+        return Decline(
+            Reason.REDUCE_DTYPE,
+            f"the all-reduce runs in {dtype_text(tensor(value).dtype)} and the model goes on in "
+            f"{dtype_text(tensor(users[0]).dtype)}; reduce in the activation dtype to fuse",
+        )
+    return None
+
+
+def _add_norm(all_reduce: AllReduce, add: Node, term: Node, dtype: torch.dtype) -> Match | Decline:
+    residual = _residual(add, term, dtype)
+    if isinstance(residual, Decline):
+        return residual
+    norm = recognise_rms_norm(add, dtype)
+    if isinstance(norm, Decline):
+        return norm
+    if tensor(add).dtype != dtype:
+        norm = replace(norm, roundings=(*norm.roundings, Rounding.FLOAT32_RESIDUAL))
+        within = _between(add, norm.out)
+        strays = [u for u in add.users if u not in within and roles.cast_input(u) is not add]
+        strays += [u for u in add.users if u not in within and roles.cast_input(u) is add and tensor(u).dtype != dtype]
+        if strays:
+            return Decline(
+                Reason.FLOAT32_SUM_USED_ELSEWHERE,
+                f"the unrounded sum '{add.name}' is read by '{strays[0].name}'; the fused op returns it "
+                f"rounded to {dtype_text(dtype)}",
+            )
+    return Match(all_reduce, add, residual, norm)
+
+
+def _between(first: Node, last: Node) -> set[Node]:
+    """The nodes on a path from ``first`` to ``last``."""
+    ancestors, queue = set(), [last]
+    while queue:
+        node = queue.pop()
+        if node in ancestors or node is first:
+            continue
+        ancestors.add(node)
+        queue.extend(node.all_input_nodes)
+    reached, queue = set(), list(first.users)
+    while queue:
+        node = queue.pop()
+        if node in ancestors and node not in reached:
+            reached.add(node)
+            queue.extend(node.users)
+    return reached
+
+
+def _residual(add: Node, term: Node, dtype: torch.dtype) -> Node | Decline:
+    """The other operand of the add, if the kernels can take it as the residual."""
+    left, right = add.args[:2]
+    if left is right:
+        return Decline(
+            Reason.RESIDUAL_IS_REDUCED, f"'{add.name}' adds the reduced value to itself; there is no residual"
+        )
+    other = right if left is term else left
+    if add.kwargs.get("alpha", 1) != 1:
+        return Decline(Reason.ADD_ALPHA, f"'{add.name}' scales its second operand by alpha={add.kwargs['alpha']}")
+    if not roles.is_tensor(other):
+        return Decline(Reason.RESIDUAL_KIND, f"'{add.name}' adds {other!r}, which is no tensor")
+    if tensor(add).dtype != dtype:  # float32 sum: the residual is the value before its exact upcast
+        source = roles.cast_input(other)
+        if source is not None and roles.is_widening(other):
+            other = source
+    if tensor(other).dtype != dtype:
+        return Decline(
+            Reason.RESIDUAL_DTYPE,
+            f"residual '{other.name}' is {dtype_text(tensor(other).dtype)} and the reduced value {dtype_text(dtype)}; "
+            "the kernels read both as one dtype",
+        )
+    if not (roles.same_shape(other, term) and roles.same_shape(other, add)):
+        return Decline(
+            Reason.RESIDUAL_SHAPE,
+            f"residual '{other.name}' has shape {shape_text(other)} and the reduced value {shape_text(term)}; "
+            "the kernels do not broadcast",
+        )
+    if tensor(other).device != tensor(term).device:
+        return Decline(Reason.RESIDUAL_KIND, f"residual '{other.name}' is on {tensor(other).device}")
+    return other
+
+
+# -- policy ----------------------------------------------------------------------
+
+
+def _policy(match: Match, strict: bool, claimed: Collection[Node]) -> Match | Decline:
+    if match.sum in claimed or match.norm.out in claimed:
+        return Decline(
+            Reason.CLAIMED, f"the norm at '{match.norm.out.name}' is fused with an earlier all-reduce of the same sum"
+        )
+    if match.norm.weight is not None and _depends_on(match.norm.weight, match.sum):
+        return Decline(
+            Reason.WEIGHT_NOT_READY,
+            f"weight '{match.norm.weight.name}' is computed from the value that it would normalise",
+        )
+    if strict and match.norm.roundings:
+        return Decline(Reason.ROUNDING_DIFFERS, f"{'; '.join(match.norm.roundings)} (numerics='strict')")
+    mutation = _mutation_between(match.all_reduce.start, match.sum)
+    if mutation is not None:
+        return Decline(
+            Reason.MUTATION_BETWEEN,
+            f"'{mutation.name}' ({mutation.target}) mutates a tensor between the all-reduce and '{match.sum.name}', "
+            "so the collective may not move past it",
+        )
+    return match
+
+
+def _depends_on(node: Node, ancestor: Node) -> bool:
+    seen, queue = set(), [node]
+    while queue:
+        current = queue.pop()
+        if current is ancestor:
+            return True
+        if current not in seen:
+            seen.add(current)
+            queue.extend(current.all_input_nodes)
+    return False
+
+
+def _mutation_between(first: Node, last: Node) -> Node | None:
+    node = first.next
+    while node is not last and node.op != "root":
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return node
+        node = node.next
+    return None

@@ -1,0 +1,130 @@
+"""Fuse: rewrite every matched site into the fused op.
+
+    input -> all_reduce -> wait -> + residual -> RMSNorm(weight, eps)
+
+becomes
+
+    norm, residual_out = ringfence.all_reduce_add_rms_norm(input, residual, weight, eps, ...)
+
+The fused op stands where the sum stood, because the residual may be computed
+after the all-reduce was issued. What it replaces is erased explicitly:
+``wait_tensor`` is registered as side-effectful, so dead-code elimination would
+keep the old collective and double the communication without a word.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch.fx import GraphModule, Node
+
+# The ops must be registered before a graph can call them.
+from ..runtime import ops
+from .find import Candidate, Match, Site
+from .roles import cast_input, tensor
+
+#: Key of ``node.meta`` under which a fused op keeps the index of its site.
+SITE = "ringfence_site"
+
+
+def fuse(gm: GraphModule, candidates: Iterable[Candidate], *, collective: str = "reference") -> list[Site]:
+    """Rewrite ``gm`` in place; return the sites, fused or declined, in their order.
+
+    ``collective`` names what carries out the sum (:mod:`ringfence.runtime.ops`).
+    """
+    sites: list[Site] = []
+    rewriter = _Rewriter(gm, collective)
+    for candidate in candidates:
+        if candidate.match is not None:
+            rewriter.rewrite(candidate.site.index, candidate.match)
+        sites.append(candidate.site)
+    rewriter.finish()
+    gm.recompile()
+    return sites
+
+
+class _Rewriter:
+    """Rewrites one match after the other, following nodes that earlier ones replaced."""
+
+    def __init__(self, gm: GraphModule, collective: str) -> None:
+        self.graph = gm.graph
+        self.collective = collective
+        self.replaced: dict[Node, Node] = {}
+        self.chains: list[tuple[Node, ...]] = []
+
+    def current(self, node: Node) -> Node:
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def rewrite(self, site: int, match: Match) -> None:
+        all_reduce, norm = match.all_reduce, match.norm
+        anchor = match.sum if match.residual is not None else all_reduce.value.next
+        weight = self.current(norm.weight) if norm.weight is not None else None
+        if weight is not None:
+            _hoist(weight, anchor)
+        with self.graph.inserting_before(anchor):
+            value = self._through(all_reduce.views, self.current(all_reduce.input))
+            tail = (weight, norm.eps, norm.weight_bias, all_reduce.group, self.collective)
+            if match.residual is not None:
+                args = (value, self.current(match.residual), *tail)
+                fused = self.graph.call_function(ops.all_reduce_add_rms_norm, args)
+            else:
+                fused = self.graph.call_function(ops.all_reduce_rms_norm, (value, *tail))
+            norm_out = self.graph.call_function(operator.getitem, (fused, 0))
+            summed = self.graph.call_function(operator.getitem, (fused, 1))
+        self._describe(fused, norm_out, summed, site, match)
+        with self.graph.inserting_before(norm.out):
+            self._replace(norm.out, self._through(norm.views, norm_out))
+        if tensor(match.sum).dtype == tensor(summed).dtype:
+            self._replace(match.sum, summed)
+        else:  # the sum was taken in float32; its readers outside the norm round it
+            for user in list(match.sum.users):
+                if cast_input(user) is match.sum and tensor(user).dtype == tensor(summed).dtype:
+                    self._replace(user, summed)
+        self.chains.append(all_reduce.chain)
+
+    def _through(self, views: Iterable[Node], node: Node) -> Node:
+        """``node`` seen through copies of ``views``."""
+        for view in views:
+            copy = self.graph.node_copy(view, lambda n, view=view, node=node: node if n is view.args[0] else n)
+            node = copy
+        return node
+
+    def _replace(self, old: Node, new: Node) -> None:
+        old.replace_all_uses_with(new)
+        self.replaced[old] = new
+
+    def _describe(self, fused: Node, norm_out: Node, summed: Node, site: int, match: Match) -> None:
+        """Metadata of the new nodes: shapes for later passes, provenance for people."""
+        like = tensor(match.all_reduce.value)
+        values = tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(2))
+        for node, value in ((fused, values), (norm_out, values[0]), (summed, values[1])):
+            node.meta = {
+                key: match.all_reduce.start.meta[key]
+                for key in ("stack_trace", "nn_module_stack")
+                if key in match.all_reduce.start.meta
+            }
+            node.meta["val"] = value
+        fused.meta[SITE] = site
+
+    def finish(self) -> None:
+        """Erase what was replaced: the dead norms first, then the collectives, users first."""
+        self.graph.eliminate_dead_code()
+        for chain in reversed(self.chains):
+            for node in reversed(chain):
+                if not node._erased:
+                    self.graph.erase_node(node)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+
+
+def _hoist(node: Node, anchor: Node) -> None:
+    """Move ``node`` and what it is computed from in front of ``anchor``."""
+    if node.op == "placeholder" or node < anchor:
+        return
+    for source in node.all_input_nodes:
+        _hoist(source, anchor)
+    anchor.prepend(node)

@@ -1,0 +1,136 @@
+"""Lower: compile the pieces, and line everything up for the runner."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule, Node
+from tqdm import tqdm
+
+from ..runtime.program import Program, Step
+from .split import SplitPlan
+
+PieceCompiler = Callable[[GraphModule], Callable[..., Sequence[Any]]]
+
+#: Nothing is shown for work that ends sooner than this.
+_QUIET_SECONDS = 2
+
+
+def lower(plan: SplitPlan, whole: GraphModule, compile_piece: PieceCompiler, static_inputs: frozenset[int]) -> Program:
+    """A :class:`Program` of compiled pieces and eager islands, in the plan's order."""
+    slot_of: dict[Node, int] = {}
+    names: list[str] = []
+    constants: list[tuple[int, Any]] = []
+    for node in whole.graph.find_nodes(op="placeholder"):
+        slot_of[node] = len(names)
+        names.append(node.name)
+    slots = len(names)
+    for node in whole.graph.find_nodes(op="get_attr"):
+        slot_of[node] = slots
+        constants.append((slots, attrgetter(node.target)(whole)))
+        slots += 1
+    islands = {p.name: p.island for p in plan.pieces}
+    calls = whole.graph.find_nodes(op="call_module")
+    steps: list[Step] = []
+    for node in _progress(calls, "ringfence: compiling pieces"):
+        piece = whole.get_submodule(node.target)
+        returned = _return_tuple(piece)
+        outputs = tuple(range(slots, slots + returned))
+        slots += returned
+        items = [u for u in node.users if u.op == "call_function" and u.target is operator.getitem]
+        if len(items) == len(node.users) and items:
+            slot_of |= {item: outputs[item.args[1]] for item in items}
+        elif node.users:
+            slot_of[node] = outputs[0]
+        call = piece.forward if islands[node.target] else compile_piece(piece)
+        inputs = tuple(slot_of[n] for n in node.args)
+        steps.append(Step(node.target, call, inputs, outputs, islands[node.target]))
+
+    (output,) = whole.graph.find_nodes(op="output")
+    results = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
+    result_slots = []
+    for result in results:
+        if not isinstance(result, Node):
+            constants.append((slots, result))
+            result_slots.append(slots)
+            slots += 1
+        else:
+            result_slots.append(slot_of[result])
+    return Program(
+        steps=tuple(_with_frees(steps, keep={*range(len(names)), *result_slots, *(slot for slot, _ in constants)})),
+        inputs=tuple(names),
+        outputs=tuple(result_slots),
+        slots=slots,
+        constants=tuple(constants),
+        static_inputs=static_inputs,
+    )
+
+
+def _return_tuple(piece: GraphModule) -> int:
+    """Make a piece return a tuple, also of one; the number of its values."""
+    (output,) = piece.graph.find_nodes(op="output")
+    values = output.args[0]
+    if not isinstance(values, tuple | list):
+        output.args = ((values,),)
+        piece.recompile()
+        return 1
+    return len(values)
+
+
+def _with_frees(steps: Sequence[Step], keep: set[int]) -> Iterator[Step]:
+    last_read = {slot: i for i, step in enumerate(steps) for slot in (*step.outputs, *step.inputs)}
+    for i, step in enumerate(steps):
+        frees = tuple(s for s in sorted({*step.inputs, *step.outputs}) if last_read[s] == i and s not in keep)
+        yield Step(step.name, step.call, step.inputs, step.outputs, step.island, frees)
+
+
+def _progress(items: Sequence[Node], label: str) -> Iterator[Node]:
+    yield from tqdm(items, desc=label, delay=_QUIET_SECONDS, leave=False, disable=None, file=sys.stderr)
+
+
+# -- piece compilers ---------------------------------------------------------------
+
+
+def eager_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
+    """Run the piece's ATen ops as they are."""
+    return piece.forward  # type: ignore[no-any-return]
+
+
+def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
+    """Compile a piece with Inductor.
+
+    The graph was traced with Inductor's decompositions, so the piece goes straight to
+    its back half: a second AOT pass per piece would double the compile time.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.utils import BoxedBool
+
+    piece = joint_graph_passes(piece)
+    (output,) = piece.graph.find_nodes(op="output")
+    # The next piece was traced with these strides, so Inductor may not choose its own.
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
+    with _own_tracing_context():
+        compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
+
+    def call(*args: Any) -> Sequence[Any]:
+        return compiled(list(args))  # type: ignore[no-any-return]
+
+    return call
+
+
+@contextlib.contextmanager
+def _own_tracing_context() -> Iterator[None]:
+    """Inductor writes output strides into the tracing context, which has room for one graph."""
+    current = TracingContext.try_get()
+    fake_mode = current.fake_mode if current is not None else None
+    with torch._inductor.virtualized.V.set_fake_mode(fake_mode), tracing(TracingContext(fake_mode)):
+        yield

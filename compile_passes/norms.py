@@ -1,0 +1,317 @@
+"""Recognise an RMSNorm by what its nodes do.
+
+    y = x * rsqrt(mean(x ** 2, -1) + eps) * (bias + weight)
+
+in any spelling: the whole op, or a chain with casts, views and operands in any
+order. The walk starts at the value that is normalised and goes outwards to the
+last node that is still part of the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from . import roles
+from .reasons import Decline, Reason, Rounding
+from .roles import aten, dtype_text, same_size, shape_text, tensor
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A recognised RMSNorm. ``views`` lead from the value to the norm's input."""
+
+    out: Node
+    weight: Node | None
+    weight_bias: float
+    eps: float
+    roundings: tuple[Rounding, ...]
+    views: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A view or exact cast of the value, through which the norm may read it."""
+
+    node: Node
+    views: tuple[Node, ...]
+
+
+def recognise_rms_norm(value: Node, dtype: torch.dtype) -> Norm | Decline:
+    """The RMSNorm over the last dimension that reads ``value``.
+
+    ``dtype`` is the activation dtype, in which the norm must leave. Of several
+    norms the first in graph order is taken. When there is none, the answer is the
+    near miss that says most.
+    """
+    misses: list[Decline] = []
+    for reader in _readers(value):
+        for user in reader.node.users:
+            found = _whole_op(user, reader) or _chain(user, reader, value)
+            if isinstance(found, _Core):
+                found = _grow(found, reader, dtype)
+            if isinstance(found, Norm):
+                return found
+            if found is not None:
+                misses.append(found)
+    if misses:
+        return misses[0]
+    users = ", ".join(sorted({str(u.target) for u in value.users})) or "nothing"
+    return Decline(Reason.NO_NORM, f"no RMSNorm reads '{value.name}'; it is read by {users}")
+
+
+def _readers(value: Node) -> Iterator[_Reader]:
+    queue = [_Reader(value, ())]
+    while queue:
+        reader = queue.pop(0)
+        yield reader
+        for user in reader.node.users:
+            if roles.view_input(user) is reader.node:
+                queue.append(_Reader(user, (*reader.views, user)))
+            elif roles.cast_input(user) is reader.node and roles.is_widening(user):
+                queue.append(_Reader(user, reader.views))
+
+
+# -- the whole op ----------------------------------------------------------------
+
+
+def _whole_op(node: Node, reader: _Reader) -> _Core | Decline | None:
+    if roles.calls(node, aten.native_layer_norm.default, aten.layer_norm.default):
+        return Decline(Reason.LAYER_NORM, f"'{node.name}' is a LayerNorm; the fused kernels compute RMSNorm only")
+    if roles.calls(node, aten.var_mean.correction) and node.kwargs.get("correction") == 0:
+        return Decline(Reason.LAYER_NORM, f"'{node.name}' is the variance of a decomposed LayerNorm, not an RMSNorm")
+    if not roles.calls(node, aten.rms_norm.default, aten._fused_rms_norm.default) or node.args[0] is not reader.node:
+        return None
+    _, normalized_shape, weight, eps = (*node.args, None, None)[:4]
+    last = tensor(reader.node).shape[-1]
+    if len(normalized_shape) != 1 or not same_size(normalized_shape[0], last):
+        return Decline(
+            Reason.NORM_DIMS, f"'{node.name}' normalises over {list(normalized_shape)}, not over the last dimension"
+        )
+    if eps is None:  # torch's default, of the dtype that it computes in
+        eps = torch.finfo(torch.float32).eps
+    if roles.as_number(eps) is None:
+        return Decline(Reason.EPS_KIND, f"epsilon of '{node.name}' is a value of the graph, not a number")
+    out = roles.first_output(node) if node.target is aten._fused_rms_norm.default else node
+    if out is None or any(u is not out for u in node.users if node is not out):
+        return Decline(Reason.NO_NORM, f"the reciprocal root of '{node.name}' is used; the fused op does not return it")
+    return _Core(out, roles.as_number(eps) or 0.0, torch.float32, weight, weight_absorbed=True)
+
+
+# -- the chain -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Core:
+    """``x * rsqrt(mean(x ** 2) + eps)``, before the weight unless it is absorbed."""
+
+    out: Node
+    eps: float
+    compute_dtype: torch.dtype
+    weight: object = None
+    weight_absorbed: bool = False
+
+
+@dataclass(frozen=True)
+class _MeanSquare:
+    source: Node
+    dims: tuple[int, ...]
+    per_row: bool
+    eps: object
+    rounded: bool
+
+
+def _chain(node: Node, reader: _Reader, value: Node) -> _Core | Decline | None:
+    x = reader.node
+    mean = _normalises(node, x)
+    if mean is None:
+        return None
+    if roles.origin(mean.source) is not roles.origin(value):
+        return Decline(
+            Reason.MEAN_OF_OTHER_TENSOR,
+            f"'{node.name}' scales '{x.name}' by the root mean square of '{mean.source.name}', another tensor",
+        )
+    ndim = tensor(mean.source).ndim
+    # One root per row, broadcast over that row: without this, a mean that lost its
+    # dimension would scale columns of a square activation.
+    one_per_row = roles.same_shape(mean.source, x) and roles.same_shape(node, x) and mean.per_row
+    if tuple(d % ndim for d in mean.dims) != (ndim - 1,) or not one_per_row:
+        return Decline(
+            Reason.MEAN_DIM,
+            f"the mean square of '{mean.source.name}' is over {list(mean.dims)} of {shape_text(mean.source)}, "
+            f"not one per row of '{x.name}'",
+        )
+    eps = roles.as_number(mean.eps)
+    if eps is None:
+        return Decline(Reason.EPS_KIND, f"epsilon of the norm at '{node.name}' is a value of the graph, not a number")
+    compute = tensor(mean.source).dtype
+    if mean.rounded:
+        compute = tensor(x).dtype
+    return _Core(node, eps, compute)
+
+
+def _normalises(node: Node, x: Node) -> _MeanSquare | None:
+    """``x * rsqrt(v)`` or ``x / sqrt(v)``, and what ``v`` is the mean square of."""
+    product, quotient = roles.mul_operands(node), roles.binary(node, aten.div.Tensor)
+    if product:
+        factor, root_of = (product[1] if product[0] is x else product[0]), roles.reciprocal_root
+    elif quotient and quotient[0] is x:
+        factor, root_of = quotient[1], roles.square_root
+    else:
+        return None
+    if not roles.is_tensor(factor) or factor is x:
+        return None
+    shape = tensor(factor).shape
+    per_row = len(shape) == tensor(x).ndim and same_size(shape[-1], 1)
+    inner, rounded = roles.without_column(factor), False
+    if (wide := roles.cast_input(inner)) is not None:
+        rounded = not roles.is_widening(inner)
+        inner = wide
+    root = root_of(roles.without_column(inner))
+    return _mean_square(roles.without_column(root), per_row, rounded) if root is not None else None
+
+
+def _mean_square(node: Node, per_row: bool, rounded: bool) -> _MeanSquare | None:
+    candidates: list[tuple[object, object]] = [(node, 0.0)]
+    if roles.is_add(node):
+        mean, addend = node.args[:2]
+        scaled = node.kwargs.get("alpha", 1) != 1
+        candidates = [(mean, None if scaled else addend), (addend, None if scaled else mean)]
+    for mean, eps in candidates:
+        found = _mean(mean)
+        if found is not None:
+            return _MeanSquare(*found, per_row=per_row, eps=eps, rounded=rounded)
+    return None
+
+
+def _mean(node: object) -> tuple[Node, tuple[int, ...]] | None:
+    """``(x, dims)`` of ``mean(x ** 2, dims)``, also spelled ``sum / H``."""
+    if isinstance(node, Node):
+        node = roles.without_column(node)
+    if roles.calls(node, aten.mean.dim):
+        square = roles.squared(node.args[0])
+        return (square, tuple(node.args[1])) if square is not None else None
+    for total, count in _scaled_sums(node):
+        square = roles.squared(total.args[0])
+        if square is None:
+            continue
+        dims = tuple(total.args[1])
+        shape = tensor(square).shape
+        size = shape[dims[0]] if len(dims) == 1 else None
+        if isinstance(size, int) and count == size:
+            return square, dims
+    return None
+
+
+def _scaled_sums(node: object) -> Iterator[tuple[Node, float]]:
+    pair = roles.binary(node, aten.div.Tensor, aten.div.Scalar)
+    if pair and roles.calls(pair[0], aten.sum.dim_IntList):
+        count = roles.as_number(pair[1])
+        if count is not None:
+            yield pair[0], count
+    pair = roles.mul_operands(node)
+    for total, factor in (pair, pair[::-1]) if pair else ():
+        inverse = roles.as_number(factor)
+        if roles.calls(total, aten.sum.dim_IntList) and inverse and (1 / inverse).is_integer():
+            yield total, 1 / inverse
+
+
+# -- outwards: casts and the weight ----------------------------------------------
+
+
+def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
+    """Follow the only reader of the normalised value through casts and one weight.
+
+    The norm ends at the last node that has the activation dtype.
+    """
+    hidden = tensor(reader.node).shape[-1]
+    roundings: list[Rounding] = []
+    if core.compute_dtype is not torch.float32:
+        roundings.append(Rounding.COMPUTE_DTYPE)
+    norm = Norm(core.out, None, 0.0, core.eps, (), reader.views)
+    has_weight = core.weight_absorbed
+    if core.weight is not None:
+        weight = _weight(core.weight, reader.node, hidden, dtype)
+        if isinstance(weight, Decline):
+            return weight
+        if weight is None:
+            return Decline(Reason.WEIGHT_KIND, f"the weight of '{core.out.name}' is not a tensor of {hidden} elements")
+        norm = replace(norm, weight=weight.node)
+
+    best: Norm | None = None
+    node, narrowed = core.out, False
+    while True:
+        if tensor(node).dtype == dtype:
+            best = replace(norm, out=node, roundings=tuple(roundings))
+            if norm.weight is not None:
+                break
+        if len(node.users) != 1:
+            break
+        user = next(iter(node.users))
+        if roles.cast_input(user) is node:
+            narrowed |= not roles.is_widening(user)
+            node = user
+            continue
+        pair = roles.mul_operands(user)
+        if has_weight or pair is None or pair[0] is pair[1] or not roles.same_shape(user, node):
+            break
+        weight = _weight(pair[1] if pair[0] is node else pair[0], reader.node, hidden, dtype)
+        if isinstance(weight, Decline):
+            return weight
+        if weight is None:
+            break
+        has_weight = True
+        norm = replace(norm, weight=weight.node, weight_bias=weight.bias)
+        if weight.bias_rounded:
+            roundings.append(Rounding.WEIGHT_BIAS)
+        if narrowed or tensor(user).dtype != torch.float32:
+            roundings.append(Rounding.BEFORE_WEIGHT)
+        node = user
+    if best is None:
+        return Decline(
+            Reason.NORM_DTYPE,
+            f"the norm leaves as {dtype_text(tensor(node).dtype)} at '{node.name}'; the fused op returns {dtype_text(dtype)}",
+        )
+    return best
+
+
+@dataclass(frozen=True)
+class _Weight:
+    node: Node
+    bias: float
+    bias_rounded: bool
+
+
+def _weight(factor: object, x: Node, hidden: int | torch.SymInt, dtype: torch.dtype) -> _Weight | Decline | None:
+    """What multiplies the normalised value, or None when it is no weight (a gate, a scale)."""
+    if not roles.is_tensor(factor):
+        return None
+    node, bias, rounded = factor, 0.0, False
+    while True:
+        source = roles.view_input(node)
+        if source is None and roles.is_widening(node):
+            source = roles.cast_input(node)
+        if source is None and roles.is_add(node) and not bias and node.kwargs.get("alpha", 1) == 1:
+            for term, number in (node.args[:2], node.args[1::-1]):
+                if isinstance(term, Node) and roles.as_number(term) is None and roles.as_number(number) is not None:
+                    source, bias = term, roles.as_number(number) or 0.0
+                    rounded = tensor(node).dtype not in (torch.float32, torch.float64)
+                    break
+        if source is None:
+            break
+        node = source
+    value = tensor(node)
+    if value.ndim == 0 or roles.same_shape(node, x):
+        return None
+    if value.ndim != 1 or not same_size(value.shape[0], hidden):
+        return Decline(Reason.WEIGHT_SHAPE, f"weight '{node.name}' has shape {shape_text(node)}, not [{hidden}]")
+    if value.dtype != dtype:
+        return Decline(
+            Reason.WEIGHT_DTYPE,
+            f"weight '{node.name}' is {dtype_text(value.dtype)} and the activations are {dtype_text(dtype)}; "
+            "the kernels read both as one dtype",
+        )
+    return _Weight(node, bias, rounded)

@@ -1,0 +1,30 @@
+"""Where in the user's code a node comes from."""
+
+from __future__ import annotations
+
+import re
+
+from torch.fx import Node
+
+_FRAME = re.compile(r'^\s*File "(?P<file>.+?)", line (?P<line>\d+), in ', re.MULTILINE)
+
+#: Frames that carry out the user's wish but are not the user's code.
+_LIBRARY = re.compile(r"[/\\](torch|transformers[/\\](distributed|integrations))[/\\]")
+
+
+def source_of(node: Node) -> str | None:
+    """``file:line`` of the innermost frame outside torch and the TP plumbing of transformers."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if not _LIBRARY.search(f[0])] or frames
+    return f"{own[-1][0]}:{own[-1][1]}" if own else None
+
+
+def module_of(node: Node) -> str | None:
+    """The innermost ``nn.Module`` of the model that the node belongs to, as a dotted path."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    if not paths:
+        return None
+    # Dynamo writes L['self']._modules['layers']._modules['0'] or L['self'].layers[0].
+    path = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]", r".\1\2", paths[-1])
+    return re.sub(r"^L\.self\.?|^L\.\w+\.?", "", path) or None

@@ -1,0 +1,75 @@
+"""Why a site was not fused, and what a fusion changes in the rounding: reasons are values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """One code for each way in which an all-reduce stays as it was.
+
+    The codes are part of the report's schema (docs/report.md): add, never reuse.
+    """
+
+    # the collective
+    REDUCE_OP = "reduce_op"
+    GROUP_KIND = "group_kind"
+    OTHER_GROUP = "other_group"
+    REDUCE_DTYPE = "reduce_dtype"
+    ALL_REDUCE_FORM = "all_reduce_form"
+    # what reads the reduced value
+    ESCAPES_GRAPH = "escapes_graph"
+    UNUSED = "unused"
+    OP_BETWEEN = "op_between"
+    VALUE_USED_ELSEWHERE = "value_used_elsewhere"
+    MUTATION_BETWEEN = "mutation_between"
+    CLAIMED = "claimed_by_another_site"
+    # the residual add
+    RESIDUAL_SHAPE = "residual_shape"
+    RESIDUAL_DTYPE = "residual_dtype"
+    RESIDUAL_KIND = "residual_kind"
+    RESIDUAL_IS_REDUCED = "residual_is_reduced"
+    ADD_ALPHA = "add_alpha"
+    # the norm
+    NO_NORM = "no_norm"
+    LAYER_NORM = "layer_norm"
+    NORM_DIMS = "norm_dims"
+    MEAN_DIM = "mean_dim"
+    MEAN_OF_OTHER_TENSOR = "mean_of_other_tensor"
+    NORM_DTYPE = "norm_dtype"
+    ACTIVATION_DTYPE = "activation_dtype"
+    HIDDEN_SIZE_DYNAMIC = "hidden_size_dynamic"
+    WEIGHT_DTYPE = "weight_dtype"
+    WEIGHT_SHAPE = "weight_shape"
+    WEIGHT_KIND = "weight_kind"
+    WEIGHT_NOT_READY = "weight_not_ready"
+    EPS_KIND = "eps_kind"
+    # policy
+    ROUNDING_DIFFERS = "rounding_differs"
+    FLOAT32_SUM_USED_ELSEWHERE = "float32_sum_used_elsewhere"
+    VERIFY_FAILED = "verify_failed"
+
+
+@dataclass(frozen=True)
+class Decline:
+    """An all-reduce that stays as it was, and why.
+
+    ``message`` names the node in the way and, where there is one, the remedy.
+    """
+
+    reason: Reason
+    message: str
+
+
+class Rounding(StrEnum):
+    """Where the source rounds differently from the fused op.
+
+    The fused op rounds the sum once to the activation dtype, computes the norm in
+    float32 and rounds once at the end, as the FlashInfer kernels do.
+    """
+
+    BEFORE_WEIGHT = "the source rounds the normalised value before the weight; the fused op rounds once, after it"
+    FLOAT32_RESIDUAL = "the source normalises the unrounded float32 sum; the fused op normalises the rounded one"
+    COMPUTE_DTYPE = "the source computes the norm in another precision than float32"
+    WEIGHT_BIAS = "the source rounds (bias + weight) before it multiplies; the fused op adds in float32"

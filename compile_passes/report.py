@@ -1,0 +1,173 @@
+"""The report: the values of the passes, as a table and as JSON.
+
+docs/report.md documents the JSON; ``SCHEMA`` grows when a field changes its meaning
+or goes away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..runtime.errors import NotFusedError
+from .find import Site
+from .judge import Verdict
+from .split import Piece
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What happened to one compiled graph, and why.
+
+    ``notes`` are sentences about the graph as a whole (grad mode, padding refused);
+    ``graphs`` names what captures, or None; ``versions`` maps package to version.
+    """
+
+    sites: tuple[Site, ...]
+    pieces: tuple[Piece, ...]
+    verdicts: tuple[Verdict, ...]
+    options: dict[str, Any]
+    versions: dict[str, str | None]
+    collective: str
+    graphs: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> tuple[Site, ...]:
+        return tuple(s for s in self.sites if s.fused)
+
+    @property
+    def declined(self) -> tuple[Site, ...]:
+        return tuple(s for s in self.sites if not s.fused)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many all-reduces were fused, how the graph was cut."""
+        islands = sum(p.island for p in self.pieces)
+        cut = f"{len(self.pieces) - islands} pieces and {islands} islands" if islands else "one piece"
+        return (
+            f"{len(self.fused)} of {len(self.sites)} all-reduces fused (collective: {self.collective}); "
+            f"{cut}; capture: {self.graphs or 'off'}"
+        )
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        parts = [f"ringfence: {self.summary}"]
+        if self.sites:
+            rows = [
+                (
+                    s.index,
+                    "fused" if s.fused else s.decline.reason if s.decline else "",
+                    s.kind or "",
+                    s.group or "",
+                    s.dtype,
+                    s.hidden_size if s.hidden_size is not None else "",
+                    f"{s.eps:.3g}" if s.eps is not None else "",
+                    s.module or "",
+                    _short(s.source),
+                )
+                for s in self.sites
+            ]
+            headers = ("site", "outcome", "fused op", "group", "dtype", "hidden", "eps", "module", "source")
+            parts.append(tabulate(rows, headers, disable_numparse=True))
+            parts += [f"site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in self.sites)]
+        if len(self.pieces) > 1:
+            rows = [(p.name, "eager" if p.island else "piece", p.nodes, ", ".join(p.ops)) for p in self.pieces]
+            parts.append(tabulate(rows, ("part", "runs as", "nodes", "because of")))
+        parts += [
+            f"{ops}: {text}" for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in self.verdicts)
+        ]
+        parts += [f"note: {note}" for note in self.notes]
+        return "\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values; the schema is docs/report.md."""
+        return {
+            "schema": SCHEMA,
+            "summary": self.summary,
+            "collective": self.collective,
+            "graphs": self.graphs,
+            "sites": [_site(s) for s in self.sites],
+            "pieces": [
+                {"index": p.index, "name": p.name, "island": p.island, "ops": list(p.ops), "nodes": p.nodes}
+                for p in self.pieces
+            ],
+            "verdicts": [
+                {
+                    "node": v.node,
+                    "op": v.op,
+                    "decision": str(v.decision),
+                    "rule": v.rule,
+                    "message": v.message,
+                    "source": v.source,
+                    "site": v.site,
+                }
+                for v in self.verdicts
+            ],
+            "options": self.options,
+            "versions": self.versions,
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+
+def assert_fused(report: CompileReport, count: int | None = None) -> None:
+    """Check how many all-reduces of a compiled graph were fused.
+
+    ``count`` is the exact number expected; None expects all of them, and at least one.
+    Raises :class:`NotFusedError` (an ``AssertionError``) with the reason of every site
+    that was not fused.
+    """
+    if not isinstance(report, CompileReport):
+        raise TypeError(f"assert_fused takes a CompileReport (one of Backend.reports), not {type(report).__name__}")
+    expected = count if count is not None else max(len(report.sites), 1)
+    if len(report.fused) == expected:
+        return
+    lines = [f"{len(report.fused)} all-reduces were fused, {expected} were expected ({len(report.sites)} in the graph)"]
+    lines += [
+        f"  site {s.index} ({s.module or s.node}, {s.source or 'source unknown'}): "
+        f"{s.decline.reason}: {s.decline.message}"
+        for s in report.declined
+        if s.decline
+    ]
+    lines += [f"  {note}" for note in report.notes]
+    raise NotFusedError("\n".join(lines))
+
+
+def _site(site: Site) -> dict[str, Any]:
+    return {
+        "index": site.index,
+        "kind": str(site.kind) if site.kind else None,
+        "fused": site.fused,
+        "reason": str(site.decline.reason) if site.decline else None,
+        "message": site.message,
+        "group": site.group,
+        "dtype": site.dtype,
+        "hidden_size": site.hidden_size,
+        "eps": site.eps,
+        "has_residual": site.has_residual,
+        "source": site.source,
+        "module": site.module,
+        "roundings": [r.name.lower() for r in site.roundings],
+    }
+
+
+def _short(source: str | None) -> str:
+    """The last two parts of a path: enough to recognise, short enough for a table."""
+    return "/".join(source.replace("\\", "/").split("/")[-2:]) if source else ""
+
+
+def _grouped(pairs: Iterable[tuple[object, str]]) -> list[tuple[str, str]]:
+    """``[("0, 1", text), ...]``: the same sentence once, for all that it is about."""
+    texts: dict[str, list[str]] = {}
+    for key, text in pairs:
+        if text and str(key) not in texts.setdefault(text, []):
+            texts[text].append(str(key))
+    return [(", ".join(keys), text) for text, keys in texts.items()]

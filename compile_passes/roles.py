@@ -1,0 +1,230 @@
+"""The role each ATen op plays around an all-reduce.
+
+Recognition is by role, not by traced pattern: the same residual add and
+RMSNorm reach us as ``aten._to_copy`` or ``prims.convert_element_type``, as
+``pow``, ``square`` or ``x * x``, as ``mean`` or ``sum / H``. This module is the
+vocabulary; :mod:`norms` and :mod:`find` are the grammar. Every function answers
+one question about one node and never looks further than its arguments.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TypeGuard
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..runtime.errors import GraphMetadataError
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+c10d = torch.ops._c10d_functional
+
+#: Ops that hand on the values of their first argument, perhaps in another shape.
+_VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+}
+_CASTS = {aten._to_copy.default, prims.convert_element_type.default, aten.to.dtype}
+
+#: Bits of mantissa; a cast that does not lower them keeps every value exactly.
+_MANTISSA = {
+    torch.bfloat16: 7,
+    torch.float16: 10,
+    torch.float32: 23,
+    torch.float64: 52,
+}
+
+
+def calls(node: object, *targets: object) -> TypeGuard[Node]:
+    """Whether ``node`` is a call of one of ``targets``."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def tensor(node: Node) -> torch.Tensor:
+    """The fake tensor that describes ``node``'s value."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise GraphMetadataError(
+            f"node '{node.name}' ({node.target}) has no tensor in meta['val']; run the passes on a graph "
+            "from aot_autograd or make_fx, or propagate fake tensors through it first"
+        )
+    return value
+
+
+def is_tensor(node: object) -> TypeGuard[Node]:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Equality that never adds a guard: unknown counts as different."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    left, right = tensor(a).shape, tensor(b).shape
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def shape_text(node: Node) -> str:
+    return "[" + ", ".join(str(d) for d in tensor(node).shape) + "]"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def view_input(node: object) -> Node | None:
+    """The input of a reshape-like op that keeps rows whole (same last dimension)."""
+    if not calls(node, *_VIEWS):
+        return None
+    source = node.args[0]
+    if not is_tensor(source) or tensor(source).ndim == 0 or tensor(node).ndim == 0:
+        return None
+    keeps_rows = same_size(tensor(source).shape[-1], tensor(node).shape[-1])
+    return source if keeps_rows else None
+
+
+def cast_input(node: object) -> Node | None:
+    """The input of a dtype conversion on the same device."""
+    if not calls(node, *_CASTS):
+        return None
+    source = node.args[0]
+    if is_tensor(source) and tensor(source).device == tensor(node).device:
+        return source
+    return None
+
+
+def is_widening(node: Node) -> bool:
+    """Whether a cast keeps every value (bfloat16 or float16 to float32, say)."""
+    source = cast_input(node)
+    if source is None:
+        return False
+    old, new = tensor(source).dtype, tensor(node).dtype
+    if old == new:
+        return True
+    if {old, new} == {torch.bfloat16, torch.float16}:
+        return False  # neither range nor precision contains the other
+    return old in _MANTISSA and new in _MANTISSA and _MANTISSA[old] < _MANTISSA[new]
+
+
+def copied_value(node: object) -> Node | None:
+    """``src`` of ``aten.copy(dst, src)`` when it is no broadcast and no cast.
+
+    In-place ``dist.all_reduce`` leaves this node behind when AOT makes the graph
+    functional.
+    """
+    if not calls(node, aten.copy.default):
+        return None
+    source = node.args[1]
+    if is_tensor(source) and same_shape(source, node) and tensor(source).dtype == tensor(node).dtype:
+        return source
+    return None
+
+
+def origin(node: Node) -> Node:
+    """``node`` without the views and exact casts on top of it."""
+    while True:
+        source = view_input(node) or copied_value(node)
+        if source is None and is_widening(node):
+            source = cast_input(node)
+        if source is None:
+            return node
+        node = source
+
+
+def as_number(value: object) -> float | None:
+    """A Python number, or the number that a constant tensor node was made from."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    if calls(value, aten.scalar_tensor.default, aten.full.default):
+        return as_number(value.args[-1] if value.target is aten.full.default else value.args[0])
+    return None
+
+
+def binary(node: object, *targets: object) -> tuple[object, object] | None:
+    """Both operands of an unscaled binary op (``alpha`` must be 1)."""
+    if not calls(node, *targets) or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    return node.args[0], node.args[1]
+
+
+def is_add(node: object) -> TypeGuard[Node]:
+    return calls(node, aten.add.Tensor, aten.add.Scalar)
+
+
+def mul_operands(node: object) -> tuple[object, object] | None:
+    return binary(node, aten.mul.Tensor, aten.mul.Scalar)
+
+
+def squared(node: object) -> Node | None:
+    """``x`` of ``x ** 2``, ``square(x)`` or ``x * x``."""
+    if calls(node, aten.pow.Tensor_Scalar) and as_number(node.args[1]) == 2.0:
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    if calls(node, aten.square.default):
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    pair = mul_operands(node)
+    if pair and is_tensor(pair[0]) and is_tensor(pair[1]) and same_value(pair[0], pair[1]):
+        return pair[0]
+    return None
+
+
+def same_value(a: Node, b: Node) -> bool:
+    """Whether two nodes hold the same tensor, perhaps through separate exact casts of it."""
+    return a is b or (origin(a) is origin(b) and same_shape(a, b) and tensor(a).dtype == tensor(b).dtype)
+
+
+def without_column(node: Node) -> Node:
+    """``node`` before ``unsqueeze(-1)``, which only gives a row statistic its column back."""
+    if calls(node, aten.unsqueeze.default) and is_tensor(node.args[0]):
+        inner = node.args[0]
+        if node.args[1] in (-1, tensor(inner).ndim):
+            return inner
+    return node
+
+
+def square_root(node: object) -> Node | None:
+    if calls(node, aten.sqrt.default):
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    if calls(node, aten.pow.Tensor_Scalar) and as_number(node.args[1]) == 0.5:
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    return None
+
+
+def reciprocal_root(node: object) -> Node | None:
+    """``v`` of ``rsqrt(v)``, ``v ** -0.5``, ``reciprocal(sqrt(v))`` or ``1 / sqrt(v)``."""
+    if calls(node, aten.rsqrt.default):
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    if calls(node, aten.pow.Tensor_Scalar) and as_number(node.args[1]) == -0.5:
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    if calls(node, aten.reciprocal.default):
+        return square_root(node.args[0])
+    pair = binary(node, aten.div.Tensor)
+    if pair and as_number(pair[0]) == 1.0:
+        return square_root(pair[1])
+    pair = mul_operands(node)
+    if pair:  # how `1 / t` on a Python one is traced: reciprocal(t) * 1
+        for one, other in (pair, pair[::-1]):
+            if as_number(one) == 1.0 and calls(other, aten.reciprocal.default):
+                return square_root(other.args[0])
+    return None
+
+
+def first_output(node: Node) -> Node | None:
+    """The one ``getitem(node, 0)`` of a multi-output op."""
+    items = [u for u in node.users if calls(u, operator.getitem) and u.args[1] == 0]
+    return items[0] if len(items) == 1 else None

@@ -1,0 +1,87 @@
+"""What the sizes of a call mean: token count, and which dimensions padding may grow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from ..runtime.program import Padding, SizeRule
+from .find import Candidate
+from .roles import is_tensor, tensor
+
+
+def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: frozenset[int]) -> SizeRule:
+    """Read before :func:`fuse`, while the all-reduces are in the graph.
+
+    The token count is the number of rows of the first all-reduce; in a graph without
+    one, the leading dimension of the first input that is no parameter.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for i, node in enumerate(placeholders):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            _bind(symbols, value, (i, None))
+        elif isinstance(value, torch.Tensor):
+            for d, dim in enumerate(value.shape):
+                _bind(symbols, dim, (i, d))
+    rows = _rows(gm, candidates, placeholders, static_inputs)
+    expression = rows.node.expr if isinstance(rows, torch.SymInt) else sympy.Integer(rows)
+
+    def tokens(sizes: tuple[int, ...]) -> int:
+        return int(expression.xreplace(dict(zip(symbols, map(sympy.Integer, sizes), strict=True))))
+
+    return SizeRule(tuple(symbols.values()), tokens)
+
+
+def _bind(symbols: dict[sympy.Symbol, tuple[int, int | None]], dim: object, where: tuple[int, int | None]) -> None:
+    if isinstance(dim, torch.SymInt) and isinstance(dim.node.expr, sympy.Symbol):
+        symbols.setdefault(dim.node.expr, where)
+
+
+def _rows(
+    gm: GraphModule, candidates: Sequence[Candidate], placeholders: Sequence[Node], static_inputs: frozenset[int]
+) -> int | torch.SymInt:
+    by_name = {n.name: n for n in gm.graph.nodes}
+    for candidate in candidates:
+        node = by_name[candidate.site.node]
+        if is_tensor(node):
+            return math.prod(tensor(node).shape[:-1])
+    for i, node in enumerate(placeholders):
+        if i not in static_inputs and is_tensor(node) and tensor(node).ndim:
+            return tensor(node).shape[0]
+    return 0
+
+
+def padding(gm: GraphModule, rule: SizeRule) -> Padding | None:
+    """Which dimensions to pad, or None when the graph cannot be padded.
+
+    Padding needs exactly one size symbol, and every dynamic dimension of an input or
+    an output to be that symbol itself: of a dimension like ``2 * s`` nobody knows which
+    rows are the caller's.
+    """
+    if len(rule.bindings) != 1:
+        return None
+    (output,) = gm.graph.find_nodes(op="output")
+    outputs = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
+    inputs = {i: _dynamic_dims(n) for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    returned = {i: _dynamic_dims(n) for i, n in enumerate(outputs) if isinstance(n, Node)}
+    if any(isinstance(n, Node) and not is_tensor(n) for n in outputs):
+        return None  # a size is returned as a number; the caller would get the padded one
+    if None in inputs.values() or None in returned.values():
+        return None
+    return Padding({i: d for i, d in inputs.items() if d}, {i: d for i, d in returned.items() if d})
+
+
+def _dynamic_dims(node: Node) -> tuple[int, ...] | None:
+    """Dimensions that are a size symbol; None when one is an expression of it."""
+    if not is_tensor(node):
+        return ()
+    dims = [(d, n.node.expr) for d, n in enumerate(tensor(node).shape) if isinstance(n, torch.SymInt)]
+    if any(not isinstance(expr, sympy.Symbol) and not expr.is_number for _, expr in dims):
+        return None
+    return tuple(d for d, expr in dims if isinstance(expr, sympy.Symbol))

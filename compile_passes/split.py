@@ -1,0 +1,120 @@
+"""Split: cut the graph at the ops that must run eagerly.
+
+The graph becomes a line of pieces (compiled, captured) and islands (eager). Rules:
+
+- original order is kept; torch's default would reorder side effects silently;
+- consecutive eager ops share an island, and a ``getitem`` stays with its producer;
+- a run of nodes that launches no kernel (views, sizes) joins the island beside it,
+  because a graph of nothing is not worth a replay;
+- one op is one node, so a protocol of several launches is never cut in two.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.split_module import split_module
+
+from .judge import Decision, Verdict
+from .roles import _VIEWS, aten, c10d, calls
+
+_NO_KERNEL = _VIEWS - {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default} | {
+    operator.getitem,
+    aten.sym_size.int,
+    aten.sym_stride.int,
+    aten.sym_numel.default,
+    aten.t.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One part of the split graph, in the order of execution.
+
+    ``name`` is the submodule's; ``island`` says that it runs eagerly, because of
+    ``ops``; ``nodes`` counts its operations.
+    """
+
+    index: int
+    name: str
+    island: bool
+    ops: tuple[str, ...]
+    nodes: int
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    pieces: tuple[Piece, ...]
+
+    @property
+    def islands(self) -> tuple[Piece, ...]:
+        return tuple(p for p in self.pieces if p.island)
+
+
+def split(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, GraphModule]:
+    """The plan, and a module that calls ``submod_0``, ``submod_1``, ... in its order."""
+    eager = {v.node: v.op for v in verdicts if v.decision is Decision.SPLIT}
+    _gather_getitems(gm)
+    runs = _runs(gm, eager)
+    index_of = {node: i for i, (_, nodes) in enumerate(runs) for node in nodes}
+    pieces = tuple(
+        Piece(
+            index=i,
+            name=f"submod_{i}",
+            island=island,
+            ops=tuple(dict.fromkeys(eager[n.name] for n in nodes if n.name in eager)),
+            nodes=len(nodes),
+        )
+        for i, (island, nodes) in enumerate(runs)
+    )
+    whole = split_module(gm, None, lambda n: index_of[n], keep_original_order=True)
+    return SplitPlan(pieces), whole
+
+
+def _gather_getitems(gm: GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        for user in list(node.users):
+            if calls(user, operator.getitem):
+                node.append(user)
+
+
+def _runs(gm: GraphModule, eager: Collection[str]) -> list[tuple[bool, list[Node]]]:
+    """Maximal runs of nodes that are all eager or all not."""
+    island: set[Node] = set()
+    runs: list[tuple[bool, list[Node]]] = []
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        follows = calls(node, operator.getitem, c10d.wait_tensor.default) and node.args[0] in island
+        if node.name in eager or follows:
+            island.add(node)
+        if not runs or runs[-1][0] != (node in island):
+            runs.append((node in island, []))
+        runs[-1][1].append(node)
+    merged: list[tuple[bool, list[Node]]] = []
+    several = len(runs) > 1
+    for is_island, nodes in runs:
+        is_island = is_island or (several and not any(map(_launches, nodes)))
+        if merged and merged[-1][0] == is_island:
+            merged[-1][1].extend(nodes)
+        else:
+            merged.append((is_island, nodes))
+    return merged
+
+
+def _launches(node: Node) -> bool:
+    if node.op == "get_attr" or isinstance(node.meta.get("val"), torch.SymInt | int):
+        return False
+    return not calls(node, *_NO_KERNEL)

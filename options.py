@@ -1,0 +1,151 @@
+"""The options of the backend, validated where they enter."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .runtime.errors import CollectiveUnavailableError, OptionsError
+
+if TYPE_CHECKING:
+    from .compile_passes.report import CompileReport
+
+_CHOICES = {
+    "collective": ("auto", "reference", "trtllm", "mnnvl"),
+    "piece_compiler": ("inductor", "eager"),
+    "numerics": ("kernel", "strict"),
+    "graphs": ("auto", "cuda", "simulated"),
+}
+_FLAGS = ("verify", "pad_to_capture_size", "static_outputs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of the backend. Build it with :meth:`parse`.
+
+    collective: who carries out a fused all-reduce. ``"auto"`` takes the best that can run here.
+    split_ops: ops (``"namespace::name"`` or ``"namespace::name.overload"``) that run eagerly between pieces.
+    capture_sizes: token counts to capture; empty captures nothing.
+    piece_compiler: ``"inductor"``, or ``"eager"`` to run the ATen graph as it is.
+    numerics: ``"kernel"`` fuses also where the source rounds at another place than the fused op
+        and notes it; ``"strict"`` declines those sites.
+    verify: run every rewrite against what it replaces, on generated inputs, before it is accepted.
+    max_tokens: the largest token count a fused kernel is prepared for.
+    all_reduce_ops: an engine's own all-reduce ops: names, or a mapping from name to group name for
+        ops that do not take the group as an argument.
+    groups: names of the process groups to fuse over; None means all.
+    graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs and the simulation elsewhere.
+    pad_to_capture_size: serve a size between two captured ones by the larger, with zero rows. Only
+        right for models whose rows do not look at each other outside ``split_ops``.
+    static_outputs: return the captured output buffers themselves. They hold until the next call.
+    on_report: called with the :class:`CompileReport` of every compiled graph.
+    """
+
+    collective: str = "auto"
+    split_ops: tuple[str, ...] = ()
+    capture_sizes: tuple[int, ...] = ()
+    piece_compiler: str = "inductor"
+    numerics: str = "kernel"
+    verify: bool = False
+    max_tokens: int | None = None
+    all_reduce_ops: Mapping[str, str | None] = field(default_factory=dict)
+    groups: tuple[str, ...] | None = None
+    graphs: str = "auto"
+    pad_to_capture_size: bool = False
+    static_outputs: bool = False
+    on_report: Callable[[CompileReport], None] | None = None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Options:
+        """Options from keyword arguments.
+
+        Raises :class:`OptionsError` naming the valid keys or values, and
+        :class:`CollectiveUnavailableError` for a collective without a runtime here.
+        """
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for key in given:
+            if key not in valid:
+                near = difflib.get_close_matches(key, valid, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise OptionsError(f"unknown option '{key}'{hint} Valid options: {', '.join(valid)}")
+        checked = dict(given)
+        for key, choices in _CHOICES.items():
+            if checked.get(key, choices[0]) not in choices:
+                raise OptionsError(f"{key}={checked[key]!r} is not one of {list(choices)}")
+        for key in _FLAGS:
+            if not isinstance(checked.get(key, False), bool):
+                raise OptionsError(f"{key}={checked[key]!r} is not a bool")
+        for key in ("split_ops", "groups"):
+            if checked.get(key) is not None:
+                checked[key] = _strings(key, checked[key])
+        for name in checked.get("split_ops", ()):
+            _check_op_name("split_ops", name)
+        if "all_reduce_ops" in checked:
+            checked["all_reduce_ops"] = _all_reduce_ops(checked["all_reduce_ops"])
+        _check_sizes(checked)
+        callback = checked.get("on_report")
+        if callback is not None and not callable(callback):
+            raise OptionsError(f"on_report={callback!r} is not callable")
+        options = cls(**checked)
+        if options.pad_to_capture_size and not options.capture_sizes:
+            raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
+        if options.collective in ("trtllm", "mnnvl"):
+            raise CollectiveUnavailableError(
+                f"collective='{options.collective}': this version of ringfence has no runtime for FlashInfer's "
+                "kernels yet; use collective='auto' or 'reference'"
+            )
+        return options
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready values; a callable becomes whether it is set."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["on_report"] = self.on_report is not None
+        return {
+            k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in values.items()
+        }
+
+
+def _strings(key: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise OptionsError(f"{key}={value!r} is not a list of strings")
+    wrong = [v for v in value if not isinstance(v, str)]
+    if wrong:
+        raise OptionsError(f"{key} holds {wrong[0]!r}, which is not a string")
+    return tuple(value)
+
+
+def _check_op_name(key: str, name: str) -> None:
+    namespace, _, rest = name.partition("::")
+    if not namespace or not rest:
+        raise OptionsError(f"{key} holds '{name}'; an op is named 'namespace::name' or 'namespace::name.overload'")
+
+
+def _all_reduce_ops(value: object) -> dict[str, str | None]:
+    ops: dict[str, str | None]
+    if isinstance(value, Mapping):
+        ops = dict(value)
+        if any(not isinstance(k, str) or not isinstance(v, str | None) for k, v in ops.items()):
+            raise OptionsError(f"all_reduce_ops={value!r} does not map op names to group names (or None)")
+    else:
+        ops = dict.fromkeys(_strings("all_reduce_ops", value))
+    for name in ops:
+        _check_op_name("all_reduce_ops", name)
+    return ops
+
+
+def _check_sizes(checked: dict[str, Any]) -> None:
+    limit = checked.get("max_tokens")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise OptionsError(f"max_tokens={limit!r} is not a positive integer")
+    sizes = checked.get("capture_sizes", ())
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence | set | frozenset | range):
+        raise OptionsError(f"capture_sizes={sizes!r} is not a list of token counts")
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise OptionsError(f"capture_sizes holds {size!r}, which is not a positive integer")
+        if limit is not None and size > limit:
+            raise OptionsError(f"capture_sizes holds {size}, more than max_tokens={limit}")
+    checked["capture_sizes"] = tuple(sorted(set(sizes)))

@@ -1,0 +1,1 @@
+"""What runs: the fused ops, process groups, capture and replay. Never imports compile_passes."""

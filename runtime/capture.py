@@ -1,0 +1,145 @@
+"""The capture seam: what records a piece and replays it.
+
+The runner speaks to :class:`GraphBackend` and :class:`CapturedPiece` only, so its logic
+is the same over CUDA graphs and over the simulation, and is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from .errors import CaptureError
+
+
+class CapturedPiece(Protocol):
+    """A recorded piece. ``outputs`` live at fixed addresses and hold values after a replay."""
+
+    outputs: tuple[Any, ...]
+
+    def replay(self) -> None:
+        """Run the piece again on whatever its inputs' addresses hold now."""
+
+    def release(self) -> None:
+        """Give the recording and its memory back."""
+
+
+class GraphBackend(Protocol):
+    """Records pieces. One instance owns one memory pool, shared by all its pieces."""
+
+    name: str
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        """Run what is about to be captured, as it will be captured."""
+
+    def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
+        """Record ``call(*args)`` without running it. The arguments' addresses are baked in."""
+
+    def is_capturing(self) -> bool:
+        """Whether this thread is inside a capture, of this backend or of anybody's."""
+
+
+# -- CUDA ------------------------------------------------------------------------
+
+
+class CudaGraphs:
+    """CUDA graphs on one device: one pool, one side stream for warm-up and capture."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread is watched: NCCL's watchdog thread queries events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = tuple(call(*args))
+        return _CudaPiece(graph, outputs)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+
+class _CudaPiece:
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Any, ...]) -> None:
+        self.outputs = outputs
+        self._graph = graph
+        self.replay = graph.replay  # bound once: it is called for every piece of every step
+
+    def release(self) -> None:
+        self.outputs = ()
+        self._graph.reset()
+
+
+# -- simulation ------------------------------------------------------------------
+
+
+class SimulatedGraphs:
+    """CUDA-graph semantics on any device, for tests and for machines without a GPU.
+
+    What it keeps of the real thing: inputs are read from the addresses seen at capture
+    and outputs land at fixed ones; nothing is computed at capture, so outputs hold
+    poison until the first replay; nesting, host syncs and host collectives inside a
+    capture are errors. What it does not model: host code of a piece runs again at each
+    replay, and nothing is faster.
+    """
+
+    name = "simulated"
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        run()
+
+    def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
+        with _CaptureRules():
+            seen = call(*args)
+        outputs = tuple(_poisoned_like(o) if isinstance(o, Tensor) else o for o in seen)
+        return _SimulatedPiece(call, tuple(args), outputs)
+
+    def is_capturing(self) -> bool:
+        return any(isinstance(mode, _CaptureRules) for mode in _get_current_dispatch_mode_stack())
+
+
+class _SimulatedPiece:
+    def __init__(self, call: Callable[..., Sequence[Any]], args: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        self.outputs = outputs
+        self._call = call
+        self._args = args
+
+    def replay(self) -> None:
+        for landing, value in zip(self.outputs, self._call(*self._args), strict=True):
+            if isinstance(landing, Tensor):
+                landing.copy_(value)
+
+    def release(self) -> None:
+        self.outputs = self._args = ()
+
+
+class _CaptureRules(TorchDispatchMode):
+    """Raises on what a CUDA stream capture would reject or silently leave out."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if torch.Tag.data_dependent_output in func.tags:
+            raise CaptureError(f"{func} synchronises with the host and cannot be captured; add it to split_ops")
+        if func.namespace in ("_c10d_functional", "c10d", "ringfence"):
+            raise CaptureError(f"{func} runs on the host here and cannot be captured; add it to split_ops")
+        return func(*args, **(kwargs or {}))
+
+
+def _poisoned_like(tensor: Tensor) -> Tensor:
+    """A tensor of the same layout that no computation could have written."""
+    poison = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return poison.fill_(float("nan"))
+    return poison.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)

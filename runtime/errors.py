@@ -1,0 +1,60 @@
+"""Every error a user can meet, one class per kind of mistake.
+
+Each message names the offending thing and the remedy. All derive from
+:class:`RingfenceError`, so one ``except`` clause catches the product's own
+errors and nothing else.
+"""
+
+from __future__ import annotations
+
+
+class RingfenceError(Exception):
+    """Base of all errors that ringfence raises on purpose."""
+
+
+class OptionsError(RingfenceError, ValueError):
+    """An option is unknown, of the wrong type, or out of range."""
+
+
+class CollectiveUnavailableError(RingfenceError):
+    """The collective that was asked for has no runtime in this process."""
+
+
+class GroupError(RingfenceError):
+    """The process group of an all-reduce does not exist in this process."""
+
+
+class InputError(RingfenceError, ValueError):
+    """The graph's inputs cannot be served: no tokens, or several devices."""
+
+
+class GraphMetadataError(RingfenceError):
+    """A pass was given a graph without the ``val`` metadata it reads."""
+
+
+class NotFusedError(RingfenceError, AssertionError):
+    """:func:`ringfence.assert_fused` found another number of fused sites."""
+
+
+class TargetError(RingfenceError):
+    """The target of ``ringfence explain`` cannot be loaded or compiled."""
+
+
+class CaptureError(RingfenceError):
+    """A capture or a replay is refused, or a capture failed and was undone."""
+
+
+class NestedCaptureError(CaptureError):
+    """A capture was started while another one runs on this thread."""
+
+
+class GradModeError(CaptureError):
+    """The runner was called with grad mode on and an input that needs grad."""
+
+
+class AddressChangedError(CaptureError):
+    """A parameter moved since its address was baked into a captured graph."""
+
+
+class DataDependentValueError(CaptureError):
+    """An eager island returned another number than when the graph was captured."""

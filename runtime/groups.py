@@ -1,0 +1,44 @@
+"""Process groups, by the names that graphs carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from .errors import GroupError
+
+
+@dataclass(frozen=True)
+class Group:
+    """``backend`` is what serves the tensors' device: "gloo", "nccl", "fake", ..."""
+
+    name: str
+    backend: str
+    size: int
+    rank: int
+
+
+def describe_group(name: str, device: torch.device) -> Group:
+    """The group with this name. Raises :class:`GroupError` where there is none."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise GroupError(
+            f"the model all-reduces over group '{name}', and no process group is initialised; "
+            "call torch.distributed.init_process_group before compiling"
+        )
+    try:
+        group = _resolve_process_group(name)
+    except RuntimeError as error:
+        raise GroupError(
+            f"the model all-reduces over group '{name}', which does not exist in this process; "
+            f"the default group is '{dist.group.WORLD.group_name}'"
+        ) from error
+    try:
+        backend = group._get_backend(device).name()
+    except RuntimeError as error:
+        raise GroupError(
+            f"group '{name}' has no backend for {device.type} tensors; create it with one for that device"
+        ) from error
+    return Group(name, backend, group.size(), group.rank())

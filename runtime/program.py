@@ -1,0 +1,77 @@
+"""What the runner runs: a straight line of calls over numbered slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """Call ``call(*slots[inputs])`` and put what it returns into ``slots[outputs]``.
+
+    ``island`` steps run eagerly, always. ``frees`` are the slots that nothing reads
+    after this step.
+    """
+
+    name: str
+    call: Callable[..., Sequence[Any]]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    island: bool
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A split graph as a straight line.
+
+    The first ``len(inputs)`` slots are the arguments, named by ``inputs``; ``constants``
+    are put into their slots before the first step. ``static_inputs`` are the arguments
+    that stay where they are between calls: parameters and buffers.
+    """
+
+    steps: tuple[Step, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[int, ...]
+    slots: int
+    constants: tuple[tuple[int, Any], ...]
+    static_inputs: frozenset[int]
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """How the sizes of a call are read from its arguments.
+
+    Each binding is one size symbol of the graph: argument ``i`` itself (an int), or
+    dimension ``d`` of argument ``i``. The tuple of their values is a call's *sizes*;
+    every shape in the graph is a function of it. ``tokens`` computes the token count,
+    the number of rows that the first all-reduce sums.
+    """
+
+    bindings: tuple[tuple[int, int | None], ...]
+    tokens: Callable[[tuple[int, ...]], int]
+
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(args[i] if d is None else args[i].shape[d] for i, d in self.bindings)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which dimensions grow with the one size of the graph, by argument and by output.
+
+    Only graphs with one size symbol can be padded: then each dynamic dimension is
+    that symbol, and a call of ``n`` rows is a call of ``N >= n`` rows whose last
+    ``N - n`` are zero.
+    """
+
+    inputs: dict[int, tuple[int, ...]]
+    outputs: dict[int, tuple[int, ...]]
+
+    def size_for(self, tokens: int, rule: SizeRule, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The sizes that have ``tokens`` tokens, or None when no whole number does."""
+        (size,) = sizes
+        padded = (math.ceil(tokens * size / rule.tokens(sizes)),)
+        return padded if rule.tokens(padded) == tokens else None

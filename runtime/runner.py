@@ -1,0 +1,266 @@
+"""PiecewiseRunner: run a split graph, capturing its pieces where a size was asked for.
+
+The first call of a captured size warms up, then records piece after piece and
+replays each at once, so that the islands between them see real data and the call
+returns its result. Later calls of that size copy their inputs into the static
+buffers, replay the pieces and run the islands. Any other size runs uncaptured.
+
+What makes a replay right is checked, always:
+
+- parameters are where they were at capture (:class:`AddressChangedError`);
+- the outputs of an island land in buffers whose addresses the next piece knows;
+- a number that an island returns is the one that was baked in
+  (:class:`DataDependentValueError`);
+- no call runs inside a capture, or in grad mode with inputs that need grad.
+
+A capture that throws leaves nothing behind: its pieces are released, the size
+counts as never captured, and the next call may try again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capture import CapturedPiece, GraphBackend
+from .errors import (
+    AddressChangedError,
+    CaptureError,
+    DataDependentValueError,
+    GradModeError,
+    NestedCaptureError,
+)
+from .program import Padding, Program, SizeRule, Step
+
+#: Runs before a capture: one loads modules and picks algorithms, one shows that it is quiet.
+_WARM_UPS = 2
+
+
+@dataclass
+class _Entry:
+    """Everything recorded for one tuple of sizes."""
+
+    sizes: tuple[int, ...]
+    slots: list[Any]
+    actions: list[Callable[[], None]]
+    pieces: list[CapturedPiece]
+    addresses: list[int]
+
+
+class PiecewiseRunner:
+    """Calls a :class:`Program` with the arguments of its graph; returns a list of outputs.
+
+    graphs: what captures; None never captures.
+    capture_sizes: token counts to capture.
+    padding: serve a size below a captured one by that one; None does not pad.
+    static_outputs: return the captured buffers themselves, valid until the next call,
+        instead of copies that the caller owns.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sizes: SizeRule,
+        graphs: GraphBackend | None = None,
+        capture_sizes: Collection[int] = (),
+        *,
+        padding: Padding | None = None,
+        static_outputs: bool = False,
+    ) -> None:
+        self._program = program
+        self._sizes = sizes
+        self._graphs = graphs if capture_sizes else None
+        self._capture_sizes = sorted(capture_sizes)
+        self._padding = padding
+        self._static_outputs = static_outputs
+        self._entries: dict[tuple[int, ...], _Entry] = {}
+        self._static = sorted(program.static_inputs)
+        self._dynamic = [i for i in range(len(program.inputs)) if i not in program.static_inputs]
+
+    @property
+    def captured_sizes(self) -> list[tuple[int, ...]]:
+        """The tuples of sizes that have been captured so far."""
+        return list(self._entries)
+
+    def __call__(self, *args: Any) -> list[Any]:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise GradModeError(
+                "the runner serves inference and was called in grad mode with inputs that require grad; "
+                "call it under torch.no_grad() or torch.inference_mode()"
+            )
+        if self._graphs is None:
+            return self._run(args)
+        if self._graphs.is_capturing():
+            raise NestedCaptureError(
+                "the model captures its own pieces and was called inside another capture; "
+                "compile it with capture_sizes=() to capture it from outside"
+            )
+        sizes = self._sizes.sizes(args)
+        target = self._target(sizes)
+        if target is None:
+            return self._run(args)
+        entry = self._entries.get(target)
+        if entry is None:
+            entry = self._capture(target, sizes, args)
+        else:
+            self._check_addresses(entry, args)
+            self._load(entry, sizes, args)
+            for action in entry.actions:
+                action()
+        return self._outputs(entry, sizes, args)
+
+    # -- uncaptured ------------------------------------------------------------------
+
+    def _run(self, args: Sequence[Any]) -> list[Any]:
+        slots = self._slots(args)
+        self._run_steps(slots)
+        return [slots[i] for i in self._program.outputs]
+
+    def _slots(self, args: Sequence[Any]) -> list[Any]:
+        slots = [*args, *[None] * (self._program.slots - len(args))]
+        for slot, value in self._program.constants:
+            slots[slot] = value
+        return slots
+
+    def _run_steps(self, slots: list[Any]) -> None:
+        for step in self._program.steps:
+            values = step.call(*[slots[i] for i in step.inputs])
+            for slot, value in zip(step.outputs, values, strict=True):
+                slots[slot] = value
+            for slot in step.frees:
+                slots[slot] = None
+
+    # -- which captured size serves this call ----------------------------------------
+
+    def _target(self, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+        if sizes in self._entries:
+            return sizes
+        tokens = self._sizes.tokens(sizes)
+        if tokens in self._capture_sizes:
+            return sizes
+        if self._padding is None:
+            return None
+        larger = (n for n in self._capture_sizes if n > tokens)
+        return next(filter(None, (self._padding.size_for(n, self._sizes, sizes) for n in larger)), None)
+
+    # -- captured ----------------------------------------------------------------------
+
+    def _load(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+        """Copy the call's inputs into the static buffers; rows that are padding become zero."""
+        grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
+        for i in self._dynamic:
+            buffer = entry.slots[i]
+            if not isinstance(buffer, Tensor):
+                continue
+            if i in grown:
+                buffer.zero_()
+                buffer = _narrow(buffer, grown[i], sizes[0])
+            _writable(buffer).copy_(_writable(args[i]))
+
+    def _outputs(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
+        grown = self._padding.outputs if self._padding is not None and sizes != entry.sizes else {}
+        outputs = []
+        for position, slot in enumerate(self._program.outputs):
+            if slot < len(args):  # the graph returns an input: the caller's own, not our copy of it
+                outputs.append(args[slot])
+                continue
+            value = entry.slots[slot]
+            if position in grown:
+                value = _narrow(value, grown[position], sizes[0])
+            if isinstance(value, Tensor) and not self._static_outputs:
+                value = value.clone()
+            outputs.append(value)
+        return outputs
+
+    def _check_addresses(self, entry: _Entry, args: Sequence[Any]) -> None:
+        addresses = [args[i].data_ptr() for i in self._static]
+        if addresses != entry.addresses:
+            moved = next(i for i, a, b in zip(self._static, addresses, entry.addresses, strict=True) if a != b)
+            raise AddressChangedError(
+                f"parameter '{self._program.inputs[moved]}' moved since sizes {entry.sizes} were captured; "
+                "update parameters in place (p.copy_(new)), or recompile with torch._dynamo.reset()"
+            )
+
+    def _capture(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> _Entry:
+        graphs = self._graphs
+        assert graphs is not None
+        slots = self._slots(args)
+        grown = self._padding.inputs if self._padding is not None and target != sizes else {}
+        for i in self._dynamic:
+            if isinstance(args[i], Tensor):
+                slots[i] = _static_like(args[i], grown.get(i, ()), target)
+            elif grown and isinstance(args[i], int):
+                slots[i] = target[0]  # a graph that can be padded has one size, and this is it
+        entry = _Entry(target, slots, [], [], [args[i].data_ptr() for i in self._static])
+        self._load(entry, sizes, args)
+        for _ in range(_WARM_UPS):
+            graphs.warm_up(lambda: self._run_steps(list(slots)))
+        for step in self._program.steps:
+            try:
+                action = self._record_island(step, entry) if step.island else self._record_piece(step, entry, graphs)
+            except Exception as error:
+                for piece in entry.pieces:
+                    piece.release()
+                raise CaptureError(
+                    f"capture of '{step.name}' at sizes {target} failed and was undone: {error}"
+                ) from error
+            entry.actions.append(action)
+        self._entries[target] = entry
+        return entry
+
+    def _record_piece(self, step: Step, entry: _Entry, graphs: GraphBackend) -> Callable[[], None]:
+        piece = graphs.capture(step.call, [entry.slots[i] for i in step.inputs])
+        entry.pieces.append(piece)
+        for slot, value in zip(step.outputs, piece.outputs, strict=True):
+            entry.slots[slot] = value
+        piece.replay()
+        return piece.replay
+
+    def _record_island(self, step: Step, entry: _Entry) -> Callable[[], None]:
+        call, args = step.call, [entry.slots[i] for i in step.inputs]
+        landings = []
+        for slot, value in zip(step.outputs, call(*args), strict=True):
+            landing = _static_like(value) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                _writable(landing).copy_(_writable(value))
+            entry.slots[slot] = landing
+            landings.append(landing)
+
+        def run() -> None:
+            for landing, value in zip(landings, call(*args), strict=True):
+                if isinstance(landing, Tensor):
+                    _writable(landing).copy_(_writable(value))
+                elif landing != value:
+                    raise DataDependentValueError(
+                        f"island '{step.name}' returned {value}, and {landing} was captured; "
+                        "add the ops that use this number to split_ops"
+                    )
+
+        return run
+
+
+def _static_like(tensor: Tensor, padded_dims: tuple[int, ...] = (), sizes: tuple[int, ...] = ()) -> Tensor:
+    """A buffer with the layout of ``tensor``, its padded dimensions grown to the captured size."""
+    if not padded_dims:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    shape = [sizes[0] if d in padded_dims else n for d, n in enumerate(tensor.shape)]
+    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _narrow(tensor: Tensor, dims: tuple[int, ...], size: int) -> Tensor:
+    """The part of a padded tensor that belongs to the caller's rows."""
+    for dim in dims:
+        tensor = tensor.narrow(dim, 0, size)
+    return tensor
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """``tensor`` without repeats of one element: expanded dimensions are cut to their first entry."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
