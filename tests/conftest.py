@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import start_fake_group
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fake_group() -> Iterator[None]:
+    """Two fake ranks, of which this process is the first."""
+    start_fake_group(2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """No compiled code of another test."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,153 @@
+"""What the tests share: graphs on fake groups, threaded ranks, real ranks with a hard end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ringfence.compile_passes import Site, find, fuse
+
+#: Largest |ours - reference| / |reference|, by dtype: two roundings in half precision,
+#: the order of a sum in float32.
+TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-6}
+
+
+def start_fake_group(world_size: int = 2) -> None:
+    """A process group whose collectives do nothing: for the structure of graphs."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+
+def aot_graph(
+    fn: Callable[..., Any], *args: Any, inductor: bool = False, dynamic: Sequence[tuple[int, int]] = ()
+) -> GraphModule:
+    """The functional ATen graph that the backend would see.
+
+    ``inductor`` traces with Inductor's decompositions; ``dynamic`` lists (argument, dimension).
+    """
+    graphs: list[GraphModule] = []
+
+    def keep(gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        decompositions = select_decomp_table() if inductor else {}
+        return aot_autograd(  # type: ignore[no-any-return]
+            fw_compiler=keep, inference_compiler=keep, decompositions=decompositions
+        )(gm, example_inputs)
+
+    torch._dynamo.reset()
+    for argument, dim in dynamic:
+        torch._dynamo.mark_dynamic(args[argument], dim)
+    with torch.no_grad():
+        torch.compile(fn, backend=backend, fullgraph=True)(*args)
+    return graphs[-1]
+
+
+def fuse_graph(gm: GraphModule, **options: Any) -> list[Site]:
+    return fuse(gm, find(gm, **options))
+
+
+def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest |actual - reference| / (|reference| + rms of the reference's row / 100)."""
+    reference = reference.double()
+    floor = reference.square().mean(-1, keepdim=True).sqrt() / 100 + 1e-12
+    return float(((actual.double() - reference).abs() / (reference.abs() + floor)).max())
+
+
+def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = 60) -> list[Any]:
+    """Run ``body(rank)`` on threads that form a real process group; the results by rank."""
+    from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
+
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _install_threaded_pg()
+    store = dist.HashStore()
+    results: list[Any] = [None] * world_size
+    errors: list[str] = []
+
+    def run(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", store=store, rank=rank, world_size=world_size)
+            results[rank] = body(rank)
+        except BaseException:
+            errors.append(f"rank {rank}:\n{traceback.format_exc()}")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
+    try:
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        assert not any(t.is_alive() for t in threads), f"ranks did not end within {timeout} s; errors: {errors}"
+    finally:
+        _uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    assert not errors, "\n".join(errors)
+    return results
+
+
+def _rank_main(rank: int, world_size: int, port: int, body: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        out.send((True, body(rank, *args)))
+        dist.destroy_process_group()
+    except BaseException:
+        out.send((False, traceback.format_exc()))
+
+
+def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Run ``body(rank, *args)`` in real gloo processes; killed at the timeout, nothing left behind.
+
+    ``body`` must be importable from a module; its results travel by pickle.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        context.Process(target=_rank_main, args=(rank, world_size, port, body, args, pipes[rank][1]), daemon=True)
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        results = []
+        for rank, (receiver, _) in enumerate(pipes):
+            assert receiver.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} did not answer in {timeout} s"
+            ok, value = receiver.recv()
+            assert ok, f"rank {rank}:\n{value}"
+            results.append(value)
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def run_python(*arguments: str, timeout: float = 120, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter in a child with a hard end; output is captured."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, cwd=cwd, check=False
+    )
