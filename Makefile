@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types wheel bench clean
+.PHONY: demo test lint package bench clean
 
 demo: $(VENV)/.ready
 	$(PYTHON) examples/demo.py
@@ -15,12 +15,9 @@ lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# mypy follows the installed package, and the editable install is invisible to it.
-types: $(VENV)/.ready
-	$(PYTHON) tests/check_types.py
-
-wheel: $(VENV)/.ready
-	$(PYTHON) tests/check_wheel.py
+# Builds the wheel, compares it with the tree and type-checks what it installs.
+package: $(VENV)/.ready
+	$(PYTHON) tests/check_package.py
 
 bench: $(VENV)/.ready
 	$(PYTHON) benchmarks/run.py

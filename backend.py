@@ -60,7 +60,7 @@ class Backend:
             inference_compiler=self._compile,
             decompositions=_inductor_decompositions() if inductor else {},
         )
-        return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+        return compiler(gm, example_inputs)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one functional ATen graph. Called by AOT, with fake tensors."""
@@ -142,7 +142,7 @@ class Backend:
             CompileReport((), (), (), self.options.as_dict(), _versions(), "reference", graphs=None, notes=(note,))
         )
         fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
-        return torch._dynamo.lookup_backend(fallback)(gm, example_inputs)  # type: ignore[no-any-return]
+        return torch._dynamo.lookup_backend(fallback)(gm, list(example_inputs))
 
 
 def compiler(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch._dynamo.utils import lazy_format_graph_code
+from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defined]
 from torch.fx import GraphModule
 
 

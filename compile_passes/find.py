@@ -16,6 +16,7 @@ import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -198,20 +199,19 @@ def _is_functionalized(node: Node) -> bool:
 
 def _all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -> AllReduce | Decline | None:
     if roles.calls(node, c10d.all_reduce.default):
-        source, op, group = (*node.args, *node.kwargs.values())
-        return _walk(node, source, str(op), group, node)
+        bound = roles.bound_arguments(node)
+        return _walk(node, bound["input"], str(bound["reduce_op"]), bound["group_name"], node)
     if roles.calls(node, c10d.all_reduce_.default):
         return Decline(
             Reason.ALL_REDUCE_FORM,
             f"'{node.name}' reduces in place; run the pass on a functional graph (from aot_autograd)",
         )
     name = _custom_name(node)
-    if name not in all_reduce_ops:
+    if name is None or name not in all_reduce_ops:
         return None
     if _is_functionalized(node):
         return _functionalized(node, all_reduce_ops[name])
-    schema = node.target._schema  # type: ignore[union-attr]
-    bound = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    bound = roles.bound_arguments(node)
     tensors = [v for v in bound.values() if roles.is_tensor(v)]
     if len(tensors) != 1 or not roles.is_tensor(node):
         return Decline(
@@ -225,7 +225,7 @@ def _all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -> AllRedu
 def _functionalized(node: Node, group: str | None) -> AllReduce | Decline:
     """An op that mutates its input, as AOT functionalises it."""
     name = _custom_name(node)
-    arguments = dict(node.kwargs)
+    arguments: dict[str, Any] = dict(node.kwargs)
     bases = arguments.pop("_all_bases", None)
     tensors = bases if bases is not None else [v for v in arguments.values() if roles.is_tensor(v)]
     values = [u for u in node.users if roles.calls(u, operator.getitem) and u.args[1] == 1]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -67,7 +68,7 @@ class _Rewriter:
             _hoist(weight, anchor)
         with self.graph.inserting_before(anchor):
             value = self._through(all_reduce.views, self.current(all_reduce.input))
-            tail = (weight, norm.eps, norm.weight_bias, all_reduce.group, self.collective)
+            tail: tuple[Any, ...] = (weight, norm.eps, norm.weight_bias, all_reduce.group, self.collective)
             if match.residual is not None:
                 args = (value, self.current(match.residual), *tail)
                 fused = self.graph.call_function(ops.all_reduce_add_rms_norm, args)
@@ -89,8 +90,8 @@ class _Rewriter:
     def _through(self, views: Iterable[Node], node: Node) -> Node:
         """``node`` seen through copies of ``views``."""
         for view in views:
-            copy = self.graph.node_copy(view, lambda n, view=view, node=node: node if n is view.args[0] else n)
-            node = copy
+            moved = {view.args[0]: node}
+            node = self.graph.node_copy(view, lambda n, moved=moved: moved.get(n, n))  # type: ignore[misc]
         return node
 
     def _replace(self, old: Node, new: Node) -> None:

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ..runtime.errors import OptionsError
 from .find import is_all_reduce
 from .fuse import SITE
-from .roles import c10d, calls
+from .roles import bound_arguments, c10d, calls
 
 
 class Decision(StrEnum):
@@ -157,10 +157,7 @@ def group_of(node: Node) -> str | None:
     if calls(node, c10d.wait_tensor.default):
         source = node.args[0]
         return group_of(source) if isinstance(source, Node) else None
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    names = [argument.name for argument in node.target._schema.arguments]
-    bound = dict(zip(names, node.args, strict=False)) | node.kwargs
+    bound = bound_arguments(node)
     group = bound.get("group_name", bound.get("group"))
     return group if isinstance(group, str) else None
 
@@ -197,7 +194,7 @@ def _has_unbacked_size(node: Node) -> bool:
     born = free_unbacked_symbols(list(values) if isinstance(values, tuple | list) else values)
     if not born:
         return False
-    given = set()
+    given: set[object] = set()
     for placeholder in node.graph.find_nodes(op="placeholder"):
         given |= free_unbacked_symbols(placeholder.meta.get("val"))
     return bool(born - given)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from ..runtime.program import Program, Step
+from .roles import arguments
 from .split import SplitPlan
 
 PieceCompiler = Callable[[GraphModule], Callable[..., Sequence[Any]]]
@@ -34,24 +35,25 @@ def lower(plan: SplitPlan, whole: GraphModule, compile_piece: PieceCompiler, sta
     slots = len(names)
     for node in whole.graph.find_nodes(op="get_attr"):
         slot_of[node] = slots
-        constants.append((slots, attrgetter(node.target)(whole)))
+        constants.append((slots, attrgetter(str(node.target))(whole)))
         slots += 1
     islands = {p.name: p.island for p in plan.pieces}
     calls = whole.graph.find_nodes(op="call_module")
     steps: list[Step] = []
     for node in _progress(calls, "ringfence: compiling pieces"):
-        piece = whole.get_submodule(node.target)
+        name = str(node.target)
+        piece: Any = whole.get_submodule(name)
         returned = _return_tuple(piece)
         outputs = tuple(range(slots, slots + returned))
         slots += returned
         items = [u for u in node.users if u.op == "call_function" and u.target is operator.getitem]
         if len(items) == len(node.users) and items:
-            slot_of |= {item: outputs[item.args[1]] for item in items}
+            slot_of |= {item: outputs[arguments(item)[1]] for item in items}
         elif node.users:
             slot_of[node] = outputs[0]
-        call = piece.forward if islands[node.target] else compile_piece(piece)
-        inputs = tuple(slot_of[n] for n in node.args)
-        steps.append(Step(node.target, call, inputs, outputs, islands[node.target]))
+        call = piece.forward if islands[name] else compile_piece(piece)
+        inputs = tuple(slot_of[n] for n in arguments(node))
+        steps.append(Step(name, call, inputs, outputs, islands[name]))
 
     (output,) = whole.graph.find_nodes(op="output")
     results = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
@@ -100,7 +102,7 @@ def _progress(items: Sequence[Node], label: str) -> Iterator[Node]:
 
 def eager_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     """Run the piece's ATen ops as they are."""
-    return piece.forward  # type: ignore[no-any-return]
+    return piece.forward
 
 
 def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
@@ -122,7 +124,8 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
 
     def call(*args: Any) -> Sequence[Any]:
-        return compiled(list(args))  # type: ignore[no-any-return]
+        outputs: Sequence[Any] = compiled(list(args))
+        return outputs
 
     return call
 

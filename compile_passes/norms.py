@@ -50,9 +50,8 @@ def recognise_rms_norm(value: Node, dtype: torch.dtype) -> Norm | Decline:
     misses: list[Decline] = []
     for reader in _readers(value):
         for user in reader.node.users:
-            found = _whole_op(user, reader) or _chain(user, reader, value)
-            if isinstance(found, _Core):
-                found = _grow(found, reader, dtype)
+            core = _whole_op(user, reader) or _chain(user, reader, value)
+            found = _grow(core, reader, dtype) if isinstance(core, _Core) else core
             if isinstance(found, Norm):
                 return found
             if found is not None:
@@ -85,7 +84,7 @@ def _whole_op(node: Node, reader: _Reader) -> _Core | Decline | None:
         return Decline(Reason.LAYER_NORM, f"'{node.name}' is the variance of a decomposed LayerNorm, not an RMSNorm")
     if not roles.calls(node, aten.rms_norm.default, aten._fused_rms_norm.default) or node.args[0] is not reader.node:
         return None
-    _, normalized_shape, weight, eps = (*node.args, None, None)[:4]
+    _, normalized_shape, weight, eps = (*roles.arguments(node), None, None)[:4]
     last = tensor(reader.node).shape[-1]
     if len(normalized_shape) != 1 or not same_size(normalized_shape[0], last):
         return Decline(
@@ -177,7 +176,7 @@ def _normalises(node: Node, x: Node) -> _MeanSquare | None:
 def _mean_square(node: Node, per_row: bool, rounded: bool) -> _MeanSquare | None:
     candidates: list[tuple[object, object]] = [(node, 0.0)]
     if roles.is_add(node):
-        mean, addend = node.args[:2]
+        mean, addend = roles.arguments(node)[:2]
         scaled = node.kwargs.get("alpha", 1) != 1
         candidates = [(mean, None if scaled else addend), (addend, None if scaled else mean)]
     for mean, eps in candidates:
@@ -193,12 +192,12 @@ def _mean(node: object) -> tuple[Node, tuple[int, ...]] | None:
         node = roles.without_column(node)
     if roles.calls(node, aten.mean.dim):
         square = roles.squared(node.args[0])
-        return (square, tuple(node.args[1])) if square is not None else None
+        return (square, tuple(roles.arguments(node)[1])) if square is not None else None
     for total, count in _scaled_sums(node):
         square = roles.squared(total.args[0])
         if square is None:
             continue
-        dims = tuple(total.args[1])
+        dims = tuple(roles.arguments(total)[1])
         shape = tensor(square).shape
         size = shape[dims[0]] if len(dims) == 1 else None
         if isinstance(size, int) and count == size:
@@ -273,7 +272,8 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
     if best is None:
         return Decline(
             Reason.NORM_DTYPE,
-            f"the norm leaves as {dtype_text(tensor(node).dtype)} at '{node.name}'; the fused op returns {dtype_text(dtype)}",
+            f"the norm leaves as {dtype_text(tensor(node).dtype)} at '{node.name}'; "
+            f"the fused op returns {dtype_text(dtype)}",
         )
     return best
 

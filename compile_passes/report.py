@@ -77,8 +77,8 @@ class CompileReport:
             parts.append(tabulate(rows, headers, disable_numparse=True))
             parts += [f"site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in self.sites)]
         if len(self.pieces) > 1:
-            rows = [(p.name, "eager" if p.island else "piece", p.nodes, ", ".join(p.ops)) for p in self.pieces]
-            parts.append(tabulate(rows, ("part", "runs as", "nodes", "because of")))
+            parts_of = [(p.name, "eager" if p.island else "piece", p.nodes, ", ".join(p.ops)) for p in self.pieces]
+            parts.append(tabulate(parts_of, ("part", "runs as", "nodes", "because of")))
         parts += [
             f"{ops}: {text}" for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in self.verdicts)
         ]

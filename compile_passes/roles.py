@@ -10,7 +10,7 @@ one question about one node and never looks further than its arguments.
 from __future__ import annotations
 
 import operator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -51,6 +51,19 @@ _MANTISSA = {
 def calls(node: object, *targets: object) -> TypeGuard[Node]:
     """Whether ``node`` is a call of one of ``targets``."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments, whose types the op's schema says and FX's union does not."""
+    return node.args
+
+
+def bound_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an op's call by the names in its schema; empty for what is no op."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    names = [argument.name for argument in node.target._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def tensor(node: Node) -> torch.Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import GraphModule, Node
 
@@ -81,7 +82,8 @@ def _dynamic_dims(node: Node) -> tuple[int, ...] | None:
     """Dimensions that are a size symbol; None when one is an expression of it."""
     if not is_tensor(node):
         return ()
-    dims = [(d, n.node.expr) for d, n in enumerate(tensor(node).shape) if isinstance(n, torch.SymInt)]
+    shape: tuple[Any, ...] = tuple(tensor(node).shape)
+    dims = [(d, n.node.expr) for d, n in enumerate(shape) if isinstance(n, torch.SymInt)]
     if any(not isinstance(expr, sympy.Symbol) and not expr.is_number for _, expr in dims):
         return None
     return tuple(d for d, expr in dims if isinstance(expr, sympy.Symbol))

@@ -79,7 +79,7 @@ def split(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, Grap
         )
         for i, (island, nodes) in enumerate(runs)
     )
-    whole = split_module(gm, None, lambda n: index_of[n], keep_original_order=True)
+    whole = split_module(gm, gm, lambda n: index_of[n], keep_original_order=True)
     return SplitPlan(pieces), whole
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,14 +92,14 @@ def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
         env[node] = graph.placeholder(node.name)
         likes.append(torch.empty([_concrete(d) for d in tensor(node).shape], dtype=tensor(node).dtype, device="meta"))
 
-    def copy(node: Node) -> object:
+    def copy(node: Node) -> Any:
         if node not in env:
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt | int):
                 return _concrete(value)
             arguments = [copy(n) for n in node.all_input_nodes]
             mapped = dict(zip(node.all_input_nodes, arguments, strict=True))
-            env[node] = graph.node_copy(node, lambda n: mapped[n])  # type: ignore[arg-type, return-value]
+            env[node] = graph.node_copy(node, lambda n: mapped[n])
         return env[node]
 
     outputs = [copy(match.norm.out)] + ([copy(match.sum)] if match.residual is not None else [])

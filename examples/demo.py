@@ -1,7 +1,7 @@
 """The whole path on a machine without a GPU.
 
-Two gloo ranks load one tiny, randomly initialised Llama with ``tp_plan="auto"``, compile
-it with ringfence, capture it with simulated graphs and replay ten steps. Exits with 1
+Two gloo ranks load one tiny, randomly initialised Llama with ``tp_plan="auto"``,
+compile it with ringfence, capture it with simulated graphs and replay ten steps. Exits with 1
 if an all-reduce was not fused or a number is further from eager than rounding explains.
 """
 
@@ -51,11 +51,13 @@ def rank_main(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     import ringfence
 
     dist.init_process_group("gloo")
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
+    plan = DistributedConfig(tp_plan="auto", tp_size=world_size)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32).eval()
     backend = ringfence.Backend(capture_sizes=SIZES, verify=True)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from .errors import GroupError
 
@@ -29,11 +29,11 @@ def describe_group(name: str, device: torch.device) -> Group:
             "call torch.distributed.init_process_group before compiling"
         )
     try:
-        group = _resolve_process_group(name)
+        group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     except RuntimeError as error:
         raise GroupError(
             f"the model all-reduces over group '{name}', which does not exist in this process; "
-            f"the default group is '{dist.group.WORLD.group_name}'"
+            f"groups are named by ProcessGroup.group_name, and the default one is '{_default_group_name()}'"
         ) from error
     try:
         backend = group._get_backend(device).name()
@@ -42,3 +42,8 @@ def describe_group(name: str, device: torch.device) -> Group:
             f"group '{name}' has no backend for {device.type} tensors; create it with one for that device"
         ) from error
     return Group(name, backend, group.size(), group.rank())
+
+
+def _default_group_name() -> str:
+    world = dist.group.WORLD
+    return str(world.group_name) if world is not None else ""

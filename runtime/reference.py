@@ -21,7 +21,8 @@ c10d = torch.ops._c10d_functional
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
     """The sum of ``x`` over the ranks of a group, in a new contiguous tensor of its dtype."""
-    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group_name))
+    reduced: Tensor = c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group_name))
+    return reduced
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+
 from support import start_fake_group
 
 torch.set_num_threads(1)

@@ -105,7 +105,9 @@ def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = 6
     return results
 
 
-def _rank_main(rank: int, world_size: int, port: int, body: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+def _rank_main(
+    rank: int, world_size: int, port: int, body: Callable[..., Any], args: tuple[Any, ...], out: Any
+) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)

@@ -1,0 +1,44 @@
+"""The package as a user gets it: every module is in the wheel, and the installed copy type-checks.
+
+mypy runs on an installation because the editable one is an import hook that it cannot follow.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = (".", "compile_passes", "runtime")
+
+
+def modules_in_tree() -> set[str]:
+    files = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    return {f"ringfence/{path.relative_to(ROOT)}" for path in files} | {"ringfence/py.typed"}
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*build, "--wheel-dir", scratch, str(ROOT)], check=True)
+        (wheel,) = Path(scratch).glob("*.whl")
+        packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+        missing, extra = modules_in_tree() - packed, packed - modules_in_tree()
+        if missing or extra:
+            print(f"wheel: missing {sorted(missing)}, unexpected {sorted(extra)}")
+            return 1
+        print(f"wheel: {len(packed)} files, as in the tree")
+        installed = Path(scratch) / "installed"
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed)]
+        subprocess.run([*install, str(wheel)], check=True)
+        mypy = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "ringfence"]
+        environment = os.environ | {"MYPYPATH": str(installed)}
+        return subprocess.run(mypy, cwd=scratch, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
