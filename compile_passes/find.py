@@ -348,7 +348,7 @@ def _usable(all_reduce: AllReduce, groups: Collection[str] | None) -> Decline | 
     if len(users) == 1 and roles.cast_input(users[0]) is value and not roles.is_widening(users[0]):
         return Decline(
             Reason.REDUCE_DTYPE,
-            f"the all-reduce runs in {dtype_text(tensor(value).dtype)} and the model goes on in "
+            f"'{start.name}' reduces in {dtype_text(tensor(value).dtype)} and the model goes on in "
             f"{dtype_text(tensor(users[0]).dtype)}; reduce in the activation dtype to fuse",
         )
     return None
@@ -359,19 +359,22 @@ def _add_norm(all_reduce: AllReduce, add: Node, term: Node, dtype: torch.dtype) 
     if isinstance(residual, Decline):
         return residual
     norm = recognise_rms_norm(add, dtype)
-    if isinstance(norm, Decline):
-        return norm
-    if tensor(add).dtype != dtype:
-        norm = replace(norm, roundings=(*norm.roundings, Rounding.FLOAT32_RESIDUAL))
-        within = _between(add, norm.out)
-        strays = [u for u in add.users if u not in within and roles.cast_input(u) is not add]
-        strays += [u for u in add.users if u not in within and roles.cast_input(u) is add and tensor(u).dtype != dtype]
-        if strays:
+    if tensor(add).dtype != dtype:  # summed in float32; the norm reads that sum, or the rounded one
+        rounded = [u for u in add.users if roles.cast_input(u) is add and tensor(u).dtype == dtype]
+        if isinstance(norm, Norm):
+            norm = replace(norm, roundings=(*norm.roundings, Rounding.FLOAT32_RESIDUAL))
+        elif rounded:
+            norm = recognise_rms_norm(rounded[0], dtype)
+        within = _between(add, norm.out) if isinstance(norm, Norm) else set()
+        strays = [u for u in add.users if u not in within and u not in rounded]
+        if isinstance(norm, Norm) and strays:
             return Decline(
                 Reason.FLOAT32_SUM_USED_ELSEWHERE,
                 f"the unrounded sum '{add.name}' is read by '{strays[0].name}'; the fused op returns it "
                 f"rounded to {dtype_text(dtype)}",
             )
+    if isinstance(norm, Decline):
+        return norm
     return Match(all_reduce, add, residual, norm)
 
 

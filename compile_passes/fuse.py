@@ -62,11 +62,11 @@ class _Rewriter:
 
     def rewrite(self, site: int, match: Match) -> None:
         all_reduce, norm = match.all_reduce, match.norm
-        anchor = match.sum if match.residual is not None else all_reduce.value.next
+        last = match.sum.prev if match.residual is not None else all_reduce.value
         weight = self.current(norm.weight) if norm.weight is not None else None
         if weight is not None:
-            _hoist(weight, anchor)
-        with self.graph.inserting_before(anchor):
+            last = _hoist(weight, last)
+        with self.graph.inserting_before(last.next):
             value = self._through(all_reduce.views, self.current(all_reduce.input))
             tail: tuple[Any, ...] = (weight, norm.eps, norm.weight_bias, all_reduce.group, self.collective)
             if match.residual is not None:
@@ -122,10 +122,15 @@ class _Rewriter:
         self.graph.lint()
 
 
-def _hoist(node: Node, anchor: Node) -> None:
-    """Move ``node`` and what it is computed from in front of ``anchor``."""
-    if node.op == "placeholder" or node < anchor:
-        return
-    for source in node.all_input_nodes:
-        _hoist(source, anchor)
-    anchor.prepend(node)
+def _hoist(node: Node, last: Node) -> Node:
+    """Move ``node`` and what it is computed from up to right behind ``last``; the new last node."""
+    late, queue = {}, [node]
+    while queue:
+        current = queue.pop()
+        if current not in late and last < current:
+            late[current] = None
+            queue.extend(current.all_input_nodes)
+    for current in sorted(late):
+        last.append(current)
+        last = current
+    return last
