@@ -5,6 +5,7 @@ Dynamo graph -> AOT -> find -> fuse -> judge -> split -> lower -> PiecewiseRunne
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import platform
@@ -23,6 +24,7 @@ from .compile_passes.find import find
 from .compile_passes.fuse import fuse
 from .compile_passes.judge import group_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
+from .compile_passes.provenance import input_names
 from .compile_passes.report import CompileReport
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.split import split
@@ -55,14 +57,18 @@ class Backend:
         _check_inputs(example_inputs)
         _specialise_floats(gm)
         inductor = self.options.piece_compiler == "inductor"
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        compile_graph = functools.partial(self._compile, dynamo_names=names)
         compiler = aot_autograd(
-            fw_compiler=self._compile,
-            inference_compiler=self._compile,
+            fw_compiler=compile_graph,
+            inference_compiler=compile_graph,
             decompositions=_inductor_decompositions() if inductor else {},
         )
         return compiler(gm, example_inputs)
 
-    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(
+        self, gm: GraphModule, example_inputs: Sequence[Any], *, dynamo_names: Sequence[str]
+    ) -> Callable[..., Any]:
         """Compile one functional ATen graph. Called by AOT, with fake tensors."""
         options, notes = self.options, []
         device = _device(example_inputs)
@@ -97,7 +103,7 @@ class Backend:
         dump_graph("split", whole)
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, static_inputs)
+        program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs)
         runner = PiecewiseRunner(
             program,
             sizes,

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from .compile_passes.report import CompileReport
+from .hugging_face import remove_backward_hooks
 from .runtime.errors import OptionsError, RingfenceError, TargetError
 
 #: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
@@ -141,6 +142,13 @@ def _load_folder(folder: Path, arguments: argparse.Namespace) -> tuple[Any, tupl
             model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=dtype).eval()
     except Exception as error:  # transformers raises what its loaders raise: OSError, ValueError, ImportError, ...
         raise TargetError(f"'{folder}' cannot be loaded: {type(error).__name__}: {_first_lines(error)}") from error
+    hooked = remove_backward_hooks(model)
+    if hooked:
+        print(
+            f"ringfence: removed the backward hooks of {len(hooked)} modules ({hooked[0]}, ...), which break the graph; "
+            "before compiling, call ringfence.hugging_face.remove_backward_hooks(model)",
+            file=sys.stderr,
+        )
     shape = (arguments.batch, arguments.tokens)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
     return model, (tokens,), {"use_cache": False}

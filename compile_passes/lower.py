@@ -24,15 +24,20 @@ PieceCompiler = Callable[[GraphModule], Callable[..., Sequence[Any]]]
 _QUIET_SECONDS = 2
 
 
-def lower(plan: SplitPlan, whole: GraphModule, compile_piece: PieceCompiler, static_inputs: frozenset[int]) -> Program:
-    """A :class:`Program` of compiled pieces and eager islands, in the plan's order."""
-    slot_of: dict[Node, int] = {}
-    names: list[str] = []
+def lower(
+    plan: SplitPlan,
+    whole: GraphModule,
+    compile_piece: PieceCompiler,
+    names: Sequence[str],
+    static_inputs: frozenset[int],
+) -> Program:
+    """A :class:`Program` of compiled pieces and eager islands, in the plan's order.
+
+    ``names`` are those of the inputs, for messages.
+    """
+    slot_of = {node: i for i, node in enumerate(whole.graph.find_nodes(op="placeholder"))}
+    slots = len(slot_of)
     constants: list[tuple[int, Any]] = []
-    for node in whole.graph.find_nodes(op="placeholder"):
-        slot_of[node] = len(names)
-        names.append(node.name)
-    slots = len(names)
     for node in whole.graph.find_nodes(op="get_attr"):
         slot_of[node] = slots
         constants.append((slots, attrgetter(str(node.target))(whole)))

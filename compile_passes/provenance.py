@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.+?)", line (?P<line>\d+), in ', re.MULTILINE)
 
@@ -17,6 +18,22 @@ def source_of(node: Node) -> str | None:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if not _LIBRARY.search(f[0])] or frames
     return f"{own[-1][0]}:{own[-1][1]}" if own else None
+
+
+def input_names(gm: GraphModule, dynamo_names: Sequence[str]) -> tuple[str, ...]:
+    """Names that a person knows for the inputs of an AOT graph.
+
+    AOT calls them ``arg0_1``, ...; Dynamo's placeholders carry the path of the parameter.
+    """
+    names = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        origin = node.meta.get("desc")
+        while hasattr(origin, "base"):  # the local tensor of a DTensor parameter
+            origin = origin.base
+        index = getattr(origin, "idx", None)
+        name = dynamo_names[index] if isinstance(index, int) and index < len(dynamo_names) else node.name
+        names.append(re.sub(r"_(modules|parameters|buffers)_", ".", name.removeprefix("l_self_modules_")).strip("_"))
+    return tuple(names)
 
 
 def module_of(node: Node) -> str | None:

@@ -5,6 +5,9 @@ replays each at once, so that the islands between them see real data and the cal
 returns its result. Later calls of that size copy their inputs into the static
 buffers, replay the pieces and run the islands. Any other size runs uncaptured.
 
+Modules that share compiled code (the layers of a model compiled one by one) call one
+runner with different parameters; each set of parameters has captures of its own.
+
 What makes a replay right is checked, always:
 
 - parameters are where they were at capture (:class:`AddressChangedError`);
@@ -19,6 +22,7 @@ counts as never captured, and the next call may try again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +46,18 @@ _WARM_UPS = 2
 
 @dataclass
 class _Entry:
-    """Everything recorded for one tuple of sizes."""
+    """Everything recorded for one tuple of sizes and one set of parameters."""
 
     sizes: tuple[int, ...]
     slots: list[Any]
     actions: list[Callable[[], None]]
     pieces: list[CapturedPiece]
-    addresses: list[int]
+    addresses: tuple[int, ...]
+    parameters: list[weakref.ref[Tensor]]
+
+    def release(self) -> None:
+        for piece in self.pieces:
+            piece.release()
 
 
 class PiecewiseRunner:
@@ -77,14 +86,14 @@ class PiecewiseRunner:
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding
         self._static_outputs = static_outputs
-        self._entries: dict[tuple[int, ...], _Entry] = {}
+        self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
         self._static = sorted(program.static_inputs)
         self._dynamic = [i for i in range(len(program.inputs)) if i not in program.static_inputs]
 
     @property
     def captured_sizes(self) -> list[tuple[int, ...]]:
         """The tuples of sizes that have been captured so far."""
-        return list(self._entries)
+        return list(dict.fromkeys(sizes for sizes, _ in self._entries))
 
     def __call__(self, *args: Any) -> list[Any]:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -103,11 +112,12 @@ class PiecewiseRunner:
         target = self._target(sizes)
         if target is None:
             return self._run(args)
-        entry = self._entries.get(target)
+        addresses = tuple([args[i].data_ptr() for i in self._static])
+        entry = self._entries.get((target, addresses))
         if entry is None:
-            entry = self._capture(target, sizes, args)
+            self._check_parameters(target)
+            entry = self._capture(target, sizes, addresses, args)
         else:
-            self._check_addresses(entry, args)
             self._load(entry, sizes, args)
             for action in entry.actions:
                 action()
@@ -137,8 +147,6 @@ class PiecewiseRunner:
     # -- which captured size serves this call ----------------------------------------
 
     def _target(self, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
-        if sizes in self._entries:
-            return sizes
         tokens = self._sizes.tokens(sizes)
         if tokens in self._capture_sizes:
             return sizes
@@ -176,16 +184,29 @@ class PiecewiseRunner:
             outputs.append(value)
         return outputs
 
-    def _check_addresses(self, entry: _Entry, args: Sequence[Any]) -> None:
-        addresses = [args[i].data_ptr() for i in self._static]
-        if addresses != entry.addresses:
-            moved = next(i for i, a, b in zip(self._static, addresses, entry.addresses, strict=True) if a != b)
-            raise AddressChangedError(
-                f"parameter '{self._program.inputs[moved]}' moved since sizes {entry.sizes} were captured; "
-                "update parameters in place (p.copy_(new)), or recompile with torch._dynamo.reset()"
-            )
+    def _check_parameters(self, target: tuple[int, ...]) -> None:
+        """Why do no captured parameters match this call's? Only other modules may be the reason.
 
-    def _capture(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> _Entry:
+        A module that is gone takes its captures along. One that lives, and has a parameter
+        where the capture did not see it, is refused: every replay would use the old memory.
+        """
+        for key, entry in list(self._entries.items()):
+            if key[0] != target:
+                continue
+            alive = [parameter() for parameter in entry.parameters]
+            if all(p is None for p in alive):
+                self._entries.pop(key).release()
+                continue
+            for i, parameter, address in zip(self._static, alive, entry.addresses, strict=True):
+                if parameter is None or parameter.data_ptr() != address:
+                    raise AddressChangedError(
+                        f"parameter '{self._program.inputs[i]}' moved or was replaced since it was captured at sizes "
+                        f"{target}; update parameters in place (p.copy_(new)), or start over with torch._dynamo.reset()"
+                    )
+
+    def _capture(
+        self, target: tuple[int, ...], sizes: tuple[int, ...], addresses: tuple[int, ...], args: Sequence[Any]
+    ) -> _Entry:
         graphs = self._graphs
         assert graphs is not None
         slots = self._slots(args)
@@ -195,7 +216,7 @@ class PiecewiseRunner:
                 slots[i] = _static_like(args[i], grown.get(i, ()), target)
             elif grown and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
-        entry = _Entry(target, slots, [], [], [args[i].data_ptr() for i in self._static])
+        entry = _Entry(target, slots, [], [], addresses, [weakref.ref(args[i]) for i in self._static])
         self._load(entry, sizes, args)
         for _ in range(_WARM_UPS):
             graphs.warm_up(lambda: self._run_steps(list(slots)))
@@ -203,13 +224,12 @@ class PiecewiseRunner:
             try:
                 action = self._record_island(step, entry) if step.island else self._record_piece(step, entry, graphs)
             except Exception as error:
-                for piece in entry.pieces:
-                    piece.release()
+                entry.release()
                 raise CaptureError(
                     f"capture of '{step.name}' at sizes {target} failed and was undone: {error}"
                 ) from error
             entry.actions.append(action)
-        self._entries[target] = entry
+        self._entries[target, addresses] = entry
         return entry
 
     def _record_piece(self, step: Step, entry: _Entry, graphs: GraphBackend) -> Callable[[], None]:

@@ -1,0 +1,117 @@
+"""The demo's path on real architectures: two gloo ranks, capture, replay, compare with eager."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support import run_ranks
+
+LAYERS = 2
+SIZES = (1, 4, 8)
+STEPS = 10
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {},
+    "mixtral": {"num_local_experts": 4},
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 4},
+}
+#: Gemma 2 shards its embedding, whose all-reduce is scaled before it reaches a norm.
+DECLINED = {"gemma2": ["op_between"]}
+
+
+def save_models(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for kind, extra in ARCHITECTURES.items():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            kind,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=128,
+            max_position_embeddings=64,
+            **extra,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # a norm of ones would hide a lost weight
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+        model.save_pretrained(folder / kind)
+
+
+def run_models(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    import ringfence
+    from ringfence.hugging_face import remove_backward_hooks
+
+    results: dict[str, dict[str, Any]] = {}
+    for kind in ARCHITECTURES:
+        plan = DistributedConfig(tp_plan="auto", tp_size=2)
+        model = AutoModelForCausalLM.from_pretrained(folder / kind, distributed_config=plan, dtype=torch.float32)
+        hooked = remove_backward_hooks(model)
+        backend = ringfence.Backend(capture_sizes=SIZES, piece_compiler="eager", verify=True)
+        compiled = torch.compile(model.eval(), backend=backend, fullgraph=True, dynamic=True)
+        generator = torch.Generator().manual_seed(1)
+        worst = 0.0
+        with torch.no_grad():
+            for step in range(STEPS):
+                tokens = torch.randint(0, 128, (1, SIZES[step % len(SIZES)]), generator=generator)
+                expected = model(tokens, use_cache=False).logits
+                actual = compiled(tokens, use_cache=False).logits
+                worst = max(worst, ((actual - expected).abs().max() / expected.abs().max()).item())
+        results[kind] = {"worst": worst, "hooked": hooked, "reports": [r.to_dict() for r in backend.reports]}
+        torch._dynamo.reset()
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    first, second = run_ranks(2, run_models, folder, timeout=280)
+    for kind, result in first.items():  # every rank decides the same
+        assert [r["sites"] for r in result["reports"]] == [r["sites"] for r in second[kind]["reports"]]
+    return first
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("hugging_face")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_all_reduce_of_a_layer_is_fused(results: dict[str, dict[str, Any]], kind: str) -> None:
+    assert results[kind]["reports"]
+    for report in results[kind]["reports"]:
+        fused = [s for s in report["sites"] if s["fused"]]
+        assert len(fused) == 2 * LAYERS
+        assert all(s["module"].startswith("model.layers.") and s["source"] for s in fused)
+        assert [s["reason"] for s in report["sites"] if not s["fused"]] == DECLINED.get(kind, [])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("hugging_face")
+def test_backward_hooks_are_named(results: dict[str, dict[str, Any]]) -> None:
+    norms = [f"model.layers.{i}.self_attn.{n}" for i in range(LAYERS) for n in ("q_norm", "k_norm")]
+    assert {k: r["hooked"] for k, r in results.items()} == dict.fromkeys(ARCHITECTURES, []) | {"qwen3": norms}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("hugging_face")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_collective_is_an_island_and_every_step_is_right(results: dict[str, dict[str, Any]], kind: str) -> None:
+    for report in results[kind]["reports"]:
+        assert report["graphs"] == "simulated"
+        assert sum(p["island"] for p in report["pieces"]) >= 2 * LAYERS
+        assert {v["decision"] for v in report["verdicts"]} == {"SPLIT"}
+    assert results[kind]["worst"] <= 1e-5
