@@ -12,8 +12,7 @@
 from .backend import Backend
 from .compile_passes.report import CompileReport, assert_fused
 from .options import Options
-from .runtime import errors
 from .runtime.errors import RingfenceError
 
-__all__ = ["Backend", "CompileReport", "Options", "RingfenceError", "assert_fused", "errors"]
+__all__ = ["Backend", "CompileReport", "Options", "RingfenceError", "assert_fused"]
 __version__ = "0.1.0"

@@ -82,9 +82,8 @@ def _explain(arguments: argparse.Namespace) -> CompileReport:
         with _stage("compiling"), torch.no_grad():
             torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
     except BackendCompilerFailed as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, RingfenceError):
-            raise cause from error
+        if isinstance(error.inner_exception, RingfenceError):
+            raise error.inner_exception from error
         raise TargetError(f"'{arguments.target}' does not compile: {_first_lines(error)}") from error
     except TorchDynamoException as error:
         raise TargetError(

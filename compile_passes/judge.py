@@ -88,7 +88,7 @@ RULES: tuple[Rule, ...] = (
         "data_dependent",
         lambda f: f.data_dependent,
         Decision.SPLIT,
-        "its shape or value depends on data; a replay would repeat the one seen at capture",
+        "a shape or value that it reads or returns depends on data; a replay would repeat the one seen at capture",
         "CUDA C++ Programming Guide, CUDA Graphs: a synchronising call invalidates the capture",
     ),
     Rule(
@@ -177,13 +177,14 @@ def _facts(
         or op.split("::")[0] in ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem")
     )
     tags = getattr(node.target, "tags", ())
+    values = (node, *node.all_input_nodes)
     return OpFacts(
         op=op,
         backend=backends.get(group) if group is not None else None,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
         collective=collective,
-        data_dependent=torch.Tag.data_dependent_output in tags or _has_unbacked_size(node),
+        data_dependent=torch.Tag.data_dependent_output in tags or any(map(_has_unbacked_size, values)),
         tagged_unsafe=torch.Tag.cudagraph_unsafe in tags,
     )
 

@@ -35,6 +35,8 @@ def describe_group(name: str, device: torch.device) -> Group:
             f"the model all-reduces over group '{name}', which does not exist in this process; "
             f"groups are named by ProcessGroup.group_name, and the default one is '{_default_group_name()}'"
         ) from error
+    if type(group) is not dist.ProcessGroup:  # a group of its own class serves every device
+        return Group(name, group.name(), group.size(), group.rank())
     try:
         backend = group._get_backend(device).name()
     except RuntimeError as error:

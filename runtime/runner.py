@@ -87,6 +87,7 @@ class PiecewiseRunner:
         self._padding = padding
         self._static_outputs = static_outputs
         self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
+        self._read_by_pieces = {i for step in program.steps if not step.island for i in step.inputs}
         self._static = sorted(program.static_inputs)
         self._dynamic = [i for i in range(len(program.inputs)) if i not in program.static_inputs]
 
@@ -241,22 +242,27 @@ class PiecewiseRunner:
         return piece.replay
 
     def _record_island(self, step: Step, entry: _Entry) -> Callable[[], None]:
-        call, args = step.call, [entry.slots[i] for i in step.inputs]
-        landings = []
-        for slot, value in zip(step.outputs, call(*args), strict=True):
-            landing = _static_like(value) if isinstance(value, Tensor) else value
-            if isinstance(value, Tensor):
-                _writable(landing).copy_(_writable(value))
-            entry.slots[slot] = landing
-            landings.append(landing)
+        """Run an island now and again; what pieces read of it lands where they look for it.
+
+        What only islands read, or the caller, stays as it comes: it may have another
+        size each time.
+        """
+        call, inputs, slots = step.call, step.inputs, entry.slots
+        landed = [slot in self._read_by_pieces for slot in step.outputs]
+        for slot, lands, value in zip(step.outputs, landed, call(*[slots[i] for i in inputs]), strict=True):
+            slots[slot] = _static_like(value) if lands and isinstance(value, Tensor) else value
+            if slots[slot] is not value:
+                _writable(slots[slot]).copy_(_writable(value))
 
         def run() -> None:
-            for landing, value in zip(landings, call(*args), strict=True):
-                if isinstance(landing, Tensor):
-                    _writable(landing).copy_(_writable(value))
-                elif landing != value:
+            for slot, lands, value in zip(step.outputs, landed, call(*[slots[i] for i in inputs]), strict=True):
+                if not lands:
+                    slots[slot] = value
+                elif isinstance(value, Tensor):
+                    _writable(slots[slot]).copy_(_writable(value))
+                elif slots[slot] != value:
                     raise DataDependentValueError(
-                        f"island '{step.name}' returned {value}, and {landing} was captured; "
+                        f"island '{step.name}' returned {value}, and a captured piece was given {slots[slot]}; "
                         "add the ops that use this number to split_ops"
                     )
 

@@ -1,0 +1,438 @@
+"""torch.compile with the backend: reports, capture, split ops, fallbacks and wrong input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import ringfence
+from ringfence.runtime.errors import (
+    AddressChangedError,
+    CaptureError,
+    GroupError,
+    InputError,
+    NotFusedError,
+    OptionsError,
+    RingfenceError,
+)
+from support import TOLERANCE, relative_error, run_python, run_threaded
+
+H = 16
+
+
+class Layer(nn.Module):
+    """A column-parallel and a row-parallel linear, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(H, H, bias=False), nn.Linear(H, H, bias=False)
+        self.norm = nn.RMSNorm(H, eps=1e-5)
+        nn.init.normal_(self.norm.weight, 1.0, 0.3)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.down(F.silu(self.up(x)))
+        dist.all_reduce(y)
+        residual = residual + y
+        return self.norm(residual), residual
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        for layer in self.layers:
+            x, residual = layer(x, residual)
+        return x
+
+
+def cause(error: BaseException) -> BaseException:
+    """What ringfence raised, below what torch.compile wraps around errors of a backend."""
+    assert isinstance(error, BackendCompilerFailed)
+    assert isinstance(error.inner_exception, RingfenceError)
+    return error.inner_exception
+
+
+def rows(n: int) -> Tensor:
+    return torch.randn(n, H)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> object:
+    with torch.no_grad():
+        yield
+
+
+# -- the job -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture_sizes", [(), (3, 5)])
+@pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
+@pytest.mark.usefixtures("fake_group")
+def test_compiled_model_equals_eager(piece_compiler: str, capture_sizes: tuple[int, ...]) -> None:
+    model = Model()
+    backend = ringfence.Backend(piece_compiler=piece_compiler, capture_sizes=capture_sizes, verify=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for n in (3, 4, 5, 3, 5, 3, 7):
+        x = rows(n)
+        assert relative_error(compiled(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    (report,) = backend.reports
+    ringfence.assert_fused(report, count=2)
+    assert len([p for p in report.pieces if p.island]) == (2 if capture_sizes else 0)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_numbers_are_right_across_threaded_ranks(world_size: int) -> None:
+    torch.manual_seed(0)
+    shards = [Model() for _ in range(world_size)]
+    for shard in shards[1:]:  # the norms are replicated, the linears are shards
+        for ours, first in zip(shard.layers, shards[0].layers, strict=True):
+            ours.norm.load_state_dict(first.norm.state_dict())
+    batches = [rows(n) for n in (2, 3, 2, 5)]
+
+    def expected(x: Tensor) -> Tensor:
+        residual = x = x.double()
+        for i in range(2):
+            layers = [s.layers[i] for s in shards]
+            partial = [F.silu(x @ m.up.weight.double().t()) @ m.down.weight.double().t() for m in layers]
+            residual = residual + sum(partial)
+            x = F.rms_norm(residual, (H,), layers[0].norm.weight.double(), 1e-5)
+        return x
+
+    def body(rank: int) -> list[Tensor]:
+        with torch.no_grad():
+            backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[2, 5])
+            compiled = torch.compile(shards[rank], backend=backend, fullgraph=True, dynamic=True)
+            outputs = [compiled(x) for x in batches]
+        ringfence.assert_fused(backend.reports[0], count=2)
+        return outputs
+
+    for outputs in run_threaded(world_size, body):
+        for x, actual in zip(batches, outputs, strict=True):
+            assert relative_error(actual, expected(x)) <= 1e-4
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_entry_point_is_the_same_backend() -> None:
+    reports: list[ringfence.CompileReport] = []
+    model, x = Model(), rows(3)
+    options = {"piece_compiler": "eager", "on_report": reports.append}
+    compiled = torch.compile(model, backend="ringfence", options=options)
+    assert relative_error(compiled(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    ringfence.assert_fused(reports[0], count=2)
+    with pytest.raises(Exception, match="unknown option 'capture'"):
+        torch.compile(Model(), backend="ringfence", options={"capture": [1]})(x)
+    with pytest.raises(Exception, match="mode='max-autotune' has no meaning"):
+        torch.compile(Model(), backend="ringfence", mode="max-autotune")(x)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_layers_compiled_one_by_one_share_a_graph_but_no_captures() -> None:
+    model = Model(layers=3)
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    reference = Model(layers=3)
+    reference.load_state_dict(model.state_dict())
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    for _ in range(3):
+        x = rows(4)
+        assert relative_error(model(x), reference(x)) <= 8 * TOLERANCE[torch.float32]
+    assert len(backend.reports) == 2  # the first layer is given one tensor twice, the others share a graph
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_parameters_may_change_in_place_and_not_move() -> None:
+    model = Model()
+    compiled = torch.compile(model, backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[4]))
+    compiled(rows(4))
+    weight = model.layers[0].norm.weight
+    weight.copy_(torch.randn(H))
+    x = rows(4)
+    assert relative_error(compiled(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    weight.data = weight.data.clone()
+    with pytest.raises(AddressChangedError, match=r"layers.*norm.*weight"):
+        compiled(x)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_padding_serves_smaller_sizes_by_a_captured_one() -> None:
+    model = Model()
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[8], pad_to_capture_size=True)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for n in (8, 3, 7, 5, 8, 2, 9):
+        x = rows(n)
+        actual = compiled(x)
+        assert actual.shape == (n, H)
+        assert relative_error(actual, model(x)) <= 8 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_padding_is_refused_with_a_note_where_rows_are_unknown() -> None:
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[8], pad_to_capture_size=True)
+    compiled = torch.compile(lambda x: torch.cat([x, x]), backend=backend, dynamic=True)
+    x = rows(3)
+    assert torch.equal(compiled(x), torch.cat([x, x]))
+    assert "not padded" in backend.reports[0].notes[0]
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_caller_owns_outputs_unless_static() -> None:
+    for static in (False, True):
+        torch._dynamo.reset()
+        backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], static_outputs=static)
+        model = Model()
+        compiled = torch.compile(lambda x, model=model: model(x) * 2, backend=backend)  # ends in a captured piece
+        compiled(rows(4))
+        first = compiled(rows(4))
+        kept = first.clone()
+        compiled(rows(4))
+        assert torch.equal(first, kept) is not static
+
+
+# -- split ops -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_split_ops_cut_the_graph_without_capture_too() -> None:
+    model, x = Model(), rows(3)
+    backend = ringfence.Backend(piece_compiler="eager", split_ops=["aten::silu"])
+    compiled = torch.compile(model, backend=backend)
+    assert relative_error(compiled(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    (report,) = backend.reports
+    assert [p.ops for p in report.pieces if p.island] == [("aten::silu",), ("aten::silu",)]
+    assert {v.rule for v in report.verdicts if v.op == "aten::silu"} == {"split_op"}
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_split_op_that_is_not_registered_is_refused() -> None:
+    compiled = torch.compile(Model(), backend=ringfence.Backend(split_ops=["aten::atention"]))
+    with pytest.raises(Exception, match="aten::atention") as error:
+        compiled(rows(3))
+    assert isinstance(cause(error.value), OptionsError)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_data_dependent_op_becomes_an_island() -> None:
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 2
+        picked = x[x[:, 0] > 0]
+        return torch.relu(picked).sum(0) + x.sum(0), picked
+
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[6])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(run, backend=backend, fullgraph=True)
+        for _ in range(4):
+            x = rows(6)
+            for actual, expected in zip(compiled(x), run(x), strict=True):
+                assert torch.allclose(actual, expected, atol=1e-6)
+    assert "data_dependent" in {v.rule for v in backend.reports[0].verdicts}
+
+
+# -- explain -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_report_is_documented_json_and_a_table() -> None:
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3])
+
+    def run(x: Tensor) -> Tensor:
+        y = x * 2
+        dist.all_reduce(y)
+        return torch.relu(y) * 3
+
+    model = Model(layers=1)
+    torch.compile(lambda x: model(x) + run(x), backend=backend)(rows(3))
+    report = backend.reports[0]
+    data = json.loads(report.to_json())
+    assert data["schema"] == 1
+    fused, declined = data["sites"]
+    assert fused["kind"] == "all_reduce_add_rms_norm" and fused["fused"] and fused["reason"] is None
+    assert (fused["group"], fused["dtype"], fused["hidden_size"], fused["has_residual"]) == ("0", "float32", H, True)
+    assert fused["eps"] == pytest.approx(1e-5)
+    assert not declined["fused"] and declined["reason"] == "op_between" and "relu" in declined["message"]
+    file, line = declined["source"].rsplit(":", 1)
+    with open(file) as source:
+        assert "dist.all_reduce(y)" in source.read().splitlines()[int(line) - 1]
+    assert data["options"]["capture_sizes"] == [3] and data["versions"]["torch"] == torch.__version__
+    assert [p["index"] for p in data["pieces"]] == list(range(len(data["pieces"])))
+    assert {v["decision"] for v in data["verdicts"]} == {"SPLIT"} and {v["site"] for v in data["verdicts"]} >= {0, None}
+    table = str(report)
+    assert "op_between" in table and "test_backend.py" in table and "SPLIT" in table
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_assert_fused_tells_why_not() -> None:
+    backend = ringfence.Backend(piece_compiler="eager")
+
+    def run(x: Tensor) -> Tensor:
+        y = x * 2
+        dist.all_reduce(y)
+        return F.layer_norm(y + x, (H,))
+
+    torch.compile(run, backend=backend)(rows(3))
+    with pytest.raises(NotFusedError, match=r"layer_norm: .*LayerNorm") as error:
+        ringfence.assert_fused(backend.reports[0], count=1)
+    assert isinstance(error.value, AssertionError) and "test_backend.py" in str(error.value)
+    with pytest.raises(NotFusedError):
+        ringfence.assert_fused(backend.reports[0])
+    ringfence.assert_fused(backend.reports[0], count=0)
+    with pytest.raises(TypeError, match="CompileReport"):
+        ringfence.assert_fused(backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_summary_is_logged(caplog: object) -> None:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ringfence")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        torch.compile(Model(), backend=ringfence.Backend(piece_compiler="eager"))(rows(3))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert any("2 of 2 all-reduces fused" in r for r in records)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_stages_are_dumped_for_depyf(tmp_path: object) -> None:
+    depyf = pytest.importorskip("depyf")
+    model = Model(layers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # depyf warns whenever it is used
+        with depyf.prepare_debug(str(tmp_path)):
+            torch.compile(model, backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[3]))(rows(3))
+    files = {p.name for p in tmp_path.iterdir()}  # type: ignore[attr-defined]
+    for stage, marker in (("captured", "wait_tensor"), ("fused", "all_reduce_add_rms_norm"), ("split", "submod_1")):
+        (name,) = (f for f in files if f"ringfence.{stage}" in f)
+        assert marker in (tmp_path / name).read_text()  # type: ignore[operator]
+
+
+# -- what is refused -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_grad_mode_falls_back_with_one_warning() -> None:
+    model, x = Model(), rows(3)
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3])
+    with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = torch.compile(model, backend=backend)
+        out = compiled(x)
+        compiled(x)
+        out.sum().backward()
+    assert relative_error(out.detach(), model(x)) <= 8 * TOLERANCE[torch.float32]
+    assert model.layers[0].up.weight.grad is not None
+    ours = [w for w in caught if "ringfence" in str(w.message)]
+    assert len(ours) == 1 and "torch.no_grad()" in str(ours[0].message)
+    assert "grad mode" in backend.reports[0].notes[0]
+
+
+def functional_sum(x: Tensor, group: str = "0") -> Tensor:
+    y = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x * 2, "sum", group))
+    return F.rms_norm(y + x, (H,), None, 1e-6)
+
+
+def refusal(fn: Callable[[Tensor], Tensor], x: Tensor, **options: object) -> BaseException:
+    backend = ringfence.Backend(piece_compiler="eager", **options)
+    with pytest.raises(Exception) as error:
+        torch.compile(fn, backend=backend)(x)
+    assert backend.reports == [], "a refused graph left a report"
+    return cause(error.value)
+
+
+def test_no_process_group_is_refused() -> None:
+    error = refusal(functional_sum, rows(3))
+    assert isinstance(error, GroupError) and "init_process_group" in str(error)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_unknown_group_is_refused_by_name() -> None:
+    error = refusal(lambda x: functional_sum(x, "no_such_group"), rows(3))
+    assert isinstance(error, GroupError) and "'no_such_group'" in str(error)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_empty_batch_is_refused() -> None:
+    error = refusal(functional_sum, rows(0))
+    assert isinstance(error, InputError) and "at least one token" in str(error)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_inputs_on_two_devices_are_refused() -> None:
+    backend = ringfence.Backend(piece_compiler="eager")
+    with pytest.raises(Exception, match=r"several devices: \['cpu', 'meta'\]"):
+        torch.compile(lambda x, y: (x + 1, y + 1), backend=backend)(rows(3), rows(3).to("meta"))
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_graph_break_between_all_reduce_and_norm_is_explained() -> None:
+    def run(x: Tensor) -> Tensor:
+        y = x * 2
+        dist.all_reduce(y)
+        torch._dynamo.graph_break()
+        return F.rms_norm(y + x, (H,))
+
+    backend = ringfence.Backend(piece_compiler="eager")
+    torch.compile(run, backend=backend)(rows(3))
+    (site,) = (s for r in backend.reports for s in r.sites)
+    assert site.decline is not None and site.decline.reason == "escapes_graph" and "graph break" in site.message
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_failed_capture_leaves_nothing_behind() -> None:
+    calls = []
+
+    @torch.library.custom_op("ringfence_test::fails_once", mutates_args=())
+    def fails_once(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        if len(calls) == 3:  # two warm-ups went well
+            raise RuntimeError("out of luck")
+        return x + 1
+
+    fails_once.register_fake(torch.empty_like)
+    compiled = torch.compile(
+        lambda x: torch.ops.ringfence_test.fails_once(x * 2) * 3,
+        backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[4]),
+    )
+    x = rows(4)
+    with pytest.raises(CaptureError, match="out of luck"):
+        compiled(x)
+    for _ in range(2):
+        x = rows(4)
+        assert torch.allclose(compiled(x), (x * 2 + 1) * 3)
+
+
+# -- the package ---------------------------------------------------------------------------
+
+
+def test_import_needs_only_torch_and_has_no_side_effects() -> None:
+    program = """
+import os, sys
+before = dict(os.environ)
+import torch
+import torch.distributed as dist
+loaded = set(sys.modules)
+import ringfence
+assert dict(os.environ) == before, "the environment changed"
+assert not dist.is_initialized()
+new = {m.split(".")[0] for m in set(sys.modules) - loaded}
+for heavy in ("transformers", "flashinfer", "depyf", "triton", "tabulate", "accelerate"):
+    assert heavy not in new, heavy
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+    result = run_python("-W", "error", "-c", program)
+    assert result.returncode == 0, result.stderr

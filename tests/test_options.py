@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+import ringfence
+from ringfence.runtime.errors import CollectiveUnavailableError, OptionsError, RingfenceError
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"colective": "auto"}, ["colective", "did you mean 'collective'", "capture_sizes"]),
+        ({"collective": "nccl"}, ["collective='nccl'", "reference"]),
+        ({"collective": None}, ["collective=None"]),
+        ({"piece_compiler": "triton"}, ["piece_compiler", "inductor", "eager"]),
+        ({"numerics": "fast"}, ["numerics", "strict"]),
+        ({"graphs": "hip"}, ["graphs", "simulated"]),
+        ({"verify": 1}, ["verify=1", "bool"]),
+        ({"static_outputs": "yes"}, ["static_outputs"]),
+        ({"capture_sizes": [0]}, ["capture_sizes", "0"]),
+        ({"capture_sizes": [4, "8"]}, ["capture_sizes", "'8'"]),
+        ({"capture_sizes": [True]}, ["capture_sizes", "True"]),
+        ({"capture_sizes": 8}, ["capture_sizes=8"]),
+        ({"capture_sizes": "18"}, ["capture_sizes"]),
+        ({"max_tokens": 0}, ["max_tokens=0"]),
+        ({"max_tokens": 4, "capture_sizes": [2, 8]}, ["8", "max_tokens=4"]),
+        ({"split_ops": "aten::mm"}, ["split_ops", "list"]),
+        ({"split_ops": ["mm"]}, ["split_ops", "'mm'", "namespace::name"]),
+        ({"split_ops": [3]}, ["split_ops", "3"]),
+        ({"groups": "0"}, ["groups", "list"]),
+        ({"all_reduce_ops": {"lib::ar": 0}}, ["all_reduce_ops"]),
+        ({"all_reduce_ops": ["ar"]}, ["all_reduce_ops", "'ar'"]),
+        ({"pad_to_capture_size": True}, ["pad_to_capture_size", "capture_sizes"]),
+        ({"on_report": 3}, ["on_report=3", "callable"]),
+    ],
+)
+def test_bad_option_is_refused_by_name(options: dict[str, object], names: list[str]) -> None:
+    with pytest.raises(OptionsError) as error:
+        ringfence.Backend(**options)
+    assert all(name in str(error.value) for name in names), str(error.value)
+    assert isinstance(error.value, ValueError) and isinstance(error.value, RingfenceError)
+
+
+@pytest.mark.parametrize("collective", ["trtllm", "mnnvl"])
+def test_collective_without_runtime_is_refused_with_the_remedy(collective: str) -> None:
+    with pytest.raises(CollectiveUnavailableError, match="collective='auto'"):
+        ringfence.Backend(collective=collective)
+
+
+def test_options_are_normalised() -> None:
+    options = ringfence.Backend(
+        capture_sizes=[8, 1, 8], split_ops=["aten::mm"], all_reduce_ops=["lib::ar"], max_tokens=8
+    ).options
+    assert options.capture_sizes == (1, 8)
+    assert options.all_reduce_ops == {"lib::ar": None}
+    assert ringfence.Backend().options == ringfence.Options()
+    assert options.as_dict()["capture_sizes"] == [1, 8]

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+import ringfence
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_package_folder_is_listed() -> None:
+    """A folder missing from the list works in an editable install and vanishes from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    for top in ("compile_passes", "runtime"):
+        for init in (ROOT / top).rglob("__init__.py"):
+            folder = str(init.parent.relative_to(ROOT))
+            assert listed.get("ringfence." + folder.replace("/", ".")) == folder
+
+
+def test_version_is_the_installed_one() -> None:
+    assert ringfence.__version__ == importlib.metadata.version("ringfence")
+
+
+def test_runtime_never_imports_the_passes() -> None:
+    for path in (ROOT / "runtime").glob("*.py"):
+        assert "compile_passes" not in path.read_text().replace("Never imports compile_passes", "")
