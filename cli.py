@@ -144,8 +144,8 @@ def _load_folder(folder: Path, arguments: argparse.Namespace) -> tuple[Any, tupl
     hooked = remove_backward_hooks(model)
     if hooked:
         print(
-            f"ringfence: removed the backward hooks of {len(hooked)} modules ({hooked[0]}, ...), which break the graph; "
-            "before compiling, call ringfence.hugging_face.remove_backward_hooks(model)",
+            f"ringfence: removed the backward hooks of {len(hooked)} modules ({hooked[0]}, ...), which break the "
+            "graph; call ringfence.hugging_face.remove_backward_hooks(model) before you compile it",
             file=sys.stderr,
         )
     shape = (arguments.batch, arguments.tokens)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime import reference
@@ -44,8 +45,9 @@ def verify(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def _check(match: Match, known: dict[str, Decline | None]) -> Decline | None:
     subgraph, inputs = _subgraph(match)
-    # Layers repeat: the same text on the same inputs is the same computation.
-    key = f"{subgraph.code}{[(tuple(x.shape), x.dtype) for x in inputs]}{match.norm.eps}{match.norm.weight_bias}"
+    # Layers repeat: the same operations on inputs of the same kind are the same computation.
+    likes = [(tuple(x.shape), x.dtype) for x in inputs]
+    key = f"{_without_names(subgraph.graph)}{likes}{match.norm.eps}{match.norm.weight_bias}"
     if key not in known:
         known[key] = _compare(match, subgraph, inputs)
     return known[key]
@@ -89,7 +91,7 @@ def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
     boundary = [n for n in (match.all_reduce.value, match.residual, match.norm.weight) if n is not None]
     graph, likes, env = Graph(), [], {}
     for node in boundary:
-        env[node] = graph.placeholder(node.name)
+        env[node] = graph.placeholder(f"x{len(env)}")
         likes.append(torch.empty([_concrete(d) for d in tensor(node).shape], dtype=tensor(node).dtype, device="meta"))
 
     def copy(node: Node) -> Any:
@@ -105,6 +107,13 @@ def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
     outputs = [copy(match.norm.out)] + ([copy(match.sum)] if match.residual is not None else [])
     graph.output(tuple(outputs))
     return GraphModule({}, graph), likes
+
+
+def _without_names(graph: Graph) -> list[str]:
+    """The operations of a graph, each node named by its position."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    calls = [(node.target, *map_arg((node.args, node.kwargs), lambda n: position[n])) for node in graph.nodes]
+    return [str(call) for call in calls]
 
 
 def _concrete(dim: int | torch.SymInt) -> int:

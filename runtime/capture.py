@@ -6,6 +6,7 @@ is the same over CUDA graphs and over the simulation, and is tested without a GP
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from .buffers import copy_into, static_like, weak_memory
 from .errors import CaptureError
 
 
@@ -90,56 +92,81 @@ class SimulatedGraphs:
     """CUDA-graph semantics on any device, for tests and for machines without a GPU.
 
     What it keeps of the real thing: inputs are read from the addresses seen at capture
-    and outputs land at fixed ones; nothing is computed at capture, so outputs hold
-    poison until the first replay; nesting, host syncs and host collectives inside a
-    capture are errors. What it does not model: host code of a piece runs again at each
-    replay, and nothing is faster.
+    and outputs land at fixed ones; a capture changes nothing, so outputs hold poison
+    until the first replay; nesting, host syncs and host collectives inside a capture are
+    errors; inputs are not kept alive. What it does not model: host code of a piece runs
+    again at each replay, what a custom op does inside is not looked at, and nothing is
+    faster.
     """
 
     name = "simulated"
+
+    def __init__(self) -> None:
+        self._capturing_thread: int | None = None
 
     def warm_up(self, run: Callable[[], None]) -> None:
         run()
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
-        with _CaptureRules():
-            seen = call(*args)
-        outputs = tuple(_poisoned_like(o) if isinstance(o, Tensor) else o for o in seen)
-        return _SimulatedPiece(call, tuple(args), outputs)
+        self._capturing_thread = threading.get_ident()
+        try:
+            with _CaptureRules():
+                seen = call(*[_copy(a) if isinstance(a, Tensor) else a for a in args])
+        finally:
+            self._capturing_thread = None
+        return _SimulatedPiece(call, args, tuple(_poisoned_like(o) if isinstance(o, Tensor) else o for o in seen))
 
     def is_capturing(self) -> bool:
-        return any(isinstance(mode, _CaptureRules) for mode in _get_current_dispatch_mode_stack())
+        # The mode stack shows captures of other instances, and is empty inside a custom op.
+        here = self._capturing_thread == threading.get_ident()
+        return here or any(isinstance(m, _CaptureRules) for m in _get_current_dispatch_mode_stack())
 
 
 class _SimulatedPiece:
-    def __init__(self, call: Callable[..., Sequence[Any]], args: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    def __init__(self, call: Callable[..., Sequence[Any]], args: Sequence[Any], outputs: tuple[Any, ...]) -> None:
         self.outputs = outputs
         self._call = call
-        self._args = args
+        self._args = [weak_memory(a) if isinstance(a, Tensor) else a for a in args]
 
     def replay(self) -> None:
-        for landing, value in zip(self.outputs, self._call(*self._args), strict=True):
+        args = [a() if callable(a) else a for a in self._args]
+        for landing, value in zip(self.outputs, self._call(*args), strict=True):
             if isinstance(landing, Tensor):
-                landing.copy_(value)
+                copy_into(landing, value)
 
     def release(self) -> None:
-        self.outputs = self._args = ()
+        self.outputs = ()
+        self._args = []
 
 
 class _CaptureRules(TorchDispatchMode):
     """Raises on what a CUDA stream capture would reject or silently leave out."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if torch.Tag.data_dependent_output in func.tags:
+        if torch.Tag.data_dependent_output in func.tags or _size_depends_on_data(func, args):
             raise CaptureError(f"{func} synchronises with the host and cannot be captured; add it to split_ops")
         if func.namespace in ("_c10d_functional", "c10d", "ringfence"):
             raise CaptureError(f"{func} runs on the host here and cannot be captured; add it to split_ops")
         return func(*args, **(kwargs or {}))
 
 
+def _size_depends_on_data(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func is torch.ops.aten.index.Tensor:  # tagged for its boolean indices only
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return True
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = static_like(tensor)
+    copy_into(copy, tensor)
+    return copy
+
+
 def _poisoned_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same layout that no computation could have written."""
-    poison = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    """A buffer of the same layout, full of what no computation could have written."""
+    poison = static_like(tensor)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         return poison.fill_(float("nan"))
     return poison.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)

@@ -71,7 +71,9 @@ class Padding:
     outputs: dict[int, tuple[int, ...]]
 
     def size_for(self, tokens: int, rule: SizeRule, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The sizes that have ``tokens`` tokens, or None when no whole number does."""
+        """The sizes that have ``tokens`` tokens; None where the count is not in proportion to the size."""
         (size,) = sizes
+        if not rule.tokens(sizes):
+            return None
         padded = (math.ceil(tokens * size / rule.tokens(sizes)),)
         return padded if rule.tokens(padded) == tokens else None

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffers import copy_into, narrow, static_like, weak_memory
 from .capture import CapturedPiece, GraphBackend
 from .errors import (
     AddressChangedError,
@@ -44,6 +45,24 @@ from .program import Padding, Program, SizeRule, Step
 _WARM_UPS = 2
 
 
+class _Parameter:
+    """A parameter as a capture saw it. Keeps neither the object nor its memory alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._memory = weak_memory(tensor)
+        self._address = tensor.data_ptr()
+
+    @property
+    def gone(self) -> bool:
+        return self._memory() is None
+
+    @property
+    def moved(self) -> bool:
+        tensor = self._tensor()
+        return tensor is not None and tensor.data_ptr() != self._address
+
+
 @dataclass
 class _Entry:
     """Everything recorded for one tuple of sizes and one set of parameters."""
@@ -53,7 +72,7 @@ class _Entry:
     actions: list[Callable[[], None]]
     pieces: list[CapturedPiece]
     addresses: tuple[int, ...]
-    parameters: list[weakref.ref[Tensor]]
+    parameters: list[_Parameter]
 
     def release(self) -> None:
         for piece in self.pieces:
@@ -89,6 +108,8 @@ class PiecewiseRunner:
         self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
         self._read_by_pieces = {i for step in program.steps if not step.island for i in step.inputs}
         self._static = sorted(program.static_inputs)
+        read_by_islands = {i for step in program.steps if step.island for i in step.inputs}
+        self._read_statics = [i for i in self._static if i in read_by_islands or i in program.outputs]
         self._dynamic = [i for i in range(len(program.inputs)) if i not in program.static_inputs]
 
     @property
@@ -110,7 +131,7 @@ class PiecewiseRunner:
                 "compile it with capture_sizes=() to capture it from outside"
             )
         sizes = self._sizes.sizes(args)
-        target = self._target(sizes)
+        target = self._target(sizes, args)
         if target is None:
             return self._run(args)
         addresses = tuple([args[i].data_ptr() for i in self._static])
@@ -122,7 +143,9 @@ class PiecewiseRunner:
             self._load(entry, sizes, args)
             for action in entry.actions:
                 action()
-        return self._outputs(entry, sizes, args)
+        outputs = self._outputs(entry, sizes, args)
+        self._forget_parameters(entry)
+        return outputs
 
     # -- uncaptured ------------------------------------------------------------------
 
@@ -142,17 +165,18 @@ class PiecewiseRunner:
             values = step.call(*[slots[i] for i in step.inputs])
             for slot, value in zip(step.outputs, values, strict=True):
                 slots[slot] = value
+            values = value = None  # an output that nobody reads dies here, not after the next step
             for slot in step.frees:
                 slots[slot] = None
 
     # -- which captured size serves this call ----------------------------------------
 
-    def _target(self, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+    def _target(self, sizes: tuple[int, ...], args: Sequence[Any]) -> tuple[int, ...] | None:
         tokens = self._sizes.tokens(sizes)
         if tokens in self._capture_sizes:
             return sizes
-        if self._padding is None:
-            return None
+        if self._padding is None or not all(args[i].is_contiguous() for i in self._padding.inputs):
+            return None  # a grown buffer has the strides that were traced only if both are contiguous
         larger = (n for n in self._capture_sizes if n > tokens)
         return next(filter(None, (self._padding.size_for(n, self._sizes, sizes) for n in larger)), None)
 
@@ -161,14 +185,21 @@ class PiecewiseRunner:
     def _load(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         """Copy the call's inputs into the static buffers; rows that are padding become zero."""
         grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
+        for i in self._read_statics:
+            entry.slots[i] = args[i]
         for i in self._dynamic:
             buffer = entry.slots[i]
             if not isinstance(buffer, Tensor):
                 continue
             if i in grown:
                 buffer.zero_()
-                buffer = _narrow(buffer, grown[i], sizes[0])
-            _writable(buffer).copy_(_writable(args[i]))
+                buffer = narrow(buffer, grown[i], sizes[0])
+            copy_into(buffer, args[i])
+
+    def _forget_parameters(self, entry: _Entry) -> None:
+        """Keep no parameter alive: a module that is dropped takes its memory with it."""
+        for i in self._read_statics:
+            entry.slots[i] = None
 
     def _outputs(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         grown = self._padding.outputs if self._padding is not None and sizes != entry.sizes else {}
@@ -179,7 +210,7 @@ class PiecewiseRunner:
                 continue
             value = entry.slots[slot]
             if position in grown:
-                value = _narrow(value, grown[position], sizes[0])
+                value = narrow(value, grown[position], sizes[0])
             if isinstance(value, Tensor) and not self._static_outputs:
                 value = value.clone()
             outputs.append(value)
@@ -194,12 +225,13 @@ class PiecewiseRunner:
         for key, entry in list(self._entries.items()):
             if key[0] != target:
                 continue
-            alive = [parameter() for parameter in entry.parameters]
-            if all(p is None for p in alive):
+            moved = [p.moved for p in entry.parameters]
+            gone = [p.gone for p in entry.parameters]
+            if all(gone) and not any(moved):
                 self._entries.pop(key).release()
                 continue
-            for i, parameter, address in zip(self._static, alive, entry.addresses, strict=True):
-                if parameter is None or parameter.data_ptr() != address:
+            for i, was_moved, is_gone in zip(self._static, moved, gone, strict=True):
+                if was_moved or is_gone:
                     raise AddressChangedError(
                         f"parameter '{self._program.inputs[i]}' moved or was replaced since it was captured at sizes "
                         f"{target}; update parameters in place (p.copy_(new)), or start over with torch._dynamo.reset()"
@@ -213,11 +245,14 @@ class PiecewiseRunner:
         slots = self._slots(args)
         grown = self._padding.inputs if self._padding is not None and target != sizes else {}
         for i in self._dynamic:
-            if isinstance(args[i], Tensor):
-                slots[i] = _static_like(args[i], grown.get(i, ()), target)
-            elif grown and isinstance(args[i], int):
+            if i in grown:
+                shape = [target[0] if d in grown[i] else n for d, n in enumerate(args[i].shape)]
+                slots[i] = static_like(args[i].new_empty(shape))
+            elif isinstance(args[i], Tensor):
+                slots[i] = static_like(args[i])
+            elif target != sizes and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
-        entry = _Entry(target, slots, [], [], addresses, [weakref.ref(args[i]) for i in self._static])
+        entry = _Entry(target, slots, [], [], addresses, [_Parameter(args[i]) for i in self._static])
         self._load(entry, sizes, args)
         for _ in range(_WARM_UPS):
             graphs.warm_up(lambda: self._run_steps(list(slots)))
@@ -230,6 +265,8 @@ class PiecewiseRunner:
                     f"capture of '{step.name}' at sizes {target} failed and was undone: {error}"
                 ) from error
             entry.actions.append(action)
+        for i in self._static:
+            slots[i] = None
         self._entries[target, addresses] = entry
         return entry
 
@@ -250,43 +287,21 @@ class PiecewiseRunner:
         call, inputs, slots = step.call, step.inputs, entry.slots
         landed = [slot in self._read_by_pieces for slot in step.outputs]
         for slot, lands, value in zip(step.outputs, landed, call(*[slots[i] for i in inputs]), strict=True):
-            slots[slot] = _static_like(value) if lands and isinstance(value, Tensor) else value
+            slots[slot] = static_like(value) if lands and isinstance(value, Tensor) else value
             if slots[slot] is not value:
-                _writable(slots[slot]).copy_(_writable(value))
+                copy_into(slots[slot], value)
 
         def run() -> None:
             for slot, lands, value in zip(step.outputs, landed, call(*[slots[i] for i in inputs]), strict=True):
                 if not lands:
                     slots[slot] = value
-                elif isinstance(value, Tensor):
-                    _writable(slots[slot]).copy_(_writable(value))
-                elif slots[slot] != value:
+                elif isinstance(value, Tensor) and value.shape == slots[slot].shape:
+                    copy_into(slots[slot], value)
+                elif isinstance(value, Tensor) or slots[slot] != value:
+                    seen, now = (tuple(v.shape) if isinstance(v, Tensor) else v for v in (slots[slot], value))
                     raise DataDependentValueError(
-                        f"island '{step.name}' returned {value}, and a captured piece was given {slots[slot]}; "
-                        "add the ops that use this number to split_ops"
+                        f"island '{step.name}' returned {now}, and a captured piece was given {seen}; "
+                        "add the ops that read it to split_ops"
                     )
 
         return run
-
-
-def _static_like(tensor: Tensor, padded_dims: tuple[int, ...] = (), sizes: tuple[int, ...] = ()) -> Tensor:
-    """A buffer with the layout of ``tensor``, its padded dimensions grown to the captured size."""
-    if not padded_dims:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    shape = [sizes[0] if d in padded_dims else n for d, n in enumerate(tensor.shape)]
-    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _narrow(tensor: Tensor, dims: tuple[int, ...], size: int) -> Tensor:
-    """The part of a padded tensor that belongs to the caller's rows."""
-    for dim in dims:
-        tensor = tensor.narrow(dim, 0, size)
-    return tensor
-
-
-def _writable(tensor: Tensor) -> Tensor:
-    """``tensor`` without repeats of one element: expanded dimensions are cut to their first entry."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor

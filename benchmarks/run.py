@@ -1,0 +1,271 @@
+"""`make bench`: what the compile path costs, each figure beside its peer in the same run.
+
+Prints a table and exits with 1 when a target is missed. docs/measurements.md keeps the figures.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+from torch import Tensor
+from torch._inductor import pattern_matcher
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ringfence.compile_passes import find, fuse
+from ringfence.compile_passes.judge import judge
+from ringfence.compile_passes.lower import eager_piece, lower
+from ringfence.compile_passes.split import split
+from ringfence.runtime import ops
+from ringfence.runtime.capture import SimulatedGraphs
+from ringfence.runtime.program import Program, SizeRule, Step
+from ringfence.runtime.runner import PiecewiseRunner
+
+LAYERS, HIDDEN, TOKENS = 80, 64, 4
+PIECES = 161
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ours, the peer's, and what was asked for."""
+
+    what: str
+    ours: str
+    peer: str
+    target: str
+    met: bool
+
+
+def median_ms(body: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        body()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", "0"))
+
+
+# -- find and fuse -------------------------------------------------------------------
+
+
+def site(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    summed = all_reduce(x) + residual
+    return summed * torch.rsqrt(summed.pow(2).mean(-1, keepdim=True) + 1e-6) * weight, summed
+
+
+def eighty_layers() -> GraphModule:
+    def model(x: Tensor, residual: Tensor, weight: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(2 * LAYERS):
+            x, residual = site(x @ linear, residual, weight)
+        return x, residual
+
+    return traced(model, [torch.randn(s) for s in ((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN, HIDDEN))])
+
+
+def traced(fn: Callable[..., Any], inputs: list[Tensor], **_: Any) -> GraphModule:
+    """Also Inductor's ``trace_fn``: its own would decompose differently and match nothing."""
+    with torch.no_grad():
+        gm = make_fx(fn, tracing_mode="fake")(*inputs)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def ringfence_pass(gm: GraphModule) -> int:
+    return sum(s.fused for s in fuse(gm, find(gm)))
+
+
+def inductor_pass(gm: GraphModule) -> int:
+    def replacement(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.all_reduce_add_rms_norm(x, residual, weight, 1e-6, 0.0, "0", "reference")
+
+    patterns = pattern_matcher.PatternMatcherPass()
+    inputs = [torch.randn(s) for s in ((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,))]
+    pattern_matcher.register_replacement(site, replacement, inputs, traced, patterns, skip_duplicates=True)
+    return int(patterns.apply(gm.graph))
+
+
+def bench_passes() -> Row:
+    graph = eighty_layers()
+    ours_ms, peer_ms = [], []
+    for _ in range(5):
+        for run, times in ((ringfence_pass, ours_ms), (inductor_pass, peer_ms)):
+            gm = copy.deepcopy(graph)
+            start = time.perf_counter()
+            count = run(gm)
+            times.append((time.perf_counter() - start) * 1e3)
+            assert count == 2 * LAYERS, f"{run.__name__} fused {count} of {2 * LAYERS} sites"
+    ours, peer = statistics.median(ours_ms), statistics.median(peer_ms)
+    return Row(
+        f"find + fuse, {LAYERS} layers ({2 * LAYERS} sites); peer: Inductor register_replacement",
+        f"{ours:.1f} ms",
+        f"{peer:.0f} ms ({peer / ours:.0f}x)",
+        "<= 50 ms, >= 20x",
+        ours <= 50 and peer / ours >= 20,
+    )
+
+
+def bench_split() -> Row:
+    gm = eighty_layers()
+    fuse(gm, find(gm))
+    verdicts = judge(gm, backends={"0": "gloo"}, capture=True)
+    start = time.perf_counter()
+    plan, whole = split(gm, verdicts)
+    lower(plan, whole, eager_piece, [n.name for n in gm.graph.find_nodes(op="placeholder")], frozenset())
+    spent = (time.perf_counter() - start) * 1e3
+    return Row(f"split + lower into {len(plan.pieces)} parts", f"{spent:.0f} ms", "", "", True)
+
+
+# -- the runner ------------------------------------------------------------------------
+
+
+def bench_runner() -> list[Row]:
+    """Pieces that do nothing, so that all that is timed is the runner."""
+
+    def bare(x: Tensor) -> tuple[Tensor]:
+        return (x,)
+
+    def program(island: bool) -> Program:
+        steps = tuple(Step(f"submod_{i}", bare, (i,), (i + 1,), island, (i,) if i else ()) for i in range(PIECES))
+        return Program(steps, ("x",), (PIECES,), PIECES + 1, (), frozenset())
+
+    class Replays(SimulatedGraphs):
+        """A capture whose replay does nothing: the runner's own cost is left."""
+
+        def capture(self, call: Callable[..., Any], args: Any) -> Any:
+            piece = super().capture(call, args)
+            piece.replay = lambda: None
+            return piece
+
+    x = torch.randn(TOKENS, HIDDEN)
+
+    def bare_calls() -> None:
+        value = x
+        for _ in range(PIECES):
+            (value,) = bare(value)
+
+    sizes = SizeRule((), lambda _: TOKENS)
+    uncaptured = PiecewiseRunner(program(False), sizes)
+    replayed = PiecewiseRunner(program(False), sizes, Replays(), [TOKENS])
+    islands = PiecewiseRunner(program(True), sizes, Replays(), [TOKENS])
+    replayed(x), islands(x)
+    rows = []
+    baseline = median_ms(bare_calls, 500)
+    for what, runner in (("uncaptured", uncaptured), ("replayed", replayed), ("islands of a replay", islands)):
+        spent = median_ms(lambda runner=runner: runner(x), 500)
+        each, bare_each = (t / PIECES * 1e3 for t in (spent, baseline))
+        rows.append(
+            Row(
+                f"runner per piece, {what}; peer: a bare call",
+                f"{each:.2f} us",
+                f"{bare_each:.2f} us",
+                "<= 5 us over",
+                each - bare_each <= 5,
+            )
+        )
+    return rows
+
+
+# -- compile time ------------------------------------------------------------------------
+
+_COMPILE = """
+import os, sys, time, torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
+import ringfence
+plan = DistributedConfig(tp_plan="auto", tp_size=2)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=plan, dtype=torch.float32).eval()
+backend = "inductor" if sys.argv[2] == "inductor" else ringfence.Backend(capture_sizes=eval(sys.argv[3]))
+with torch.no_grad():
+    torch.compile(lambda x: x + 1)(torch.ones(3))  # imports and worker processes
+    tokens = torch.randint(0, 128, (1, 4))
+    start = time.perf_counter()
+    torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(tokens, use_cache=False)
+    print("seconds", time.perf_counter() - start)
+"""
+
+
+def compile_seconds(folder: str, backend: str, sizes: str = "[]") -> float:
+    """In a process and with a cache of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        result = subprocess.run(
+            [sys.executable, "-c", _COMPILE, folder, backend, sizes],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "LOCAL_RANK": "0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    seconds = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("seconds")]
+    assert seconds, result.stderr
+    return float(seconds[0])
+
+
+def bench_compile(repeats: int = 3) -> list[Row]:
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
+    from demo import save_model
+
+    peers: list[float] = []
+    whole: list[float] = []
+    pieces: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder)
+        for _ in range(repeats):  # interleaved, so that a slow moment of the machine hits all three
+            peers.append(compile_seconds(folder, "inductor"))
+            whole.append(compile_seconds(folder, "ringfence"))
+            pieces.append(compile_seconds(folder, "ringfence", "[4]"))
+    peer = statistics.median(peers)
+    rows = []
+    for what, times in (("in one piece", whole), ("in pieces, with one capture", pieces)):
+        ours = statistics.median(times)
+        rows.append(
+            Row(
+                f"compile the demo model {what}; peer: backend='inductor'",
+                f"{ours:.1f} s",
+                f"{peer:.1f} s ({ours / peer:.2f}x)",
+                "<= 1.15x",
+                ours <= 1.15 * peer,
+            )
+        )
+    return rows
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    rows = [bench_passes(), bench_split(), *bench_runner(), *bench_compile()]
+    print(
+        f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}"
+    )
+    print(
+        tabulate(
+            [(r.what, r.ours, r.peer, r.target, "met" if r.met else "MISSED") for r in rows],
+            ("what", "ours", "peer", "target", ""),
+        )
+    )
+    dist.destroy_process_group()
+    return 0 if all(r.met for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Buffers that stay where they are, and what may be copied into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+def static_like(tensor: Tensor) -> Tensor:
+    """An uninitialised buffer with the layout of ``tensor``.
+
+    A normal tensor also under inference mode: it will be written again, perhaps
+    outside of it.
+    """
+    with torch.inference_mode(False):
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def copy_into(buffer: Tensor, value: Tensor) -> None:
+    """Copy between two tensors of one layout, which may be expanded (stride 0)."""
+    _first_of_repeats(buffer).copy_(_first_of_repeats(value))
+
+
+def narrow(tensor: Tensor, dims: tuple[int, ...], size: int) -> Tensor:
+    """The first ``size`` rows of a padded tensor, in each of its padded dimensions."""
+    for dim in dims:
+        tensor = tensor.narrow(dim, 0, size)
+    return tensor
+
+
+def weak_memory(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """A function that returns a tensor on the same memory while somebody keeps that alive.
+
+    The memory counts, not the object: a captured graph knows addresses only, and
+    ``nn.Parameter(p.data)`` is another object at the same one.
+    """
+    storage = StorageWeakRef(tensor.untyped_storage())
+    layout = tensor.storage_offset(), tensor.size(), tensor.stride()
+    dtype, device = tensor.dtype, tensor.device
+
+    def revive() -> Tensor | None:
+        alive = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
+        return None if alive is None else torch.empty(0, dtype=dtype, device=device).set_(alive, *layout)
+
+    return revive
+
+
+def _first_of_repeats(tensor: Tensor) -> Tensor:
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

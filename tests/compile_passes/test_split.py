@@ -1,0 +1,175 @@
+"""Judge and split: who is cut out, in which order, and what stays together."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ringfence.compile_passes.judge import RULES, Decision, judge
+from ringfence.compile_passes.lower import eager_piece, lower
+from ringfence.compile_passes.split import SplitPlan, split
+from ringfence.runtime.errors import OptionsError
+from support import aot_graph, fuse_graph
+
+H = 16
+
+
+@torch.library.custom_op("ringfence_test::two_outputs", mutates_args=())
+def two_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x + 1, x - 1
+
+
+@two_outputs.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("ringfence_test::unsafe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def unsafe(x: Tensor) -> Tensor:
+    return x + 1
+
+
+unsafe.register_fake(torch.empty_like)
+
+
+@torch.library.custom_op("ringfence_test::mutates", mutates_args=("x",))
+def mutates(x: Tensor) -> None:
+    x.add_(1)
+
+
+def reduced(x: Tensor) -> Tensor:
+    y = x * 2
+    dist.all_reduce(y)
+    return y
+
+
+def cut(gm: GraphModule, **options: object) -> tuple[SplitPlan, GraphModule]:
+    return split(gm, judge(gm, backends={"0": "gloo"}, capture=True, **options))
+
+
+def islands(plan: SplitPlan) -> list[tuple[str, ...]]:
+    return [p.ops for p in plan.islands]
+
+
+def runs_right(fn: object, gm: GraphModule, plan: SplitPlan, whole: GraphModule, *args: Tensor) -> None:
+    """The split graph, and the program made of it, compute what the whole one did."""
+    expected = fn(*args)  # type: ignore[operator]
+    program = lower(plan, whole, eager_piece, [f"x{i}" for i in args], frozenset())
+    slots = [*args, *[None] * (program.slots - len(args))]
+    for slot, value in program.constants:
+        slots[slot] = value
+    for step in program.steps:
+        for slot, value in zip(step.outputs, step.call(*[slots[i] for i in step.inputs]), strict=True):
+            slots[slot] = value
+    for slot, value in zip(program.outputs, expected, strict=True):
+        assert torch.equal(slots[slot], value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "capture", "decision", "rule"),
+    [
+        ("gloo", True, Decision.SPLIT, "host_collective"),
+        ("fake", True, Decision.SPLIT, "host_collective"),
+        ("nccl", True, Decision.IN_GRAPH, "nccl"),
+        ("xccl", True, Decision.SPLIT, "unknown_collective"),
+        ("gloo", False, Decision.IN_GRAPH, "no_capture"),
+    ],
+)
+@pytest.mark.usefixtures("fake_group")
+def test_collective_is_judged_by_its_backend(backend: str, capture: bool, decision: Decision, rule: str) -> None:
+    def run(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.rms_norm(reduced(x) + r, (H,)), reduced(r).relu()
+
+    gm = aot_graph(run, torch.randn(3, H), torch.randn(3, H))
+    assert fuse_graph(gm)[0].fused
+    verdicts = judge(gm, backends={"0": backend}, capture=capture)
+    assert {v.op for v in verdicts} == {
+        "ringfence::all_reduce_add_rms_norm",
+        "_c10d_functional::all_reduce",
+        "_c10d_functional::wait_tensor",
+    }
+    assert {(v.decision, v.rule) for v in verdicts} == {(decision, rule)}
+    assert [v.site for v in verdicts if v.op.startswith("ringfence")] == [0]
+    assert all(v.message and v.source for v in verdicts)
+
+
+def test_every_rule_names_its_source() -> None:
+    assert len({r.id for r in RULES}) == len(RULES)
+    assert all(r.source and r.message for r in RULES)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_pieces_keep_the_original_order() -> None:
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        a = reduced(x)
+        b = torch.sigmoid(a)
+        c = reduced(b)
+        return torch.tanh(c) + b, a
+
+    gm = aot_graph(run, torch.randn(3, H))
+    plan, whole = cut(gm)
+    assert [p.island for p in plan.pieces] == [False, True, False, True, False]
+    assert islands(plan) == [("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor")] * 2
+    runs_right(run, gm, plan, whole, torch.randn(3, H))
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_getitem_stays_with_its_producer_and_neighbours_share_an_island() -> None:
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = torch.ops.ringfence_test.two_outputs(x * 2)
+        c, d = torch.ops.ringfence_test.two_outputs(a)
+        return c * b, d + 1
+
+    gm = aot_graph(run, torch.randn(3, H))
+    plan, whole = cut(gm, split_ops=["ringfence_test::two_outputs"])
+    assert [p.island for p in plan.pieces] == [False, True, False]
+    for name in ("submod_0", "submod_2"):
+        assert operator.getitem not in {n.target for n in whole.get_submodule(name).graph.nodes}
+    runs_right(run, gm, plan, whole, torch.randn(3, H))
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_views_between_islands_are_no_piece() -> None:
+    def run(x: Tensor) -> tuple[Tensor]:
+        a = reduced(x * 2)
+        return (reduced(a.view(-1)).view(-1, H) + 1,)
+
+    gm = aot_graph(run, torch.randn(4, H))
+    # in-place collectives put a real copy between; the views are what is left without it
+    plan, whole = cut(gm, split_ops=["aten::mul", "aten::copy"])
+    assert all(p.nodes for p in plan.pieces)
+    assert [p.island for p in plan.pieces] == [True, False]
+    runs_right(run, gm, plan, whole, torch.randn(4, H))
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_tag_and_functionalised_op_are_split() -> None:
+    def run(x: Tensor) -> tuple[Tensor]:
+        y = torch.ops.ringfence_test.unsafe(x * 2) * 3
+        torch.ops.ringfence_test.mutates(y)
+        return (y.exp(),)
+
+    gm = aot_graph(run, torch.randn(3, H))
+    plan, whole = cut(gm, split_ops=["ringfence_test::mutates.default"])
+    assert islands(plan) == [("ringfence_test::unsafe",), ("ringfence_test::mutates",)]
+    runs_right(run, gm, plan, whole, torch.randn(3, H))
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_graph_without_verdicts_is_one_piece() -> None:
+    gm = aot_graph(lambda x: (x.exp(), x), torch.randn(3, H))
+    plan, _ = cut(gm)
+    assert [(p.island, p.nodes) for p in plan.pieces] == [(False, 1)]
+
+
+@pytest.mark.parametrize("name", ["aten::no_such_op", "no_such_library::op", "aten::mm.no_such_overload"])
+@pytest.mark.usefixtures("fake_group")
+def test_unregistered_split_op_is_refused(name: str) -> None:
+    gm = aot_graph(lambda x: (x.exp(),), torch.randn(3, H))
+    with pytest.raises(OptionsError, match=name):
+        judge(gm, backends={}, capture=True, split_ops=[name])

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringfence.runtime.errors import GroupError
+from ringfence.runtime.groups import Group, describe_group
+from support import run_threaded, start_fake_group
+
+CPU = torch.device("cpu")
+
+
+def test_describe_group_without_a_process_group_says_what_to_call() -> None:
+    assert not dist.is_initialized()
+    with pytest.raises(GroupError, match=r"'tensor_parallel'.*init_process_group"):
+        describe_group("tensor_parallel", CPU)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_describe_group_names_the_unknown_group_and_the_default_one() -> None:
+    world = dist.group.WORLD.group_name
+    with pytest.raises(GroupError, match=rf"'tensor_parallel'.*'{world}'"):
+        describe_group("tensor_parallel", CPU)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_describe_group_of_a_fake_world(world_size: int) -> None:
+    start_fake_group(world_size)
+    try:
+        name = dist.group.WORLD.group_name
+        assert describe_group(name, CPU) == Group(name, "fake", world_size, 0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_describe_group_of_fake_subgroups() -> None:
+    start_fake_group(8)
+    try:
+        pair, four = dist.new_group([0, 5]), dist.new_group([0, 2, 4, 6])
+        assert describe_group(pair.group_name, CPU) == Group(pair.group_name, "fake", 2, 0)
+        assert describe_group(four.group_name, CPU) == Group(four.group_name, "fake", 4, 0)
+        assert pair.group_name != four.group_name
+    finally:
+        dist.destroy_process_group()
+
+
+def test_describe_group_forgets_a_destroyed_group() -> None:
+    start_fake_group(2)
+    name = dist.group.WORLD.group_name
+    describe_group(name, CPU)
+    dist.destroy_process_group()
+    with pytest.raises(GroupError, match="init_process_group"):
+        describe_group(name, CPU)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_describe_group_without_a_backend_for_the_device_says_which() -> None:
+    name = dist.group.WORLD.group_name
+    with pytest.raises(GroupError, match=rf"'{name}'.*meta"):
+        describe_group(name, torch.device("meta"))
+
+
+def test_describe_group_of_gloo_by_device() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        name = dist.group.WORLD.group_name
+        assert describe_group(name, CPU) == Group(name, "gloo", 1, 0)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_describe_group_of_threaded_ranks(world_size: int) -> None:
+    def body(rank: int) -> Group:
+        return describe_group(dist.group.WORLD.group_name, CPU)
+
+    groups = run_threaded(world_size, body)
+    assert [astuple(g)[1:] for g in groups] == [("threaded", world_size, rank) for rank in range(world_size)]
+
+
+def test_describe_group_of_threaded_subgroups() -> None:
+    def body(rank: int) -> Group:
+        groups = [dist.new_group([0, 2, 4]), dist.new_group([1, 3])]
+        return describe_group(groups[rank % 2].group_name, CPU)
+
+    groups = run_threaded(5, body)
+    assert [(g.size, g.rank) for g in groups] == [(3, 0), (2, 0), (3, 1), (2, 1), (3, 2)]
+    assert len({g.name for g in groups}) == 2

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ringfence.cli import FAILED, USAGE, main
+from support import run_python
+
+Explain = Callable[..., tuple[int, str, str]]
+
+TARGETS = """
+import torch, torch.distributed as dist, torch.nn.functional as F
+H = 16
+
+class Model(torch.nn.Module):
+    def __init__(self, breaks=False):
+        super().__init__()
+        self.weight, self.breaks = torch.nn.Parameter(torch.randn(H)), breaks
+    def forward(self, x, r):
+        y = x * 2
+        dist.all_reduce(y)
+        if self.breaks:
+            print("not traceable")
+        return F.rms_norm(y + r, (H,), self.weight, 1e-5)
+
+def tuple_inputs():
+    return Model(), (torch.randn(3, H), torch.randn(3, H))
+
+def mapping_inputs():
+    return Model(), {"x": torch.randn(3, H), "r": torch.randn(3, H)}
+
+def breaks():
+    return Model(breaks=True), (torch.randn(3, H), torch.randn(3, H))
+
+def empty():
+    return Model(), (torch.randn(0, H), torch.randn(0, H))
+
+def wrong():
+    return Model()
+
+def raises():
+    raise RuntimeError("no weights today")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("targets")
+    (folder / "targets.py").write_text(TARGETS)
+    return folder
+
+
+@pytest.fixture
+def explain(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Explain:
+    """``ringfence explain`` in this process: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main(["explain", *arguments])
+        except SystemExit as usage:  # argparse
+            code = int(str(usage.code))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("function", ["tuple_inputs", "mapping_inputs"])
+def test_explain_prints_json_of_a_function_target(explain: Explain, function: str) -> None:
+    code, out, err = explain(f"targets:{function}", "--tp", "4", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    (site,) = report["sites"]
+    assert site["fused"] and site["source"].endswith("targets.py:11")
+    assert report["schema"] == 1
+
+
+def test_explain_passes_options_on(explain: Explain) -> None:
+    code, out, err = explain(
+        "targets:tuple_inputs", "--tp", "2", "--option", "groups=['other']", "--option", "verify=True"
+    )
+    assert code == 0, err
+    assert "other_group" in out and "0 of 1 all-reduces fused" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["targets:breaks", "--tp", "2"], FAILED, "breaks the graph"),
+        (["targets:wrong", "--tp", "2"], FAILED, "must return (model, example_inputs)"),
+        (["targets:raises", "--tp", "2"], FAILED, "no weights today"),
+        (["targets:empty", "--tp", "2"], FAILED, "at least one token"),
+        (["targets:absent", "--tp", "2"], FAILED, "cannot be imported"),
+        (["no_such_module:f", "--tp", "2"], FAILED, "cannot be imported"),
+        (["no_such_target", "--tp", "2"], FAILED, "neither an existing folder nor module:function"),
+        ([".", "--tp", "2"], FAILED, "config.json"),
+        (["targets:tuple_inputs"], USAGE, "--tp"),
+        (["targets:tuple_inputs", "--tp", "1"], USAGE, "world size"),
+        (["targets:tuple_inputs", "--tp", "two"], USAGE, "world size"),
+        (["targets:tuple_inputs", "--tp", "2", "--option", "colective=auto"], USAGE, "did you mean 'collective'"),
+    ],
+)
+def test_wrong_call_is_refused(explain: Explain, arguments: list[str], code: int, message: str) -> None:
+    returned, out, err = explain(*arguments)
+    assert returned == code, err
+    assert message in err and "Traceback" not in err and "{" not in out
+
+
+@pytest.mark.slow
+def test_explain_reads_a_model_folder(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    result = run_python("-m", "ringfence", "explain", str(tmp_path), "--tp", "2")  # as a user starts it
+    out, err = result.stdout, result.stderr
+    assert result.returncode == 0, err
+    assert "2 of 2 all-reduces fused" in out and "model.layers.0.mlp.down_proj" in out
+    assert "remove_backward_hooks" in err
