@@ -19,12 +19,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 # The ops must be registered before a graph can call them.
 from ..runtime import ops
 from .find import Candidate, Match, Site
-from .roles import cast_input, tensor
+from .roles import cast_input, same_shape, tensor
 
 #: Key of ``node.meta`` under which a fused op keeps the index of its site.
 SITE = "ringfence_site"
@@ -100,15 +101,12 @@ class _Rewriter:
 
     def _describe(self, fused: Node, norm_out: Node, summed: Node, site: int, match: Match) -> None:
         """Metadata of the new nodes: shapes for later passes, provenance for people."""
-        like = tensor(match.all_reduce.value)
-        values = tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(2))
+        like = match.all_reduce.value
+        values = (_contiguous(match.norm.out, like), _contiguous(match.sum, like))
+        provenance = ("stack_trace", "nn_module_stack")
+        start = match.all_reduce.start.meta
         for node, value in ((fused, values), (norm_out, values[0]), (summed, values[1])):
-            node.meta = {
-                key: match.all_reduce.start.meta[key]
-                for key in ("stack_trace", "nn_module_stack")
-                if key in match.all_reduce.start.meta
-            }
-            node.meta["val"] = value
+            node.meta = {key: start[key] for key in provenance if key in start} | {"val": value}
         fused.meta[SITE] = site
 
     def finish(self) -> None:
@@ -118,8 +116,19 @@ class _Rewriter:
             for node in reversed(chain):
                 if not node._erased:
                     self.graph.erase_node(node)
-        self.graph.eliminate_dead_code()
         self.graph.lint()
+
+
+def _contiguous(replaced: Node, like: Node) -> torch.Tensor:
+    """The fake tensor of a fused output: that of the node it replaces, where it has the right layout.
+
+    Taking it over is much cheaper than making one, and no two nodes may share one: passes
+    tell aliases by the storage of fake tensors.
+    """
+    value = tensor(replaced)
+    if value.dtype == tensor(like).dtype and same_shape(replaced, like) and is_contiguous_or_false(value):
+        return value
+    return torch.empty_like(tensor(like), memory_format=torch.contiguous_format)
 
 
 def _hoist(node: Node, last: Node) -> Node:

@@ -106,19 +106,23 @@ def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = 6
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, body: Callable[..., Any], args: tuple[Any, ...], out: Any
+    rank: int, world_size: int, port: int, backend: str, body: Callable[..., Any], args: tuple[Any, ...], out: Any
 ) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
         out.send((True, body(rank, *args)))
         dist.destroy_process_group()
     except BaseException:
         out.send((False, traceback.format_exc()))
 
 
-def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """Run ``body(rank, *args)`` in real gloo processes; killed at the timeout, nothing left behind.
+def run_ranks(
+    world_size: int, body: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float = 120
+) -> list[Any]:
+    """Run ``body(rank, *args)`` in real processes; killed at the timeout, nothing left behind.
 
     ``body`` must be importable from a module; its results travel by pickle.
     """
@@ -128,7 +132,9 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: fl
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, body, args, pipes[rank][1]), daemon=True)
+        context.Process(
+            target=_rank_main, args=(rank, world_size, port, backend, body, args, pipes[rank][1]), daemon=True
+        )
         for rank in range(world_size)
     ]
     deadline = time.monotonic() + timeout

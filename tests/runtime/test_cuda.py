@@ -1,0 +1,147 @@
+"""The CUDA side of the capture seam, on whatever GPUs are there. Each case runs in child processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from support import TOLERANCE, relative_error, run_ranks
+
+GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.xdist_group("gpu"),
+    pytest.mark.skipif(GPUS == 0, reason="no CUDA device here"),
+]
+H = 256
+DTYPE = torch.bfloat16
+
+
+class Model(nn.Module):
+    """Two tensor-parallel layers by hand; ``split`` marks where an island may be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(H, H, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.RMSNorm(H, eps=1e-5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        for i, norm in enumerate(self.norms):
+            y = self.linears[2 * i + 1](F.silu(self.linears[2 * i](x)))
+            dist.all_reduce(y)
+            residual = residual + y
+            x = norm(residual)
+        return x.sigmoid()
+
+
+def make_model(rank: int) -> Model:
+    torch.manual_seed(rank)
+    model = Model().to("cuda", DTYPE)
+    torch.manual_seed(7)
+    for norm in model.norms:
+        nn.init.normal_(norm.weight, 1.0, 0.3)
+    return model
+
+
+def replay_steps(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Thirty calls of mixed sizes; the same numbers on every rank. Worst error against eager."""
+    import ringfence
+
+    model = make_model(rank)
+    backend = ringfence.Backend(verify=True, **options)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    generator = torch.Generator("cuda").manual_seed(3)
+    worst = 0.0
+    with torch.no_grad():
+        for step in range(30):
+            x = torch.randn([(4, 8, 3, 8, 4, 6)[step % 6], H], generator=generator, device="cuda").to(DTYPE)
+            worst = max(worst, relative_error(compiled(x), model(x)))
+    return {"worst": worst, "report": backend.reports[-1].to_dict()}
+
+
+def check(result: dict[str, Any], islands: int, decision: str) -> None:
+    report = result["report"]
+    assert [s["fused"] for s in report["sites"]] == [True, True], report["sites"]
+    assert report["graphs"] == "cuda"
+    assert sum(p["island"] for p in report["pieces"]) == islands
+    assert {v["decision"] for v in report["verdicts"] if v["op"].startswith("ringfence")} == {decision}
+    assert result["worst"] <= 2 * TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
+def test_fused_op_over_nccl_is_captured_in_one_graph(piece_compiler: str) -> None:
+    options = {"capture_sizes": [4, 8], "piece_compiler": piece_compiler}
+    (result,) = run_ranks(1, replay_steps, options, backend="nccl", timeout=200)
+    check(result, islands=0, decision="IN_GRAPH")
+
+
+def test_islands_between_cuda_graphs_land_where_the_next_piece_reads() -> None:
+    options = {"capture_sizes": [4, 8], "split_ops": ["ringfence::all_reduce_add_rms_norm"]}
+    (result,) = run_ranks(1, replay_steps, options, backend="nccl", timeout=200)
+    check(result, islands=2, decision="SPLIT")
+
+
+def test_padded_replay_is_right() -> None:
+    options = {"capture_sizes": [8], "pad_to_capture_size": True}
+    (result,) = run_ranks(1, replay_steps, options, backend="nccl", timeout=200)
+    check(result, islands=0, decision="IN_GRAPH")
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"needs two CUDA devices, {GPUS} here")
+@pytest.mark.parametrize("split_ops", [(), ("ringfence::all_reduce_add_rms_norm",)], ids=["captured", "islands"])
+def test_two_ranks_replay_the_same_sum(split_ops: tuple[str, ...]) -> None:
+    options = {"capture_sizes": [4, 8], "split_ops": split_ops}
+    for result in run_ranks(2, replay_steps, options, backend="nccl", timeout=200):
+        check(result, islands=2 * len(split_ops), decision="SPLIT" if split_ops else "IN_GRAPH")
+
+
+def refusals(rank: int) -> list[str]:
+    import ringfence
+    from ringfence.runtime.errors import CaptureError, NestedCaptureError
+
+    seen = []
+    x = torch.randn(4, H, device="cuda", dtype=DTYPE)
+    compiled = torch.compile(make_model(rank), backend=ringfence.Backend(capture_sizes=[4], piece_compiler="eager"))
+    with torch.no_grad():
+        compiled(x)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                compiled(x)
+        except NestedCaptureError:
+            seen.append("nested")
+
+        calls: list[int] = []
+
+        @torch.library.custom_op("ringfence_test::syncs", mutates_args=())
+        def syncs(x: Tensor) -> Tensor:
+            calls.append(1)
+            if torch.cuda.is_current_stream_capturing() and len(calls) < 4:
+                x.sum().item()
+            return x * 2
+
+        syncs.register_fake(torch.empty_like)
+        synced = torch.compile(
+            lambda x: torch.ops.ringfence_test.syncs(x + 1),
+            backend=ringfence.Backend(capture_sizes=[4], piece_compiler="eager"),
+        )
+        try:
+            synced(x)
+        except CaptureError:
+            seen.append("host sync")
+        for _ in range(3):  # the failed capture left a working device and runner
+            x = torch.randn(4, H, device="cuda", dtype=DTYPE)
+            if torch.equal(synced(x), (x + 1) * 2):
+                seen.append("right afterwards")
+    return seen
+
+
+def test_refused_captures_leave_a_working_device() -> None:
+    (seen,) = run_ranks(1, refusals, backend="nccl", timeout=120)
+    assert seen == ["nested", "host sync"] + ["right afterwards"] * 3
