@@ -244,8 +244,8 @@ def _boxed(runner: PiecewiseRunner) -> Callable[[list[Any]], list[Any]]:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("ringfence", "torch", "transformers", "flashinfer-python"):
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("ringfence", "transformers", "flashinfer-python"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

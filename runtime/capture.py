@@ -65,9 +65,18 @@ class CudaGraphs:
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
         graph = torch.cuda.CUDAGraph()
-        # Only this thread is watched: NCCL's watchdog thread queries events meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = tuple(call(*args))
+        generator = torch.cuda.default_generators[self._stream.device_index]
+        state = generator.clone_state()
+        try:
+            # Only this thread is watched: NCCL's watchdog thread queries events meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = tuple(call(*args))
+        except BaseException:
+            # A capture that was invalidated never ends for the generator and for the pool: random
+            # numbers and the next capture would raise. Graphs that exist keep the old pool.
+            generator.graphsafe_set_state(state)
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
         return _CudaPiece(graph, outputs)
 
     def is_capturing(self) -> bool:

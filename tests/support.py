@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import subprocess
 import sys
@@ -112,6 +113,8 @@ def _rank_main(
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers puts models on a GPU where it sees one
         dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
         out.send((True, body(rank, *args)))
         dist.destroy_process_group()

@@ -21,8 +21,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 4},
 }
-#: Gemma 2 shards its embedding, whose all-reduce is scaled before it reaches a norm.
-DECLINED = {"gemma2": ["op_between"]}
+#: Gemma 2 also shards its embedding. Whether DTensor scales before or after that all-reduce, and so
+#: whether a norm follows it directly, differs between torch 2.11 and 2.13.
+SITES_OUTSIDE_LAYERS = {"gemma2": ["model.embed_tokens"]}
 
 
 def save_models(folder: Path) -> None:
@@ -93,10 +94,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def test_every_all_reduce_of_a_layer_is_fused(results: dict[str, dict[str, Any]], kind: str) -> None:
     assert results[kind]["reports"]
     for report in results[kind]["reports"]:
-        fused = [s for s in report["sites"] if s["fused"]]
-        assert len(fused) == 2 * LAYERS
-        assert all(s["module"].startswith("model.layers.") and s["source"] for s in fused)
-        assert [s["reason"] for s in report["sites"] if not s["fused"]] == DECLINED.get(kind, [])
+        inside = [s for s in report["sites"] if s["module"].startswith("model.layers.")]
+        assert len(inside) == 2 * LAYERS and all(s["fused"] and s["source"] for s in inside)
+        outside = [s["module"] for s in report["sites"] if s not in inside]
+        assert outside == SITES_OUTSIDE_LAYERS.get(kind, [])
 
 
 @pytest.mark.slow
