@@ -133,11 +133,12 @@ def _contiguous(replaced: Node, like: Node) -> torch.Tensor:
 
 def _hoist(node: Node, last: Node) -> Node:
     """Move ``node`` and what it is computed from up to right behind ``last``; the new last node."""
-    late, queue = {}, [node]
+    late: set[Node] = set()
+    queue = [node]
     while queue:
         current = queue.pop()
         if current not in late and last < current:
-            late[current] = None
+            late.add(current)
             queue.extend(current.all_input_nodes)
     for current in sorted(late):
         last.append(current)

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..runtime.errors import OptionsError
-from .find import is_all_reduce
+from .all_reduce import is_all_reduce
 from .fuse import SITE
 from .roles import bound_arguments, c10d, calls
 

@@ -89,7 +89,8 @@ def _compare_on_real_tensors(match: Match, subgraph: GraphModule, likes: list[Te
 def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
     """The nodes from the reduced value to the norm as a module, and tensors like its inputs."""
     boundary = [n for n in (match.all_reduce.value, match.residual, match.norm.weight) if n is not None]
-    graph, likes, env = Graph(), [], {}
+    graph, likes = Graph(), []
+    env: dict[Node, Node] = {}
     for node in boundary:
         env[node] = graph.placeholder(f"x{len(env)}")
         likes.append(torch.empty([_concrete(d) for d in tensor(node).shape], dtype=tensor(node).dtype, device="meta"))

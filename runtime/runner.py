@@ -162,7 +162,7 @@ class PiecewiseRunner:
 
     def _run_steps(self, slots: list[Any]) -> None:
         for step in self._program.steps:
-            values = step.call(*[slots[i] for i in step.inputs])
+            values: Any = step.call(*[slots[i] for i in step.inputs])
             for slot, value in zip(step.outputs, values, strict=True):
                 slots[slot] = value
             values = value = None  # an output that nobody reads dies here, not after the next step

@@ -1,0 +1,142 @@
+"""The forms in which an all-reduce reaches an ATen graph.
+
+_c10d_functional.all_reduce -> wait_tensor     functional collectives, DTensor
+... -> aten.copy(dst, waited)                  in-place dist.all_reduce
+namespace.op(x, group)                         an engine's own op
+auto_functionalized[_v2](namespace.op_, ...)   the same, mutating its input
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from . import roles
+from .reasons import Decline, Reason
+from .roles import c10d, same_size, tensor
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """A collective and the chain of nodes that only hand its value on.
+
+    ``value`` is the last of ``chain``; ``views`` are those of the chain that
+    reshape, so that they can be applied to ``input`` instead: a sum over ranks is
+    elementwise, so a view of it is the sum of the views.
+    """
+
+    start: Node
+    input: Node
+    op: str
+    group: object
+    chain: tuple[Node, ...]
+    views: tuple[Node, ...]
+
+    @property
+    def value(self) -> Node:
+        return self.chain[-1]
+
+
+def is_all_reduce(node: Node, all_reduce_ops: Collection[str]) -> bool:
+    """Whether ``node`` starts an all-reduce in any of the forms that :func:`find` knows."""
+    return roles.calls(node, c10d.all_reduce.default, c10d.all_reduce_.default) or _custom_name(node) in all_reduce_ops
+
+
+def _custom_name(node: Node) -> str | None:
+    """``"namespace::name"`` of a custom op, also inside ``auto_functionalized``."""
+    if node.op != "call_function":
+        return None
+    target = node.args[0] if _is_functionalized(node) else node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    return target._schema.name
+
+
+def _is_functionalized(node: Node) -> bool:
+    return roles.calls(node, torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
+
+
+def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -> AllReduce | Decline | None:
+    if roles.calls(node, c10d.all_reduce.default):
+        bound = roles.bound_arguments(node)
+        return _walk(node, bound["input"], str(bound["reduce_op"]), bound["group_name"], node)
+    if roles.calls(node, c10d.all_reduce_.default):
+        return Decline(
+            Reason.ALL_REDUCE_FORM,
+            f"'{node.name}' reduces in place; run the pass on a functional graph (from aot_autograd)",
+        )
+    name = _custom_name(node)
+    if name is None or name not in all_reduce_ops:
+        return None
+    if _is_functionalized(node):
+        return _functionalized(node, all_reduce_ops[name])
+    bound = roles.bound_arguments(node)
+    tensors = [v for v in bound.values() if roles.is_tensor(v)]
+    if len(tensors) != 1 or not roles.is_tensor(node):
+        return Decline(
+            Reason.ALL_REDUCE_FORM,
+            f"'{name}' takes {len(tensors)} tensors and cannot be an all-reduce of one; "
+            "register an op that takes one tensor and returns its sum",
+        )
+    return _walk(node, tensors[0], "sum", all_reduce_ops[name] or _group_argument(bound), node)
+
+
+def _functionalized(node: Node, group: str | None) -> AllReduce | Decline:
+    """An op that mutates its input, as AOT functionalises it."""
+    name = _custom_name(node)
+    arguments: dict[str, Any] = dict(node.kwargs)
+    bases = arguments.pop("_all_bases", None)
+    tensors = bases if bases is not None else [v for v in arguments.values() if roles.is_tensor(v)]
+    values = [u for u in node.users if roles.calls(u, operator.getitem) and u.args[1] == 1]
+    whole = bases is None or _covers_base(arguments, tensors[0])
+    if len(tensors) != 1 or len(values) != 1 or len(node.users) != 1 or not whole:
+        return Decline(
+            Reason.ALL_REDUCE_FORM,
+            f"'{name}' mutates its input, and what it returns or which part it writes is not plain; "
+            "register an op that returns the sum, or pass a whole tensor",
+        )
+    return _walk(node, tensors[0], "sum", group or _group_argument(arguments), values[0])
+
+
+def _covers_base(arguments: Mapping[str, object], base: Node) -> bool:
+    """Whether the mutated view is the whole of its base, element for element."""
+    if any("_slice_" in key for key in arguments):
+        return False
+    sizes = [v for k, v in arguments.items() if k.endswith("_size")]
+    if not sizes:
+        return True
+    offsets = [v for k, v in arguments.items() if k.endswith("_storage_offset")]
+    dims = [d.meta["val"] if isinstance(d, Node) else d for d in sizes[0]]  # type: ignore[attr-defined]
+    return offsets == [0] and tensor(base).is_contiguous() and same_size(math.prod(dims), tensor(base).numel())
+
+
+def _group_argument(arguments: Mapping[str, object]) -> object:
+    """The group's name among an op's arguments: by name, else the only string."""
+    for name in ("group_name", "group", "tag"):
+        if name in arguments:
+            return arguments[name]
+    strings = [v for v in arguments.values() if isinstance(v, str)]
+    return strings[0] if len(strings) == 1 else None
+
+
+def _walk(start: Node, source: Node, op: str, group: object, value: Node) -> AllReduce:
+    """Follow the value through everything that only hands it on."""
+    chain, views = [start] if value is start else [start, value], []
+    while len(value.users) == 1:
+        user = next(iter(value.users))
+        if roles.calls(user, c10d.wait_tensor.default) or roles.copied_value(user) is value:
+            pass
+        elif roles.view_input(user) is value:
+            views.append(user)
+        else:
+            break
+        chain.append(user)
+        value = user
+    # A wait belongs to its collective whatever else reads the unwaited value.
+    return AllReduce(start, source, op, group, tuple(chain), tuple(views))
