@@ -240,12 +240,11 @@ def _add_norm(all_reduce: AllReduce, add: Node, term: Node, dtype: torch.dtype) 
             norm = replace(norm, roundings=(*norm.roundings, Rounding.FLOAT32_RESIDUAL))
         elif rounded:
             norm = recognise_rms_norm(rounded[0], dtype)
-        within = _between(add, norm.out) if isinstance(norm, Norm) else set()
-        strays = [u for u in add.users if u not in within and u not in rounded]
-        if isinstance(norm, Norm) and strays:
+        stray = _escape(add, norm.out, rounded) if isinstance(norm, Norm) else None
+        if stray is not None:
             return Decline(
                 Reason.FLOAT32_SUM_USED_ELSEWHERE,
-                f"the unrounded sum '{add.name}' is read by '{strays[0].name}'; the fused op returns it "
+                f"the unrounded sum '{add.name}' also reaches '{stray.name}'; the fused op returns it "
                 f"rounded to {dtype_text(dtype)}",
             )
     if isinstance(norm, Decline):
@@ -253,22 +252,23 @@ def _add_norm(all_reduce: AllReduce, add: Node, term: Node, dtype: torch.dtype) 
     return Match(all_reduce, add, residual, norm)
 
 
-def _between(first: Node, last: Node) -> set[Node]:
-    """The nodes on a path from ``first`` to ``last``."""
-    ancestors, queue = set(), [last]
+def _escape(add: Node, out: Node, rounded: Collection[Node]) -> Node | None:
+    """A node that depends on the sum, but neither through the norm nor through its rounding."""
+    needed, queue = set(), [out]
     while queue:
         node = queue.pop()
-        if node in ancestors or node is first:
-            continue
-        ancestors.add(node)
-        queue.extend(node.all_input_nodes)
-    reached, queue = set(), list(first.users)
+        if node not in needed and node is not add:
+            needed.add(node)
+            queue.extend(node.all_input_nodes)
+    seen, queue = set(), [add]
     while queue:
-        node = queue.pop()
-        if node in ancestors and node not in reached:
-            reached.add(node)
-            queue.extend(node.users)
-    return reached
+        for user in queue.pop().users:
+            if user not in needed and user not in rounded:
+                return user
+            if user is not out and user not in rounded and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return None
 
 
 def _residual(add: Node, term: Node, dtype: torch.dtype) -> Node | Decline:

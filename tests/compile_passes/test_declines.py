@@ -66,6 +66,12 @@ def float32_sum_elsewhere(x: Tensor, r: Tensor, w: Tensor) -> object:
     return (h * scale).to(x.dtype) * w, h.exp()
 
 
+def float32_root_elsewhere(x: Tensor, r: Tensor, w: Tensor) -> object:
+    h = reduced(x).float() + r.float()
+    scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (h * scale).to(x.dtype) * w, scale
+
+
 def second_site_of_one_sum(x: Tensor, r: Tensor, w: Tensor) -> object:
     h = reduced(x) + reduced(r)
     return norm(h, w), h
@@ -120,6 +126,7 @@ CASES: dict[str, tuple[Reason, Program]] = {
     "norm leaves in float32": (Reason.NORM_DTYPE, lambda x, r, w: (h := reduced(x) + r).float() * rms(h)),
     "reduced value used elsewhere": (Reason.VALUE_USED_ELSEWHERE, uses_reduced_twice),
     "float32 sum used elsewhere": (Reason.FLOAT32_SUM_USED_ELSEWHERE, float32_sum_elsewhere),
+    "root of the float32 sum used elsewhere": (Reason.FLOAT32_SUM_USED_ELSEWHERE, float32_root_elsewhere),
     "reduced in float32": (Reason.REDUCE_DTYPE, lambda x, r, w: norm(reduced(x.float()).to(BF16) + r, w)),
     "leaves the graph": (Reason.ESCAPES_GRAPH, graph_break_shape),
     "float64": (Reason.ACTIVATION_DTYPE, lambda x, r, w: norm(reduced(x.double()) + r.double(), w.double())),
