@@ -13,16 +13,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch.fx import GraphModule
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .compile_passes.dump import dump_graph
-from .compile_passes.find import find
+from .compile_passes.find import Candidate, find
 from .compile_passes.fuse import fuse
-from .compile_passes.judge import group_of, judge
+from .compile_passes.judge import groups_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.provenance import input_names
 from .compile_passes.report import CompileReport
@@ -31,7 +33,7 @@ from .compile_passes.split import split
 from .compile_passes.verify import verify
 from .options import Options
 from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.errors import InputError
+from .runtime.errors import InputError, OptionsError
 from .runtime.groups import describe_group
 from .runtime.runner import PiecewiseRunner
 
@@ -54,7 +56,8 @@ class Backend:
         """Compile one Dynamo graph."""
         if _needs_grad(gm, example_inputs):
             return self._without_fusion(gm, example_inputs)
-        _check_inputs(example_inputs)
+        self.options.check_registered()
+        _check_devices(example_inputs)
         _specialise_floats(gm)
         inductor = self.options.piece_compiler == "inductor"
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
@@ -81,14 +84,22 @@ class Backend:
             groups=options.groups,
             all_reduce_ops=options.all_reduce_ops,
         )
+        _check_not_empty(gm, candidates)
         if options.verify:
-            candidates = verify(candidates)
+            candidates = verify(candidates, device)
         sizes = size_rule(gm, candidates, static_inputs)
-        backends = {name: describe_group(name, device).backend for name in _groups(gm)}
         sites = fuse(gm, candidates, collective="reference")
+        backends = {name: describe_group(name, device).backend for name in groups_of(gm)}
         dump_graph("fused", gm)
 
-        graphs = self._graphs(device) if options.capture_sizes else None
+        graphs = self._graphs(device) if options.capture_sizes and sizes.tokens is not None else None
+        if options.capture_sizes and graphs is None:
+            notes.append("nothing is captured: the token count cannot be read from the sizes of the inputs")
+        if graphs is not None and len(sizes.bindings) > 1:
+            notes.append(
+                f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
+                "them, and each token count is captured for at most 8 combinations"
+            )
         verdicts = judge(
             gm,
             backends=backends,
@@ -128,6 +139,8 @@ class Backend:
 
     def _graphs(self, device: torch.device) -> GraphBackend:
         wanted = self.options.graphs
+        if wanted == "cuda" and device.type != "cuda":
+            raise OptionsError(f"graphs='cuda', and the inputs are on {device}; use graphs='auto' or 'simulated'")
         if wanted == "cuda" or (wanted == "auto" and device.type == "cuda"):
             return CudaGraphs(device)
         return SimulatedGraphs()
@@ -159,8 +172,6 @@ def compiler(
     ``mode`` is torch.compile's own argument; ringfence has options instead.
     """
     if mode not in (None, "default"):
-        from .runtime.errors import OptionsError
-
         raise OptionsError(f"mode='{mode}' has no meaning for ringfence; pass options={{...}} instead")
     return Backend(**(options or {}))(gm, example_inputs)
 
@@ -173,17 +184,24 @@ def _needs_grad(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _check_inputs(example_inputs: Sequence[Any]) -> None:
-    """Raises :class:`InputError` for inputs on several devices, or without a token."""
-    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
-    devices = {str(t.device) for t in tensors if t.ndim}
+def _check_devices(example_inputs: Sequence[Any]) -> None:
+    """Raises :class:`InputError` for weights and activations on several devices; indices may be on the CPU."""
+    tensors = [x for x in example_inputs if isinstance(x, Tensor) and x.ndim and x.is_floating_point()]
+    devices = {str(t.device) for t in tensors}
     if len(devices) > 1:
         raise InputError(f"the inputs are on several devices: {sorted(devices)}; move model and inputs to one")
-    for i, t in enumerate(tensors):
-        if any(isinstance(n, int) and n == 0 for n in t.shape):
+
+
+def _check_not_empty(gm: GraphModule, candidates: Sequence[Candidate]) -> None:
+    """Raises :class:`InputError` for an all-reduce of no tokens. Other empty tensors, as a cache's, are legal."""
+    by_name = {n.name: n for n in gm.graph.nodes}
+    for candidate in candidates:
+        value = by_name[candidate.site.node].meta.get("val")
+        if isinstance(value, Tensor) and 0 in [n for n in value.shape if isinstance(n, int)]:
             raise InputError(
-                f"input {i} of the graph is empty (shape {list(t.shape)}); a fused collective cannot run on zero "
-                "tokens, and a rank that skips it leaves the others waiting: pad to at least one token on every rank"
+                f"the all-reduce at {candidate.site.source or candidate.site.node} is of an empty tensor "
+                f"(shape {list(value.shape)}); a rank that skips a collective leaves the others waiting: pad to at "
+                "least one token on every rank"
             )
 
 
@@ -193,10 +211,14 @@ def _specialise_floats(gm: GraphModule) -> None:
     Under ``dynamic=True`` Dynamo passes a float such as a norm's epsilon as a zero-dimensional
     CPU tensor. The kernels take epsilon as a number, and a capture would bake in what a CPU
     tensor held. Reading the value guards it; AOT then restarts the trace with the constant.
+    A float that is computed from a size stays as it is.
     """
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymFloat):
+        if not isinstance(value, torch.SymFloat):
+            continue
+        expression = value.node.expr
+        if isinstance(expression, sympy.Symbol) and symbol_is_type(expression, SymT.FLOAT):
             float(value)
 
 
@@ -218,10 +240,6 @@ def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
     return frozenset(i for i in marked if isinstance(example_inputs[i], Tensor))
 
 
-def _groups(gm: GraphModule) -> set[str]:
-    return {name for node in gm.graph.nodes if (name := group_of(node)) is not None}
-
-
 # -- plumbing ------------------------------------------------------------------------
 
 
@@ -232,7 +250,7 @@ def _inductor_decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _boxed(runner: PiecewiseRunner) -> Callable[[list[Any]], list[Any]]:
-    """AOT hands its arguments over in a list that the callee empties, so that they can die early."""
+    """AOT's calling convention: the arguments come in a list, which the callee empties."""
 
     def call(args: list[Any]) -> list[Any]:
         values = tuple(args)

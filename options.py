@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .runtime.errors import CollectiveUnavailableError, OptionsError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ _FLAGS = ("verify", "pad_to_capture_size", "static_outputs")
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may ask of the backend. Build it with :meth:`parse`.
+    """What a user may ask of the backend. Build it with :meth:`parse`, which checks it.
 
     collective: who carries out a fused all-reduce. ``"auto"`` takes the best that can run here.
     split_ops: ops (``"namespace::name"`` or ``"namespace::name.overload"``) that run eagerly between pieces.
@@ -33,9 +35,11 @@ class Options:
     numerics: ``"kernel"`` fuses also where the source rounds at another place than the fused op
         and notes it; ``"strict"`` declines those sites.
     verify: run every rewrite against what it replaces, on generated inputs, before it is accepted.
-    max_tokens: the largest token count a fused kernel is prepared for.
+    max_tokens: the largest token count that a fused kernel's workspace is made for; no capture
+        size may exceed it. The reference collective has no workspace.
     all_reduce_ops: an engine's own all-reduce ops: names, or a mapping from name to group name for
-        ops that do not take the group as an argument.
+        ops that do not take the group as an argument. Such an op sums its one tensor over the
+        ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
     groups: names of the process groups to fuse over; None means all.
     graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs and the simulation elsewhere.
     pad_to_capture_size: serve a size between two captured ones by the larger, with zero rows. Only
@@ -69,8 +73,8 @@ class Options:
         for key in given:
             if key not in valid:
                 near = difflib.get_close_matches(key, valid, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise OptionsError(f"unknown option '{key}'{hint} Valid options: {', '.join(valid)}")
+                hint = f" (did you mean '{near[0]}'?)" if near else ""
+                raise OptionsError(f"unknown option '{key}'{hint}; valid options: {', '.join(valid)}")
         checked = dict(given)
         for key, choices in _CHOICES.items():
             if checked.get(key, choices[0]) not in choices:
@@ -81,6 +85,8 @@ class Options:
         for key in ("split_ops", "groups"):
             if checked.get(key) is not None:
                 checked[key] = _strings(key, checked[key])
+        if checked.get("groups") == ():
+            raise OptionsError("groups is empty, so nothing could be fused; None means every group")
         for name in checked.get("split_ops", ()):
             _check_op_name("split_ops", name)
         if "all_reduce_ops" in checked:
@@ -98,6 +104,19 @@ class Options:
                 "kernels yet; use collective='auto' or 'reference'"
             )
         return options
+
+    def check_registered(self) -> None:
+        """Raises :class:`OptionsError` for an op that torch does not know. Its package may be imported late."""
+        for key, names in (("split_ops", self.split_ops), ("all_reduce_ops", self.all_reduce_ops)):
+            for name in names:
+                namespace, _, op = name.partition("::")
+                packet, _, overload = op.partition(".")
+                found = getattr(getattr(torch.ops, namespace), packet, None)
+                if found is None or (overload and overload not in found.overloads()):
+                    raise OptionsError(
+                        f"{key} holds '{name}', and no such op is registered with torch; import the package that "
+                        "registers it before the model is compiled"
+                    )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values; a callable becomes whether it is set."""

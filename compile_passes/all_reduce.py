@@ -15,11 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
 from . import roles
 from .reasons import Decline, Reason
 from .roles import c10d, same_size, tensor
+
+#: In place, or as Dynamo writes them: packets without an overload.
+_NOT_FUNCTIONAL = (
+    c10d.all_reduce_.default,
+    torch.ops.c10d.allreduce_.default,
+    c10d.all_reduce,
+    c10d.all_reduce_,
+    torch.ops.c10d.allreduce_,
+)
+
+#: Names of a custom op's argument that says what it reduces with.
+_REDUCE_OP_NAMES = ("reduce_op", "op")
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class AllReduce:
 
 def is_all_reduce(node: Node, all_reduce_ops: Collection[str]) -> bool:
     """Whether ``node`` starts an all-reduce in any of the forms that :func:`find` knows."""
-    return roles.calls(node, c10d.all_reduce.default, c10d.all_reduce_.default) or _custom_name(node) in all_reduce_ops
+    return roles.calls(node, c10d.all_reduce.default, *_NOT_FUNCTIONAL) or _custom_name(node) in all_reduce_ops
 
 
 def _custom_name(node: Node) -> str | None:
@@ -66,10 +79,10 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -
     if roles.calls(node, c10d.all_reduce.default):
         bound = roles.bound_arguments(node)
         return _walk(node, bound["input"], str(bound["reduce_op"]), bound["group_name"], node)
-    if roles.calls(node, c10d.all_reduce_.default):
+    if roles.calls(node, *_NOT_FUNCTIONAL):
         return Decline(
             Reason.ALL_REDUCE_FORM,
-            f"'{node.name}' reduces in place; run the pass on a functional graph (from aot_autograd)",
+            f"'{node.name}' ({node.target}) is not functional; run the passes on a graph from aot_autograd",
         )
     name = _custom_name(node)
     if name is None or name not in all_reduce_ops:
@@ -84,7 +97,7 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -
             f"'{name}' takes {len(tensors)} tensors and cannot be an all-reduce of one; "
             "register an op that takes one tensor and returns its sum",
         )
-    return _walk(node, tensors[0], "sum", all_reduce_ops[name] or _group_argument(bound), node)
+    return _walk(node, tensors[0], _reduce_op(bound), all_reduce_ops[name] or _group_argument(bound), node)
 
 
 def _functionalized(node: Node, group: str | None) -> AllReduce | Decline:
@@ -101,7 +114,7 @@ def _functionalized(node: Node, group: str | None) -> AllReduce | Decline:
             f"'{name}' mutates its input, and what it returns or which part it writes is not plain; "
             "register an op that returns the sum, or pass a whole tensor",
         )
-    return _walk(node, tensors[0], "sum", group or _group_argument(arguments), values[0])
+    return _walk(node, tensors[0], _reduce_op(arguments), group or _group_argument(arguments), values[0])
 
 
 def _covers_base(arguments: Mapping[str, object], base: Node) -> bool:
@@ -113,15 +126,20 @@ def _covers_base(arguments: Mapping[str, object], base: Node) -> bool:
         return True
     offsets = [v for k, v in arguments.items() if k.endswith("_storage_offset")]
     dims = [d.meta["val"] if isinstance(d, Node) else d for d in sizes[0]]  # type: ignore[attr-defined]
-    return offsets == [0] and tensor(base).is_contiguous() and same_size(math.prod(dims), tensor(base).numel())
+    return offsets == [0] and is_contiguous_or_false(tensor(base)) and same_size(math.prod(dims), tensor(base).numel())
+
+
+def _reduce_op(arguments: Mapping[str, object]) -> str:
+    """What a custom op reduces with: it was registered as a sum, unless an argument of that name says otherwise."""
+    return next((str(arguments[name]) for name in _REDUCE_OP_NAMES if name in arguments), "sum")
 
 
 def _group_argument(arguments: Mapping[str, object]) -> object:
-    """The group's name among an op's arguments: by name, else the only string."""
-    for name in ("group_name", "group", "tag"):
+    """The group's name among a custom op's arguments: by name, else the only string."""
+    for name in ("group_name", "group"):
         if name in arguments:
             return arguments[name]
-    strings = [v for v in arguments.values() if isinstance(v, str)]
+    strings = [v for k, v in arguments.items() if isinstance(v, str) and k not in _REDUCE_OP_NAMES]
     return strings[0] if len(strings) == 1 else None
 
 

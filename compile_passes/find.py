@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from . import roles
@@ -82,6 +83,23 @@ class Match:
     residual: Node | None
     norm: Norm
 
+    @property
+    def anchor(self) -> Node:
+        """The node behind which the fused op will stand: the residual may be computed after the all-reduce."""
+        return self.sum.prev if self.residual is not None else self.all_reduce.value
+
+    @property
+    def late_weight(self) -> list[Node]:
+        """The weight and what it is computed from, as far as they stand behind :attr:`anchor`; in graph order."""
+        late: set[Node] = set()
+        queue = [self.norm.weight] if self.norm.weight is not None else []
+        while queue:
+            node = queue.pop()
+            if node not in late and self.anchor < node:
+                late.add(node)
+                queue.extend(node.all_input_nodes)
+        return sorted(late)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -105,15 +123,14 @@ def find(
 
     Raises :class:`GraphMetadataError` for nodes without ``val`` metadata.
     """
+    recognised = {node: recognise_all_reduce(node, all_reduce_ops or {}) for node in gm.graph.nodes}
+    all_reduces = {node: found for node, found in recognised.items() if found is not None}
     claimed: set[Node] = set()
     candidates: list[Candidate] = []
-    for node in gm.graph.nodes:
-        all_reduce = recognise_all_reduce(node, all_reduce_ops or {})
-        if all_reduce is None:
-            continue
+    for node, all_reduce in all_reduces.items():
         found = all_reduce if isinstance(all_reduce, Decline) else _match(all_reduce, groups)
         if isinstance(found, Match):
-            found = _policy(found, strict, claimed)
+            found = _policy(found, strict, claimed, all_reduces)
         site = _site(len(candidates), node, all_reduce, found)
         match = found if isinstance(found, Match) else None
         if match is not None:
@@ -279,8 +296,8 @@ def _residual(add: Node, term: Node, dtype: torch.dtype) -> Node | Decline:
             Reason.RESIDUAL_IS_REDUCED, f"'{add.name}' adds the reduced value to itself; there is no residual"
         )
     other = right if left is term else left
-    if add.kwargs.get("alpha", 1) != 1:
-        return Decline(Reason.ADD_ALPHA, f"'{add.name}' scales its second operand by alpha={add.kwargs['alpha']}")
+    if roles.alpha(add) != 1:
+        return Decline(Reason.ADD_ALPHA, f"'{add.name}' scales its second operand by alpha={roles.alpha(add)}")
     if not roles.is_tensor(other):
         return Decline(Reason.RESIDUAL_KIND, f"'{add.name}' adds {other!r}, which is no tensor")
     if tensor(add).dtype != dtype:  # float32 sum: the residual is the value before its exact upcast
@@ -307,38 +324,49 @@ def _residual(add: Node, term: Node, dtype: torch.dtype) -> Node | Decline:
 # -- policy ----------------------------------------------------------------------
 
 
-def _policy(match: Match, strict: bool, claimed: Collection[Node]) -> Match | Decline:
+def _policy(match: Match, strict: bool, claimed: Collection[Node], all_reduces: Collection[Node]) -> Match | Decline:
     if match.sum in claimed or match.norm.out in claimed:
         return Decline(
             Reason.CLAIMED, f"the norm at '{match.norm.out.name}' is fused with an earlier all-reduce of the same sum"
         )
-    if match.norm.weight is not None and _depends_on(match.norm.weight, match.sum):
+    late = match.late_weight
+    reduced = _ancestor_among(late, all_reduces)
+    if reduced is not None:
         return Decline(
             Reason.WEIGHT_NOT_READY,
-            f"weight '{match.norm.weight.name}' is computed from the value that it would normalise",
+            f"weight '{late[-1].name}' is computed from '{reduced.name}', behind '{match.sum.name}', where the fused "
+            "op needs it",
         )
+    for node in (match.sum, match.norm.out):
+        if not is_contiguous_or_false(tensor(node)):
+            return Decline(
+                Reason.LAYOUT,
+                f"'{node.name}' has strides {list(tensor(node).stride())}, and what reads it was traced with them; the "
+                "fused op returns contiguous tensors: make the residual contiguous",
+            )
     if strict and match.norm.roundings:
         return Decline(Reason.ROUNDING_DIFFERS, f"{'; '.join(match.norm.roundings)} (numerics='strict')")
-    mutation = _mutation_between(match.all_reduce.start, match.sum)
+    mutation = _mutation_between(match.all_reduce.start, late[-1] if late else match.sum)
     if mutation is not None:
         return Decline(
             Reason.MUTATION_BETWEEN,
-            f"'{mutation.name}' ({mutation.target}) mutates a tensor between the all-reduce and '{match.sum.name}', "
-            "so the collective may not move past it",
+            f"'{mutation.name}' ({mutation.target}) mutates a tensor between the all-reduce and "
+            f"'{match.norm.out.name}', so they may not move past it",
         )
     return match
 
 
-def _depends_on(node: Node, ancestor: Node) -> bool:
-    seen, queue = set(), [node]
+def _ancestor_among(nodes: Collection[Node], wanted: Collection[Node]) -> Node | None:
+    """The first of ``wanted`` that ``nodes`` are computed from."""
+    seen, queue = set(), list(nodes)
     while queue:
-        current = queue.pop()
-        if current is ancestor:
-            return True
-        if current not in seen:
-            seen.add(current)
-            queue.extend(current.all_input_nodes)
-    return False
+        node = queue.pop()
+        if node in wanted:
+            return node
+        if node not in seen:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return None
 
 
 def _mutation_between(first: Node, last: Node) -> Node | None:

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 # The ops must be registered before a graph can call them.
 from ..runtime import ops
 from .find import Candidate, Match, Site
-from .roles import cast_input, same_shape, tensor
+from .roles import aten, cast_input, same_shape, tensor
 
 #: Key of ``node.meta`` under which a fused op keeps the index of its site.
 SITE = "ringfence_site"
@@ -63,10 +63,11 @@ class _Rewriter:
 
     def rewrite(self, site: int, match: Match) -> None:
         all_reduce, norm = match.all_reduce, match.norm
-        last = match.sum.prev if match.residual is not None else all_reduce.value
+        last = match.anchor
+        for late in match.late_weight:
+            last.append(late)
+            last = late
         weight = self.current(norm.weight) if norm.weight is not None else None
-        if weight is not None:
-            last = _hoist(weight, last)
         with self.graph.inserting_before(last.next):
             value = self._through(all_reduce.views, self.current(all_reduce.input))
             tail: tuple[Any, ...] = (weight, norm.eps, norm.weight_bias, all_reduce.group, self.collective)
@@ -91,9 +92,18 @@ class _Rewriter:
     def _through(self, views: Iterable[Node], node: Node) -> Node:
         """``node`` seen through copies of ``views``."""
         for view in views:
+            if not is_contiguous_or_false(tensor(node)):  # the views were taken of a contiguous value
+                node = self._contiguous_copy(node)
             moved = {view.args[0]: node}
-            node = self.graph.node_copy(view, lambda n, moved=moved: moved.get(n, n))  # type: ignore[misc]
+            seen, node = node, self.graph.node_copy(view, lambda n, moved=moved: moved.get(n, n))  # type: ignore[misc]
+            if tensor(node).dtype != tensor(seen).dtype:  # the view stood behind a cast
+                node.meta["val"] = torch.empty_like(tensor(node), dtype=tensor(seen).dtype)
         return node
+
+    def _contiguous_copy(self, node: Node) -> Node:
+        copy = self.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+        copy.meta = {"val": torch.empty_like(tensor(node), memory_format=torch.contiguous_format)}
+        return copy
 
     def _replace(self, old: Node, new: Node) -> None:
         old.replace_all_uses_with(new)
@@ -129,18 +139,3 @@ def _contiguous(replaced: Node, like: Node) -> torch.Tensor:
     if value.dtype == tensor(like).dtype and same_shape(replaced, like) and is_contiguous_or_false(value):
         return value
     return torch.empty_like(tensor(like), memory_format=torch.contiguous_format)
-
-
-def _hoist(node: Node, last: Node) -> Node:
-    """Move ``node`` and what it is computed from up to right behind ``last``; the new last node."""
-    late: set[Node] = set()
-    queue = [node]
-    while queue:
-        current = queue.pop()
-        if current not in late and last < current:
-            late.add(current)
-            queue.extend(current.all_input_nodes)
-    for current in sorted(late):
-        last.append(current)
-        last = current
-    return last

@@ -14,10 +14,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..runtime.errors import OptionsError
 from .all_reduce import is_all_reduce
 from .fuse import SITE
-from .roles import bound_arguments, c10d, calls
+from .roles import bound_arguments, c10d, calls, first_node, is_tensor, tensor
 
 
 class Decision(StrEnum):
@@ -54,6 +53,7 @@ class OpFacts:
     capture: bool
     collective: bool
     data_dependent: bool
+    touches_host: bool
     tagged_unsafe: bool
 
 
@@ -65,6 +65,11 @@ class Rule:
     message: str
     source: str
 
+
+_NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem"})
+
+#: Control flow whose predicate the host reads.
+_READS_A_PREDICATE = (torch.ops.higher_order.cond, torch.ops.higher_order.while_loop)
 
 #: Backends whose collectives are carried out by the host, or by nobody.
 _HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
@@ -90,6 +95,13 @@ RULES: tuple[Rule, ...] = (
         Decision.SPLIT,
         "a shape or value that it reads or returns depends on data; a replay would repeat the one seen at capture",
         "CUDA C++ Programming Guide, CUDA Graphs: a synchronising call invalidates the capture",
+    ),
+    Rule(
+        "host_memory",
+        lambda f: f.touches_host,
+        Decision.SPLIT,
+        "it moves a value between the host and the device; a replay would repeat the one seen at capture",
+        "CUDA C++ Programming Guide, CUDA Graphs: kernel arguments are recorded, pageable copies synchronise",
     ),
     Rule(
         "cudagraph_unsafe",
@@ -134,17 +146,16 @@ def judge(
     """A verdict for every op that a rule has something to say about, in graph order.
 
     ``backends`` maps the names of process groups to "gloo", "nccl", ...; ``capture``
-    is whether any size will be captured. Raises :class:`OptionsError` when an op
-    named in ``split_ops`` is not registered with torch.
+    is whether any size will be captured.
     """
-    for name in split_ops:
-        _check_registered(name)
+    given = _unbacked_inputs(gm)
     verdicts = []
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        facts = _facts(node, backends, capture, split_ops, all_reduce_ops)
-        if not (facts.named_split or facts.collective or facts.data_dependent or facts.tagged_unsafe):
+        facts = _facts(node, backends, capture, split_ops, all_reduce_ops, given)
+        unsafe = facts.data_dependent or facts.touches_host or facts.tagged_unsafe
+        if not (facts.named_split or facts.collective or unsafe):
             continue
         rule = next(r for r in rules if r.applies(facts))
         message = rule.message.format(backend=facts.backend)
@@ -152,11 +163,18 @@ def judge(
     return verdicts
 
 
-def group_of(node: Node) -> str | None:
-    """The name of the process group that a collective runs over."""
+def groups_of(gm: GraphModule) -> set[str]:
+    """The names of the process groups that the graph's collectives run over."""
+    return {name for node in gm.graph.nodes if (name := _group_of(node)) is not None}
+
+
+def _group_of(node: Node) -> str | None:
+    """The process group of a collective whose implementation is known; of an engine's own op it says nothing."""
     if calls(node, c10d.wait_tensor.default):
-        source = node.args[0]
-        return group_of(source) if isinstance(source, Node) else None
+        source = first_node(node)
+        return _group_of(source) if source is not None else None
+    if SITE not in node.meta and _op_names(node)[0].split("::")[0] not in _NAMESPACES:
+        return None
     bound = bound_arguments(node)
     group = bound.get("group_name", bound.get("group"))
     return group if isinstance(group, str) else None
@@ -168,37 +186,53 @@ def _facts(
     capture: bool,
     split_ops: Collection[str],
     all_reduce_ops: Collection[str],
+    given: Collection[object],
 ) -> OpFacts:
     op, full = _op_names(node)
-    group = group_of(node)
-    collective = (
-        is_all_reduce(node, all_reduce_ops)
-        or SITE in node.meta
-        or op.split("::")[0] in ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem")
-    )
+    group = _group_of(node)
+    collective = SITE in node.meta or is_all_reduce(node, all_reduce_ops) or op.split("::")[0] in _NAMESPACES
     tags = getattr(node.target, "tags", ())
-    values = (node, *node.all_input_nodes)
+    born = torch.Tag.data_dependent_output in tags or calls(node, *_READS_A_PREDICATE)
     return OpFacts(
         op=op,
         backend=backends.get(group) if group is not None else None,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
         collective=collective,
-        data_dependent=torch.Tag.data_dependent_output in tags or any(map(_has_unbacked_size, values)),
+        data_dependent=born or any(_unbacked(n) - set(given) for n in (node, *node.all_input_nodes)),
+        touches_host=_touches_host(node),
         tagged_unsafe=torch.Tag.cudagraph_unsafe in tags,
     )
 
 
-def _has_unbacked_size(node: Node) -> bool:
-    """Whether a size of the value was born from data in this graph."""
+def _unbacked_inputs(gm: GraphModule) -> set[object]:
+    """Unbacked sizes that the caller gives; the others are born from data in this graph."""
+    return {symbol for node in gm.graph.find_nodes(op="placeholder") for symbol in _unbacked(node)}
+
+
+def _unbacked(node: Node) -> set[object]:
     values = node.meta.get("val")
-    born = free_unbacked_symbols(list(values) if isinstance(values, tuple | list) else values)
-    if not born:
+    return set(free_unbacked_symbols(list(values) if isinstance(values, tuple | list) else values))
+
+
+def _touches_host(node: Node) -> bool:
+    """Whether an op of an accelerator reads a value on the CPU that a caller can change, or writes one there."""
+    values = node.meta.get("val")
+    outputs = [v for v in (values if isinstance(values, tuple | list) else [values]) if isinstance(v, torch.Tensor)]
+    inputs = [n for n in node.all_input_nodes if is_tensor(n)]
+    devices = {v.device.type for v in outputs} | {tensor(n).device.type for n in inputs}
+    if "cpu" not in devices or len(devices) == 1:
         return False
-    given: set[object] = set()
-    for placeholder in node.graph.find_nodes(op="placeholder"):
-        given |= free_unbacked_symbols(placeholder.meta.get("val"))
-    return bool(born - given)
+    if any(v.device.type == "cpu" for v in outputs):
+        return True
+    return any(tensor(n).device.type == "cpu" and not _is_constant(n) for n in inputs)
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether a value is the same in every call."""
+    if node.op == "placeholder":
+        return False
+    return all(map(_is_constant, node.all_input_nodes))
 
 
 def _op_names(node: Node) -> tuple[str, str]:
@@ -210,11 +244,3 @@ def _op_names(node: Node) -> tuple[str, str]:
         schema = target._schema
         return schema.name, f"{schema.name}.{schema.overload_name or 'default'}"
     return str(target), str(target)
-
-
-def _check_registered(name: str) -> None:
-    namespace, _, op = name.partition("::")
-    packet, _, overload = op.partition(".")
-    found = getattr(getattr(torch.ops, namespace), packet, None)
-    if found is None or (overload and overload not in found.overloads()):
-        raise OptionsError(f"split_ops holds '{name}', and no such op is registered with torch")

@@ -6,13 +6,13 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
-from tqdm import tqdm
 
 from ..runtime.program import Program, Step
 from .roles import arguments
@@ -95,10 +95,12 @@ def _with_frees(steps: Sequence[Step], keep: set[int]) -> Iterator[Step]:
     last_read = {slot: i for i, step in enumerate(steps) for slot in (*step.outputs, *step.inputs)}
     for i, step in enumerate(steps):
         frees = tuple(s for s in sorted({*step.inputs, *step.outputs}) if last_read[s] == i and s not in keep)
-        yield Step(step.name, step.call, step.inputs, step.outputs, step.island, frees)
+        yield replace(step, frees=frees)
 
 
 def _progress(items: Sequence[Node], label: str) -> Iterator[Node]:
+    from tqdm import tqdm
+
     yield from tqdm(items, desc=label, delay=_QUIET_SECONDS, leave=False, disable=None, file=sys.stderr)
 
 

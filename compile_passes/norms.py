@@ -90,14 +90,15 @@ def _whole_op(node: Node, reader: _Reader) -> _Core | Decline | None:
         return Decline(
             Reason.NORM_DIMS, f"'{node.name}' normalises over {list(normalized_shape)}, not over the last dimension"
         )
+    compute = torch.float64 if tensor(reader.node).dtype is torch.float64 else torch.float32
     if eps is None:  # torch's default, of the dtype that it computes in
-        eps = torch.finfo(torch.float32).eps
+        eps = torch.finfo(compute).eps
     if roles.as_number(eps) is None:
         return Decline(Reason.EPS_KIND, f"epsilon of '{node.name}' is a value of the graph, not a number")
     out = roles.first_output(node) if node.target is aten._fused_rms_norm.default else node
     if out is None or any(u is not out for u in node.users if node is not out):
         return Decline(Reason.NO_NORM, f"the reciprocal root of '{node.name}' is used; the fused op does not return it")
-    return _Core(out, roles.as_number(eps) or 0.0, torch.float32, weight, weight_absorbed=True)
+    return _Core(out, roles.as_number(eps) or 0.0, compute, weight, weight_absorbed=True)
 
 
 # -- the chain -------------------------------------------------------------------
@@ -116,18 +117,20 @@ class _Core:
 
 @dataclass(frozen=True)
 class _MeanSquare:
+    """``mean(source ** 2, dims) + eps``; ``nodes`` are those on the way from the square to the factor."""
+
     source: Node
     dims: tuple[int, ...]
-    per_row: bool
     eps: object
-    rounded: bool
+    nodes: tuple[Node, ...]
 
 
 def _chain(node: Node, reader: _Reader, value: Node) -> _Core | Decline | None:
     x = reader.node
-    mean = _normalises(node, x)
-    if mean is None:
+    factor_and_mean = _normalises(node, x)
+    if factor_and_mean is None:
         return None
+    factor, mean = factor_and_mean
     if roles.origin(mean.source) is not roles.origin(value):
         return Decline(
             Reason.MEAN_OF_OTHER_TENSOR,
@@ -136,7 +139,9 @@ def _chain(node: Node, reader: _Reader, value: Node) -> _Core | Decline | None:
     ndim = tensor(mean.source).ndim
     # One root per row, broadcast over that row: without this, a mean that lost its
     # dimension would scale columns of a square activation.
-    one_per_row = roles.same_shape(mean.source, x) and roles.same_shape(node, x) and mean.per_row
+    shape = tensor(factor).shape
+    per_row = len(shape) == tensor(x).ndim and same_size(shape[-1], 1)
+    one_per_row = roles.same_shape(mean.source, x) and roles.same_shape(node, x) and per_row
     if tuple(d % ndim for d in mean.dims) != (ndim - 1,) or not one_per_row:
         return Decline(
             Reason.MEAN_DIM,
@@ -146,14 +151,14 @@ def _chain(node: Node, reader: _Reader, value: Node) -> _Core | Decline | None:
     eps = roles.as_number(mean.eps)
     if eps is None:
         return Decline(Reason.EPS_KIND, f"epsilon of the norm at '{node.name}' is a value of the graph, not a number")
-    compute = tensor(mean.source).dtype
-    if mean.rounded:
-        compute = tensor(x).dtype
+    compute = roles.coarsest((mean.source, *mean.nodes, factor, node))
+    if compute is None:
+        return Decline(Reason.NO_NORM, f"the norm at '{node.name}' is not computed in floating point throughout")
     return _Core(node, eps, compute)
 
 
-def _normalises(node: Node, x: Node) -> _MeanSquare | None:
-    """``x * rsqrt(v)`` or ``x / sqrt(v)``, and what ``v`` is the mean square of."""
+def _normalises(node: Node, x: Node) -> tuple[Node, _MeanSquare] | None:
+    """The factor of ``x * rsqrt(v)`` or divisor of ``x / sqrt(v)``, and what ``v`` is the mean square of."""
     product, quotient = roles.mul_operands(node), roles.binary(node, aten.div.Tensor)
     if product:
         factor, root_of = (product[1] if product[0] is x else product[0]), roles.reciprocal_root
@@ -163,46 +168,55 @@ def _normalises(node: Node, x: Node) -> _MeanSquare | None:
         return None
     if not roles.is_tensor(factor) or factor is x:
         return None
-    shape = tensor(factor).shape
-    per_row = len(shape) == tensor(x).ndim and same_size(shape[-1], 1)
-    inner, rounded = roles.without_column(factor), False
-    if (wide := roles.cast_input(inner)) is not None:
-        rounded = not roles.is_widening(inner)
-        inner = wide
-    root = root_of(roles.without_column(inner))
-    return _mean_square(roles.without_column(root), per_row, rounded) if root is not None else None
+    inner = roles.without_column(factor)
+    inner = roles.without_column(roles.cast_input(inner) or inner)
+    root = root_of(inner)
+    mean = _mean_square(roles.without_column(root)) if root is not None else None
+    return (factor, replace(mean, nodes=(*mean.nodes, inner))) if mean is not None else None
 
 
-def _mean_square(node: Node, per_row: bool, rounded: bool) -> _MeanSquare | None:
+def _mean_square(node: Node) -> _MeanSquare | None:
     candidates: list[tuple[object, object]] = [(node, 0.0)]
     if roles.is_add(node):
         mean, addend = roles.arguments(node)[:2]
-        scaled = node.kwargs.get("alpha", 1) != 1
+        scaled = roles.alpha(node) != 1
         candidates = [(mean, None if scaled else addend), (addend, None if scaled else mean)]
     for mean, eps in candidates:
         found = _mean(mean)
         if found is not None:
-            return _MeanSquare(*found, per_row=per_row, eps=eps, rounded=rounded)
+            source, dims, total = found
+            return _MeanSquare(source, dims, eps, (total, node))
     return None
 
 
-def _mean(node: object) -> tuple[Node, tuple[int, ...]] | None:
-    """``(x, dims)`` of ``mean(x ** 2, dims)``, also spelled ``sum / H``."""
+def _mean(node: object) -> tuple[Node, tuple[int, ...], Node] | None:
+    """``(x, dims, reduction)`` of ``mean(x ** 2, dims)``, also spelled ``sum / H``."""
     if isinstance(node, Node):
         node = roles.without_column(node)
     if roles.calls(node, aten.mean.dim):
         square = roles.squared(node.args[0])
-        return (square, tuple(roles.arguments(node)[1])) if square is not None else None
+        return (square, _dims(node), node) if square is not None and _keeps_precision(node, square) else None
     for total, count in _scaled_sums(node):
         square = roles.squared(total.args[0])
-        if square is None:
+        if square is None or not _keeps_precision(total, square):
             continue
-        dims = tuple(roles.arguments(total)[1])
+        dims = _dims(total)
         shape = tensor(square).shape
         size = shape[dims[0]] if len(dims) == 1 else None
         if isinstance(size, int) and count == size:
-            return square, dims
+            return square, dims, total
     return None
+
+
+def _keeps_precision(reduction: Node, square: Node) -> bool:
+    """Whether ``dtype=`` of a reduction, if given, is no coarser than what it reduces."""
+    return tensor(reduction).dtype in (tensor(square).dtype, torch.float32)
+
+
+def _dims(reduction: Node) -> tuple[int, ...]:
+    """The dimensions that ``mean.dim`` or ``sum.dim_IntList`` reduces; None and [] mean all."""
+    dims = roles.bound_arguments(reduction)["dim"]
+    return tuple(dims) if dims else tuple(range(tensor(reduction.args[0]).ndim))  # type: ignore[arg-type]
 
 
 def _scaled_sums(node: object) -> Iterator[tuple[Node, float]]:
@@ -251,7 +265,10 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
             break
         user = next(iter(node.users))
         if roles.cast_input(user) is node:
-            narrowed |= not roles.is_widening(user)
+            if not roles.is_widening(user):
+                if tensor(user).dtype not in (dtype, torch.float32):
+                    break  # it loses what the fused op would keep: an int, a float8, the other half dtype
+                narrowed = True
             node = user
             continue
         pair = roles.mul_operands(user)
@@ -294,7 +311,7 @@ def _weight(factor: object, x: Node, hidden: int | torch.SymInt, dtype: torch.dt
         source = roles.view_input(node)
         if source is None and roles.is_widening(node):
             source = roles.cast_input(node)
-        if source is None and roles.is_add(node) and not bias and node.kwargs.get("alpha", 1) == 1:
+        if source is None and roles.is_add(node) and not bias and roles.alpha(node) == 1:
             for term, number in (node.args[:2], node.args[1::-1]):
                 if isinstance(term, Node) and roles.as_number(term) is None and roles.as_number(number) is not None:
                     source, bias = term, roles.as_number(number) or 0.0

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     OP_BETWEEN = "op_between"
     VALUE_USED_ELSEWHERE = "value_used_elsewhere"
     MUTATION_BETWEEN = "mutation_between"
+    LAYOUT = "layout"
     CLAIMED = "claimed_by_another_site"
     # the residual add
     RESIDUAL_SHAPE = "residual_shape"

@@ -10,6 +10,7 @@ one question about one node and never looks further than its arguments.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -22,8 +23,8 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
 
-#: Ops that hand on the values of their first argument, perhaps in another shape.
-_VIEWS = {
+#: Ops that hand on the values of their first argument, perhaps in another shape, and launch nothing.
+VIEWS = {
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -33,6 +34,9 @@ _VIEWS = {
     aten.unsqueeze.default,
     aten.alias.default,
     aten.detach.default,
+}
+#: Ops that hand on the values of their first argument in memory of their own.
+COPIES = {
     aten.clone.default,
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
@@ -58,12 +62,19 @@ def arguments(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
+def first_node(node: Node) -> Node | None:
+    """The first positional argument, if it is a node."""
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, Node) else None
+
+
 def bound_arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an op's call by the names in its schema; empty for what is no op."""
+    """The arguments of an op's call by the names in its schema, with its defaults; empty for what is no op."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
-    names = [argument.name for argument in node.target._schema.arguments]
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
+    schema = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return defaults | dict(zip([argument.name for argument in schema], node.args, strict=False)) | node.kwargs
 
 
 def tensor(node: Node) -> torch.Tensor:
@@ -101,7 +112,7 @@ def dtype_text(dtype: torch.dtype) -> str:
 
 def view_input(node: object) -> Node | None:
     """The input of a reshape-like op that keeps rows whole (same last dimension)."""
-    if not calls(node, *_VIEWS):
+    if not calls(node, *VIEWS, *COPIES):
         return None
     source = node.args[0]
     if not is_tensor(source) or tensor(source).ndim == 0 or tensor(node).ndim == 0:
@@ -118,6 +129,12 @@ def cast_input(node: object) -> Node | None:
     if is_tensor(source) and tensor(source).device == tensor(node).device:
         return source
     return None
+
+
+def coarsest(nodes: Iterable[Node]) -> torch.dtype | None:
+    """The dtype with the fewest bits of mantissa among the nodes'; None if one is no plain float."""
+    dtypes = {tensor(node).dtype for node in nodes}
+    return min(dtypes, key=_MANTISSA.__getitem__) if dtypes <= _MANTISSA.keys() else None
 
 
 def is_widening(node: Node) -> bool:
@@ -159,21 +176,28 @@ def origin(node: Node) -> Node:
 
 
 def as_number(value: object) -> float | None:
-    """A Python number, or the number that a constant tensor node was made from."""
+    """A Python number, or the one in a constant tensor whose dtype is wide enough to keep it."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
         return float(value)
     if calls(value, aten.scalar_tensor.default, aten.full.default):
+        if tensor(value).dtype not in (torch.float32, torch.float64):
+            return None
         return as_number(value.args[-1] if value.target is aten.full.default else value.args[0])
     return None
 
 
 def binary(node: object, *targets: object) -> tuple[object, object] | None:
     """Both operands of an unscaled binary op (``alpha`` must be 1)."""
-    if not calls(node, *targets) or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
+    if not calls(node, *targets) or len(node.args) < 2 or alpha(node) != 1:
         return None
     return node.args[0], node.args[1]
+
+
+def alpha(node: Node) -> object:
+    """What an add scales its second operand by: a keyword of ``add.Tensor``, positional in ``add.Scalar``."""
+    return node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
 
 
 def is_add(node: object) -> TypeGuard[Node]:
@@ -187,9 +211,9 @@ def mul_operands(node: object) -> tuple[object, object] | None:
 def squared(node: object) -> Node | None:
     """``x`` of ``x ** 2``, ``square(x)`` or ``x * x``."""
     if calls(node, aten.pow.Tensor_Scalar) and as_number(node.args[1]) == 2.0:
-        return node.args[0] if isinstance(node.args[0], Node) else None
+        return first_node(node)
     if calls(node, aten.square.default):
-        return node.args[0] if isinstance(node.args[0], Node) else None
+        return first_node(node)
     pair = mul_operands(node)
     if pair and is_tensor(pair[0]) and is_tensor(pair[1]) and same_value(pair[0], pair[1]):
         return pair[0]
@@ -212,18 +236,18 @@ def without_column(node: Node) -> Node:
 
 def square_root(node: object) -> Node | None:
     if calls(node, aten.sqrt.default):
-        return node.args[0] if isinstance(node.args[0], Node) else None
+        return first_node(node)
     if calls(node, aten.pow.Tensor_Scalar) and as_number(node.args[1]) == 0.5:
-        return node.args[0] if isinstance(node.args[0], Node) else None
+        return first_node(node)
     return None
 
 
 def reciprocal_root(node: object) -> Node | None:
     """``v`` of ``rsqrt(v)``, ``v ** -0.5``, ``reciprocal(sqrt(v))`` or ``1 / sqrt(v)``."""
     if calls(node, aten.rsqrt.default):
-        return node.args[0] if isinstance(node.args[0], Node) else None
+        return first_node(node)
     if calls(node, aten.pow.Tensor_Scalar) and as_number(node.args[1]) == -0.5:
-        return node.args[0] if isinstance(node.args[0], Node) else None
+        return first_node(node)
     if calls(node, aten.reciprocal.default):
         return square_root(node.args[0])
     pair = binary(node, aten.div.Tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -18,8 +18,10 @@ from .roles import is_tensor, tensor
 def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: frozenset[int]) -> SizeRule:
     """Read before :func:`fuse`, while the all-reduces are in the graph.
 
-    The token count is the number of rows of the first all-reduce; in a graph without
-    one, the leading dimension of the first input that is no parameter.
+    The token count is the number of rows of the first all-reduce that is to be fused,
+    else of the first one; in a graph without any, the leading dimension of the first
+    input that is no parameter. Only sizes that the arguments tell count: without one,
+    ``tokens`` is None and nothing can be captured by size.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
@@ -30,8 +32,12 @@ def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: f
         elif isinstance(value, torch.Tensor):
             for d, dim in enumerate(value.shape):
                 _bind(symbols, dim, (i, d))
-    rows = _rows(gm, candidates, placeholders, static_inputs)
-    expression = rows.node.expr if isinstance(rows, torch.SymInt) else sympy.Integer(rows)
+    for rows in _row_counts(gm, candidates, placeholders, static_inputs):
+        expression = rows.node.expr if isinstance(rows, torch.SymInt) else sympy.Integer(rows)
+        if expression.free_symbols <= symbols.keys():
+            break
+    else:
+        return SizeRule(tuple(symbols.values()), None)
 
     def tokens(sizes: tuple[int, ...]) -> int:
         return int(expression.xreplace(dict(zip(symbols, map(sympy.Integer, sizes), strict=True))))
@@ -44,18 +50,19 @@ def _bind(symbols: dict[sympy.Symbol, tuple[int, int | None]], dim: object, wher
         symbols.setdefault(dim.node.expr, where)
 
 
-def _rows(
+def _row_counts(
     gm: GraphModule, candidates: Sequence[Candidate], placeholders: Sequence[Node], static_inputs: frozenset[int]
-) -> int | torch.SymInt:
+) -> Iterator[int | torch.SymInt]:
+    """What may be the token count, the best first."""
     by_name = {n.name: n for n in gm.graph.nodes}
-    for candidate in candidates:
-        node = by_name[candidate.site.node]
-        if is_tensor(node):
-            return math.prod(tensor(node).shape[:-1])
+    matched = [by_name[c.site.node] for c in candidates if c.match is not None]
+    others = [by_name[c.site.node] for c in candidates if c.match is None]
+    for node in (*matched, *others):
+        if is_tensor(node) and tensor(node).ndim > 1:
+            yield math.prod(tensor(node).shape[:-1])
     for i, node in enumerate(placeholders):
         if i not in static_inputs and is_tensor(node) and tensor(node).ndim:
-            return tensor(node).shape[0]
-    return 0
+            yield tensor(node).shape[0]
 
 
 def padding(gm: GraphModule, rule: SizeRule) -> Padding | None:

@@ -19,10 +19,11 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
+from ..runtime.errors import RefusedError
 from .judge import Decision, Verdict
-from .roles import _VIEWS, aten, c10d, calls
+from .roles import VIEWS, aten, c10d, calls, first_node
 
-_NO_KERNEL = _VIEWS - {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default} | {
+_NO_KERNEL = VIEWS | {
     operator.getitem,
     aten.sym_size.int,
     aten.sym_stride.int,
@@ -58,15 +59,17 @@ class Piece:
 class SplitPlan:
     pieces: tuple[Piece, ...]
 
-    @property
-    def islands(self) -> tuple[Piece, ...]:
-        return tuple(p for p in self.pieces if p.island)
-
 
 def split(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, GraphModule]:
-    """The plan, and a module that calls ``submod_0``, ``submod_1``, ... in its order."""
+    """The plan, and a module that calls ``submod_0``, ``submod_1``, ... in its order.
+
+    Raises :class:`RefusedError` for a verdict of :attr:`Decision.REFUSE`.
+    """
+    for verdict in verdicts:
+        if verdict.decision is Decision.REFUSE:
+            raise RefusedError(f"'{verdict.node}' ({verdict.op}) is refused: {verdict.message} ({verdict.source})")
     eager = {v.node: v.op for v in verdicts if v.decision is Decision.SPLIT}
-    _gather_getitems(gm)
+    _gather(gm, eager)
     runs = _runs(gm, eager)
     index_of = {node: i for i, (_, nodes) in enumerate(runs) for node in nodes}
     pieces = tuple(
@@ -83,11 +86,23 @@ def split(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, Grap
     return SplitPlan(pieces), whole
 
 
-def _gather_getitems(gm: GraphModule) -> None:
+def _gather(gm: GraphModule, eager: Collection[str]) -> None:
+    """Move each ``getitem`` to its producer, and each wait out of another piece to its collective.
+
+    A captured collective whose wait is in another graph would be waited for by an event
+    of the wrong capture.
+    """
+    part, part_of = 0, {}
     for node in list(gm.graph.nodes):
-        for user in list(node.users):
-            if calls(user, operator.getitem):
-                node.append(user)
+        part += node.name in eager
+        part_of[node] = part
+        source = first_node(node)
+        if source is None:
+            continue
+        cut_off = calls(node, c10d.wait_tensor.default) and part_of[source] != part
+        if calls(node, operator.getitem) or (cut_off and source.name not in eager):
+            source.append(node)
+            part_of[node] = part_of[source]
 
 
 def _runs(gm: GraphModule, eager: Collection[str]) -> list[tuple[bool, list[Node]]]:

@@ -30,44 +30,46 @@ _MAGNITUDES = (1.0, 1e-3)
 _UNKNOWN_SIZE = 4  # rows, where the graph has only a symbol
 
 
-def verify(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """The candidates, with a :class:`Decline` for each whose replacement computes something else."""
+def verify(candidates: Iterable[Candidate], device: torch.device) -> list[Candidate]:
+    """The candidates, with a :class:`Decline` for each whose replacement computes something else on ``device``."""
     known: dict[str, Decline | None] = {}
     checked = []
     for candidate in candidates:
         if candidate.match is not None:
-            declined = _check(candidate.match, known)
+            declined = _check(candidate.match, device, known)
             if declined is not None:
                 candidate = Candidate(replace(candidate.site, decline=declined), None)
         checked.append(candidate)
     return checked
 
 
-def _check(match: Match, known: dict[str, Decline | None]) -> Decline | None:
+def _check(match: Match, device: torch.device, known: dict[str, Decline | None]) -> Decline | None:
     subgraph, inputs = _subgraph(match)
     # Layers repeat: the same operations on inputs of the same kind are the same computation.
     likes = [(tuple(x.shape), x.dtype) for x in inputs]
     key = f"{_without_names(subgraph.graph)}{likes}{match.norm.eps}{match.norm.weight_bias}"
     if key not in known:
-        known[key] = _compare(match, subgraph, inputs)
+        # AOT compiles under a fake mode, and here real numbers are wanted.
+        with _disable_current_modes(), torch.no_grad():
+            known[key] = _compare(match, subgraph, inputs, device)
     return known[key]
 
 
-def _compare(match: Match, subgraph: GraphModule, likes: list[Tensor]) -> Decline | None:
-    # AOT compiles under a fake mode, and here real numbers are wanted.
-    with _disable_current_modes(), torch.no_grad():
-        return _compare_on_real_tensors(match, subgraph, likes)
-
-
-def _compare_on_real_tensors(match: Match, subgraph: GraphModule, likes: list[Tensor]) -> Decline | None:
+def _compare(match: Match, subgraph: GraphModule, likes: list[Tensor], device: torch.device) -> Decline | None:
     generator = torch.Generator().manual_seed(0)
     dtype = likes[0].dtype
     for magnitude in _MAGNITUDES:
-        drawn = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in likes]
+        drawn = [torch.randn(x.shape, generator=generator).to(x.dtype).to(device) for x in likes]
         drawn[0], rest = drawn[0] * magnitude, drawn[1:]
         residual = rest.pop(0) * magnitude if match.residual is not None else None
         weight = rest.pop(0) if match.norm.weight is not None else None
-        source = subgraph(*(x for x in (drawn[0], residual, weight) if x is not None))
+        try:
+            source = subgraph(*(x for x in (drawn[0], residual, weight) if x is not None))
+        except Exception as error:  # whatever the model's own ops raise on sizes or values that are not its own
+            return Decline(
+                Reason.VERIFY_FAILED,
+                f"what leads to '{match.norm.out.name}' cannot be run by itself: {type(error).__name__}: {error}",
+            )
         eps, bias = match.norm.eps, match.norm.weight_bias
         if residual is None:
             replacement: tuple[Tensor, ...] = (reference.rms_norm(drawn[0], weight, eps, bias),)
@@ -118,7 +120,8 @@ def _without_names(graph: Graph) -> list[str]:
 
 
 def _concrete(dim: int | torch.SymInt) -> int:
+    """A size with every symbol in it replaced: by what it stood for when traced, or by a small number."""
     if isinstance(dim, int):
         return dim
-    hint = dim.node.maybe_as_int() if dim.node.maybe_as_int() is not None else dim.node._hint
-    return hint if isinstance(hint, int) else _UNKNOWN_SIZE
+    hints = dim.node.shape_env.backed_var_to_val
+    return int(dim.node.expr.xreplace({s: hints.get(s, _UNKNOWN_SIZE) for s in dim.node.expr.free_symbols}))

@@ -35,8 +35,8 @@ class GraphBackend(Protocol):
 
     name: str
 
-    def warm_up(self, run: Callable[[], None]) -> None:
-        """Run what is about to be captured, as it will be captured."""
+    def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
+        """``call(*args)``, run where it is about to be captured: it loads modules and picks algorithms."""
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
         """Record ``call(*args)`` without running it. The arguments' addresses are baked in."""
@@ -57,11 +57,13 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def warm_up(self, run: Callable[[], None]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
+    def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
+        caller = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
-            run()
-        torch.cuda.current_stream().wait_stream(self._stream)
+            outputs = call(*args)
+        caller.wait_stream(self._stream)
+        return outputs
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
         graph = torch.cuda.CUDAGraph()
@@ -80,7 +82,8 @@ class CudaGraphs:
         return _CudaPiece(graph, outputs)
 
     def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self._stream.device):
+            return torch.cuda.is_current_stream_capturing()
 
 
 class _CudaPiece:
@@ -113,8 +116,8 @@ class SimulatedGraphs:
     def __init__(self) -> None:
         self._capturing_thread: int | None = None
 
-    def warm_up(self, run: Callable[[], None]) -> None:
-        run()
+    def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
+        return call(*args)
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
         self._capturing_thread = threading.get_ident()
@@ -151,7 +154,11 @@ class _SimulatedPiece:
 class _CaptureRules(TorchDispatchMode):
     """Raises on what a CUDA stream capture would reject or silently leave out."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return func(*args, **(kwargs or {}))
         if torch.Tag.data_dependent_output in func.tags or _size_depends_on_data(func, args):
             raise CaptureError(f"{func} synchronises with the host and cannot be captured; add it to split_ops")
         if func.namespace in ("_c10d_functional", "c10d", "ringfence"):

@@ -32,6 +32,10 @@ class GraphMetadataError(RingfenceError):
     """A pass was given a graph without the ``val`` metadata it reads."""
 
 
+class RefusedError(RingfenceError):
+    """An op of the graph may run neither captured nor eagerly."""
+
+
 class NotFusedError(RingfenceError, AssertionError):
     """:func:`ringfence.assert_fused` found another number of fused sites."""
 
@@ -46,6 +50,10 @@ class CaptureError(RingfenceError):
 
 class NestedCaptureError(CaptureError):
     """A capture was started while another one runs on this thread."""
+
+
+class ConcurrentCallError(CaptureError):
+    """A runner's static buffers were asked to serve two calls at once."""
 
 
 class GradModeError(CaptureError):

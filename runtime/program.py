@@ -48,11 +48,12 @@ class SizeRule:
     Each binding is one size symbol of the graph: argument ``i`` itself (an int), or
     dimension ``d`` of argument ``i``. The tuple of their values is a call's *sizes*;
     every shape in the graph is a function of it. ``tokens`` computes the token count,
-    the number of rows that the first all-reduce sums.
+    the number of rows that the first all-reduce sums; it is None where the arguments do
+    not tell that number.
     """
 
     bindings: tuple[tuple[int, int | None], ...]
-    tokens: Callable[[tuple[int, ...]], int]
+    tokens: Callable[[tuple[int, ...]], int] | None
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(args[i] if d is None else args[i].shape[d] for i, d in self.bindings)
@@ -73,7 +74,7 @@ class Padding:
     def size_for(self, tokens: int, rule: SizeRule, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
         """The sizes that have ``tokens`` tokens; None where the count is not in proportion to the size."""
         (size,) = sizes
-        if not rule.tokens(sizes):
+        if rule.tokens is None or not rule.tokens(sizes):
             return None
         padded = (math.ceil(tokens * size / rule.tokens(sizes)),)
         return padded if rule.tokens(padded) == tokens else None

@@ -1,9 +1,10 @@
 """PiecewiseRunner: run a split graph, capturing its pieces where a size was asked for.
 
-The first call of a captured size warms up, then records piece after piece and
-replays each at once, so that the islands between them see real data and the call
-returns its result. Later calls of that size copy their inputs into the static
-buffers, replay the pieces and run the islands. Any other size runs uncaptured.
+The first call of a captured size is an ordinary call that also records: each piece runs
+once, which warms it up, and is captured, which runs nothing. So every effect happens
+once, islands see real data, every rank makes the same collective calls as in any other
+step, and the call returns its result. Later calls of that size copy their inputs into
+the static buffers, replay the pieces and run the islands. Any other size runs uncaptured.
 
 Modules that share compiled code (the layers of a model compiled one by one) call one
 runner with different parameters; each set of parameters has captures of its own.
@@ -14,7 +15,8 @@ What makes a replay right is checked, always:
 - the outputs of an island land in buffers whose addresses the next piece knows;
 - a number that an island returns is the one that was baked in
   (:class:`DataDependentValueError`);
-- no call runs inside a capture, or in grad mode with inputs that need grad.
+- no call runs inside a capture, beside another call of this runner, or in grad mode with
+  inputs that need grad.
 
 A capture that throws leaves nothing behind: its pieces are released, the size
 counts as never captured, and the next call may try again.
@@ -22,6 +24,7 @@ counts as never captured, and the next call may try again.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -35,14 +38,16 @@ from .capture import CapturedPiece, GraphBackend
 from .errors import (
     AddressChangedError,
     CaptureError,
+    ConcurrentCallError,
     DataDependentValueError,
     GradModeError,
     NestedCaptureError,
 )
 from .program import Padding, Program, SizeRule, Step
 
-#: Runs before a capture: one loads modules and picks algorithms, one shows that it is quiet.
-_WARM_UPS = 2
+#: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
+#: A size that grows in every step would otherwise fill the memory with graphs that are used once.
+_CAPTURES_PER_TOKEN_COUNT = 8
 
 
 class _Parameter:
@@ -101,7 +106,8 @@ class PiecewiseRunner:
     ) -> None:
         self._program = program
         self._sizes = sizes
-        self._graphs = graphs if capture_sizes else None
+        self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
+        self._in_use = threading.Lock()
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding
         self._static_outputs = static_outputs
@@ -134,18 +140,43 @@ class PiecewiseRunner:
         target = self._target(sizes, args)
         if target is None:
             return self._run(args)
+        if not self._in_use.acquire(blocking=False):
+            raise ConcurrentCallError(
+                "the model's captured buffers serve one call at a time, and a second one came from another thread or "
+                "from inside the model; serve from one thread, or compile a copy for each"
+            )
+        try:
+            return self._serve(target, sizes, args)
+        finally:
+            self._in_use.release()
+
+    def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         addresses = tuple([args[i].data_ptr() for i in self._static])
         entry = self._entries.get((target, addresses))
         if entry is None:
             self._check_parameters(target)
-            entry = self._capture(target, sizes, addresses, args)
+            if self._has_enough(target, addresses):
+                return self._run(args)
+            entry = _Entry(target, [], [], [], addresses, [_Parameter(args[i]) for i in self._static])
+            run = self._capture
         else:
-            self._load(entry, sizes, args)
-            for action in entry.actions:
-                action()
-        outputs = self._outputs(entry, sizes, args)
-        self._forget_parameters(entry)
-        return outputs
+            run = self._replay
+        try:
+            run(entry, sizes, args)
+            return self._outputs(entry, sizes, args)
+        finally:
+            self._forget_parameters(entry)
+
+    def _has_enough(self, target: tuple[int, ...], addresses: tuple[int, ...]) -> bool:
+        tokens = self._sizes.tokens
+        assert tokens is not None
+        alike = (s for s, a in self._entries if a == addresses and tokens(s) == tokens(target))
+        return sum(1 for _ in alike) >= _CAPTURES_PER_TOKEN_COUNT
+
+    def _replay(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+        self._load(entry, sizes, args)
+        for action in entry.actions:
+            action()
 
     # -- uncaptured ------------------------------------------------------------------
 
@@ -172,6 +203,7 @@ class PiecewiseRunner:
     # -- which captured size serves this call ----------------------------------------
 
     def _target(self, sizes: tuple[int, ...], args: Sequence[Any]) -> tuple[int, ...] | None:
+        assert self._sizes.tokens is not None
         tokens = self._sizes.tokens(sizes)
         if tokens in self._capture_sizes:
             return sizes
@@ -198,7 +230,7 @@ class PiecewiseRunner:
 
     def _forget_parameters(self, entry: _Entry) -> None:
         """Keep no parameter alive: a module that is dropped takes its memory with it."""
-        for i in self._read_statics:
+        for i in self._static:
             entry.slots[i] = None
 
     def _outputs(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
@@ -219,30 +251,25 @@ class PiecewiseRunner:
     def _check_parameters(self, target: tuple[int, ...]) -> None:
         """Why do no captured parameters match this call's? Only other modules may be the reason.
 
-        A module that is gone takes its captures along. One that lives, and has a parameter
-        where the capture did not see it, is refused: every replay would use the old memory.
+        Captures with a parameter whose memory is gone can never be used again and are
+        released. A parameter that lives where the capture did not see it is refused: its
+        captures would go on using the old memory.
         """
         for key, entry in list(self._entries.items()):
             if key[0] != target:
                 continue
-            moved = [p.moved for p in entry.parameters]
-            gone = [p.gone for p in entry.parameters]
-            if all(gone) and not any(moved):
-                self._entries.pop(key).release()
-                continue
-            for i, was_moved, is_gone in zip(self._static, moved, gone, strict=True):
-                if was_moved or is_gone:
+            for i, parameter in zip(self._static, entry.parameters, strict=True):
+                if parameter.moved:
                     raise AddressChangedError(
-                        f"parameter '{self._program.inputs[i]}' moved or was replaced since it was captured at sizes "
-                        f"{target}; update parameters in place (p.copy_(new)), or start over with torch._dynamo.reset()"
+                        f"parameter '{self._program.inputs[i]}' moved since it was captured at sizes {target}; "
+                        "update parameters in place (p.copy_(new)), or start over with torch._dynamo.reset()"
                     )
+            if any(p.gone for p in entry.parameters):
+                self._entries.pop(key).release()
 
-    def _capture(
-        self, target: tuple[int, ...], sizes: tuple[int, ...], addresses: tuple[int, ...], args: Sequence[Any]
-    ) -> _Entry:
-        graphs = self._graphs
-        assert graphs is not None
-        slots = self._slots(args)
+    def _capture(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+        target = entry.sizes
+        entry.slots = slots = self._slots(args)
         grown = self._padding.inputs if self._padding is not None and target != sizes else {}
         for i in self._dynamic:
             if i in grown:
@@ -252,30 +279,31 @@ class PiecewiseRunner:
                 slots[i] = static_like(args[i])
             elif target != sizes and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
-        entry = _Entry(target, slots, [], [], addresses, [_Parameter(args[i]) for i in self._static])
         self._load(entry, sizes, args)
-        for _ in range(_WARM_UPS):
-            graphs.warm_up(lambda: self._run_steps(list(slots)))
-        for step in self._program.steps:
-            try:
-                action = self._record_island(step, entry) if step.island else self._record_piece(step, entry, graphs)
-            except Exception as error:
-                entry.release()
-                raise CaptureError(
-                    f"capture of '{step.name}' at sizes {target} failed and was undone: {error}"
-                ) from error
-            entry.actions.append(action)
-        for i in self._static:
-            slots[i] = None
-        self._entries[target, addresses] = entry
-        return entry
+        try:
+            for step in self._program.steps:
+                entry.actions.append(self._record_island(step, entry) if step.island else self._record(step, entry))
+        except BaseException:
+            entry.release()
+            raise
+        self._entries[target, entry.addresses] = entry
 
-    def _record_piece(self, step: Step, entry: _Entry, graphs: GraphBackend) -> Callable[[], None]:
-        piece = graphs.capture(step.call, [entry.slots[i] for i in step.inputs])
+    def _record(self, step: Step, entry: _Entry) -> Callable[[], None]:
+        """Run a piece, capture it, and put what it returned where its replays will put it."""
+        assert self._graphs is not None
+        args = [entry.slots[i] for i in step.inputs]
+        values = self._graphs.warm_up(step.call, args)
+        try:
+            piece = self._graphs.capture(step.call, args)
+        except Exception as error:
+            raise CaptureError(
+                f"capture of '{step.name}' at sizes {entry.sizes} failed and was undone: {error}"
+            ) from error
         entry.pieces.append(piece)
-        for slot, value in zip(step.outputs, piece.outputs, strict=True):
-            entry.slots[slot] = value
-        piece.replay()
+        for slot, landing, value in zip(step.outputs, piece.outputs, values, strict=True):
+            if isinstance(landing, Tensor):
+                copy_into(landing, value)
+            entry.slots[slot] = landing
         return piece.replay
 
     def _record_island(self, step: Step, entry: _Entry) -> Callable[[], None]:

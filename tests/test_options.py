@@ -28,6 +28,7 @@ from ringfence.runtime.errors import CollectiveUnavailableError, OptionsError, R
         ({"split_ops": ["mm"]}, ["split_ops", "'mm'", "namespace::name"]),
         ({"split_ops": [3]}, ["split_ops", "3"]),
         ({"groups": "0"}, ["groups", "list"]),
+        ({"groups": []}, ["groups", "None means every group"]),
         ({"all_reduce_ops": {"lib::ar": 0}}, ["all_reduce_ops"]),
         ({"all_reduce_ops": ["ar"]}, ["all_reduce_ops", "'ar'"]),
         ({"pad_to_capture_size": True}, ["pad_to_capture_size", "capture_sizes"]),

@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringfence.compile_passes.judge import RULES, Decision, judge
+from ringfence.compile_passes.judge import RULES, Decision, Verdict, groups_of, judge
 from ringfence.compile_passes.lower import eager_piece, lower
+from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import SplitPlan, split
-from ringfence.runtime.errors import OptionsError
+from ringfence.runtime.errors import RefusedError
 from support import aot_graph, fuse_graph
 
 H = 16
@@ -42,6 +45,16 @@ def mutates(x: Tensor) -> None:
     x.add_(1)
 
 
+@torch.library.custom_op("ringfence_test::grouped", mutates_args=())
+def grouped(x: Tensor, group: str) -> Tensor:
+    return x.clone()
+
+
+@grouped.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 def reduced(x: Tensor) -> Tensor:
     y = x * 2
     dist.all_reduce(y)
@@ -53,7 +66,7 @@ def cut(gm: GraphModule, **options: object) -> tuple[SplitPlan, GraphModule]:
 
 
 def islands(plan: SplitPlan) -> list[tuple[str, ...]]:
-    return [p.ops for p in plan.islands]
+    return [p.ops for p in plan.pieces if p.island]
 
 
 def runs_right(fn: object, gm: GraphModule, plan: SplitPlan, whole: GraphModule, *args: Tensor) -> None:
@@ -167,9 +180,58 @@ def test_graph_without_verdicts_is_one_piece() -> None:
     assert [(p.island, p.nodes) for p in plan.pieces] == [(False, 1)]
 
 
-@pytest.mark.parametrize("name", ["aten::no_such_op", "no_such_library::op", "aten::mm.no_such_overload"])
+def test_host_memory_and_control_flow_are_split() -> None:
+    """On fake CUDA tensors: a CPU scalar of the caller's, a copy to the host; a constant may be captured."""
+    constant = torch.tensor(3.0)
+
+    def run(x: Tensor, scalar: Tensor) -> tuple[Tensor, ...]:
+        y = (x * constant).exp()
+        return y.sin() * scalar, y.cpu()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gm = make_fx(run)(torch.empty(4, H, device="cuda"), torch.empty(()))
+    verdicts = judge(gm, backends={}, capture=True)
+    assert [(v.op, v.rule, v.decision) for v in verdicts] == [
+        ("aten::mul", "host_memory", Decision.SPLIT),
+        ("aten::_to_copy", "host_memory", Decision.SPLIT),
+    ]
+    assert verdicts[0].node == "mul_1"
+
+
 @pytest.mark.usefixtures("fake_group")
-def test_unregistered_split_op_is_refused(name: str) -> None:
+def test_wait_in_another_piece_goes_to_its_collective() -> None:
+    def run(x: Tensor) -> tuple[Tensor]:
+        pending = c10d.all_reduce(x * 2, "sum", "0")
+        other = x.exp().sin()
+        return (c10d.wait_tensor(pending) + other,)
+
+    gm = aot_graph(run, torch.randn(3, H))
+    verdicts = judge(gm, backends={"0": "nccl"}, capture=True, split_ops=["aten::exp"])
+    plan, whole = split(gm, verdicts)
+    first, island, last = (whole.get_submodule(p.name) for p in plan.pieces)
+    targets = [[str(n.target) for n in m.graph.nodes if n.op == "call_function"] for m in (first, island, last)]
+    assert targets[0][-2:] == ["_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"]
+    assert targets[1] == ["aten.exp.default"]
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_op_with_a_group_argument_is_no_collective() -> None:
+    gm = aot_graph(lambda x: (torch.ops.ringfence_test.grouped(x, "no_such_group") + 1,), torch.randn(3, H))
+    assert groups_of(gm) == set()
+    assert judge(gm, backends={}, capture=True) == []
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_engine_op_over_nccl_is_not_taken_for_nccl() -> None:
+    gm = aot_graph(lambda x: (torch.ops.ringfence_test.grouped(x, "0") + 1,), torch.randn(3, H))
+    (verdict,) = judge(gm, backends={"0": "nccl"}, capture=True, all_reduce_ops=["ringfence_test::grouped"])
+    assert (verdict.rule, verdict.decision) == ("unknown_collective", Decision.SPLIT)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_refused_op_is_no_piece() -> None:
     gm = aot_graph(lambda x: (x.exp(),), torch.randn(3, H))
-    with pytest.raises(OptionsError, match=name):
-        judge(gm, backends={}, capture=True, split_ops=[name])
+    (node,) = [n for n in gm.graph.nodes if n.op == "call_function"]
+    verdict = Verdict(node.name, "aten::exp", Decision.REFUSE, "rule", "it would hang", "nowhere")
+    with pytest.raises(RefusedError, match=r"'exp' \(aten::exp\) is refused: it would hang"):
+        split(gm, [verdict])

@@ -135,7 +135,12 @@ def test_simulated_capture_computes_nothing() -> None:
 def test_simulated_warm_up_runs_what_it_is_given_once() -> None:
     runs: list[bool] = []
     graphs = SimulatedGraphs()
-    graphs.warm_up(lambda: runs.append(graphs.is_capturing()))
+
+    def call(x: int) -> tuple[int, ...]:
+        runs.append(graphs.is_capturing())
+        return (x + 1,)
+
+    assert graphs.warm_up(call, [2]) == (3,)
     assert runs == [False]
 
 
