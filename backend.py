@@ -84,6 +84,11 @@ class Backend:
             groups=options.groups,
             all_reduce_ops=options.all_reduce_ops,
         )
+        if not candidates:
+            notes.append(
+                "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
+                "as from a backward hook (ringfence.hugging_face.remove_backward_hooks)"
+            )
         _check_not_empty(gm, candidates)
         if options.verify:
             candidates = verify(candidates, device)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from .compile_passes.report import CompileReport
 from .hugging_face import remove_backward_hooks
@@ -25,6 +25,7 @@ _QUIET_SECONDS = 2.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ringfence", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ringfence {importlib.metadata.version('ringfence')}")
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser(
         "explain",
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     explain.add_argument("--tp", type=_world_size, required=True, metavar="N", help="tensor-parallel world size")
     explain.add_argument("--json", action="store_true", help="print the report as JSON (docs/report.md)")
-    explain.add_argument("--batch", type=int, default=1, help="batch size of a model folder's input (default 1)")
-    explain.add_argument("--tokens", type=int, default=8, help="sequence length of that input (default 8)")
+    explain.add_argument("--batch", type=_count, default=1, help="batch size of a model folder's input (default 1)")
+    explain.add_argument("--tokens", type=_count, default=8, help="sequence length of that input (default 8)")
     explain.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of a model folder"
     )
@@ -65,11 +66,17 @@ def _world_size(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
+    return int(text)
+
+
 def _explain(arguments: argparse.Namespace) -> CompileReport:
     # Everything that takes seconds to import is imported here, so that --help and usage errors do not.
     import torch
     import torch.distributed as dist
-    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from .backend import Backend
@@ -85,15 +92,28 @@ def _explain(arguments: argparse.Namespace) -> CompileReport:
         if isinstance(error.inner_exception, RingfenceError):
             raise error.inner_exception from error
         raise TargetError(f"'{arguments.target}' does not compile: {_first_lines(error)}") from error
-    except TorchDynamoException as error:
+    except Unsupported as error:
         raise TargetError(
             f"'{arguments.target}' breaks the graph, so no pass can see across: {_first_lines(error)}"
         ) from error
+    except RingfenceError:
+        raise
+    except Exception as error:  # whatever the user's model raises
+        raise TargetError(f"'{arguments.target}' raised {type(error).__name__}: {_first_lines(error)}") from error
     finally:
         dist.destroy_process_group()
     if not backend.reports:
         raise TargetError(f"'{arguments.target}' ran without compiling a graph; is it a torch.nn.Module or function?")
-    return backend.reports[-1]
+    report = backend.reports[-1]
+    if backend.options.capture_sizes:
+        _say("collectives were judged as host work, which the fake group's are; over NCCL they stay in the pieces")
+    if not report.sites:
+        _say(f"'{arguments.target}' has no all-reduce: its tensor-parallel plan is empty, or it was not applied")
+    return report
+
+
+def _say(text: str) -> None:
+    print(f"ringfence: {text}", file=sys.stderr, flush=True)
 
 
 def _first_lines(error: BaseException) -> str:
@@ -137,20 +157,31 @@ def _load_folder(folder: Path, arguments: argparse.Namespace) -> tuple[Any, tupl
     plan = DistributedConfig(tp_plan="auto", tp_size=arguments.tp)
     dtype = getattr(torch, arguments.dtype)
     try:
-        with mock.patch.dict(os.environ, LOCAL_RANK="0"):  # transformers asks for it where there is a GPU
+        with _local_rank():
             model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=dtype).eval()
     except Exception as error:  # transformers raises what its loaders raise: OSError, ValueError, ImportError, ...
         raise TargetError(f"'{folder}' cannot be loaded: {type(error).__name__}: {_first_lines(error)}") from error
     hooked = remove_backward_hooks(model)
     if hooked:
-        print(
-            f"ringfence: removed the backward hooks of {len(hooked)} modules ({hooked[0]}, ...), which break the "
-            "graph; call ringfence.hugging_face.remove_backward_hooks(model) before you compile it",
-            file=sys.stderr,
+        _say(
+            f"removed the backward hooks of {len(hooked)} modules ({hooked[0]}, ...), which break the graph; before "
+            "you compile it, call remove_backward_hooks(model) from ringfence.hugging_face"
         )
     shape = (arguments.batch, arguments.tokens)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
     return model, (tokens,), {"use_cache": False}
+
+
+@contextlib.contextmanager
+def _local_rank() -> Iterator[None]:
+    """On a machine with an accelerator, transformers reads the device's index from this variable."""
+    given = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = given or "0"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["LOCAL_RANK"]
 
 
 def _load_function(module_name: str, function_name: str) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
@@ -158,13 +189,16 @@ def _load_function(module_name: str, function_name: str) -> tuple[Any, tuple[Any
         try:
             function = getattr(importlib.import_module(module_name), function_name)
         except (ImportError, AttributeError) as error:
-            raise TargetError(f"'{module_name}:{function_name}' cannot be imported: {error}") from error
-    try:
-        result = function()
-    except Exception as error:  # whatever the user's function raises
-        raise TargetError(f"'{module_name}:{function_name}()' raised {type(error).__name__}: {error}") from error
+            path = module_name.removesuffix(".py").replace("/", ".")
+            hint = f"; a module is named without its suffix: {path}:{function_name}" if path != module_name else ""
+            raise TargetError(f"'{module_name}:{function_name}' cannot be imported: {error}{hint}") from error
+        try:
+            result = function()
+        except Exception as error:  # whatever the user's function raises
+            raise TargetError(f"'{module_name}:{function_name}()' raised {type(error).__name__}: {error}") from error
     if not (isinstance(result, tuple) and len(result) == 2 and callable(result[0])):
-        raise TargetError(f"'{module_name}:{function_name}' must return (model, example_inputs), not {type(result)}")
+        types = [type(r).__name__ for r in result] if isinstance(result, tuple) else type(result).__name__
+        raise TargetError(f"'{module_name}:{function_name}' must return (model, example_inputs), and returned {types}")
     model, inputs = result
     if isinstance(inputs, Mapping):
         return model, (), inputs
@@ -185,7 +219,7 @@ def _importable_from_here() -> Iterator[None]:
 @contextlib.contextmanager
 def _stage(label: str) -> Iterator[None]:
     """One line on standard error for a stage that takes more than two seconds."""
-    timer = threading.Timer(_QUIET_SECONDS, print, [f"ringfence: {label} ..."], {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(_QUIET_SECONDS, _say, [f"{label} ..."])
     timer.start()
     try:
         yield

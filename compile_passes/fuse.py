@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 
 # The ops must be registered before a graph can call them.
 from ..runtime import ops
+from ..runtime.errors import GraphMetadataError
 from .find import Candidate, Match, Site
 from .roles import aten, cast_input, same_shape, tensor
 
@@ -34,12 +35,17 @@ SITE = "ringfence_site"
 def fuse(gm: GraphModule, candidates: Iterable[Candidate], *, collective: str = "reference") -> list[Site]:
     """Rewrite ``gm`` in place; return the sites, fused or declined, in their order.
 
-    ``collective`` names what carries out the sum (:mod:`ringfence.runtime.ops`).
+    ``collective`` names what carries out the sum (:mod:`ringfence.runtime.ops`). Raises
+    :class:`GraphMetadataError` for candidates of another graph.
     """
     sites: list[Site] = []
     rewriter = _Rewriter(gm, collective)
     for candidate in candidates:
         if candidate.match is not None:
+            if candidate.match.sum.graph is not gm.graph:
+                raise GraphMetadataError(
+                    f"site {candidate.site.index} was found in another graph; pass what find(gm) returns for this one"
+                )
             rewriter.rewrite(candidate.site.index, candidate.match)
         sites.append(candidate.site)
     rewriter.finish()

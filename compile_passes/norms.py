@@ -59,7 +59,10 @@ def recognise_rms_norm(value: Node, dtype: torch.dtype) -> Norm | Decline:
     if misses:
         return misses[0]
     users = ", ".join(sorted({str(u.target) for u in value.users})) or "nothing"
-    return Decline(Reason.NO_NORM, f"no RMSNorm reads '{value.name}'; it is read by {users}")
+    return Decline(
+        Reason.NO_NORM,
+        f"no RMSNorm over the last dimension reads '{value.name}', in a spelling that is known; it is read by {users}",
+    )
 
 
 def _readers(value: Node) -> Iterator[_Reader]:

@@ -29,7 +29,7 @@ class InputError(RingfenceError, ValueError):
 
 
 class GraphMetadataError(RingfenceError):
-    """A pass was given a graph without the ``val`` metadata it reads."""
+    """A pass was given a graph without the ``val`` metadata it reads, or nodes of another graph."""
 
 
 class RefusedError(RingfenceError):

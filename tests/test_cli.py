@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import ringfence
 from ringfence.cli import FAILED, USAGE, main
 from support import run_python
 
@@ -43,6 +44,19 @@ def wrong():
 
 def raises():
     raise RuntimeError("no weights today")
+
+def wrong_pair():
+    return (torch.randn(3, H), torch.randn(3, H)), Model()
+
+def wrong_shapes():
+    return Model(), (torch.randn(3, H), torch.randn(5, H))
+
+def imports_late():
+    import neighbour
+    return Model(), neighbour.inputs()
+
+def without_all_reduce():
+    return torch.nn.Linear(H, H), (torch.randn(3, H),)
 """
 
 
@@ -50,6 +64,9 @@ def raises():
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("targets")
     (folder / "targets.py").write_text(TARGETS)
+    (folder / "neighbour.py").write_text(
+        "import torch\ndef inputs():\n    return torch.randn(3, 16), torch.randn(3, 16)\n"
+    )
     return folder
 
 
@@ -68,7 +85,7 @@ def explain(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return run
 
 
-@pytest.mark.parametrize("function", ["tuple_inputs", "mapping_inputs"])
+@pytest.mark.parametrize("function", ["tuple_inputs", "mapping_inputs", "imports_late"])
 def test_explain_prints_json_of_a_function_target(explain: Explain, function: str) -> None:
     code, out, err = explain(f"targets:{function}", "--tp", "4", "--json")
     assert code == 0, err
@@ -91,6 +108,9 @@ def test_explain_passes_options_on(explain: Explain) -> None:
     [
         (["targets:breaks", "--tp", "2"], FAILED, "breaks the graph"),
         (["targets:wrong", "--tp", "2"], FAILED, "must return (model, example_inputs)"),
+        (["targets:wrong_pair", "--tp", "2"], FAILED, "and returned ['tuple', 'Model']"),
+        (["targets:wrong_shapes", "--tp", "2"], FAILED, "'targets:wrong_shapes' raised"),
+        (["targets.py:tuple_inputs", "--tp", "2"], FAILED, "without its suffix: targets:tuple_inputs"),
         (["targets:raises", "--tp", "2"], FAILED, "no weights today"),
         (["targets:empty", "--tp", "2"], FAILED, "at least one token"),
         (["targets:absent", "--tp", "2"], FAILED, "cannot be imported"),
@@ -100,6 +120,7 @@ def test_explain_passes_options_on(explain: Explain) -> None:
         (["targets:tuple_inputs"], USAGE, "--tp"),
         (["targets:tuple_inputs", "--tp", "1"], USAGE, "world size"),
         (["targets:tuple_inputs", "--tp", "two"], USAGE, "world size"),
+        (["targets:tuple_inputs", "--tp", "2", "--batch", "0"], USAGE, "'0' is not a positive integer"),
         (["targets:tuple_inputs", "--tp", "2", "--option", "colective=auto"], USAGE, "did you mean 'collective'"),
     ],
 )
@@ -107,6 +128,20 @@ def test_wrong_call_is_refused(explain: Explain, arguments: list[str], code: int
     returned, out, err = explain(*arguments)
     assert returned == code, err
     assert message in err and "Traceback" not in err and "{" not in out
+
+
+def test_explain_says_what_it_cannot_know(explain: Explain) -> None:
+    code, out, err = explain("targets:without_all_reduce", "--tp", "2")
+    assert code == 0 and "has no all-reduce" in err and "note: the graph has no all-reduce" in out
+    code, out, err = explain("targets:tuple_inputs", "--tp", "2", "--option", "capture_sizes=[3]")
+    assert code == 0 and "over NCCL they stay in the pieces" in err
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ringfence {ringfence.__version__}\n"
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringfence.compile_passes import Reason, find
+from ringfence.compile_passes import Reason, find, fuse
 from ringfence.runtime import ops
+from ringfence.runtime.errors import GraphMetadataError
 from support import aot_graph, fuse_graph
 
 H = 16
@@ -265,10 +266,54 @@ def test_mutation_between_is_declined() -> None:
     assert fuse_graph(edited(mutate))[0].decline.reason is Reason.MUTATION_BETWEEN  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.ops._c10d_functional.all_reduce_.default,
+        torch.ops._c10d_functional.all_reduce_,
+        torch.ops._c10d_functional.all_reduce,
+        torch.ops.c10d.allreduce_.default,
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("fake_group")
-def test_in_place_collective_is_declined() -> None:
-    gm = edited(lambda n: setattr(n, "target", torch.ops._c10d_functional.all_reduce_.default))
-    assert fuse_graph(gm)[0].decline.reason is Reason.ALL_REDUCE_FORM  # type: ignore[union-attr]
+def test_collective_that_is_not_functional_aten_is_declined(target: object) -> None:
+    gm = edited(lambda n: setattr(n, "target", target))
+    (candidate,) = find(gm)
+    assert candidate.site.decline is not None and candidate.site.decline.reason is Reason.ALL_REDUCE_FORM
+    assert "aot_autograd" in candidate.site.decline.message
+
+
+@torch.library.custom_op("ringfence_test::reduce_with", mutates_args=())
+def reduce_with(x: Tensor, group: str, op: str = "sum", tag: str = "") -> Tensor:
+    return x.clone()
+
+
+@reduce_with.register_fake
+def _(x: Tensor, group: str, op: str = "sum", tag: str = "") -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize(("op", "reason"), [("sum", None), ("max", Reason.REDUCE_OP), ("avg", Reason.REDUCE_OP)])
+def test_custom_op_says_what_it_reduces_with(op: str, reason: Reason | None) -> None:
+    def run(x: Tensor, r: Tensor, w: Tensor) -> object:
+        return norm(torch.ops.ringfence_test.reduce_with(x, "tp", op, "first layer") + r, w)
+
+    gm = aot_graph(run, *(torch.randn(s) for s in ((4, H), (4, H), (H,))))
+    (site,) = (c.site for c in find(gm, all_reduce_ops={"ringfence_test::reduce_with": None}))
+    assert (site.decline.reason if site.decline else None) is reason
+    assert site.group == "tp"
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_layout_that_later_ops_were_traced_with() -> None:
+    def run(x: Tensor, r: Tensor, w: Tensor) -> object:
+        h = r.transpose(0, 1) + reduced(x)
+        return norm(h, w), h.transpose(0, 1).view(-1, H)
+
+    gm = aot_graph(run, torch.randn(4, 3, H), torch.randn(3, 4, H), torch.randn(H))
+    (site,) = fuse_graph(gm)
+    assert site.decline is not None and site.decline.reason is Reason.LAYOUT and "contiguous" in site.message
 
 
 @pytest.mark.usefixtures("fake_group")
@@ -294,3 +339,11 @@ def test_declined_functional_collective_keeps_its_wait() -> None:
     )
     fuse_graph(gm)
     assert [n for n in gm.graph.nodes if "wait_tensor" in str(n.target)]
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_candidates_of_another_graph_are_refused() -> None:
+    args = [torch.randn(s) for s in ((4, H), (4, H), (H,))]
+    one, other = aot_graph(add_norm, *args), aot_graph(add_norm, *args)
+    with pytest.raises(GraphMetadataError, match="another graph"):
+        fuse(one, find(other))
