@@ -36,7 +36,8 @@ from ringfence.runtime.program import Program, SizeRule, Step
 from ringfence.runtime.runner import PiecewiseRunner
 
 LAYERS, HIDDEN, TOKENS = 80, 64, 4
-PIECES = 161
+PIECES = 161  # two sites per layer, each an island
+PARAMETERS = 5  # per piece
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,23 @@ def bench_split() -> Row:
 
 
 def bench_runner() -> list[Row]:
-    """Pieces that do nothing, so that all that is timed is the runner."""
+    """Pieces that do nothing, so that all that is timed is the runner, the address check included."""
 
-    def bare(x: Tensor) -> tuple[Tensor]:
+    def bare(x: Tensor, *parameters: Tensor) -> tuple[Tensor]:
         return (x,)
 
+    parameters = [torch.randn(2) for _ in range(PARAMETERS * PIECES)]
+    statics = [tuple(range(1 + i * PARAMETERS, 1 + (i + 1) * PARAMETERS)) for i in range(PIECES)]
+
     def program(island: bool) -> Program:
-        steps = tuple(Step(f"submod_{i}", bare, (i,), (i + 1,), island, (i,) if i else ()) for i in range(PIECES))
-        return Program(steps, ("x",), (PIECES,), PIECES + 1, (), frozenset())
+        first = 1 + len(parameters)
+        values = [0, *range(first, first + PIECES)]
+        steps = tuple(
+            Step(f"submod_{i}", bare, (values[i], *statics[i]), (values[i + 1],), island, (values[i],) if i else ())
+            for i in range(PIECES)
+        )
+        names = ("x", *(f"parameter_{i}" for i in range(len(parameters))))
+        return Program(steps, names, (values[-1],), first + PIECES, (), frozenset(range(1, first)))
 
     class Replays(SimulatedGraphs):
         """A capture whose replay does nothing: the runner's own cost is left."""
@@ -157,24 +167,26 @@ def bench_runner() -> list[Row]:
 
     x = torch.randn(TOKENS, HIDDEN)
 
+    arguments = [x, *parameters]
+
     def bare_calls() -> None:
         value = x
-        for _ in range(PIECES):
-            (value,) = bare(value)
+        for mine in statics:
+            (value,) = bare(value, *[arguments[i] for i in mine])
 
     sizes = SizeRule((), lambda _: TOKENS)
     uncaptured = PiecewiseRunner(program(False), sizes)
     replayed = PiecewiseRunner(program(False), sizes, Replays(), [TOKENS])
     islands = PiecewiseRunner(program(True), sizes, Replays(), [TOKENS])
-    replayed(x), islands(x)
+    replayed(*arguments), islands(*arguments)
     rows = []
     baseline = median_ms(bare_calls, 500)
     for what, runner in (("uncaptured", uncaptured), ("replayed", replayed), ("islands of a replay", islands)):
-        spent = median_ms(lambda runner=runner: runner(x), 500)
+        spent = median_ms(lambda runner=runner: runner(*arguments), 500)
         each, bare_each = (t / PIECES * 1e3 for t in (spent, baseline))
         rows.append(
             Row(
-                f"runner per piece, {what}; peer: a bare call",
+                f"runner per piece of {PIECES} with {PARAMETERS} parameters, {what}; peer: a bare call",
                 f"{each:.2f} us",
                 f"{bare_each:.2f} us",
                 "<= 5 us over",
