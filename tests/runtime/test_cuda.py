@@ -145,3 +145,41 @@ def refusals(rank: int) -> list[str]:
 def test_refused_captures_leave_a_working_device() -> None:
     (seen,) = run_ranks(1, refusals, backend="nccl", timeout=120)
     assert seen == ["nested", "host sync"] + ["right afterwards"] * 3
+
+
+class Counting(nn.Module):
+    """A buffer that each call advances, a scalar of the caller's on the CPU, and a collective waited for late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), device="cuda"))
+
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls.add_(1)
+        pending = torch.ops._c10d_functional.all_reduce(x * 2, "sum", "0")
+        scaled = x.sin() * scale
+        return torch.ops._c10d_functional.wait_tensor(pending), scaled + self.calls, self.calls.cpu()
+
+
+def effects(rank: int, piece_compiler: str) -> list[str]:
+    import ringfence
+
+    model = Counting()
+    backend = ringfence.Backend(capture_sizes=[4], piece_compiler=piece_compiler)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for call in range(1, 5):
+            x, scale = torch.randn(4, H, device="cuda"), torch.tensor(float(call))
+            reduced, scaled, calls = compiled(x, scale)
+            torch.testing.assert_close(reduced, x * 2)
+            torch.testing.assert_close(scaled, x.sin() * call + call)
+            assert calls.item() == call == model.calls.item()
+    (report,) = backend.reports
+    assert report.graphs == "cuda"
+    return sorted({v.rule for v in report.verdicts})
+
+
+@pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
+def test_effects_happen_once_and_host_values_are_read_in_every_call(piece_compiler: str) -> None:
+    (rules,) = run_ranks(1, effects, piece_compiler, backend="nccl", timeout=200)
+    assert rules == ["host_memory", "nccl"]
