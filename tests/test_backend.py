@@ -426,6 +426,8 @@ def test_control_flow_on_data_runs_between_pieces(capture_sizes: tuple[int, ...]
     compiled = torch.compile(branch, backend=backend, fullgraph=True)
     for x in (rows(4).abs(), -rows(4).abs(), rows(4).abs()):
         assert relative_error(compiled(x), branch(x)) <= 8 * TOLERANCE[torch.float32]
+    split = [v.op for v in backend.reports[0].verdicts if v.rule == "data_dependent"]
+    assert split == (["cond"] if capture_sizes else [])
 
 
 @pytest.mark.usefixtures("fake_group")
@@ -439,6 +441,19 @@ def test_float_computed_from_a_size_stays_dynamic() -> None:
         x = rows(n)
         assert relative_error(compiled(x), scaled(x)) <= 8 * TOLERANCE[torch.float32]
     assert len(backend.reports) == 1
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_float_read_from_data_stays_data() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        return functional_sum(x) * x.sum().item()
+
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(scaled, backend=backend, fullgraph=True)
+        for _ in range(3):
+            x = rows(4)
+            assert relative_error(compiled(x), scaled(x)) <= 8 * TOLERANCE[torch.float32]
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -29,7 +29,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves
@@ -78,7 +78,18 @@ _CUSTOM_OPS = {"neighbourhoods::all_reduce": None, "neighbourhoods::all_reduce_i
 
 
 class _Run(Interpreter):
-    """Runs a graph with :func:`stand_in` for its collectives."""
+    """Runs a graph with :func:`stand_in` for its collectives, and compares each value with what its node promises."""
+
+    def run_node(self, n: Node) -> Any:
+        result, promised = super().run_node(n), n.meta.get("val")
+        if isinstance(result, Tensor) and isinstance(promised, Tensor):
+            assert result.dtype == promised.dtype, f"'{n.name}' is {result.dtype}, and its metadata {promised.dtype}"
+            if all(isinstance(d, int) for d in promised.shape):
+                assert result.shape == promised.shape and _strides(result) == _strides(promised), (
+                    f"'{n.name}' is {list(result.shape)} with strides {result.stride()}, and its metadata "
+                    f"{list(promised.shape)} with {promised.stride()}"
+                )
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is c10d.all_reduce.default:
@@ -86,6 +97,11 @@ class _Run(Interpreter):
         if target is c10d.wait_tensor.default:
             return args[0]
         return super().call_function(target, args, kwargs)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """The strides that matter: those of dimensions with several elements."""
+    return [s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1] if x.numel() else []
 
 
 # -- what a program may be ---------------------------------------------------------
@@ -882,6 +898,8 @@ _KNOWN = {
         (Block(add="wide", before_norm=("unsqueeze",), readers=("sum",)),), dtype=torch.bfloat16
     ),
     "view_of_sliced_input": Program((Block(layout="sliced", after_reduce=("to_2d",)),), batch=2),
+    "view_of_wide_sum": Program((Block(add="wide", before_norm=("unsqueeze",), middle="dtype"),), dtype=torch.bfloat16),
+    "view_of_cast_sum": Program((Block(before_norm=("to_3d",)),), dtype=torch.bfloat16, batch=2),
     "view_of_expanded_input": Program((Block(layout="expanded", after_reduce=("to_2d",)),), batch=2),
     "strides_of_residual": Program(
         (Block(residual="transposed", add="swapped", readers=("sum_transposed",)),), batch=2
