@@ -261,7 +261,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.0 or later.",
         source="TRT#8612, FI#2118",
         certainty=Certainty.ANALYSIS,
-        not_shown="the reordering is a property of the Hopper memory system; the models are sequentially consistent",
+        shown_by="tests/hangs/test_launches.py::test_m10_without_release_a_late_clear_wipes_the_next_payload",
     ),
     Hazard(
         id="M11",
@@ -275,7 +275,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.16 or later.",
         source="FI#4092",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_moe.py::test_m11",
+        shown_by="tests/hangs/test_launches.py::test_m11_a_head_without_a_block_barrier_overtakes_its_payload",
     ),
     Hazard(
         id="M12",
@@ -358,7 +358,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Pass trigger_completion_at_end=True.",
         source="V#45448, V#43103, SGL#29274, TS#842, FI#3323",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_pdl.py::test_m16",
+        shown_by="tests/hangs/test_launches.py::test_m16_a_dependant_that_does_not_wait_reads_what_is_not_written",
     ),
     Hazard(
         id="M17",
@@ -372,7 +372,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Pass launch_with_pdl=False where the kernel just before writes the residual, the weight or the scale.",
         source="FI#5081 (open); read in FlashInfer's source",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_pdl.py::test_m17",
+        shown_by="tests/hangs/test_launches.py::test_m17_a_load_before_the_wait_reads_the_old_residual",
     ),
     Hazard(
         id="M18",
@@ -386,7 +386,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Launch kernels with large grids without PDL, and keep other streams out of a PDL pair.",
         source="SGL#34789, FI#3835, FI#4172, FI#4174, FI#3279, V#42186",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_pdl.py::test_m18",
+        shown_by="tests/hangs/test_launches.py::test_m18_dependants_in_every_slot_keep_their_producer_out",
     ),
     Hazard(
         id="M19",
@@ -432,7 +432,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Use FlashInfer 0.6.13 or later, and pass group and a communicator of your own to the workspace.",
         source="FI#2955, FI#3247, FI#3408, FI#3418, V#45917, SGL#24452",
         certainty=Certainty.CERTAIN,
-        not_shown="creating a workspace needs FlashInfer and peer-to-peer GPUs",
+        shown_by="tests/hangs/test_meetings.py::test_m21_a_rendezvous_over_world_waits_for_ranks_that_never_come",
     ),
     Hazard(
         id="M22",
@@ -460,7 +460,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Vote over the host group after each creation, and let all ranks fall back together, for good.",
         source="V#53377, V#55973; read in SGLang's flashinfer_comm_fusion.py",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m23",
+        shown_by="tests/hangs/test_meetings.py::test_m23_a_rank_that_falls_back_alone_is_missed",
     ),
     Hazard(
         id="M24",
@@ -507,7 +507,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Tune over the process group (FlashInfer 0.6.16: set_autotune_process_group), before any capture.",
         source="FI#3187, FI#4192",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m26",
+        shown_by="tests/hangs/test_meetings.py::test_m26_ranks_that_tuned_differently_register_differently",
     ),
     Hazard(
         id="M27",
@@ -549,7 +549,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Put no collective in a finally; tell the others over the host group, and build the workspace anew.",
         source="SGL#11275",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/runtime/test_runner.py::test_runner_failed_capture_is_undone",
+        shown_by="tests/hangs/test_meetings.py::test_m29_a_collective_in_a_finally_waits_for_a_rank_that_is_elsewhere",
     ),
     # -- at capture ----------------------------------------------------------------------------
     Hazard(
@@ -577,7 +577,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Size for the largest call and freeze; number the generations, and drop graphs of an older one.",
         source="SGL#40648, FI#3745, FI#3727, FI#3950",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_captured_pieces.py::test_m31",
+        shown_by="tests/hangs/test_captured_pieces.py::test_m31_a_replay_uses_the_workspace_that_was_captured",
     ),
     Hazard(
         id="M32",
@@ -605,7 +605,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Synchronise the device and meet at a host barrier between the last warm-up and the first capture.",
         source="SGL#33795, SGL#34286",
         certainty=Certainty.ANALYSIS,
-        not_shown="needs the host-side registration of an engine's custom all-reduce",
+        shown_by="tests/hangs/test_meetings.py::test_m33_a_capture_that_begins_while_a_peer_warms_up",
     ),
     Hazard(
         id="M34",
@@ -681,7 +681,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run no other stream beside the collective, or reserve SMs for it.",
         source="SGL#36657, FI#3615, FI#4595, ROCm/aiter#4977; for trtllm and CuTe DSL inferred",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_pdl.py::test_m38",
+        shown_by="tests/hangs/test_launches.py::test_m38_two_kernels_with_grid_barriers_starve_each_other",
     ),
     Hazard(
         id="M39",
@@ -695,7 +695,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.14 or later; in your own kernels, count up and wait for at least.",
         source="FI#3615",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_barriers.py::test_m39",
+        shown_by="tests/hangs/test_launches.py::test_m39_a_reset_under_a_spinning_block_is_missed",
     ),
     Hazard(
         id="M40",
@@ -709,7 +709,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Copy the output into a static buffer that the runner owns, or write into one in place.",
         source="SGL#12106, V#37361, V#57227, V#52339",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_captured_pieces.py::test_m40",
+        shown_by="tests/hangs/test_captured_pieces.py::test_m40_a_piece_computes_with_the_output_of_an_earlier_step",
     ),
     Hazard(
         id="M41",
@@ -723,7 +723,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Keep the inputs of an eager op alive until the event of its completion.",
         source="inferred from the caching allocator; compare SGL#31023, SGL#33356",
         certainty=Certainty.INFERRED,
-        not_shown="needs a GPU allocator that reuses memory under a running kernel",
+        shown_by="tests/hangs/test_captured_pieces.py::test_m41_a_replay_reads_memory_that_was_given_to_another_tensor",
     ),
     Hazard(
         id="M42",
@@ -751,7 +751,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Zero padded rows before each replay, and give padded metadata valid values.",
         source="FI#5015, V#51593",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/runtime/test_runner.py::test_runner_padded_rows_are_zero_after_a_larger_call",
+        shown_by="tests/hangs/test_captured_pieces.py::test_m43_padding_that_nobody_defines_reaches_the_kernel",
     ),
     Hazard(
         id="M44",
