@@ -23,5 +23,5 @@ def test_version_is_the_installed_one() -> None:
 
 
 def test_runtime_never_imports_the_passes() -> None:
-    for path in (ROOT / "runtime").glob("*.py"):
+    for path in (ROOT / "runtime").rglob("*.py"):
         assert "compile_passes" not in path.read_text().replace("Never imports compile_passes", "")
