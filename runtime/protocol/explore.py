@@ -18,7 +18,14 @@ from ..errors import RingfenceError
 
 
 class TooManyStatesError(RingfenceError):
-    """A model has more states than the limit; nothing is known about it."""
+    """A model has more states than the limit; nothing is known about it.
+
+    states: how many were visited.
+    """
+
+    def __init__(self, states: int, limit: int) -> None:
+        super().__init__(f"the model has more than {limit} states; ask about fewer calls or ranks")
+        self.states = states
 
 
 class Failure(StrEnum):
@@ -31,7 +38,7 @@ class Failure(StrEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """One step of one rank. ``call`` counts the collective calls of the rank's program from 0.
+    """One step of one rank. ``call`` is the plan's collective that it is part of, counted from 0.
 
     ``failure`` is set where the step itself is the failure: a value consumed that was
     pushed for another call, or one overwritten before it was read.
@@ -64,25 +71,31 @@ class Model(Protocol[State]):
 
 @dataclass(frozen=True)
 class Result(Generic[State]):
-    """``failure`` is None when no order fails. ``end`` is the state in which the search ended, if it failed."""
+    """``failure`` is None when no order fails. ``end`` is the state in which the search ended, if it failed.
+
+    skipped: how many calls every rank had made, without trouble, before the trace begins.
+    shortest: no shorter trace leads from there to a failure.
+    """
 
     failure: Failure | None
     states: int
     trace: tuple[Event, ...] = ()
     waiting: tuple[str, ...] = ()
     end: State | None = None
+    skipped: int = 0
+    shortest: bool = True
 
     @property
     def safe(self) -> bool:
         return self.failure is None
 
 
-def explore(model: Model[State], *, limit: int = 2_000_000) -> Result[State]:
-    """Visit every reachable state, or stop at the first failure.
+def explore(model: Model[State], *, start: State | None = None, limit: int = 2_000_000) -> Result[State]:
+    """Visit every state reachable from ``start``, or stop at the first failure.
 
     Raises :class:`TooManyStatesError` beyond ``limit`` states.
     """
-    start = model.initial()
+    start = model.initial() if start is None else start
     came_from: dict[State, tuple[Event, State] | None] = {start: None}
     frontier = [start]
     while frontier:
@@ -102,7 +115,7 @@ def explore(model: Model[State], *, limit: int = 2_000_000) -> Result[State]:
                     Failure.DEADLOCK, len(came_from), _trace(came_from, state), model.waiting(state), end=state
                 )
         if len(came_from) > limit:
-            raise TooManyStatesError(f"the model has more than {limit} states; ask about a smaller plan")
+            raise TooManyStatesError(len(came_from), limit)
         frontier = reached
     return Result(None, len(came_from))
 
