@@ -34,7 +34,7 @@ class Action(Explained):
     REFUSE = "refuse", "do not run this plan; splitting does not help"
     CLEAN_PAYLOAD = "clean_payload", "flush the words that a receiver would take for the sentinel"
     WARN = "warn", "run it, and say so"
-    RUNTIME_GUARD = "runtime_guard", "run it under a check, because no plan shows it beforehand"
+    RUNTIME_GUARD = "runtime_guard", "run it with the check or the wait that the remedy names"
 
 
 class Certainty(Explained):
