@@ -34,3 +34,7 @@ def __getattr__(name: str) -> Any:
     if name not in homes:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return getattr(importlib.import_module(homes[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
