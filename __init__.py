@@ -9,10 +9,32 @@
 :mod:`ringfence.runtime` what runs.
 """
 
-from .backend import Backend
-from .compile_passes.report import CompileReport, assert_fused
-from .options import Options
-from .runtime.errors import RingfenceError
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backend import Backend
+    from .compile_passes.report import CompileReport, assert_fused
+    from .options import Options
+    from .runtime.errors import RingfenceError
 
 __all__ = ["Backend", "CompileReport", "Options", "RingfenceError", "assert_fused"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """On first use, because torch takes seconds to import and ``ringfence hazards`` does not need it."""
+    homes = {
+        "Backend": ".backend",
+        "CompileReport": ".compile_passes.report",
+        "Options": ".options",
+        "RingfenceError": ".runtime.errors",
+        "assert_fused": ".compile_passes.report",
+    }
+    if name not in homes:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(homes[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,4 +1,4 @@
-"""The command line: ``ringfence explain``."""
+"""The command line: ``ringfence explain`` and ``ringfence hazards``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .compile_passes.report import CompileReport
-from .hugging_face import remove_backward_hooks
-from .runtime.errors import OptionsError, RingfenceError, TargetError
+from .runtime.errors import OptionsError, RingfenceError, TargetError, UnknownHazardError
+
+if TYPE_CHECKING:
+    from .compile_passes.report import CompileReport
 
 #: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
 OK, FAILED, USAGE = 0, 1, 2
@@ -50,14 +51,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="an option of the backend, a Python literal or a string; may be repeated",
     )
+    hazards = commands.add_parser(
+        "hazards",
+        help="list the known ways in which a fused collective hangs or corrupts",
+        description="Print the hazard table, or one row of it in full.",
+    )
+    hazards.add_argument("id", nargs="?", help="an id, such as M1")
+    form = hazards.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    form.add_argument("--markdown", action="store_true", help="print docs/hazards.md")
     arguments = parser.parse_args(argv)
+    if arguments.command == "hazards" and arguments.id and arguments.markdown:
+        hazards.error("--markdown prints the whole table; leave the id out")
+    run = {"explain": _explain, "hazards": _hazards}[arguments.command]
     try:
-        report = _explain(arguments)
+        print(run(arguments), flush=True)
+    except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RingfenceError as error:
         print(f"ringfence: {error}", file=sys.stderr)
-        return USAGE if isinstance(error, OptionsError) else FAILED
-    print(report.to_json(indent=2) if arguments.json else report)
+        return USAGE if isinstance(error, OptionsError | UnknownHazardError) else FAILED
     return OK
+
+
+def _hazards(arguments: argparse.Namespace) -> str:
+    import json
+
+    from .runtime.hazards import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
+
+    rows = (find_hazard(arguments.id),) if arguments.id else HAZARDS
+    if arguments.json:
+        return json.dumps(as_dict(rows), indent=2)
+    if arguments.markdown:
+        return as_markdown().rstrip("\n")
+    return as_text(rows[0]) if arguments.id else summary_table(rows)
+
+
+def _explain(arguments: argparse.Namespace) -> str:
+    report = _compile(arguments)
+    return report.to_json(indent=2) if arguments.json else str(report)
 
 
 def _world_size(text: str) -> int:
@@ -72,7 +104,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _explain(arguments: argparse.Namespace) -> CompileReport:
+def _compile(arguments: argparse.Namespace) -> CompileReport:
     # Everything that takes seconds to import is imported here, so that --help and usage errors do not.
     import torch
     import torch.distributed as dist
@@ -146,6 +178,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], Mapping[
 
 def _load_folder(folder: Path, arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
     import torch
+
+    from .hugging_face import remove_backward_hooks
 
     if not (folder / "config.json").is_file():
         raise TargetError(f"'{folder}' has no config.json; a model folder is what save_pretrained writes")

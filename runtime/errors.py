@@ -66,3 +66,11 @@ class AddressChangedError(CaptureError):
 
 class DataDependentValueError(CaptureError):
     """An eager island returned another number than when the graph was captured."""
+
+
+class VersionError(RingfenceError, ValueError):
+    """A string is not a version."""
+
+
+class UnknownHazardError(RingfenceError, LookupError):
+    """No row of the hazard table has this id."""

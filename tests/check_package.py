@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".", "compile_passes", "runtime")
+FOLDERS = (".", "compile_passes", "runtime", "runtime/protocol")
 
 
 def modules_in_tree() -> set[str]:

@@ -1,0 +1,149 @@
+"""The hazard table, and what it says about a situation.
+
+applicable(Situation(Collective.MNNVL, "0.6.10", capture=True))  # M1, M2, M3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import UnknownHazardError
+from .hazard_table import HAZARDS, REPOSITORIES, Action, Certainty, Hazard, Invariant
+from .situation import Collective, Fact, Payload, Situation, Strategy, Transport, When
+
+__all__ = [
+    "HAZARDS",
+    "SCHEMA",
+    "Action",
+    "Certainty",
+    "Collective",
+    "Fact",
+    "Hazard",
+    "Invariant",
+    "Payload",
+    "Situation",
+    "Strategy",
+    "Transport",
+    "When",
+    "applicable",
+    "as_dict",
+    "as_markdown",
+    "as_text",
+    "find_hazard",
+    "summary_table",
+]
+
+#: Version of the JSON that ``ringfence hazards --json`` prints; docs/report.md describes it.
+SCHEMA = 1
+
+
+def applicable(situation: Situation) -> tuple[Hazard, ...]:
+    """The rows that apply, in the order of the table."""
+    return tuple(hazard for hazard in HAZARDS if any(when.holds(situation) for when in hazard.when))
+
+
+def find_hazard(id: str) -> Hazard:
+    """The row with this id, in either case. Raises :class:`UnknownHazardError`."""
+    for hazard in HAZARDS:
+        if hazard.id == id.upper():
+            return hazard
+    raise UnknownHazardError(f"there is no hazard '{id}'; the ids are {HAZARDS[0].id} to {HAZARDS[-1].id}")
+
+
+def as_dict(hazards: tuple[Hazard, ...] = HAZARDS) -> dict[str, Any]:
+    """JSON-ready: the rows, and the meaning of every code in them."""
+    return {
+        "schema": SCHEMA,
+        "hazards": [
+            {f.name: getattr(hazard, f.name) for f in dataclasses.fields(hazard)}
+            | {"when": [when.to_dict() for when in hazard.when]}
+            for hazard in hazards
+        ],
+        "meanings": {
+            kind.__name__.lower(): {code: code.meaning for code in kind}
+            for kind in (Action, Certainty, Collective, Fact, Invariant, Payload, Transport)
+        },
+    }
+
+
+def summary_table(hazards: tuple[Hazard, ...] = HAZARDS) -> str:
+    """One short line per row, for a terminal."""
+    from tabulate import tabulate
+
+    rows = [(h.id, h.title, _applies(h), h.decides, h.source) for h in hazards]
+    widths = [None, 36, 44, None, 30]
+    return tabulate(rows, ("id", "title", "applies", "decides", "source"), maxcolwidths=widths, disable_numparse=True)
+
+
+def as_text(hazard: Hazard) -> str:
+    """One row in full, for a terminal."""
+    lines = [f"{hazard.id}  {hazard.title}", ""]
+    for label, text in _details(hazard):
+        lines += textwrap.wrap(text, 110, initial_indent=f"{label:<11}", subsequent_indent=" " * 11)
+    return "\n".join(lines)
+
+
+def as_markdown() -> str:
+    """docs/hazards.md."""
+    lines = [
+        "# Hazards",
+        "",
+        "Generated from `runtime/hazard_table.py`: `ringfence hazards --markdown > docs/hazards.md`.",
+        "For a job that is frozen right now: [hangs.md](hangs.md).",
+        "",
+        "A row applies where any of its conditions holds in full. What is not known of the plan (FlashInfer's version,",
+        "strategy, dtype, payload) may be the worst; what is not known of the machine is taken to be nothing special.",
+        "",
+        *_markdown_table(
+            ("id", "title", "applies", "decides"),
+            [(f"[{h.id}](#{h.id.lower()})", h.title, _applies(h), h.decides) for h in HAZARDS],
+        ),
+        "",
+        "## Rows",
+    ]
+    for hazard in HAZARDS:
+        lines += ["", f"### {hazard.id}", "", f"**{hazard.title}**", ""]
+        lines += [f"- *{label}*: {_linked(text)}" for label, text in _details(hazard)]
+    for title, kind in (("Invariants", Invariant), ("Facts", Fact), ("Decisions", Action), ("Certainty", Certainty)):
+        lines += ["", f"## {title}", "", *_markdown_table(("code", "meaning"), [(c, c.meaning) for c in kind])]
+    links = [(short, f"[{name}](https://github.com/{name})") for short, name in REPOSITORIES.items()]
+    lines += ["", "## Sources", "", *_markdown_table(("abbreviation", "repository"), links), ""]
+    return "\n".join(lines)
+
+
+def _applies(hazard: Hazard) -> str:
+    return ", or ".join(map(str, hazard.when))
+
+
+def _details(hazard: Hazard) -> list[tuple[str, str]]:
+    instead = f"; {' or '.join(hazard.instead)} avoids it too" if hazard.instead else ""
+    return [
+        ("symptom", hazard.symptom),
+        ("mechanism", hazard.mechanism),
+        ("applies", _applies(hazard)),
+        ("decides", f"{hazard.decides}: {hazard.decides.meaning}{instead}"),
+        *(("invariant", f"{invariant}: {invariant.meaning}") for invariant in hazard.invariants),
+        ("remedy", hazard.remedy),
+        ("certainty", f"{hazard.certainty}: {hazard.certainty.meaning}"),
+        ("source", hazard.source),
+        ("shown by", hazard.shown_by) if hazard.shown_by else ("not shown", str(hazard.not_shown)),
+    ]
+
+
+def _linked(text: str) -> str:
+    """With a link for each thread; GitHub redirects from issues to pull requests."""
+
+    def link(match: re.Match[str]) -> str:
+        repository = REPOSITORIES.get(match["where"], match["where"])
+        return f"[{match[0]}](https://github.com/{repository}/issues/{match['number']})"
+
+    names = "|".join(REPOSITORIES)
+    return re.sub(rf"\b(?P<where>[\w.-]+/[\w.-]+|{names})#(?P<number>\d+)", link, text)
+
+
+def _markdown_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (headers, ("---",) * len(headers), *rows)]

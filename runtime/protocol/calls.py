@@ -1,0 +1,97 @@
+"""Calls: what a rank asks of a collective, in the order in which it asks.
+
+A program is one rank's sequence of calls. Programs of different ranks may differ:
+a call that is missing, of another size, in another place or of another strategy is how
+rank divergence looks from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TypeAlias
+
+
+class Strategy(StrEnum):
+    """How a call is carried out. Dispatch and combine are the two halves of a MoE all-to-all."""
+
+    ONE_SHOT = "one-shot"
+    TWO_SHOT = "two-shot"
+    DISPATCH = "dispatch"
+    COMBINE = "combine"
+
+
+class Payload(StrEnum):
+    """The worst 32-bit word among those that a rank sends.
+
+    SUBNORMAL: 0x80000001 to 0x807FFFFF, a negative subnormal when read as float32. In half
+    precision an odd element of 0x8001 to 0x807F is enough (FI#3053).
+    NEGATIVE_ZERO: 0x80000000, the bits of the sentinel itself.
+    ORDINARY: neither, nor does the sum over the ranks round to either.
+    """
+
+    ORDINARY = "ordinary"
+    SUBNORMAL = "subnormal"
+    NEGATIVE_ZERO = "negative-zero"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective call of one rank.
+
+    id: which collective of the plan this is; a value is right if it was sent for the same id.
+    ctas: the grid of a kernel that meets its peers in a barrier (trtllm two-shot).
+    epoch: the number of the call, where the host held it and a capture baked it in.
+    workspace: which workspace it addresses; a re-created one has another number.
+    active: the ranks that take part, where a mask says so (MoE all-to-all); None is all.
+    where: what launched it, for people.
+    """
+
+    id: int
+    strategy: Strategy = Strategy.ONE_SHOT
+    tokens: int = 1
+    payload: Payload = Payload.ORDINARY
+    ctas: int = 1
+    epoch: int | None = None
+    workspace: int = 0
+    active: tuple[int, ...] | None = None
+    where: str = ""
+
+    @property
+    def title(self) -> str:
+        size = f", {self.tokens} token{'s' * (self.tokens != 1)}"
+        return f"{self.strategy}{size}{f', {self.where}' if self.where else ''}"
+
+
+Program: TypeAlias = tuple[Call, ...]
+
+
+def program(
+    sizes: Iterable[int], strategy: Strategy = Strategy.ONE_SHOT, payload: Payload = Payload.ORDINARY
+) -> Program:
+    """Calls 0, 1, 2, ... with these token counts."""
+    return tuple(Call(i, strategy, tokens, payload) for i, tokens in enumerate(sizes))
+
+
+def without(calls: Program, *ids: int) -> Program:
+    """The program of a rank that skips these calls."""
+    return tuple(call for call in calls if call.id not in ids)
+
+
+def until(calls: Program, id: int) -> Program:
+    """The program of a rank that stops before call ``id`` (a host exception, a graph that never progresses)."""
+    return tuple(call for call in calls if call.id < id)
+
+
+def swapped(calls: Program, first: int, second: int) -> Program:
+    """The program of a rank that makes two calls in each other's place."""
+    place = {call.id: i for i, call in enumerate(calls)}
+    order = list(calls)
+    order[place[first]], order[place[second]] = calls[place[second]], calls[place[first]]
+    return tuple(order)
+
+
+def changed(calls: Program, *ids: int, **fields: object) -> Program:
+    """The program of a rank whose calls ``ids`` differ: ``tokens=``, ``strategy=``, ``payload=``, ..."""
+    return tuple(replace(call, **fields) if call.id in ids else call for call in calls)  # type: ignore[arg-type]

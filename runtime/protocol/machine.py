@@ -1,0 +1,202 @@
+"""Machine: ranks that write words into each other's memory, poll their own, and clear it.
+
+Every protocol here is compiled into the few ops of this module, so that one set of rules
+says what a run does, and what it means for it to fail.
+
+A rank's program is a sequence of launches. A launch is complete when all its ops are done,
+and the next one begins only then: stream order, and the end of a kernel, which flushes its
+writes. Inside a launch ops come in any order that ``after`` allows: threads of a grid run
+in any order, and a store is performed when the fabric pleases. That is the most that the
+hardware may do, so what is safe here is safe there.
+
+A *cell* is one word of one rank's memory. Two kinds are in use:
+
+- data (PUSH, POLL, CLEAR): empty while it holds the sentinel. A word that the receiver
+  mistakes for the sentinel is there and is not seen: see :data:`UNSEEN`.
+- flags (RAISE, AWAIT_CHANGE, AWAIT_EQUAL): the model keeps the number of the barrier that
+  the flag stands for; a 3-valued flag shows it modulo 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .explore import Event, Failure
+
+#: A data cell that holds the sentinel. Other data is ``tag`` while unread and ``-tag`` afterwards.
+EMPTY = 0
+#: Added to the tag of a word that its receiver takes for the sentinel.
+UNSEEN = 1 << 40
+
+State = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
+
+
+class Action(Enum):
+    PUSH = "push"
+    POLL = "poll"
+    CLEAR = "clear"
+    RAISE = "raise"
+    AWAIT_CHANGE = "await change"
+    AWAIT_EQUAL = "await equal"
+
+    @property
+    def waits(self) -> bool:
+        return self in (Action.POLL, Action.AWAIT_CHANGE, Action.AWAIT_EQUAL)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One step of a launch, over all ``cells`` at once.
+
+    value: what is written; or, of a poll, what it ought to find.
+    after: the ops of this launch that come before, transitively, as a bit mask.
+    trusted: cells that a poll consumes without having looked at them.
+    """
+
+    action: Action
+    cells: tuple[int, ...]
+    value: int = EMPTY
+    after: int = 0
+    trusted: tuple[int, ...] = ()
+    detail: str = ""
+
+    def passes(self, found: int) -> bool:
+        """Whether a poll is content with this word."""
+        match self.action:
+            case Action.POLL:
+                return found != EMPTY and abs(found) < UNSEEN
+            case Action.AWAIT_CHANGE:
+                return found % 3 != (self.value - 1) % 3
+            case _:
+                return found == self.value
+
+    def right(self, found: int) -> bool:
+        """Whether it is the word that was meant: of this call, unread; or of this barrier or a later one."""
+        return found >= self.value if self.action is Action.AWAIT_CHANGE else found == self.value
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The ops of one call of one rank. A launch without ops does nothing and holds up nobody."""
+
+    call: int
+    title: str
+    ops: tuple[Op, ...]
+
+
+@dataclass
+class Memory:
+    """Numbers the cells in the order in which they are first named."""
+
+    names: list[str] = field(default_factory=list)
+    _numbers: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def cell(self, rank: int, name: str) -> int:
+        key = (rank, name)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.names)
+            self.names.append(f"{name} in rank {rank}'s memory")
+        return self._numbers[key]
+
+
+class Machine:
+    """A :class:`~.explore.Model` of ranks that run launches."""
+
+    def __init__(self, programs: Sequence[Sequence[Launch]], names: Sequence[str]) -> None:
+        self.programs = tuple(tuple(launch for launch in launches if launch.ops) for launches in programs)
+        self.names = tuple(names)
+        self.events = tuple(
+            tuple(tuple(Event(rank, m.call, op.action.value, op.detail) for op in m.ops) for m in launches)
+            for rank, launches in enumerate(self.programs)
+        )
+
+    def initial(self) -> State:
+        return ((0, 0),) * len(self.programs), (EMPTY,) * len(self.names)
+
+    def finished(self, state: State) -> bool:
+        return all(at == len(launches) for (at, _), launches in zip(state[0], self.programs, strict=True))
+
+    def steps(self, state: State) -> Iterator[tuple[Event, State]]:
+        progress, memory = state
+        for rank, (at, done) in enumerate(progress):
+            if at == len(self.programs[rank]):
+                continue
+            ops = self.programs[rank][at].ops
+            for i, op in enumerate(ops):
+                if done >> i & 1 or op.after & ~done:
+                    continue
+                if op.action.waits and not ready(op, memory):
+                    continue
+                cells = list(memory)
+                failure, note = perform(op, cells)
+                event = self.event(rank, at, i, failure, note)
+                now = done | 1 << i
+                here = (at + 1, 0) if now == (1 << len(ops)) - 1 else (at, now)
+                yield event, ((*progress[:rank], here, *progress[rank + 1 :]), tuple(cells))
+
+    def event(self, rank: int, at: int, op: int, failure: Failure | None = None, note: str = "") -> Event:
+        event = self.events[rank][at][op]
+        if not note:
+            return event
+        return Event(rank, event.call, event.action, f"{event.detail}: {note}" if event.detail else note, failure)
+
+    def waiting(self, state: State) -> tuple[str, ...]:
+        return tuple(self._waits_for(rank, state) for rank in range(len(self.programs)))
+
+    def _waits_for(self, rank: int, state: State) -> str:
+        (at, done), memory = state[0][rank], state[1]
+        if at == len(self.programs[rank]):
+            return f"rank {rank} waits for nothing: its program has ended"
+        launch = self.programs[rank][at]
+        here = f"rank {rank} in call {launch.call} ({launch.title})"
+        for i, op in enumerate(launch.ops):
+            if done >> i & 1 or op.after & ~done:
+                continue
+            for cell in op.cells if op.action.waits else ():
+                if not op.passes(memory[cell]):
+                    return f"{here} polls {op.detail}; {self.names[cell]} holds {describe(op, memory[cell])}"
+        return f"{here} can go on"
+
+
+def ready(op: Op, memory: Sequence[int]) -> bool:
+    return all(op.passes(memory[cell]) for cell in op.cells)
+
+
+def perform(op: Op, memory: list[int]) -> tuple[Failure | None, str]:
+    """Carry out an op that is ready. Returns how it failed, if it did, and what is worth telling about it."""
+    match op.action:
+        case Action.PUSH:
+            lost = [memory[cell] for cell in op.cells if 0 < memory[cell] < UNSEEN]
+            for cell in op.cells:
+                memory[cell] = op.value
+            return (Failure.LOST_WRITE, f"overwrites {describe(op, lost[0])}, unread") if lost else (None, "")
+        case Action.CLEAR:
+            wiped = [memory[cell] for cell in op.cells if memory[cell] > 0]
+            for cell in op.cells:
+                memory[cell] = EMPTY
+            return None, f"wipes {describe(op, wiped[0])}, unread" if wiped else ""
+        case Action.RAISE:
+            for cell in op.cells:
+                memory[cell] = op.value
+            return None, ""
+    for cell in (*op.cells, *op.trusted):
+        if not op.right(memory[cell]):
+            return Failure.STALE_READ, f"takes {describe(op, memory[cell])} for data of this call"
+        if op.action is Action.POLL:
+            memory[cell] = -memory[cell]
+    return None, ""
+
+
+def describe(op: Op, found: int) -> str:
+    """A word as a person would call it."""
+    if op.action is Action.AWAIT_CHANGE:
+        return f"{found % 3} (barrier {found}), the value before barrier {op.value}"
+    if op.action is Action.AWAIT_EQUAL:
+        return f"{found} and not {op.value}"
+    if found == EMPTY:
+        return "the sentinel"
+    if abs(found) >= UNSEEN:
+        return f"a word of call {found - UNSEEN - 1} that looks like the sentinel"
+    return f"{'an old' if found < 0 else 'a'} word of call {abs(found) - 1}"

@@ -1,0 +1,181 @@
+"""MNNVL: FlashInfer's multi-node NVLink all-reduce, one-shot and two-shot.
+
+One-shot: every rank stores its rows into every rank's buffer and polls its own. Two-shot:
+token t belongs to rank t % R; the owner gathers, reduces, and stores the sum into every
+rank's buffer, where ``rmsNormLamport``, the second launch of the same call, polls it.
+
+Both rotate the same buffers by the same nine control words, which live on the device:
+nothing depends on the host, so in principle a capture replays as well as an eager call runs.
+A call clears the *dirty* buffer, that of the call before, by the sizes and in the stages that
+the call before recorded.
+
+Why three buffers: who writes call n+2, and so the buffer of call n-1, has finished call n+1,
+so it has had this rank's part of n+1, so this rank had finished n, and with it its clear of
+the buffer of n-1.
+
+Source: trtllm_mnnvl_allreduce.cuh of FlashInfer 0.6.0 to 0.7.2; :mod:`.versions` has what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .calls import Call, Program, Strategy
+from .lamport import Mailbox, sum_of, tag, word
+from .machine import Action, Launch, Machine, Memory, Op
+from .versions import Clear, Epoch, LamportRules, Words
+
+#: Up to this many ranks a rank keeps its own part in registers, from FlashInfer 0.6.13 on.
+_OWN_IN_REGISTERS = 8
+
+
+@dataclass(frozen=True)
+class ControlWords:
+    """The ``buffer_flags`` of one rank: nine uint32, in this order.
+
+    cur: the buffer of the next call. dirty: that of the call before, which the next call clears.
+    bytes: size of a buffer. dirty_stages: in how many stages the dirty buffer was used; 0 at first.
+    clear: bytes to clear in each stage. access: how many blocks of the running call have arrived.
+    """
+
+    cur: int
+    dirty: int
+    bytes: int
+    dirty_stages: int = 0
+    clear: tuple[int, int, int, int] = (0, 0, 0, 0)
+    access: int = 0
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        return (self.cur, self.dirty, self.bytes, self.dirty_stages, *self.clear, self.access)
+
+    @staticmethod
+    def initial(buffer_bytes: int, buffers: int = 3) -> ControlWords:
+        return ControlWords(0, buffers - 1, buffer_bytes)
+
+    def after(self, call: Call, world_size: int, row_bytes: int, buffers: int = 3) -> ControlWords:
+        """The words once ``call`` is complete. A fused two-shot is complete after its second launch."""
+        if call.strategy is Strategy.TWO_SHOT:
+            scattered = _scattered_rows(call.tokens, world_size)
+            stages, clear = 2, (scattered * row_bytes, call.tokens * row_bytes, 0, 0)
+        else:
+            stages, clear = 1, (call.tokens * world_size * row_bytes, 0, 0, 0)
+        return ControlWords((self.cur + 1) % buffers, self.cur, self.bytes, stages, clear)
+
+
+def control_words(
+    calls: Sequence[Call], world_size: int, hidden: int, element_size: int, buffer_bytes: int
+) -> list[ControlWords]:
+    """The nine words of a rank before the first call and after each, as the real kernel leaves them."""
+    words = [ControlWords.initial(buffer_bytes)]
+    for call in calls:
+        words.append(words[-1].after(call, world_size, hidden * element_size))
+    return words
+
+
+def mnnvl(programs: Sequence[Program], rules: LamportRules, *, torn: bool = False) -> Machine:
+    """The machine that these programs, one per rank, make of an MNNVL workspace.
+
+    torn: 16-byte stores may arrive word by word. PTX does not promise otherwise, and no
+    released kernel was seen to suffer from it.
+    """
+    memory = Memory()
+    world_size = len(programs)
+    capacity = max((_rows(call, world_size) for calls in programs for call in calls), default=0)
+    ranks = [_Rank(rank, world_size, capacity, rules, torn, memory) for rank in range(world_size)]
+    launches = [[ranks[rank].launch(call) for call in calls] for rank, calls in enumerate(programs)]
+    return Machine(launches, memory.names)
+
+
+def _scattered_rows(tokens: int, world_size: int) -> int:
+    return -(-tokens // world_size) * world_size
+
+
+def _rows(call: Call, world_size: int) -> int:
+    """How large a buffer this call needs. Two stages are halves."""
+    if call.strategy is Strategy.TWO_SHOT:
+        return 2 * max(_scattered_rows(call.tokens, world_size), call.tokens)
+    return call.tokens * world_size
+
+
+class _Rank:
+    """Compiles the calls of one rank, and keeps its control words, in rows instead of bytes."""
+
+    def __init__(
+        self, rank: int, world_size: int, capacity: int, rules: LamportRules, torn: bool, memory: Memory
+    ) -> None:
+        self._rank, self._world, self._capacity = rank, range(world_size), capacity
+        self._rules, self._torn, self._memory = rules, torn, memory
+        self._polled = [r for r in self._world if r != rank or rules.polls_own or world_size > _OWN_IN_REGISTERS]
+        self._words: dict[int, ControlWords] = {}
+
+    def launch(self, call: Call) -> Launch:
+        """The ops of one call."""
+        rules = self._rules
+        mailbox = Mailbox(self._memory, f"workspace {call.workspace}" if call.workspace else "")
+        words = self._words.get(call.workspace, ControlWords.initial(self._capacity, rules.buffers))
+        if rules.epoch is Epoch.HOST and call.epoch is not None:
+            words = replace(words, cur=call.epoch % rules.buffers, dirty=(call.epoch - 1) % rules.buffers)
+        self._words[call.workspace] = words.after(call, len(self._world), 1, rules.buffers)
+        body = self._two_shot if call.strategy is Strategy.TWO_SHOT else self._one_shot
+        return Launch(call.id, call.title, (*body(call, words.cur, mailbox), *self._clear(call, words, mailbox)))
+
+    def _one_shot(self, call: Call, cur: int, mailbox: Mailbox) -> list[Op]:
+        """A store to a slot that nobody polls is left out: what its own owner wrote there it alone clears."""
+        rank, world = self._rank, self._world
+        sent = word(call.id, call.payload, self._rules.sanitises_input, self._rules)
+        ops = []
+        for peer in world:
+            if peer != rank or rank in self._polled:
+                slots = tuple(mailbox.row(peer, cur, token * len(world) + rank) for token in range(call.tokens))
+                ops.append(Op(Action.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
+        for token in range(call.tokens):
+            slots = tuple(mailbox.row(rank, cur, token * len(world) + source) for source in self._polled)
+            ops.append(Op(Action.POLL, slots, tag(call.id), detail=f"token {token}, buffer {cur}"))
+        return ops
+
+    def _two_shot(self, call: Call, cur: int, mailbox: Mailbox) -> list[Op]:
+        rank, world, tokens = self._rank, self._world, range(call.tokens)
+        sent = word(call.id, call.payload, self._rules.sanitises_input, self._rules)
+        summed = word(call.id, sum_of(call.payload, self._rules), self._rules.sanitises_sum, self._rules)
+        ops = []
+        for owner in world[: call.tokens]:
+            slots = tuple(
+                mailbox.row(owner, cur, t // len(world) * len(world) + rank) for t in tokens[owner :: len(world)]
+            )
+            ops.append(Op(Action.PUSH, slots, sent, detail=f"to owner {owner}, buffer {cur}"))
+        for token in tokens[rank :: len(world)]:
+            gathered = 1 << len(ops)
+            slots = tuple(mailbox.row(rank, cur, token // len(world) * len(world) + source) for source in world)
+            ops.append(Op(Action.POLL, slots, tag(call.id), detail=f"parts of token {token}, buffer {cur}"))
+            for peer in world:
+                for cells in self._sum_words(mailbox, peer, cur, token):
+                    detail = f"sum of token {token} to rank {peer}, buffer {cur}"
+                    ops.append(Op(Action.PUSH, cells, summed, after=gathered, detail=detail))
+        for token in tokens:
+            first, *rest = self._sum_words(mailbox, rank, cur, token)
+            others = tuple(cell for cells in rest for cell in cells)
+            detail = f"sum of token {token}, buffer {cur}"
+            if self._rules.words is Words.FIRST:
+                ops.append(Op(Action.POLL, first, tag(call.id), trusted=others, detail=detail))
+            else:
+                ops.append(Op(Action.POLL, first + others, tag(call.id), detail=detail))
+        return ops
+
+    def _sum_words(self, mailbox: Mailbox, rank: int, buffer: int, token: int) -> list[tuple[int, ...]]:
+        """The words of a sum that arrive one after another."""
+        row = self._capacity // 2 + token
+        return [(mailbox.row(rank, buffer, row, second),) for second in ((False, True) if self._torn else (False,))]
+
+    def _clear(self, call: Call, words: ControlWords, mailbox: Mailbox) -> list[Op]:
+        match self._rules.clear:
+            case Clear.NONE:
+                return []
+            case Clear.CURRENT:
+                words = replace(words.after(call, len(self._world), 1), dirty=words.dirty)
+        ops = []
+        for stage in range(words.dirty_stages):
+            start = stage * (self._capacity // words.dirty_stages)
+            ops += mailbox.clear(self._rank, words.dirty, range(start, start + words.clear[stage]), self._torn)
+        return ops

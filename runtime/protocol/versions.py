@@ -1,0 +1,151 @@
+"""Versions: what FlashInfer releases changed in the protocols, as parameters of the models."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..errors import RingfenceError
+
+
+class VersionError(RingfenceError, ValueError):
+    """A FlashInfer version that cannot be read, or whose protocol is not known."""
+
+
+class Sentinel(StrEnum):
+    """How a receiver asks whether a word is the sentinel 0x80000000.
+
+    FLOAT: ``value == 0.f && signbit(value)`` on float32, built with flush-to-zero; true of
+    every word from 0x80000000 to 0x807FFFFF. BITWISE: true of the sentinel alone.
+    """
+
+    FLOAT = "float"
+    BITWISE = "bitwise"
+
+
+class Words(StrEnum):
+    """Which words of a 16-byte pack a receiver of sums looks at before it takes the pack."""
+
+    FIRST = "first"
+    ALL = "all"
+
+
+class Clear(StrEnum):
+    """How much a call clears of the buffer before.
+
+    RECORDED: what the call before wrote, as recorded on the device. CURRENT: the size of the
+    clearing call itself (before TRT#6237). NONE: nothing.
+    """
+
+    RECORDED = "recorded"
+    CURRENT = "current"
+    NONE = "none"
+
+
+class Epoch(StrEnum):
+    """Who counts the calls: a word on the device, or the host, whose number a capture bakes in."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+@dataclass(frozen=True)
+class LamportRules:
+    """A protocol in which the data is the flag: a receiver polls until no word is the sentinel."""
+
+    sentinel: Sentinel = Sentinel.BITWISE
+    sanitises_input: bool = True
+    sanitises_sum: bool = True
+    words: Words = Words.ALL
+    buffers: int = 3
+    clear: Clear = Clear.RECORDED
+    polls_own: bool = False
+    epoch: Epoch = Epoch.DEVICE
+
+
+@dataclass(frozen=True)
+class MoeRules:
+    """The one-sided all-to-all.
+
+    separate_flags: dispatch and combine have flags of their own.
+    shared_memory: a flag that is raised for a peer lands in the peer's memory.
+    mask_on_device: the mask of active ranks is read at run time, and not baked in by a capture.
+    """
+
+    separate_flags: bool = True
+    shared_memory: bool = True
+    mask_on_device: bool = True
+
+
+@dataclass(frozen=True)
+class MnnvlRange:
+    """The MNNVL rules from a release on, and the source."""
+
+    since: str
+    rules: LamportRules
+    source: str
+
+
+#: Newest last. trtllm_mnnvl_allreduce.cuh at these tags.
+MNNVL: tuple[MnnvlRange, ...] = (
+    MnnvlRange(
+        "0.6.0",
+        LamportRules(sentinel=Sentinel.FLOAT, sanitises_sum=False, words=Words.FIRST, polls_own=True),
+        "FI#2118 brings today's structure; the float compare is what FI#3053 met",
+    ),
+    MnnvlRange(
+        "0.6.12",
+        LamportRules(sanitises_sum=False, words=Words.FIRST, polls_own=True),
+        "FI#3304: the sentinel is compared bitwise",
+    ),
+    MnnvlRange(
+        "0.6.13",
+        LamportRules(),
+        "FI#3385: sums are sanitised, all words are checked, up to 8 ranks keep their own part in registers",
+    ),
+)
+
+#: One-shot of the trtllm backend: bitwise per element since FI#1136, own slot polled, no sum is pushed.
+TRTLLM = LamportRules(polls_own=True)
+
+#: ``active_rank_mask`` is a kernel argument (TRT#16200), so a capture bakes it in.
+MOE = MoeRules(mask_on_device=False)
+
+_VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:\.?(dev|rc|post)(\d+))*(?:\+[\w.]+)?")
+_PHASES = {"dev": -2, "rc": -1, "": 0, "post": 1}
+
+
+def parse(version: str) -> tuple[int, ...]:
+    """A key that orders releases: 0.6.13rc1 < 0.6.13 < 0.6.13.post1. Raises :class:`VersionError`."""
+    match = _VERSION.fullmatch(version.strip())
+    if match is None:
+        raise VersionError(f"'{version}' is not a FlashInfer version; give one like '0.6.13' or '0.6.11.post3'")
+    major, minor, patch, phase, number = match.groups()
+    return int(major), int(minor), int(patch or 0), _PHASES[phase or ""], int(number or 0)
+
+
+def mnnvl_rules(version: str) -> LamportRules:
+    """The MNNVL protocol of this FlashInfer. Later releases than those read count as the last one read."""
+    _known(version)
+    return [row.rules for row in MNNVL if parse(row.since) <= parse(version)][-1]
+
+
+def trtllm_rules(version: str) -> LamportRules:
+    """The one-shot protocol of the trtllm backend; no release in the known range changed it."""
+    _known(version)
+    return TRTLLM
+
+
+def moe_rules(version: str) -> MoeRules:
+    """The one-sided MoE all-to-all."""
+    _known(version)
+    return MOE
+
+
+def _known(version: str) -> None:
+    if parse(version) < parse(MNNVL[0].since):
+        raise VersionError(
+            f"the protocols of FlashInfer {version} are not known here; known are {MNNVL[0].since} and later, "
+            "so upgrade flashinfer-python"
+        )

@@ -1,0 +1,205 @@
+"""What a hazard may depend on: the words of the hazard table, and a plan described in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Self
+
+from .versions import in_range, parse_version
+
+
+class Explained(StrEnum):
+    """A code with a sentence that says what it means."""
+
+    meaning: str
+
+    def __new__(cls, code: str, meaning: str) -> Self:
+        member = str.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+
+class Collective(Explained):
+    """Who carries out a collective call."""
+
+    MNNVL = "mnnvl", "FlashInfer's multicast all-reduce (trtllm_mnnvl_allreduce.cuh)"
+    MNNVL_CUTEDSL = "mnnvl_cutedsl", "FlashInfer's CuTe DSL all-reduce, Blackwell with multicast"
+    TRTLLM = "trtllm", "FlashInfer's peer-to-peer all-reduce (trtllm_allreduce_fusion.cuh)"
+    TRTLLM_CUSTOM = "trtllm_custom", "FlashInfer's older trtllm_custom_all_reduce, whose caller counts the epochs"
+    CUSTOM = "custom", "the custom all-reduce of vLLM and SGLang, over registered IPC buffers"
+    MOE_ALL_TO_ALL = "moe_all_to_all", "FlashInfer's one-sided MoE dispatch and combine"
+    SYMMETRIC_MEMORY = "symmetric_memory", "torch symmetric-memory all-reduce"
+    NCCL = "nccl", "NCCL"
+    REFERENCE = "reference", "all-reduce, add and norm on any process group"
+
+
+class Strategy(StrEnum):
+    ONE_SHOT = "one-shot"
+    TWO_SHOT = "two-shot"
+
+
+class Payload(Explained):
+    """What the words that are sent look like to a receiver that polls for a sentinel."""
+
+    ORDINARY = "ordinary", "no word is a negative zero or a negative subnormal"
+    SUBNORMAL = "subnormal", "some 32-bit word, read as float32, is a negative subnormal, or a sum underflows to one"
+    NEGATIVE_ZERO = "negative-zero", "some element is -0.0"
+    ANY = "any", "nothing is known about the values"
+
+
+class Transport(Explained):
+    """What connects the ranks of a node, or the nodes."""
+
+    NVSWITCH = "nvswitch", "every pair of GPUs over a switch"
+    NVLINK_BRIDGE = "nvlink-bridge", "NVLink between some pairs of GPUs only"
+    PCIE = "pcie", "peer-to-peer over PCIe"
+    INFINIBAND = "infiniband", "between nodes without an NVLink fabric"
+    HOST = "host", "staged through host memory"
+
+
+class Fact(Explained):
+    """Something true of a plan, or seen in a run, that a hazard rests on."""
+
+    # the plan's calls
+    DIVERGENT_SEQUENCE = "divergent_sequence", "ranks issue different calls, sizes or strategies, or in another order"
+    DIVERGENT_GEOMETRY = "divergent_geometry", "ranks launch the same call with different grids"
+    RANK_LOCAL_CHOICE = "rank_local_choice", "a rank picks its graph or its padding from numbers of its own"
+    RANK_LOCAL_FALLBACK = "rank_local_fallback", "a rank that lacks the workspace falls back without asking the others"
+    AUTOTUNE_PER_RANK = "autotune_per_rank", "each rank measures and picks a tactic of its own"
+    ZERO_TOKENS = "zero_tokens", "a rank may come with no token"
+    GRAPHS_DIFFER_IN_SIZE = "graphs_differ_in_size", "graphs with different token counts take turns on one workspace"
+    # what is inside a captured piece
+    HOST_EPOCH = "host_epoch", "an op in a captured piece takes its epoch, flag, slot or mask from the host"
+    HOST_SYNC_IN_PIECE = "host_sync_in_piece", "a captured piece waits for the device or reads data on the host"
+    UNMARKED_UNSAFE_OP = "unmarked_unsafe_op", "a captured piece holds an op known to be uncapturable and not marked so"
+    PROTOCOL_CUT = "protocol_cut", "the launches of one collective lie in different pieces or islands"
+    BUFFERS_NOT_REGISTERED = "buffers_not_registered", "a piece is captured outside the collective's capture context"
+    SHARED_GRAPH_EXEC = "shared_graph_exec", "one executable graph is updated in place to serve several pieces"
+    # the workspace and other memory
+    WORKSPACE_ABSENT_AT_CAPTURE = "workspace_absent_at_capture", "a workspace would be created during a capture"
+    WORKSPACE_REPLACED = "workspace_replaced", "a workspace may grow, move or lose its memory after a capture"
+    WORKSPACE_KEPT_WHILE_ASLEEP = "workspace_kept_while_asleep", "a workspace outlives the phase that needs it"
+    CAPTURE_SIZE_BEYOND_WORKSPACE = "capture_size_beyond_workspace", "a capture size or strategy does not fit into it"
+    MISALIGNED_BUFFER = "misaligned_buffer", "the bytes of one Lamport buffer are no multiple of 32"
+    LAMPORT_OVER_1_GIB = "lamport_over_1_gib", "one Lamport buffer is larger than 1 GiB"
+    STRATEGIES_SHARE_WORKSPACE = "strategies_share_workspace", "one-shot and two-shot calls use one workspace"
+    UNSTABLE_ISLAND_OUTPUT = "unstable_island_output", "an eager op hands a captured piece memory that moves"
+    INPUT_FREED_EARLY = "input_freed_early", "an input's memory is reused before the op that reads it is complete"
+    UNDEFINED_PADDING = "undefined_padding", "padded rows or lengths hold whatever was in memory"
+    UNSANITISED_PAYLOAD = "unsanitised_payload", "a kernel publishes -0.0 as it is where -0.0 means not arrived"
+    # the group
+    GROUP_IS_NOT_WORLD = "group_is_not_world", "the tensor-parallel group is a part of WORLD"
+    RENDEZVOUS_WITHOUT_GROUP = "rendezvous_without_group", "the workspace is created without the argument group"
+    DEVICE_IS_NOT_RANK = "device_is_not_rank", "a rank's device index differs from its rank in the group"
+    # streams, kernels side by side, and programmatic dependent launch (PDL)
+    TWO_STREAMS = "two_streams", "calls on one workspace come from streams that nothing orders"
+    COPY_ON_OTHER_STREAM = "copy_on_other_stream", "a copy runs on another stream while pieces are replayed"
+    CONCURRENT_PERSISTENT_KERNEL = "concurrent_persistent_kernel", "another kernel holds SMs while a collective spins"
+    RESETTING_GRID_BARRIER = "resetting_grid_barrier", "a kernel has a grid barrier that resets its own counter"
+    EARLY_TRIGGER = "early_trigger", "trigger_completion_at_end is False"
+    PDL = "pdl", "the collective is launched with PDL"
+    PRODUCER_RIGHT_BEFORE_PDL = "producer_right_before_pdl", "with PDL, the kernel just before writes what the op reads"
+    SIDE_STREAM_ACROSS_PDL = "side_stream_across_pdl", "another stream launches between the two halves of a PDL pair"
+    NO_BARRIER_BEFORE_CAPTURE = "no_barrier_before_capture", "no sync and barrier between warm-up and first capture"
+    # the model and its surroundings
+    PARTIAL_WARP_HIDDEN_SIZE = "partial_warp_hidden_size", "the hidden size makes blocks that are no multiple of a warp"
+    FP4_OUTPUT = "fp4_output", "the fused op quantises its output to FP4"
+    PROFILER_ATTACHED = "profiler_attached", "Nsight Systems traces the process"
+    NCCL_REPLAY_UNSAFE = "nccl_replay_unsafe", "NCCL symmetric memory, or NCCL 2.28.9 (fixed in 2.30.4), is captured"
+    NO_GROUP_ABORT = "no_group_abort", "a rank that throws tells nobody, or runs a collective in a finally"
+    # seen in a run
+    RANK_DID_NOT_ENTER = "rank_did_not_enter", "the journal shows a rank that never entered the call the others spin in"
+    CONTROL_WORD_ILLEGAL = "control_word_illegal", "a control word holds a value that the protocol never writes"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One collective in one plan.
+
+    What is not known of the plan (version, strategy, dtype, payload) may be the worst.
+    What is not known of the machine (capability, transport, multicast) is taken to be
+    nothing special: probe it. A fact that is not listed does not hold.
+    """
+
+    collective: Collective
+    flashinfer: str | None = None
+    world_size: int = 2
+    nodes: int = 1
+    capability: tuple[int, int] | None = None
+    transport: Transport | None = None
+    multicast: bool | None = None
+    strategy: Strategy | None = None
+    payload: Payload = Payload.ANY
+    dtype: str | None = None
+    capture: bool = True
+    facts: frozenset[Fact] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.flashinfer is not None:
+            parse_version(self.flashinfer)
+
+
+@dataclass(frozen=True)
+class When:
+    """A condition on situations: everything that is given holds, and all of the facts."""
+
+    collectives: tuple[Collective, ...] = ()
+    low: str | None = None
+    high: str | None = None
+    strategy: Strategy | None = None
+    payload: Payload | None = None
+    dtypes: tuple[str, ...] = ()
+    capture: bool | None = None
+    world_sizes: tuple[int, ...] = ()
+    multi_node: bool | None = None
+    capabilities: tuple[tuple[int, int], ...] = ()
+    transports: tuple[Transport, ...] = ()
+    multicast: bool | None = None
+    facts: tuple[Fact, ...] = ()
+
+    def holds(self, s: Situation) -> bool:
+        return (
+            (not self.collectives or s.collective in self.collectives)
+            and (s.flashinfer is None or in_range(s.flashinfer, self.low, self.high))
+            and (self.strategy is None or s.strategy in (None, self.strategy))
+            and (self.payload is None or s.payload in (Payload.ANY, self.payload))
+            and (not self.dtypes or s.dtype is None or s.dtype in self.dtypes)
+            and (self.capture is None or s.capture == self.capture)
+            and (not self.world_sizes or s.world_size in self.world_sizes)
+            and (self.multi_node is None or (s.nodes > 1) == self.multi_node)
+            and (not self.capabilities or s.capability in self.capabilities)
+            and (not self.transports or s.transport in self.transports)
+            and (self.multicast is None or s.multicast == self.multicast)
+            and s.facts.issuperset(self.facts)
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            ", ".join(self.collectives) or "any collective",
+            _range(self.low, self.high),
+            self.strategy,
+            f"payload {self.payload}" if self.payload else None,
+            ", ".join(self.dtypes),
+            {None: None, True: "captured", False: "not captured"}[self.capture],
+            f"{', '.join(map(str, self.world_sizes))} ranks" if self.world_sizes else None,
+            {None: None, True: "several nodes", False: "one node"}[self.multi_node],
+            ", ".join(f"SM{major}{minor}" for major, minor in self.capabilities),
+            ", ".join(self.transports),
+            {None: None, True: "with multicast", False: "no multicast"}[self.multicast],
+            " and ".join(self.facts),
+        ]
+        return "; ".join(part for part in parts if part)
+
+    def to_dict(self) -> dict[str, object]:
+        """What is given, JSON-ready."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, ())}
+
+
+def _range(low: str | None, high: str | None) -> str | None:
+    if low and high:
+        return f"FlashInfer {low} to before {high}"
+    if high:
+        return f"FlashInfer before {high}"
+    return f"FlashInfer {low} and later" if low else None

@@ -1,0 +1,343 @@
+"""The hazard table: complete, sourced, shown, and neither silent nor always on."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ringfence.runtime.errors import OptionsError, UnknownHazardError, VersionError
+from ringfence.runtime.field_rule import FIELD_RULES, field_rule
+from ringfence.runtime.hazard_table import REPOSITORIES
+from ringfence.runtime.hazards import (
+    HAZARDS,
+    Action,
+    Certainty,
+    Collective,
+    Fact,
+    Hazard,
+    Invariant,
+    Payload,
+    Situation,
+    Strategy,
+    Transport,
+    applicable,
+    as_dict,
+    as_markdown,
+    find_hazard,
+)
+from ringfence.runtime.versions import parse_version
+from support import run_python
+
+ROOT = Path(__file__).resolve().parents[2]
+NEWEST = "0.7.2.post1"
+MNNVL, TRTLLM, MOE = Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL
+CUTEDSL, NCCL = Collective.MNNVL_CUTEDSL, Collective.NCCL
+
+
+def ids(situation: Situation) -> list[str]:
+    return [hazard.id for hazard in applicable(situation)]
+
+
+def newest(collective: Collective, *facts: Fact) -> Situation:
+    return Situation(collective, NEWEST, facts=frozenset(facts))
+
+
+def but(situation: Situation, *facts: Fact, **changes: object) -> Situation:
+    """The situation with these facts instead of its own, and with these fields changed."""
+    return dataclasses.replace(situation, facts=frozenset(facts), **changes)  # type: ignore[arg-type]
+
+
+# For each row, situations in which it applies, and situations close by in which it does not.
+_m1 = Situation(MNNVL, "0.6.11.post3", payload=Payload.SUBNORMAL, dtype="float16")
+_m2 = Situation(MNNVL, "0.6.12", strategy=Strategy.TWO_SHOT, dtype="bfloat16")
+_m4 = but(newest(TRTLLM), Fact.UNSANITISED_PAYLOAD, payload=Payload.NEGATIVE_ZERO)
+_m7 = but(Situation(MNNVL, "0.6.18rc1"), Fact.MISALIGNED_BUFFER)
+_m10 = Situation(MNNVL, "0.5.3", capability=(9, 0))
+_m13 = but(Situation(TRTLLM, "0.6.14"), Fact.PARTIAL_WARP_HIDDEN_SIZE)
+_m14 = but(Situation(TRTLLM, "0.6.3", capability=(10, 3)), Fact.FP4_OUTPUT)
+_m21 = but(Situation(TRTLLM, "0.6.12"), Fact.GROUP_IS_NOT_WORLD)
+_m36 = but(newest(MNNVL), Fact.COPY_ON_OTHER_STREAM, capability=(10, 3))
+_m39 = but(Situation(TRTLLM, "0.6.13"), Fact.RESETTING_GRID_BARRIER)
+_m46 = but(Situation(MNNVL, "0.6.6"), Fact.DEVICE_IS_NOT_RANK)
+_m47 = but(Situation(TRTLLM, "0.6.14"), Fact.WORKSPACE_KEPT_WHILE_ASLEEP)
+_custom = Situation(Collective.TRTLLM_CUSTOM, "0.6.16", world_size=8, capture=False)
+
+EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
+    "M1": (
+        [_m1, but(_m1, flashinfer="0.6.10", payload=Payload.ANY, dtype=None), but(_m1, capture=False)],
+        [but(_m1, flashinfer="0.6.12"), but(_m1, payload=Payload.ORDINARY), but(_m1, collective=TRTLLM)],
+    ),
+    "M2": (
+        [_m2, but(_m2, strategy=None), but(_m2, dtype=None)],
+        [but(_m2, flashinfer="0.6.13"), but(_m2, strategy=Strategy.ONE_SHOT), but(_m2, dtype="float16")],
+    ),
+    "M3": ([_m2, but(_m2, dtype="float16")], [but(_m2, flashinfer="0.6.13"), but(_m2, strategy=Strategy.ONE_SHOT)]),
+    "M4": ([_m4], [but(_m4), but(_m4, Fact.UNSANITISED_PAYLOAD, payload=Payload.ORDINARY)]),
+    "M5": ([Situation(MNNVL, "0.2.8")], [Situation(MNNVL, "0.2.9"), Situation(TRTLLM, "0.2.8")]),
+    "M6": ([newest(TRTLLM, Fact.LAMPORT_OVER_1_GIB)], [newest(TRTLLM), newest(MNNVL, Fact.LAMPORT_OVER_1_GIB)]),
+    "M7": (
+        [_m7],
+        [
+            but(_m7, Fact.MISALIGNED_BUFFER, flashinfer="0.6.18rc2"),
+            but(_m7, Fact.MISALIGNED_BUFFER, flashinfer="0.6.18"),
+            but(_m7, Fact.MISALIGNED_BUFFER, strategy=Strategy.ONE_SHOT),
+            but(_m7),
+        ],
+    ),
+    "M8": ([newest(MNNVL, Fact.CAPTURE_SIZE_BEYOND_WORKSPACE)], [newest(NCCL, Fact.CAPTURE_SIZE_BEYOND_WORKSPACE)]),
+    "M9": ([newest(TRTLLM, Fact.CONTROL_WORD_ILLEGAL)], [newest(TRTLLM)]),
+    "M10": ([_m10], [but(_m10, flashinfer="0.6.0"), but(_m10, capability=(10, 0)), but(_m10, capability=None)]),
+    "M11": ([Situation(MOE, "0.6.15")], [Situation(MOE, "0.6.16"), Situation(MNNVL, "0.6.15")]),
+    "M12": ([newest(TRTLLM, Fact.STRATEGIES_SHARE_WORKSPACE)], [newest(MNNVL, Fact.STRATEGIES_SHARE_WORKSPACE)]),
+    "M13": ([_m13], [but(_m13), but(_m13, Fact.PARTIAL_WARP_HIDDEN_SIZE, flashinfer="0.6.15")]),
+    "M14": (
+        [_m14],
+        [
+            but(_m14),
+            but(_m14, Fact.FP4_OUTPUT, flashinfer="0.6.4"),
+            but(_m14, Fact.FP4_OUTPUT, capability=(9, 0)),
+            but(_m14, Fact.FP4_OUTPUT, strategy=Strategy.TWO_SHOT),
+        ],
+    ),
+    "M15": (
+        [newest(MOE, Fact.HOST_EPOCH), newest(NCCL, Fact.HOST_SYNC_IN_PIECE), but(_custom, capture=True)],
+        [newest(MOE), but(newest(MOE), Fact.HOST_EPOCH, capture=False), _custom],
+    ),
+    "M16": (
+        [newest(TRTLLM, Fact.EARLY_TRIGGER)],
+        [newest(MNNVL, Fact.EARLY_TRIGGER), but(newest(TRTLLM), Fact.EARLY_TRIGGER, strategy=Strategy.TWO_SHOT)],
+    ),
+    "M17": ([newest(TRTLLM, Fact.PRODUCER_RIGHT_BEFORE_PDL)], [newest(TRTLLM, Fact.PDL)]),
+    "M18": ([newest(NCCL, Fact.SIDE_STREAM_ACROSS_PDL)], [newest(NCCL, Fact.PDL)]),
+    "M19": ([newest(MOE, Fact.PDL)], [but(newest(MOE), Fact.PDL, capture=False), newest(TRTLLM, Fact.PDL)]),
+    "M20": ([newest(MNNVL, Fact.PROTOCOL_CUT), newest(MOE, Fact.PROTOCOL_CUT)], [newest(MNNVL)]),
+    "M21": (
+        [_m21, newest(TRTLLM, Fact.GROUP_IS_NOT_WORLD, Fact.RENDEZVOUS_WITHOUT_GROUP)],
+        [
+            but(_m21, Fact.GROUP_IS_NOT_WORLD, flashinfer="0.6.13"),
+            but(_m21, Fact.GROUP_IS_NOT_WORLD, flashinfer="0.6.9"),
+            newest(TRTLLM, Fact.RENDEZVOUS_WITHOUT_GROUP),
+        ],
+    ),
+    "M22": (
+        [newest(TRTLLM, Fact.DIVERGENT_GEOMETRY)],
+        [newest(MNNVL, Fact.DIVERGENT_GEOMETRY), but(newest(TRTLLM), Fact.DIVERGENT_GEOMETRY, strategy="one-shot")],
+    ),
+    "M23": ([newest(MNNVL, Fact.RANK_LOCAL_FALLBACK)], [newest(MNNVL)]),
+    "M24": (
+        [but(newest(MNNVL), multicast=False), but(newest(CUTEDSL), multicast=True, transport=Transport.INFINIBAND)],
+        [newest(MNNVL), but(newest(MNNVL), multicast=True, nodes=2), but(newest(TRTLLM), multicast=False)],
+    ),
+    "M25": ([newest(MNNVL, Fact.DIVERGENT_SEQUENCE), newest(TRTLLM, Fact.RANK_LOCAL_CHOICE)], [newest(MNNVL)]),
+    "M26": ([newest(TRTLLM, Fact.AUTOTUNE_PER_RANK)], [newest(TRTLLM)]),
+    "M27": ([newest(TRTLLM, Fact.ZERO_TOKENS)], [newest(TRTLLM), newest(NCCL, Fact.ZERO_TOKENS)]),
+    "M28": ([newest(NCCL, Fact.RANK_DID_NOT_ENTER)], [newest(NCCL)]),
+    "M29": ([newest(NCCL, Fact.NO_GROUP_ABORT)], [newest(NCCL)]),
+    "M30": (
+        [newest(MNNVL, Fact.WORKSPACE_ABSENT_AT_CAPTURE)],
+        [but(newest(MNNVL), Fact.WORKSPACE_ABSENT_AT_CAPTURE, capture=False)],
+    ),
+    "M31": (
+        [newest(MNNVL, Fact.WORKSPACE_REPLACED)],
+        [but(newest(MNNVL), Fact.WORKSPACE_REPLACED, capture=False), newest(NCCL, Fact.WORKSPACE_REPLACED)],
+    ),
+    "M32": (
+        [newest(Collective.CUSTOM, Fact.BUFFERS_NOT_REGISTERED)],
+        [newest(Collective.CUSTOM), newest(TRTLLM, Fact.BUFFERS_NOT_REGISTERED)],
+    ),
+    "M33": ([newest(MNNVL, Fact.NO_BARRIER_BEFORE_CAPTURE)], [newest(MNNVL)]),
+    "M34": (
+        [
+            but(newest(NCCL), transport=Transport.HOST),
+            newest(NCCL, Fact.NCCL_REPLAY_UNSAFE),
+            newest(MNNVL, Fact.UNMARKED_UNSAFE_OP),
+        ],
+        [newest(NCCL), but(newest(NCCL), transport=Transport.HOST, capture=False)],
+    ),
+    "M35": (
+        [newest(Collective.SYMMETRIC_MEMORY, Fact.PROFILER_ATTACHED)],
+        [newest(Collective.SYMMETRIC_MEMORY), newest(MNNVL, Fact.PROFILER_ATTACHED)],
+    ),
+    "M36": ([_m36], [but(_m36, capability=(10, 3)), but(_m36, Fact.COPY_ON_OTHER_STREAM, capability=(9, 0))]),
+    "M37": ([newest(MNNVL, Fact.TWO_STREAMS)], [newest(MNNVL), newest(NCCL, Fact.TWO_STREAMS)]),
+    "M38": (
+        [newest(TRTLLM, Fact.CONCURRENT_PERSISTENT_KERNEL)],
+        [newest(TRTLLM), newest(MNNVL, Fact.CONCURRENT_PERSISTENT_KERNEL)],
+    ),
+    "M39": ([_m39], [but(_m39), but(_m39, Fact.RESETTING_GRID_BARRIER, flashinfer="0.6.14")]),
+    "M40": (
+        [newest(NCCL, Fact.UNSTABLE_ISLAND_OUTPUT)],
+        [but(newest(NCCL), Fact.UNSTABLE_ISLAND_OUTPUT, capture=False)],
+    ),
+    "M41": ([newest(TRTLLM, Fact.INPUT_FREED_EARLY)], [newest(TRTLLM)]),
+    "M42": ([newest(NCCL, Fact.SHARED_GRAPH_EXEC)], [newest(NCCL)]),
+    "M43": ([newest(NCCL, Fact.UNDEFINED_PADDING)], [but(newest(NCCL), Fact.UNDEFINED_PADDING, capture=False)]),
+    "M44": ([newest(MNNVL, Fact.GRAPHS_DIFFER_IN_SIZE)], [newest(NCCL, Fact.GRAPHS_DIFFER_IN_SIZE)]),
+    "M45": ([Situation(MOE, "0.6.13")], [Situation(MOE, "0.6.14")]),
+    "M46": (
+        [_m46, _custom, but(newest(TRTLLM), nodes=2)],
+        [
+            but(_m46, Fact.DEVICE_IS_NOT_RANK, flashinfer="0.6.7"),
+            but(_custom, world_size=16),
+            but(_custom, flashinfer="0.6.17"),
+            but(newest(MNNVL), nodes=2),
+        ],
+    ),
+    "M47": (
+        [_m47, newest(MNNVL, Fact.WORKSPACE_KEPT_WHILE_ASLEEP)],
+        [
+            but(_m47, Fact.WORKSPACE_KEPT_WHILE_ASLEEP, flashinfer="0.6.15"),
+            but(_m47, Fact.WORKSPACE_KEPT_WHILE_ASLEEP, flashinfer="0.6.9"),
+            newest(MNNVL),
+        ],
+    ),
+}
+
+
+def test_every_mechanism_has_one_row_in_order() -> None:
+    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 48)]
+
+
+@pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.id)
+def test_row_is_complete(hazard: Hazard) -> None:
+    for field in ("title", "symptom", "mechanism", "remedy", "source"):
+        assert getattr(hazard, field).strip(), field
+    assert hazard.remedy.endswith(".") and hazard.mechanism.endswith(".") and hazard.symptom.endswith(".")
+    assert (hazard.shown_by is None) != (hazard.not_shown is None)
+    assert hazard.when and hazard.invariants
+    assert hazard.decides not in hazard.instead
+    for when in hazard.when:
+        ends = [parse_version(end) for end in (when.low, when.high) if end]
+        assert ends == sorted(set(ends))
+
+
+@pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.id)
+def test_row_applies_where_it_should_and_not_close_by(hazard: Hazard) -> None:
+    where, close_by = EXAMPLES[hazard.id]
+    for situation in where:
+        assert hazard.id in ids(situation), situation
+    for situation in close_by:
+        assert hazard.id not in ids(situation), situation
+    for when in hazard.when:
+        assert any(when.holds(situation) for situation in where), f"no example of {when}"
+
+
+@pytest.mark.parametrize("hazard", [h for h in HAZARDS if h.shown_by], ids=lambda hazard: hazard.id)
+def test_row_names_a_test_that_exists(hazard: Hazard) -> None:
+    path, _, name = str(hazard.shown_by).partition("::")
+    assert (ROOT / path).is_file(), path
+    functions = [node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert name in functions, f"{path} has no {name}"
+
+
+@pytest.mark.parametrize("collective", Collective)
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_sound_plan_on_the_newest_release_meets_no_hazard(collective: Collective, capture: bool) -> None:
+    captured_with_host_epoch = collective is Collective.TRTLLM_CUSTOM and capture
+    assert ids(but(newest(collective), capture=capture)) == (["M15"] if captured_with_host_epoch else [])
+
+
+def test_unknown_version_strategy_and_payload_may_be_the_worst() -> None:
+    unknown = Situation(MNNVL)
+    assert ids(unknown) == ["M1", "M2", "M3", "M5"]
+    assert ids(Situation(MNNVL, "0.6.10")) == ["M1", "M2", "M3"]
+    assert ids(Situation(MNNVL, "0.6.12")) == ["M2", "M3"]
+    assert ids(Situation(MNNVL, "0.6.13")) == []
+
+
+def test_a_string_that_is_no_version_is_refused() -> None:
+    with pytest.raises(VersionError, match="'latest' is not a version"):
+        Situation(MNNVL, "latest")
+
+
+def test_decisions_follow_the_causes() -> None:
+    assert find_hazard("M1").decides == Action.REFUSE  # splitting does not cure it
+    assert Action.SPLIT not in find_hazard("M1").instead and Action.CLEAN_PAYLOAD in find_hazard("M1").instead
+    assert [h.id for h in HAZARDS if h.certainty is Certainty.DISPROVED] == ["M44"]
+    assert [h.id for h in HAZARDS if h.decides is Action.CAPTURE] == ["M44"]
+    assert {h.id for h in HAZARDS if h.decides is Action.SPLIT} == {"M15", "M19", "M32", "M34"}
+    with pytest.raises(UnknownHazardError, match="no hazard 'M48'"):
+        find_hazard("M48")
+
+
+def test_every_word_of_the_vocabulary_is_used() -> None:
+    whens = [when for hazard in HAZARDS for when in hazard.when]
+    assert {fact for when in whens for fact in when.facts} == set(Fact)
+    assert {i for hazard in HAZARDS for i in hazard.invariants} == set(Invariant)
+    assert {h.certainty for h in HAZARDS} == set(Certainty)
+
+
+def test_json_is_plain_and_complete() -> None:
+    table = json.loads(json.dumps(as_dict()))
+    assert table["schema"] == 1 and len(table["hazards"]) == len(HAZARDS)
+    first = table["hazards"][0]
+    assert set(first) == {field.name for field in dataclasses.fields(Hazard)}
+    assert first["when"] == [{"collectives": ["mnnvl"], "high": "0.6.12", "payload": "subnormal"}]
+    described = (ROOT / "docs" / "report.md").read_text()
+    for name in itertools.chain(table, first, *(when for hazard in table["hazards"] for when in hazard["when"])):
+        assert re.search(rf"`\.?{name}(\[\])?`", described), f"docs/report.md does not describe {name}"
+
+
+def test_the_generated_page_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "hazards.md").read_text()
+    assert page == as_markdown(), "stale: run `ringfence hazards --markdown > docs/hazards.md`"
+    for name in REPOSITORIES:
+        assert not re.search(rf"(?<!\[)\b{name}#\d+", page), f"a thread of {name} is not linked"
+
+
+@pytest.mark.parametrize("document", ["hangs.md", "report.md", "design.md", "../README.md"])
+def test_links_into_the_table_lead_somewhere(document: str) -> None:
+    linked = re.findall(r"hazards\.md#(\w+)", (ROOT / "docs" / document).read_text())
+    assert {row.upper() for row in linked} <= {hazard.id for hazard in HAZARDS} | {"INVARIANTS", "FACTS"}
+
+
+def test_the_story_of_hangs_sends_to_most_rows() -> None:
+    linked = set(re.findall(r"hazards\.md#(m\d+)", (ROOT / "docs" / "hangs.md").read_text()))
+    assert len(linked) >= 35
+
+
+def test_the_table_needs_no_torch() -> None:
+    result = run_python("-c", "import sys, ringfence.runtime.hazards; assert 'torch' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+# -- the field's rule, for profile="conservative" ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("collective", "auto", "decides"),
+    [
+        ("mnnvl", None, Action.SPLIT),
+        ("auto", MNNVL, Action.SPLIT),
+        ("trtllm", None, Action.CAPTURE),
+        ("auto", TRTLLM, Action.CAPTURE),
+        ("trtllm", MNNVL, Action.CAPTURE),  # what auto would take does not matter
+        ("mnnvl", TRTLLM, Action.SPLIT),
+    ],
+)
+def test_conservative_profile_goes_by_the_name(collective: str, auto: Collective | None, decides: Action) -> None:
+    rule = field_rule(collective, auto=auto)
+    assert rule is not None and rule.decides is decides and rule.why and rule.source
+
+
+@pytest.mark.parametrize(("collective", "auto"), [("nccl", None), ("reference", None), ("auto", NCCL)])
+def test_conservative_profile_says_nothing_of_others(collective: str, auto: Collective | None) -> None:
+    assert field_rule(collective, auto=auto) is None
+
+
+def test_conservative_profile_has_one_rule_for_each_collective() -> None:
+    assert [rule.collective for rule in FIELD_RULES] == [MNNVL, TRTLLM]
+
+
+@pytest.mark.parametrize(
+    ("collective", "message"), [("auto", "has not been resolved"), ("mnvl", "'mnvl' is not one of")]
+)
+def test_conservative_profile_refuses_what_it_cannot_resolve(collective: str, message: str) -> None:
+    with pytest.raises(OptionsError, match=message):
+        field_rule(collective)
