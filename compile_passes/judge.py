@@ -1,26 +1,36 @@
 """Judge: may this op be inside a captured piece?
 
-Rules are rows of data, read top down by one engine; the first that applies
-decides. A rule names its source, and its verdict says what it rests on.
+Two tables are read, both data. :data:`RULES` is about any op: the first row that
+applies decides, and its verdict says what it rests on. For a fused site the hazard table
+(:mod:`ringfence.runtime.hazards`) is asked as well: which known mechanisms does this
+collective meet, in this version, on this machine? The stricter answer holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from ..runtime.errors import HazardError
+from ..runtime.field_rule import field_rule
+from ..runtime.hazard_table import Action, Hazard
+from ..runtime.hazards import applicable
+from ..runtime.situation import Collective, Fact, Situation
 from .all_reduce import is_all_reduce
 from .fuse import SITE
-from .roles import bound_arguments, c10d, calls, first_node, is_tensor, tensor
+from .host import op_names, reads_data, sizes_given_as_data, touches_host, waits_for_device
+from .roles import bound_arguments, c10d, calls, dtype_text, first_node, tensor
 
 
 class Decision(StrEnum):
-    """Where an op runs: inside a piece, eagerly between pieces, or not at all."""
+    """Where an op runs: inside a piece, eagerly between pieces, or not at all.
+
+    A fused site that is refused is carried out by the reference collective, between pieces.
+    """
 
     IN_GRAPH = "IN_GRAPH"
     SPLIT = "SPLIT"
@@ -29,9 +39,11 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided for one node. ``rule`` is the id of the row that decided.
+    """What was decided for one node. ``rule`` is the id of the row that decided, of either table.
 
-    ``site`` is the index of the fused site, None for other ops.
+    ``site`` is the index of the fused site, None for other ops. ``hazard`` is the row of
+    the hazard table that decided or that is to be watched, with the ``invariant`` that
+    fails, the ``fact`` that it rests on and the ``remedy``.
     """
 
     node: str
@@ -41,14 +53,19 @@ class Verdict:
     message: str
     source: str
     site: int | None = None
+    hazard: str | None = None
+    invariant: str | None = None
+    fact: str | None = None
+    remedy: str | None = None
 
 
 @dataclass(frozen=True)
 class OpFacts:
-    """What the rules may ask about a node."""
+    """What the rules may ask about a node. ``carrier`` is who carries out a fused site."""
 
     op: str
     backend: str | None
+    carrier: Collective | None
     named_split: bool
     capture: bool
     collective: bool
@@ -66,13 +83,23 @@ class Rule:
     source: str
 
 
-_NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem"})
+#: Rule id of a fused site whose payload is to be cleaned (:mod:`.clean`).
+CLEAN = "clean_payload"
 
-#: Control flow whose predicate the host reads.
-_READS_A_PREDICATE = (torch.ops.higher_order.cond, torch.ops.higher_order.while_loop)
+_NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem"})
 
 #: Backends whose collectives are carried out by the host, or by nobody.
 _HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
+
+#: Who keeps the epoch, slot and flags of a call in words on the device.
+_DEVICE_EPOCH = frozenset({Collective.MNNVL, Collective.TRTLLM, Collective.MNNVL_CUTEDSL})
+
+#: Ops of engines and of FlashInfer that must not be in a captured piece, though nothing marks them.
+KNOWN_UNSAFE: Mapping[str, Fact] = {
+    "flashinfer::trtllm_custom_all_reduce": Fact.HOST_EPOCH,
+    "_C_custom_ar::all_reduce": Fact.BUFFERS_NOT_REGISTERED,
+    "sgl_kernel::all_reduce": Fact.BUFFERS_NOT_REGISTERED,
+}
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -111,6 +138,20 @@ RULES: tuple[Rule, ...] = (
         "torch/_C Tag.cudagraph_unsafe: its author says that it cannot be captured",
     ),
     Rule(
+        "known_unsafe",
+        lambda f: f.op in KNOWN_UNSAFE,
+        Decision.SPLIT,
+        "it is known that it cannot be captured in a piece, and it does not carry torch.Tag.cudagraph_unsafe",
+        "hazards M15 and M32",
+    ),
+    Rule(
+        "device_epoch",
+        lambda f: f.carrier in _DEVICE_EPOCH,
+        Decision.IN_GRAPH,
+        "{carrier} keeps the epoch and the flags of its calls on the device, so a replay goes on from the last call",
+        "invariant I6; read in FlashInfer 0.6.0 to 0.7.x",
+    ),
+    Rule(
         "host_collective",
         lambda f: f.collective and f.backend in _HOST_BACKENDS,
         Decision.SPLIT,
@@ -141,25 +182,47 @@ def judge(
     capture: bool,
     split_ops: Collection[str] = (),
     all_reduce_ops: Collection[str] = (),
+    situation: Situation | None = None,
+    on_hazard: str = "split",
+    profile: str = "causes",
     rules: Sequence[Rule] = RULES,
 ) -> list[Verdict]:
     """A verdict for every op that a rule has something to say about, in graph order.
 
     ``backends`` maps the names of process groups to "gloo", "nccl", ...; ``capture``
-    is whether any size will be captured.
+    is whether any size will be captured. ``situation`` says who carries out the fused sites,
+    and where; without one it is the reference collective. ``on_hazard`` is what follows
+    from a hazard that asks for more than a warning:
+
+    - "split": run the site between pieces if that avoids it, else refuse it;
+    - "refuse": refuse the site;
+    - "raise": raise :class:`HazardError`;
+    - "clean": clean the payload if that avoids it, else as "split".
+
+    ``profile="conservative"`` decides fused sites by the rule of the field instead
+    (:mod:`ringfence.runtime.field_rule`).
     """
-    given = _unbacked_inputs(gm)
+    given = sizes_given_as_data(gm)
     verdicts = []
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        facts = _facts(node, backends, capture, split_ops, all_reduce_ops, given)
-        unsafe = facts.data_dependent or facts.touches_host or facts.tagged_unsafe
+        facts = _facts(node, backends, capture, split_ops, all_reduce_ops, situation, given)
+        unsafe = facts.data_dependent or facts.touches_host or facts.tagged_unsafe or facts.op in KNOWN_UNSAFE
         if not (facts.named_split or facts.collective or unsafe):
             continue
         rule = next(r for r in rules if r.applies(facts))
-        message = rule.message.format(backend=facts.backend)
-        verdicts.append(Verdict(node.name, facts.op, rule.decision, rule.id, message, rule.source, node.meta.get(SITE)))
+        message = rule.message.format(backend=facts.backend, carrier=facts.carrier)
+        verdict = Verdict(node.name, facts.op, rule.decision, rule.id, message, rule.source, node.meta.get(SITE), None)
+        if verdict.site is not None and situation is not None:
+            source = first_node(node)
+            assert source is not None, "a fused op takes its input first"
+            mine = replace(situation, dtype=dtype_text(tensor(source).dtype), capture=capture)
+            if profile == "conservative":
+                verdict = _by_the_field(verdict, mine)
+            else:
+                verdict = _by_hazards(verdict, mine, on_hazard)
+        verdicts.append(verdict)
     return verdicts
 
 
@@ -168,12 +231,72 @@ def groups_of(gm: GraphModule) -> set[str]:
     return {name for node in gm.graph.nodes if (name := _group_of(node)) is not None}
 
 
+# -- hazards -----------------------------------------------------------------------
+
+
+def _by_hazards(verdict: Verdict, situation: Situation, on_hazard: str) -> Verdict:
+    """The verdict of the strictest row of the hazard table that applies; the rule's where none asks for more."""
+    outcomes = [_outcome(verdict, hazard, situation, on_hazard) for hazard in applicable(situation)]
+    return max([verdict, *outcomes], key=_strictness)  # the first of the strictest
+
+
+def _strictness(verdict: Verdict) -> tuple[int, bool]:
+    order = (Decision.IN_GRAPH, Decision.SPLIT, Decision.REFUSE)
+    return order.index(verdict.decision), verdict.rule == CLEAN or verdict.hazard is not None
+
+
+def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: str) -> Verdict:
+    ways = {hazard.decides, *hazard.instead}
+    because = replace(
+        verdict,
+        rule=hazard.id,
+        message=f"{hazard.id}, {hazard.title.lower()}: {hazard.remedy}",
+        source=hazard.source,
+        hazard=hazard.id,
+        invariant=str(hazard.invariants[0]) if hazard.invariants else None,
+        fact=_fact(hazard, situation),
+        remedy=hazard.remedy,
+    )
+    if hazard.decides is Action.CAPTURE:
+        return verdict
+    if hazard.decides in (Action.WARN, Action.RUNTIME_GUARD):
+        return because
+    if on_hazard == "raise":
+        raise HazardError(f"'{verdict.node}' ({verdict.op}): {because.message} (because of {because.fact})")
+    if on_hazard == "clean" and Action.CLEAN_PAYLOAD in ways:
+        return replace(because, rule=CLEAN, message=f"{because.message} Its payload is cleaned instead.")
+    if on_hazard != "refuse" and Action.SPLIT in ways:
+        return replace(because, decision=Decision.SPLIT)
+    return replace(because, decision=Decision.REFUSE)
+
+
+def _fact(hazard: Hazard, situation: Situation) -> str:
+    """What of the situation makes the row apply, in one line."""
+    when = next(w for w in hazard.when if w.holds(situation))
+    known = [str(when)]
+    if situation.flashinfer is None and (when.low or when.high):
+        known.append("the version is not known, so it may be the worst")
+    return "; ".join(known)
+
+
+def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:
+    rule = field_rule(situation.collective)
+    if rule is None or rule.decides is not Action.SPLIT or not situation.capture:
+        return verdict
+    return replace(
+        verdict, decision=Decision.SPLIT, rule="field", message=rule.why, source=f"{rule.source} (profile=conservative)"
+    )
+
+
+# -- facts about a node --------------------------------------------------------------
+
+
 def _group_of(node: Node) -> str | None:
     """The process group of a collective whose implementation is known; of an engine's own op it says nothing."""
     if calls(node, c10d.wait_tensor.default):
         source = first_node(node)
         return _group_of(source) if source is not None else None
-    if SITE not in node.meta and _op_names(node)[0].split("::")[0] not in _NAMESPACES:
+    if SITE not in node.meta and op_names(node)[0].split("::")[0] not in _NAMESPACES:
         return None
     bound = bound_arguments(node)
     group = bound.get("group_name", bound.get("group"))
@@ -186,61 +309,20 @@ def _facts(
     capture: bool,
     split_ops: Collection[str],
     all_reduce_ops: Collection[str],
-    given: Collection[object],
+    situation: Situation | None,
+    given: frozenset[object],
 ) -> OpFacts:
-    op, full = _op_names(node)
+    op, full = op_names(node)
     group = _group_of(node)
-    collective = SITE in node.meta or is_all_reduce(node, all_reduce_ops) or op.split("::")[0] in _NAMESPACES
-    tags = getattr(node.target, "tags", ())
-    born = torch.Tag.data_dependent_output in tags or calls(node, *_READS_A_PREDICATE)
+    carrier = (situation.collective if situation is not None else Collective.REFERENCE) if SITE in node.meta else None
     return OpFacts(
         op=op,
         backend=backends.get(group) if group is not None else None,
+        carrier=carrier,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
-        collective=collective,
-        data_dependent=born or any(_unbacked(n) - set(given) for n in (node, *node.all_input_nodes)),
-        touches_host=_touches_host(node),
-        tagged_unsafe=torch.Tag.cudagraph_unsafe in tags,
+        collective=SITE in node.meta or is_all_reduce(node, all_reduce_ops) or op.split("::")[0] in _NAMESPACES,
+        data_dependent=reads_data(node, given) or waits_for_device(node),
+        touches_host=touches_host(node),
+        tagged_unsafe=torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()),
     )
-
-
-def _unbacked_inputs(gm: GraphModule) -> set[object]:
-    """Unbacked sizes that the caller gives; the others are born from data in this graph."""
-    return {symbol for node in gm.graph.find_nodes(op="placeholder") for symbol in _unbacked(node)}
-
-
-def _unbacked(node: Node) -> set[object]:
-    values = node.meta.get("val")
-    return set(free_unbacked_symbols(list(values) if isinstance(values, tuple | list) else values))
-
-
-def _touches_host(node: Node) -> bool:
-    """Whether an op of an accelerator reads a value on the CPU that a caller can change, or writes one there."""
-    values = node.meta.get("val")
-    outputs = [v for v in (values if isinstance(values, tuple | list) else [values]) if isinstance(v, torch.Tensor)]
-    inputs = [n for n in node.all_input_nodes if is_tensor(n)]
-    devices = {v.device.type for v in outputs} | {tensor(n).device.type for n in inputs}
-    if "cpu" not in devices or len(devices) == 1:
-        return False
-    if any(v.device.type == "cpu" for v in outputs):
-        return True
-    return any(tensor(n).device.type == "cpu" and not _is_constant(n) for n in inputs)
-
-
-def _is_constant(node: Node) -> bool:
-    """Whether a value is the same in every call."""
-    if node.op == "placeholder":
-        return False
-    return all(map(_is_constant, node.all_input_nodes))
-
-
-def _op_names(node: Node) -> tuple[str, str]:
-    """``"ns::name"`` and ``"ns::name.overload"``; for a higher-order wrapper, of the op inside."""
-    inner = node.args[0] if node.args else None
-    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
-    target = inner if higher_order and isinstance(inner, torch._ops.OpOverload) else node.target
-    if isinstance(target, torch._ops.OpOverload):
-        schema = target._schema
-        return schema.name, f"{schema.name}.{schema.overload_name or 'default'}"
-    return str(target), str(target)

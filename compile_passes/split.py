@@ -63,12 +63,13 @@ class SplitPlan:
 def split(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, GraphModule]:
     """The plan, and a module that calls ``submod_0``, ``submod_1``, ... in its order.
 
-    Raises :class:`RefusedError` for a verdict of :attr:`Decision.REFUSE`.
+    Raises :class:`RefusedError` for an op that is refused and is no fused site.
     """
     for verdict in verdicts:
-        if verdict.decision is Decision.REFUSE:
+        if verdict.decision is Decision.REFUSE and verdict.site is None:
             raise RefusedError(f"'{verdict.node}' ({verdict.op}) is refused: {verdict.message} ({verdict.source})")
-    eager = {v.node: v.op for v in verdicts if v.decision is Decision.SPLIT}
+    # A refused site falls back to the reference collective, of which nothing is known under capture here.
+    eager = {v.node: v.op for v in verdicts if v.decision is not Decision.IN_GRAPH}
     _gather(gm, eager)
     runs = _runs(gm, eager)
     index_of = {node: i for i, (_, nodes) in enumerate(runs) for node in nodes}

@@ -36,6 +36,10 @@ class RefusedError(RingfenceError):
     """An op of the graph may run neither captured nor eagerly."""
 
 
+class HazardError(RingfenceError):
+    """A known mechanism applies to a fused site, and ``on_hazard="raise"`` was asked for."""
+
+
 class NotFusedError(RingfenceError, AssertionError):
     """:func:`ringfence.assert_fused` found another number of fused sites."""
 
