@@ -123,7 +123,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.12 or later. Splitting does not help: eager calls hang too.",
         source="FI#3053, FI#3304, FI#2923, V#35772, SGL#23402; reproduced on H200 with FlashInfer's kernel",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m1",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m1_a_subnormal_word_is_not_seen",
     ),
     Hazard(
         id="M2",
@@ -147,7 +147,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.13 or later, or pin the one-shot strategy.",
         source="FI#3385; the comments of TS's port; read in FlashInfer 0.6.12 and 0.6.13",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_mnnvl.py::test_m2",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m2_a_sum_becomes_the_sentinel",
     ),
     Hazard(
         id="M3",
@@ -162,7 +162,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.13 or later, or pin the one-shot strategy.",
         source="FI#3385; read in FlashInfer 0.6.12 and 0.6.13",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_mnnvl.py::test_m3",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m3_a_torn_pack_is_taken_by_its_first_word",
     ),
     Hazard(
         id="M4",
@@ -177,7 +177,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Replace -0.0 before the push, and test the kernel with payloads full of 0x8000 and 0x80000000.",
         source="FI#1136, FI#3304",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m4",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m4_an_unsanitised_negative_zero_is_not_seen",
     ),
     Hazard(
         id="M5",
@@ -191,7 +191,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.2.9 or later, which records the size on the device.",
         source="TRT#6237, FI#1321",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m5",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m5_words_that_were_not_cleared_are_read_again",
     ),
     Hazard(
         id="M6",
@@ -246,7 +246,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run compute-sanitizer on the op before; put canaries around the control words and check their range.",
         source="TRT#5698",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m9",
+        shown_by="tests/hangs/test_launches.py::test_m9_a_foreign_write_into_the_counter_is_never_made_good",
     ),
     # -- order, memory model, control words ----------------------------------------------------
     Hazard(
@@ -290,7 +290,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Give each strategy a workspace of its own, or check between steps that the counter is 0.",
         source="TS#351; the shared counter was read in FlashInfer's source",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_trtllm.py::test_m12",
+        shown_by="tests/hangs/test_launches.py::test_m12_an_aborted_one_shot_hangs_the_next_two_shot",
     ),
     Hazard(
         id="M13",
@@ -343,7 +343,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run the op eagerly between pieces; capture only collectives that keep their epoch on the device.",
         source="FI#3903, TRT#16200, microsoft/mscclpp#502, local-inference-lab/b12x#103",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_moe.py::test_m15",
+        shown_by="tests/hangs/test_launches.py::test_m15_a_replay_repeats_the_epoch_that_the_host_chose",
     ),
     # -- programmatic dependent launch ---------------------------------------------------------
     Hazard(
@@ -414,7 +414,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Keep all launches of a collective behind one op, so that no split can come between them.",
         source="read in FlashInfer's source (two-shot with rmsNormLamport; the LL and BT protocols of CuTe DSL)",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_mnnvl.py::test_m20",
+        shown_by="tests/hangs/test_launches.py::test_m20_a_call_between_the_halves_takes_their_buffer",
     ),
     # -- ranks that do different things --------------------------------------------------------
     Hazard(
@@ -446,7 +446,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Use equal GPUs, MIG slices, binaries and token counts on all ranks; compare a hash of the launch.",
         source="V#43616; shown by model, no incident is known",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_trtllm.py::test_m22",
+        shown_by="tests/hangs/test_launches.py::test_m22_a_late_block_takes_a_lapped_flag_for_the_previous_one",
     ),
     Hazard(
         id="M23",
@@ -494,7 +494,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Pick graph and padding from values that were reduced over the group; compare a hash of the calls.",
         source="V#25906, V#23595, V#42271, V#48720, V#13418",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m25",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m25_a_skipped_call_is_read_as_another",
     ),
     Hazard(
         id="M26",
@@ -535,7 +535,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Look at the rank that did not enter. Load all kernels before capture (CUDA_MODULE_LOADING=EAGER).",
         source="FI#4032, FI#4814, FI#3329, SGL#30209, TS#486, TRT#17376",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl.py::test_m28",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m28_a_rank_that_stops_leaves_its_peer_in_the_call",
     ),
     Hazard(
         id="M29",
@@ -667,7 +667,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Use one workspace per group and stream, or order the streams by events.",
         source="TRT#3988, TRT#10633, FI#4393, SGL#31135",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_trtllm.py::test_m37",
+        shown_by="tests/hangs/test_launches.py::test_m37_two_kernels_on_one_counter_miss_its_value",
     ),
     Hazard(
         id="M38",
@@ -765,7 +765,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Capture them. Refuse only when the sizes differ between ranks (M25).",
         source="read in FlashInfer's source; shown by model; 500 steps of mixed graphs on two H200",
         certainty=Certainty.DISPROVED,
-        shown_by="tests/hangs/test_mnnvl.py::test_m44",
+        shown_by="tests/hangs/test_mnnvl_rows.py::test_m44_sizes_may_differ_from_graph_to_graph",
     ),
     # -- MoE, devices, handles -----------------------------------------------------------------
     Hazard(

@@ -1,4 +1,4 @@
-"""Faults between kernels and between blocks, in models of a few steps: launch, memory order, residency.
+"""Faults between kernels and between blocks, in models of a few steps: order, launch, residency, counters, flags.
 
 Each test shows the mechanism, and that what the table advises is safe in every order.
 """
@@ -179,3 +179,85 @@ def test_m39_counting_up_and_waiting_for_at_least_is_safe() -> None:
         return [step for goal in goals for step in (adds("count"), goal)]
 
     assert outcome(rounds(), rounds(), count=0) is None
+
+
+# -- control words -----------------------------------------------------------------------------
+
+
+def kernel(grid: int, *, counter: str = "counter", exact: bool = True) -> list[list[Step]]:
+    """Blocks that arrive; the first waits for all, resets the counter and leaves."""
+    full = Step("all have arrived", lambda m: m[counter] == grid if exact else m[counter] >= grid)
+    return [[adds(counter), full, sets(counter, 0)], *([adds(counter)] for _ in range(grid - 1))]
+
+
+def after(word: str, value: int, blocks: list[list[Step]]) -> list[list[Step]]:
+    return [[waits(word, value), *steps] for steps in blocks]
+
+
+def test_m9_a_foreign_write_into_the_counter_is_never_made_good() -> None:
+    assert outcome(*kernel(2), counter=0) is None
+    assert outcome(*kernel(2), [sets("counter", 7)], counter=0) == Failure.DEADLOCK
+
+
+@pytest.mark.parametrize(("counter", "failure"), [("counter", Failure.DEADLOCK), ("own counter", None)])
+def test_m12_an_aborted_one_shot_hangs_the_next_two_shot(counter: str, failure: Failure | None) -> None:
+    aborted = [adds("counter"), sets("gone")]  # one block had arrived
+    next_call = after("gone", 1, kernel(2, counter=counter))
+    assert outcome(aborted, *next_call, **{"counter": 0, "own counter": 0, "gone": 0}) == failure
+
+
+def test_m37_two_kernels_on_one_counter_miss_its_value() -> None:
+    assert outcome(*kernel(2), *kernel(2), counter=0) == Failure.DEADLOCK
+    first = [[*steps, adds("complete")] for steps in kernel(2)]  # stream order
+    assert outcome(*first, *after("complete", 2, kernel(2)), counter=0, complete=0) is None
+    assert outcome(*kernel(2, counter="one"), *kernel(2, counter="other"), one=0, other=0) is None
+
+
+@pytest.mark.parametrize(("device_epoch", "failure"), [(False, Failure.STALE_READ), (True, None)])
+def test_m15_a_replay_repeats_the_epoch_that_the_host_chose(device_epoch: bool, failure: Failure | None) -> None:
+    """Two replays of one graph. The receiver frees the slot; the flag stays."""
+    epochs = (1, 2) if device_epoch else (1, 1)
+    sender = [step for e in epochs for step in (waits("data", 0), sets("data"), sets("flag", e))]
+    receiver = [step for e in epochs for step in (waits("flag", e), reads("data"), sets("data", 0))]
+    assert outcome(sender, receiver, data=0, flag=0) == failure
+
+
+@pytest.mark.parametrize(("cut", "failure"), [(True, Failure.STALE_READ), (False, None)])
+def test_m20_a_call_between_the_halves_takes_their_buffer(cut: bool, failure: Failure | None) -> None:
+    """The first half leaves the rotation to the second, so a call in between uses the same slot."""
+    first_half, second_half = sets("sum of two-shot"), reads("sum of two-shot")
+    between = sets("sum of two-shot", 0)  # another call's word in its place
+    order = [first_half, between, second_half] if cut else [first_half, second_half, between]
+    assert outcome(order, **{"sum of two-shot": 0}) == failure
+
+
+@pytest.mark.parametrize(
+    ("grids", "failure"), [((1, 1), None), ((2, 2), None), ((2, 1), Failure.DEADLOCK), ((3, 2), Failure.DEADLOCK)]
+)
+def test_m22_a_late_block_takes_a_lapped_flag_for_the_previous_one(
+    grids: tuple[int, int], failure: Failure | None
+) -> None:
+    """trtllm two-shot: flags of three values, two barriers per call; block b writes flags b, b + grid, ..."""
+    flags, calls = max(grids), 3
+    words = {f"{owner}/{k}/{source}": 0 for owner in (0, 1) for k in range(flags) for source in (0, 1)}
+
+    def barrier(rank: int, block: int, value: int) -> list[Step]:
+        mine = range(block, flags, grids[rank])
+        raised = {f"{owner}/{k}/{rank}": value for owner in (0, 1) for k in mine}
+        watched = [f"{rank}/{block}/{source}" for source in (0, 1)]
+        return [
+            Step(f"raise {value}", then=lambda memory: memory.update(raised)),
+            Step(f"pass {value}", lambda memory: all(memory[flag] != (value - 1) % 3 for flag in watched)),
+        ]
+
+    def program(rank: int, block: int) -> list[Step]:
+        steps: list[Step] = []
+        for call in range(calls):
+            boundary = call * grids[rank]
+            steps.append(Step("kernel boundary", lambda m, n=boundary: m[f"complete {rank}"] >= n))
+            steps += [*barrier(rank, block, (2 * call + 1) % 3), *barrier(rank, block, (2 * call + 2) % 3)]
+            steps.append(adds(f"complete {rank}"))
+        return steps
+
+    blocks = [program(rank, block) for rank in (0, 1) for block in range(grids[rank])]
+    assert outcome(*blocks, **words, **{"complete 0": 0, "complete 1": 0}) == failure
