@@ -58,3 +58,7 @@ class AddressChangedError(CaptureError):
 
 class DataDependentValueError(CaptureError):
     """An eager island returned another number than when the graph was captured."""
+
+
+class ModelError(RingfenceError, ValueError):
+    """A model of a plan holds a program that no host could run."""
