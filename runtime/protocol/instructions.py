@@ -55,13 +55,15 @@ class Add(_Told):
 
 
 @dataclass(frozen=True)
-class Await(_Told):
+class Await:
     """Spin until a counter is at least ``count``, or, if ``exact``, equal to it."""
 
-    told = "see '{cell}' at {count}"
     cell: str
     count: int
     exact: bool = False
+
+    def __str__(self) -> str:
+        return f"see '{self.cell}' at {'exactly' if self.exact else 'least'} {self.count}"
 
 
 @dataclass(frozen=True)

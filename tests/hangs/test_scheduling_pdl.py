@@ -120,7 +120,7 @@ def test_m18_waiting_dependents_hold_the_slot_that_their_producer_needs() -> Non
         starved(pdl=True),
         Failure.DEADLOCK,
         "rank 0: ",
-        "'chunks' waits to see 'chunk' at 1",
+        "'chunks' waits to see 'chunk' at least 1",
         "'finalize' waits for 'chunks' to end",
         "'gemm' waits for a slot; they are held by 'chunks', 'finalize'",
         "rank 1: 'reduce' waits to take 'x' of rank 0",
