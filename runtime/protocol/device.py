@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ..errors import ModelError
 from .explore import Event, Failure
 from .instructions import (
     Add,
@@ -87,7 +88,7 @@ class State(NamedTuple):
     memory: _Memory
 
 
-class Machine:
+class Devices:
     """A model for :func:`explore`: one program per rank, one GPU per rank.
 
     slots: how many blocks a GPU can hold at a time; None: more than are ever launched.
@@ -95,13 +96,15 @@ class Machine:
         guide says all; the core dump of SGL#34789 has them waiting in every slot while most
         blocks of their primary are yet to be dispatched.
 
-    Raises :class:`ModelError` for a program that no host could run.
+    Raises :class:`ModelError` for a program that no host could run, or a device that runs none.
     """
 
     def __init__(
         self, programs: Sequence[Sequence[HostOp]], *, slots: int | None = None, early_dependents: bool = False
     ) -> None:
         check(programs)
+        if slots is not None and slots < 1:
+            raise ModelError(f"a device with {slots} slots runs nothing; give it at least one")
         self._programs = tuple(map(tuple, programs))
         self._slots = slots
         self._enough = any if early_dependents else all
@@ -146,9 +149,8 @@ class Machine:
                     return
                 moves = {r: state.ranks[r]._replace(host=state.ranks[r].host + 1) for r in op.ranks}
             case Free():
-                memory = memory | {((rank, op.cell, None), _FREED)} - {
-                    (key, value) for key, value in memory if key[:2] == (rank, op.cell)
-                }
+                held = {(key, value) for key, value in memory if key[:2] == (rank, op.cell)}
+                memory = memory - held | {((rank, op.cell, None), _FREED)}
             case _:
                 outcome = _perform(op, rank, memory)
                 if outcome is None:

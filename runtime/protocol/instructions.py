@@ -1,4 +1,4 @@
-"""Instructions: what the hosts and the kernels of a :class:`~.device.Machine` can be told to do.
+"""Instructions: what the hosts and the kernels of a :class:`~.device.Devices` can be told to do.
 
 Programs are straight lines: what a rank does after a raise, a vote or a choice is what
 its program says. Kernels and hosts share the instructions on memory; each is atomic and

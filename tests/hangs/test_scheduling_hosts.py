@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Machine
+from ringfence.runtime.protocol.device import Devices
 from ringfence.runtime.protocol.explore import Failure
 from ringfence.runtime.protocol.instructions import (
     Await,
@@ -31,7 +31,7 @@ def fused(rank: int, value: str = "x", box: str = "workspace", stream: str = "ma
 # -- M21: a rendezvous over WORLD (FI#2955, FI#3408, V#45917) -------------------------------
 
 
-def rendezvous(*, over_group: bool) -> Machine:
+def rendezvous(*, over_group: bool) -> Devices:
     """Two pipeline stages of two ranks; the second has its first work from the first."""
     world = (0, 1, 2, 3)
 
@@ -42,7 +42,7 @@ def rendezvous(*, over_group: bool) -> Machine:
             return [create, Push("activations", rank + 2, "a")]
         return [Poll("activations", rank - 2, "a"), create]
 
-    return Machine([program(rank) for rank in world])
+    return Devices([program(rank) for rank in world])
 
 
 def test_m21_a_rendezvous_over_world_waits_for_ranks_that_are_elsewhere() -> None:
@@ -66,10 +66,10 @@ def decided(able: tuple[bool, ...], *, vote: bool) -> list[bool]:
     return [all(able)] * len(able) if vote else list(able)
 
 
-def fallback(able: tuple[bool, ...], *, vote: bool) -> Machine:
+def fallback(able: tuple[bool, ...], *, vote: bool) -> Devices:
     votes: Program = [Meet("vote", PAIR)] if vote else []
     uses = decided(able, vote=vote)
-    return Machine([[*votes, fused(r, box="workspace" if uses[r] else "nccl")] for r in PAIR])
+    return Devices([[*votes, fused(r, box="workspace" if uses[r] else "nccl")] for r in PAIR])
 
 
 def test_m23_one_rank_falls_back_and_both_wait_in_different_collectives() -> None:
@@ -86,11 +86,11 @@ def test_m23_a_vote_before_acting_is_safe() -> None:
         assert_safe(fallback(able, vote=True))
 
 
-def probe(multicast: tuple[bool, ...], *, vote: bool) -> Machine:
+def probe(multicast: tuple[bool, ...], *, vote: bool) -> Devices:
     votes: Program = [Meet("AND of the probes", PAIR)] if vote else []
     uses = decided(multicast, vote=vote)
     handles = [Meet(f"exchange of {'fabric' if uses[r] else 'POSIX'} handles", PAIR) for r in PAIR]
-    return Machine([[*votes, handles[r], fused(r)] for r in PAIR])
+    return Devices([[*votes, handles[r], fused(r)] for r in PAIR])
 
 
 def test_m24_ranks_that_probe_differently_never_meet() -> None:
@@ -104,14 +104,14 @@ def test_m24_the_and_of_the_probes_is_safe() -> None:
 # -- M26: autotuning and compilation (FI#3187, FI#4192); invariant 13 -----------------------
 
 
-def autotune(*, before: bool) -> Machine:
+def autotune(*, before: bool) -> Devices:
     """Rank 1 meets a shape that it has no tactic for, and tunes it together with rank 0."""
     tune = Meet("broadcast of the tactic", PAIR)
     rank_0: Program = [fused(0), Synchronize(why="read the result"), tune]
     rank_1: Program = [tune, fused(1)]
     if before:
         rank_0, rank_1 = [tune, fused(0), Synchronize()], [tune, fused(1)]
-    return Machine([rank_0, rank_1])
+    return Devices([rank_0, rank_1])
 
 
 def test_m26_tuning_on_one_rank_while_the_other_spins() -> None:
@@ -128,9 +128,9 @@ def test_m26_tuning_before_the_first_collective_is_safe() -> None:
     assert_safe(autotune(before=True))
 
 
-def tactics(scratch: tuple[int, int], *, broadcast: bool) -> Machine:
+def tactics(scratch: tuple[int, int], *, broadcast: bool) -> Devices:
     sizes = [scratch[0]] * 2 if broadcast else scratch
-    return Machine([[Meet(f"register {sizes[r]} bytes", PAIR), fused(r)] for r in PAIR])
+    return Devices([[Meet(f"register {sizes[r]} bytes", PAIR), fused(r)] for r in PAIR])
 
 
 def test_m26_tactics_measured_per_rank_register_different_scratch() -> None:
@@ -144,7 +144,7 @@ def test_m26_a_tactic_that_is_broadcast_is_safe() -> None:
 # -- M28 and invariant 13: a module load needs an idle device -------------------------------
 
 
-def lazy_loading(*, lazy: bool) -> Machine:
+def lazy_loading(*, lazy: bool) -> Devices:
     """Two collectives on two streams, issued in another order per rank; each loads a module of its own."""
 
     def program(rank: int) -> Program:
@@ -153,7 +153,7 @@ def lazy_loading(*, lazy: bool) -> Machine:
         first, second = calls if rank == 0 else reversed(calls)
         return [first, *load, second]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m28_a_lazy_module_load_waits_for_a_kernel_that_waits_for_the_peer() -> None:
@@ -173,13 +173,13 @@ def test_m28_modules_loaded_beforehand_are_safe() -> None:
 # -- M36, M43, M28: the spinning kernel is the victim ---------------------------------------
 
 
-def neighbour(*, defined_padding: bool) -> Machine:
+def neighbour(*, defined_padding: bool) -> Devices:
     """Before its collective, rank 1 runs a kernel that counts rows; padded rows hold a length (V#51593)."""
     rows: Program = [
         Write("rows", 4 if defined_padding else -7),
         replay(kernel("top_k", Await("rows", 0)), kernel("all_reduce", *all_reduce(1, PAIR, "x"))),
     ]
-    return Machine([[fused(0)], rows])
+    return Devices([[fused(0)], rows])
 
 
 def test_m43_a_kernel_that_never_ends_shows_as_a_spin_of_the_peer() -> None:
@@ -198,8 +198,8 @@ def test_m43_defined_padding_is_safe() -> None:
 # -- M27: a rank without tokens -------------------------------------------------------------
 
 
-def idle_rank(tokens: tuple[int, int], *, pad: bool) -> Machine:
-    return Machine([[fused(r)] if max(tokens[r], int(pad)) else [] for r in PAIR])
+def idle_rank(tokens: tuple[int, int], *, pad: bool) -> Devices:
+    return Devices([[fused(r)] if max(tokens[r], int(pad)) else [] for r in PAIR])
 
 
 def test_m27_a_rank_without_tokens_skips_the_call() -> None:
@@ -213,7 +213,7 @@ def test_m27_at_least_one_padded_token_is_safe() -> None:
 # -- M29: a collective in `finally` (SGL#11275); invariant 16 -------------------------------
 
 
-def capture(*, vote: bool, raises: int | None = 1) -> Machine:
+def capture(*, vote: bool, raises: int | None = 1) -> Devices:
     """Two pieces are captured; each is warmed up, and ``raises`` raises in the first."""
 
     def program(rank: int) -> Program:
@@ -229,7 +229,7 @@ def capture(*, vote: bool, raises: int | None = 1) -> Machine:
                 return [*pieces, register]
         return [*pieces, register]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m29_a_collective_in_finally_hides_the_exception_in_a_hang() -> None:
@@ -254,12 +254,12 @@ def test_m29_without_an_exception_both_ways_are_safe() -> None:
 # -- M30: a workspace is made during warm-up (TRT#8781); invariant 7 ------------------------
 
 
-def creation(*, before: bool) -> Machine:
+def creation(*, before: bool) -> Devices:
     """Rank 0 has a workspace from before; rank 1 built its module anew and makes one at its first call."""
     create: Program = [Synchronize(why="make a workspace"), Meet("barrier of the workspace", PAIR)]
     if before:
-        return Machine([[*create, fused(r), Synchronize(why="warm up")] for r in PAIR])
-    return Machine([[fused(0), Synchronize(why="warm up")], [*create, fused(1)]])
+        return Devices([[*create, fused(r), Synchronize(why="warm up")] for r in PAIR])
+    return Devices([[fused(0), Synchronize(why="warm up")], [*create, fused(1)]])
 
 
 def test_m30_a_workspace_made_in_warm_up_waits_for_a_rank_that_spins() -> None:
@@ -278,7 +278,7 @@ def test_m30_a_workspace_made_by_all_before_the_first_call_is_safe() -> None:
 # -- M33: capture starts while a peer still warms up (SGL#33795); invariant 8 ---------------
 
 
-def warm_up_then_capture(*, barrier: bool) -> Machine:
+def warm_up_then_capture(*, barrier: bool) -> Devices:
     """Buffers are registered by the host in a table of the peer's, which kernels read."""
 
     def program(rank: int) -> Program:
@@ -296,7 +296,7 @@ def warm_up_then_capture(*, barrier: bool) -> Machine:
             call("graph buffer", "replay"),
         ]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m33_registration_of_the_capture_meets_a_peer_in_its_warm_up() -> None:
@@ -325,4 +325,4 @@ def test_m33_the_barrier_alone_is_not_enough() -> None:
             Write("table", "graph buffer", of=1 - rank),
         ]
 
-    assert_fails(Machine([program(rank) for rank in PAIR]), Failure.STALE_READ)
+    assert_fails(Devices([program(rank) for rank in PAIR]), Failure.STALE_READ)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Machine
+from ringfence.runtime.protocol.device import Devices
 from ringfence.runtime.protocol.explore import Failure
 from ringfence.runtime.protocol.instructions import (
     Free,
@@ -31,7 +31,7 @@ Program = list[HostOp]
 # -- M20: a protocol of two launches (two-shot and rmsNormLamport); invariant 5 -------------
 
 
-def two_launches(order: str) -> Machine:
+def two_launches(order: str) -> Devices:
     """Calls a and b, in halves. The first half scatters; only the second goes on to the next buffer."""
 
     def program(rank: int) -> Program:
@@ -45,7 +45,7 @@ def two_launches(order: str) -> Machine:
                 buffer += 1
         return [*launches]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m20_another_call_between_the_halves_overwrites_what_was_scattered() -> None:
@@ -59,7 +59,7 @@ def test_m20_halves_side_by_side_are_safe_even_in_two_pieces() -> None:
 # -- M31: a workspace is made anew after capture; invariant 7 -------------------------------
 
 
-def regrown(*, regrow: bool, recapture: bool = False) -> Machine:
+def regrown(*, regrow: bool, recapture: bool = False) -> Devices:
     """A larger size comes: the manager makes a larger workspace, and a graph replays the smaller size."""
 
     def program(rank: int) -> Program:
@@ -71,7 +71,7 @@ def regrown(*, regrow: bool, recapture: bool = False) -> Machine:
             steps += [Meet("all are done with workspace 0", PAIR), Free("workspace 0"), Meet("workspace 1", PAIR)]
         return [*steps, replay(graph(f"workspace {int(recapture)}", "step 1"))]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m31_a_graph_writes_to_a_workspace_that_is_gone() -> None:
@@ -91,7 +91,7 @@ def test_m31_capturing_again_is_safe() -> None:
 # -- M32: buffers of some pieces are not registered (SGL#14193, SGL#12106) ------------------
 
 
-def registered(pieces: tuple[int, ...]) -> Machine:
+def registered(pieces: tuple[int, ...]) -> Devices:
     """Kernels find the peer's buffer in a table that is filled after capture."""
 
     def program(rank: int) -> Program:
@@ -102,7 +102,7 @@ def registered(pieces: tuple[int, ...]) -> Machine:
         ]
         return [*table, Meet("register_graph_buffers", PAIR), *replays]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m32_a_piece_captured_outside_the_context_has_no_peer_address() -> None:
@@ -116,7 +116,7 @@ def test_m32_one_context_for_all_pieces_is_safe() -> None:
 # -- M34: a collective that the host carries out (V#46253) ----------------------------------
 
 
-def staged(*, split: bool) -> Machine:
+def staged(*, split: bool) -> Devices:
     """Host-staged: copy out, exchange by the hosts, copy in. A capture holds the copies only."""
 
     def program(rank: int) -> Program:
@@ -135,7 +135,7 @@ def staged(*, split: bool) -> Machine:
             step += [Synchronize()]
         return step
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m34_the_hosts_part_of_a_captured_collective_is_not_replayed() -> None:
@@ -149,7 +149,7 @@ def test_m34_an_island_for_the_hosts_part_is_safe() -> None:
 # -- M40: an island's output is elsewhere each time (SGL#12106, V#57227); invariant 14 ------
 
 
-def island(*, copy: bool) -> Machine:
+def island(*, copy: bool) -> Devices:
     """The island allocates its output; the piece behind it reads the address that was seen at capture."""
     steps: Program = []
     for n in range(3):
@@ -158,7 +158,7 @@ def island(*, copy: bool) -> Machine:
         if copy:
             steps.append(launch(kernel("copy", Read(f"y at {n}", f"y{n}"), Write("y", f"y{n}"))))
         steps.append(replay(kernel("piece 1", Read("y" if copy else "y at 0", f"y{n}"))))
-    return Machine([steps])
+    return Devices([steps])
 
 
 def test_m40_a_piece_reads_the_output_that_the_island_had_at_capture() -> None:
@@ -172,11 +172,11 @@ def test_m40_an_output_copied_to_where_the_piece_looks_is_safe() -> None:
 # -- M41: memory of one piece is used again by the next; invariant 14 -----------------------
 
 
-def pool(*, join: bool, same_memory: bool = True) -> Machine:
+def pool(*, join: bool, same_memory: bool = True) -> Devices:
     """Piece 1 reuses the pool's memory that an island of another stream reads."""
     reused = "pool" if same_memory else "pool 1"
     joined: Program = [Record("read", "side"), WaitEvent("read", "main")] if join else []
-    return Machine(
+    return Devices(
         [
             [
                 replay(kernel("piece 0", Write("pool", "x"))),
@@ -199,7 +199,7 @@ def test_m41_joining_or_keeping_the_memory_is_safe(policy: dict[str, bool]) -> N
     assert_safe(pool(**policy))
 
 
-def zero_copy(*, end_barrier: bool) -> Machine:
+def zero_copy(*, end_barrier: bool) -> Devices:
     """A collective that reads its peer's input in place; the next kernel uses that memory again."""
 
     def program(rank: int) -> Program:
@@ -213,7 +213,7 @@ def zero_copy(*, end_barrier: bool) -> Machine:
             )
         ]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m41_memory_is_used_again_while_a_peer_reads_it() -> None:
@@ -227,9 +227,9 @@ def test_m41_a_barrier_at_the_end_of_a_zero_copy_collective_is_safe() -> None:
 # -- M42: one executable for segments that look alike (SGL#29625) ---------------------------
 
 
-def shared_executable(*, updated: tuple[bool, bool]) -> Machine:
+def shared_executable(*, updated: tuple[bool, bool]) -> Devices:
     """Segments a and b share one; a rank that does not update it replays a in the place of b."""
-    return Machine(
+    return Devices(
         [
             [
                 replay(kernel("segment", *all_reduce(r, PAIR, "a"))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Machine
+from ringfence.runtime.protocol.device import Devices
 from ringfence.runtime.protocol.explore import Failure
 from ringfence.runtime.protocol.instructions import (
     Add,
@@ -27,7 +27,7 @@ TRIGGER, WAIT = Grid.TRIGGER, Grid.WAIT
 # -- M16: the trigger comes before the output (V#45448, TS#842, SGL#29274) ------------------
 
 
-def early_trigger(*, at_end: bool = False, reader_waits: bool = False, reader_pdl: bool = True) -> Machine:
+def early_trigger(*, at_end: bool = False, reader_waits: bool = False, reader_pdl: bool = True) -> Devices:
     def program(rank: int) -> list[Launch]:
         output = Write("norm_out", "h")
         call = all_reduce(rank, PAIR, "x")
@@ -35,7 +35,7 @@ def early_trigger(*, at_end: bool = False, reader_waits: bool = False, reader_pd
         reader = kernel("qkv", *((WAIT,) if reader_waits else ()), Read("norm_out", "h"), pdl=reader_pdl)
         return [replay(fused, reader)]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m16_early_trigger_lets_the_next_kernel_read_what_is_not_there() -> None:
@@ -51,12 +51,12 @@ def test_m16_no_programmatic_launch_of_the_reader_is_safe() -> None:
     assert_safe(early_trigger(reader_pdl=False))
 
 
-def chain(*, middle_waits: bool) -> Machine:
+def chain(*, middle_waits: bool) -> Devices:
     """The reader does wait, but for a kernel that did not: the wait is not transitive."""
     first = kernel("fused", TRIGGER, Write("norm_out", "h"))
     middle = kernel("quantise", TRIGGER, *((WAIT,) if middle_waits else ()), Write("scale", "s"), pdl=True)
     last = kernel("gemm", WAIT, Read("norm_out", "h"), pdl=True)
-    return Machine([[replay(first, middle, last)]])
+    return Devices([[replay(first, middle, last)]])
 
 
 def test_m16_a_wait_covers_only_the_kernel_directly_before() -> None:
@@ -70,14 +70,14 @@ def test_m16_a_chain_in_which_everyone_waits_is_safe() -> None:
 # -- M17: loads before the grid-dependency wait (FI#5081) -----------------------------------
 
 
-def early_load(*, pdl: bool, between: bool = False) -> Machine:
+def early_load(*, pdl: bool, between: bool = False) -> Devices:
     def program(rank: int) -> list[Launch]:
         embedding = kernel("embedding", TRIGGER, Write("residual", "r"))
         quiet = [kernel("copy", Write("other", "o"))] if between else []  # it never triggers
         fused = kernel("fused", Read("residual", "r"), WAIT, *all_reduce(rank, PAIR, "x"), pdl=pdl)
         return [replay(embedding, *quiet, fused)]
 
-    return Machine([program(rank) for rank in PAIR])
+    return Devices([program(rank) for rank in PAIR])
 
 
 def test_m17_residual_is_loaded_before_its_producer_wrote_it() -> None:
@@ -96,23 +96,23 @@ def test_m17_eager_launches_are_paired_as_captured_ones_are_and_a_piece_boundary
     """M20: programmatic edges end at a graph's border, whichever side the graph is on."""
     embedding = kernel("embedding", TRIGGER, Write("residual", "r"))
     fused = kernel("fused", Read("residual", "r"), pdl=True)
-    assert_fails(Machine([[launch(embedding), launch(fused)]]), Failure.STALE_READ)
-    assert_safe(Machine([[replay(embedding), replay(fused)]]))
-    assert_safe(Machine([[launch(embedding), replay(fused)]]))
-    assert_safe(Machine([[replay(embedding), launch(fused)]]))
+    assert_fails(Devices([[launch(embedding), launch(fused)]]), Failure.STALE_READ)
+    assert_safe(Devices([[replay(embedding), replay(fused)]]))
+    assert_safe(Devices([[launch(embedding), replay(fused)]]))
+    assert_safe(Devices([[replay(embedding), launch(fused)]]))
 
 
 # -- M18: waiting dependents starve a producer (SGL#34789) ----------------------------------
 
 
-def starved(*, pdl: bool, side_first: bool = False, slots: int = 2) -> Machine:
+def starved(*, pdl: bool, side_first: bool = False, slots: int = 2) -> Devices:
     """Rank 0: a collective over chunks that a GEMM of another stream hands over, and a dependent with a big grid."""
     chunks = kernel("chunks", TRIGGER, Await("chunk", 1), Write("y", "y"))
     finalize = kernel("finalize", WAIT, Read("y", "y"), blocks=2, pdl=pdl)
     gemm = launch(kernel("gemm", Add("chunk")), stream="side")
     main = replay(chunks, finalize, kernel("reduce", *all_reduce(0, PAIR, "x")))
     stalled = [gemm, main] if side_first else [main, gemm]
-    return Machine([stalled, [replay(kernel("reduce", *all_reduce(1, PAIR, "x")))]], slots=slots)
+    return Devices([stalled, [replay(kernel("reduce", *all_reduce(1, PAIR, "x")))]], slots=slots)
 
 
 def test_m18_waiting_dependents_hold_the_slot_that_their_producer_needs() -> None:
@@ -139,11 +139,11 @@ def test_m18_a_grid_that_leaves_slots_free_is_safe() -> None:
     assert_safe(starved(pdl=True, slots=4))
 
 
-def core_dump(*, pdl: bool = True, early: bool = True) -> Machine:
+def core_dump(*, pdl: bool = True, early: bool = True) -> Devices:
     """One stream. The producer has more blocks than there are slots."""
     gemm: Kernel = kernel("gemm", TRIGGER, Add("tiles"), blocks=4)
     finalize = kernel("finalize", WAIT, Await("tiles", 4), blocks=2, pdl=pdl)
-    return Machine([[replay(gemm, finalize)]], slots=2, early_dependents=early)
+    return Devices([[replay(gemm, finalize)]], slots=2, early_dependents=early)
 
 
 def test_m18_as_in_the_core_dump_most_of_the_producer_has_no_slot() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Machine
+from ringfence.runtime.protocol.device import Devices
 from ringfence.runtime.protocol.explore import Failure
 from ringfence.runtime.protocol.instructions import (
     Add,
@@ -29,10 +29,10 @@ Program = list[HostOp]
 # -- M37: two calls in flight on one workspace (TRT#3988, TRT#10633); invariant 4 -----------
 
 
-def in_flight(first: Kernel, second: Kernel, how: str, *before: HostOp) -> Machine:
+def in_flight(first: Kernel, second: Kernel, how: str, *before: HostOp) -> Devices:
     chain: Program = [Record("first", "main"), WaitEvent("first", "side")] if how == "chained" else []
     stream = "main" if how == "one stream" else "side"
-    return Machine([[*before, replay(first), *chain, replay(second, stream=stream)]])
+    return Devices([[*before, replay(first), *chain, replay(second, stream=stream)]])
 
 
 def trtllm(call: str) -> Kernel:
@@ -78,8 +78,8 @@ def test_m37_two_calls_at_a_time_arrive_in_another_order_at_the_peer() -> None:
         calls = [kernel(value, *all_reduce(rank, PAIR, value)) for value in "ab"]
         return [replay(calls[0]), replay(calls[1], stream=stream)]
 
-    assert_fails(Machine([program(r, "side") for r in PAIR]), Failure.STALE_READ)
-    assert_safe(Machine([program(r, "main") for r in PAIR]))
+    assert_fails(Devices([program(r, "side") for r in PAIR]), Failure.STALE_READ)
+    assert_safe(Devices([program(r, "main") for r in PAIR]))
 
 
 # -- M38: a grid that needs all its blocks resident (SGL#36657, FI#3615); invariant 11 ------
@@ -89,9 +89,9 @@ def grid_barrier(name: str) -> Kernel:
     return kernel(name, Add(f"arrived at {name}"), Await(f"arrived at {name}", 2), blocks=2)
 
 
-def two_grids(how: str, *, slots: int) -> Machine:
+def two_grids(how: str, *, slots: int) -> Devices:
     chain: Program = [Record("first", "main"), WaitEvent("first", "side")] if how == "chained" else []
-    return Machine(
+    return Devices(
         [[replay(grid_barrier("a")), *chain, launch(grid_barrier("b"), stream="side")]],
         slots=slots,
     )
@@ -114,7 +114,7 @@ def test_m38_slots_for_both_grids_are_safe() -> None:
     assert_safe(two_grids("two streams", slots=3))
 
 
-def persistent_neighbour(*, slots: int) -> Machine:
+def persistent_neighbour(*, slots: int) -> Devices:
     """A worker on a side stream stays until the step is over; on rank 0 only, for rank 1 is the victim."""
 
     def reduce(rank: int) -> Kernel:
@@ -122,7 +122,7 @@ def persistent_neighbour(*, slots: int) -> Machine:
         return Kernel("all_reduce", (leader, (Add("arrived"), Await("arrived", 2))))
 
     worker = launch(kernel("worker", Await("stop", 1)), stream="side")
-    return Machine([[worker, replay(reduce(0), kernel("last", Add("stop")))], [replay(reduce(1))]], slots=slots)
+    return Devices([[worker, replay(reduce(0), kernel("last", Add("stop")))], [replay(reduce(1))]], slots=slots)
 
 
 def test_m38_a_side_stream_takes_a_slot_of_a_co_resident_grid() -> None:
@@ -141,7 +141,7 @@ def test_m38_a_reserved_slot_is_safe() -> None:
 # -- M39: a counter is reset under a peer's last look (FI#3615) -----------------------------
 
 
-def reset(*, all_wait: bool, monotone: bool = False) -> Machine:
+def reset(*, all_wait: bool, monotone: bool = False) -> Devices:
     """Two launches, one after the other, of a leader and another block."""
 
     def call(n: int) -> Kernel:
@@ -150,7 +150,7 @@ def reset(*, all_wait: bool, monotone: bool = False) -> Machine:
         leader = arrive if monotone else (*arrive, Write("counter", 0))
         return Kernel(f"call {n}", (leader, arrive if all_wait else arrive[:1]))
 
-    return Machine([[replay(call(0)), replay(call(1))]])
+    return Devices([[replay(call(0)), replay(call(1))]])
 
 
 def test_m39_the_leader_resets_the_counter_before_another_block_has_seen_it() -> None:
