@@ -145,7 +145,7 @@ class Devices:
                 if any(q for s, q in zip(self._streams[rank], here.streams, strict=True) if op.stream in (None, s)):
                     return
             case Meet():
-                if rank != min(op.ranks) or any(self._host_op(state, r) != op for r in op.ranks):
+                if any(self._host_op(state, r) != op for r in op.ranks):
                     return
                 moves = {r: state.ranks[r]._replace(host=state.ranks[r].host + 1) for r in op.ranks}
             case Free():

@@ -190,7 +190,10 @@ class Meet(_Told):
 
 @dataclass(frozen=True)
 class Free(_Told):
-    """Give back one's own cell or box of that name, now: an allocator's books follow the host's order."""
+    """Give back one's own cell or box of that name, now and for good.
+
+    It waits for no kernel: an allocator's books follow the order of the host.
+    """
 
     told = "free '{cell}'"
     cell: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -16,6 +16,7 @@ from ringfence.runtime.protocol.instructions import (
     Grid,
     HostOp,
     Kernel,
+    Launch,
     Meet,
     Poll,
     Push,
@@ -42,7 +43,7 @@ def run(*programs: Sequence[HostOp], slots: int | None = None) -> Result[object]
 
 
 @pytest.mark.parametrize("submit", [launch, replay])
-def test_kernels_of_a_stream_run_one_after_the_other(submit: type) -> None:
+def test_kernels_of_a_stream_run_one_after_the_other(submit: Callable[..., Launch]) -> None:
     assert run([submit(WRITE, READ)]).safe
     assert run([submit(WRITE), submit(READ)]).safe
 
