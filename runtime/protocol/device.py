@@ -7,9 +7,9 @@ Lamport buffers do of which one is being cleared. What is here is everything aro
 - a host runs its program in order; launches do not wait, synchronising does;
 - a stream starts a kernel when all before it is done. A programmatic dependent (PDL)
   starts when every block of its primary has triggered or ended; its grid-dependency
-  wait lasts until that primary, and no kernel before it, is done and its writes are
-  visible (CUDA C++ Programming Guide, Programmatic Dependent Launch; PTX,
-  griddepcontrol). A graph is preceded by a full dependency;
+  wait is for the end of that primary alone, and of no kernel before it (CUDA C++
+  Programming Guide, Programmatic Dependent Launch; PTX, griddepcontrol). Between a
+  graph and what is before and behind it the dependency is a full one;
 - blocks of a kernel are dispatched in order, each into a slot that it keeps until it
   ends, waiting or not.
 """
