@@ -78,3 +78,7 @@ class VersionError(RingfenceError, ValueError):
 
 class UnknownHazardError(RingfenceError, LookupError):
     """No row of the hazard table has this id."""
+
+
+class ModelError(RingfenceError, ValueError):
+    """A model of a plan holds a program that no host could run."""
