@@ -1,0 +1,124 @@
+"""Facts: what is true of a split graph, in the words of the hazard table.
+
+The judge keeps these from happening in plans of its own. An engine that cuts its graph
+itself can ask :func:`facts_of` about the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule
+
+from ..runtime.situation import Fact
+from .fuse import SITE
+from .host import op_names, reads_data, sizes_given_as_data, stream_of, touches_host, waits_for_device
+from .judge import KNOWN_UNSAFE
+from .split import SplitPlan
+
+#: FI#4473: the two stages of a Lamport buffer must both start at a multiple of 16 bytes.
+_STAGE_ALIGNMENT = 32
+#: A clear offset of two buffers is a signed 32-bit product (trtllm_allreduce_fusion.cuh).
+_LARGEST_LAMPORT_BUFFER = 2**30
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A fact, where it was seen (a node or a part of the plan) and in one sentence how."""
+
+    fact: Fact
+    where: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The memory that a fused collective communicates through. ``buffer_bytes`` is that of one Lamport buffer."""
+
+    max_tokens: int
+    buffer_bytes: int
+    created: bool
+
+
+def facts_of(
+    plan: SplitPlan,
+    whole: GraphModule,
+    *,
+    capture_sizes: Collection[int] = (),
+    workspace: Workspace | None = None,
+) -> tuple[Evidence, ...]:
+    """Everything in a split graph that a hazard may rest on, in the plan's order.
+
+    ``plan`` and ``whole`` are what :func:`ringfence.compile_passes.split.split` returns.
+    """
+    found = [*_captured_ops(plan, whole), *_across_parts(plan, whole)]
+    if workspace is not None:
+        found += _workspace(workspace, capture_sizes)
+    return tuple(found)
+
+
+def _captured_ops(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
+    """Ops inside captured pieces that a replay would leave out or repeat."""
+    given = sizes_given_as_data(whole)
+    for part in plan.pieces:
+        if part.island:
+            continue
+        for node in whole.get_submodule(part.name).graph.nodes:  # type: ignore[union-attr]
+            if node.op != "call_function":
+                continue
+            op, _ = op_names(node)
+            what = f"'{node.name}' ({op}) in the captured {part.name}"
+            if reads_data(node, given) or touches_host(node) or waits_for_device(node):
+                yield Evidence(Fact.HOST_SYNC_IN_PIECE, node.name, f"{what} needs the host")
+            if op in KNOWN_UNSAFE:
+                yield Evidence(KNOWN_UNSAFE[op], node.name, f"{what}: {KNOWN_UNSAFE[op].meaning}")
+                if torch.Tag.cudagraph_unsafe not in getattr(node.target, "tags", ()):
+                    yield Evidence(Fact.UNMARKED_UNSAFE_OP, node.name, f"{what} carries no torch.Tag.cudagraph_unsafe")
+
+
+def _across_parts(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
+    """Collectives cut in two, and collectives of one workspace on several streams."""
+    parts: dict[int, list[str]] = {}
+    streams: dict[int | None, str] = {}
+    for part in plan.pieces:
+        for node in whole.get_submodule(part.name).graph.nodes:  # type: ignore[union-attr]
+            if SITE not in node.meta:
+                continue
+            homes = parts.setdefault(node.meta[SITE], [])
+            if part.name not in homes:
+                homes.append(part.name)
+            streams.setdefault(stream_of(node), node.name)
+    for site, homes in parts.items():
+        if len(homes) > 1:
+            yield Evidence(Fact.PROTOCOL_CUT, homes[0], f"the launches of site {site} lie in {' and '.join(homes)}")
+    if len(streams) > 1:
+        names = ", ".join(f"'{node}' on {_stream_name(stream)}" for stream, node in streams.items())
+        yield Evidence(Fact.TWO_STREAMS, next(iter(streams.values())), f"fused collectives are on streams: {names}")
+
+
+def _stream_name(stream: int | None) -> str:
+    return "the stream of the call" if stream is None else f"stream {stream}"
+
+
+def _workspace(workspace: Workspace, capture_sizes: Collection[int]) -> Iterator[Evidence]:
+    if not workspace.created and capture_sizes:
+        yield Evidence(Fact.WORKSPACE_ABSENT_AT_CAPTURE, "workspace", "the workspace does not exist yet")
+    beyond = [n for n in sorted(capture_sizes) if n > workspace.max_tokens]
+    if beyond:
+        yield Evidence(
+            Fact.CAPTURE_SIZE_BEYOND_WORKSPACE,
+            "workspace",
+            f"capture sizes {beyond} exceed the {workspace.max_tokens} tokens that the workspace holds",
+        )
+    if workspace.buffer_bytes % _STAGE_ALIGNMENT:
+        yield Evidence(
+            Fact.MISALIGNED_BUFFER,
+            "workspace",
+            f"a buffer of {workspace.buffer_bytes} bytes is no multiple of {_STAGE_ALIGNMENT}",
+        )
+    if workspace.buffer_bytes > _LARGEST_LAMPORT_BUFFER:
+        yield Evidence(
+            Fact.LAMPORT_OVER_1_GIB, "workspace", f"a buffer of {workspace.buffer_bytes} bytes is larger than 1 GiB"
+        )

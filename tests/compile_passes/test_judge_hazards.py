@@ -1,0 +1,149 @@
+"""Fused sites judged by the hazard table: what each option does with each kind of row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ringfence.compile_passes.clean import clean_payload
+from ringfence.compile_passes.fuse import SITE
+from ringfence.compile_passes.judge import CLEAN, Decision, Verdict, judge
+from ringfence.compile_passes.roles import c10d
+from ringfence.compile_passes.split import split
+from ringfence.runtime.errors import HazardError, VersionError
+from ringfence.runtime.situation import Collective, Fact, Payload, Situation, Strategy
+from support import aot_graph, fuse_graph
+
+H = 16
+MNNVL, TRTLLM = Collective.MNNVL, Collective.TRTLLM
+IN_GRAPH, SPLIT, REFUSE = Decision.IN_GRAPH, Decision.SPLIT, Decision.REFUSE
+
+
+def layers(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    for _ in range(2):
+        residual = c10d.wait_tensor(c10d.all_reduce(x.sin(), "sum", "0")) + residual
+        x = F.rms_norm(residual, (H,), None, 1e-6)
+    return x, residual
+
+
+@pytest.fixture
+def fused(fake_group: None) -> GraphModule:
+    gm = aot_graph(layers, torch.randn(4, H), torch.randn(4, H))
+    assert all(s.fused for s in fuse_graph(gm))
+    return gm
+
+
+def verdicts(gm: GraphModule, situation: Situation, capture: bool = True, **options: str) -> list[Verdict]:
+    found = judge(gm, backends={"0": "nccl"}, capture=capture, situation=situation, **options)
+    assert [v.site for v in found] == [0, 1]
+    return found
+
+
+def decide(gm: GraphModule, situation: Situation, capture: bool = True, **options: str) -> tuple[Decision, str]:
+    first, second = verdicts(gm, situation, capture, **options)
+    assert (first.decision, first.rule) == (second.decision, second.rule)
+    return first.decision, first.rule
+
+
+@pytest.mark.parametrize("collective", [MNNVL, TRTLLM])
+def test_sound_release_is_captured(fused: GraphModule, collective: Collective) -> None:
+    assert decide(fused, Situation(collective, "0.7.2.post1")) == (IN_GRAPH, "device_epoch")
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize(
+    ("on_hazard", "decision", "rule"),
+    [("split", REFUSE, "M1"), ("refuse", REFUSE, "M1"), ("clean", IN_GRAPH, CLEAN)],
+)
+def test_float_compare_of_the_sentinel_is_not_cured_by_a_split(
+    fused: GraphModule, on_hazard: str, decision: Decision, rule: str, capture: bool
+) -> None:
+    """M1 hangs eager calls too, so it decides also where nothing is captured."""
+    situation = Situation(MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT)
+    assert decide(fused, situation, capture, on_hazard=on_hazard) == (decision, rule)
+    verdict = verdicts(fused, situation, capture, on_hazard=on_hazard)[0]
+    assert (verdict.hazard, verdict.invariant) == ("M1", "I1")
+    assert verdict.fact is not None and "FlashInfer before 0.6.12" in verdict.fact
+    assert verdict.remedy is not None and "0.6.12" in verdict.remedy and verdict.remedy in verdict.message
+
+
+def test_hazard_can_be_an_error(fused: GraphModule) -> None:
+    with pytest.raises(HazardError, match=r"M1.*Upgrade FlashInfer to 0\.6\.12"):
+        verdicts(fused, Situation(MNNVL, "0.6.10"), on_hazard="raise")
+    verdicts(fused, Situation(MNNVL, "0.7.0"), on_hazard="raise")
+
+
+@pytest.mark.parametrize(("payload", "decision"), [(Payload.ORDINARY, IN_GRAPH), (Payload.SUBNORMAL, REFUSE)])
+def test_payload_that_is_known_decides(fused: GraphModule, payload: Payload, decision: Decision) -> None:
+    assert decide(fused, Situation(MNNVL, "0.6.11", payload=payload))[0] is decision
+
+
+def test_unknown_version_may_be_the_worst(fused: GraphModule) -> None:
+    verdict = verdicts(fused, Situation(MNNVL))[0]
+    assert verdict.decision is REFUSE and verdict.fact is not None and "version is not known" in verdict.fact
+
+
+def test_unreadable_version_is_refused() -> None:
+    with pytest.raises(VersionError, match=r"'latest' is not a version"):
+        Situation(MNNVL, "latest")
+
+
+def test_host_epoch_is_split_and_only_where_something_is_captured(fused: GraphModule) -> None:
+    situation = Situation(Collective.TRTLLM_CUSTOM, "0.7.0", facts=frozenset({Fact.HOST_EPOCH}))
+    decision, rule = decide(fused, situation)
+    assert (decision, rule) == (SPLIT, "M15")
+    assert decide(fused, situation, on_hazard="refuse") == (REFUSE, "M15")
+    assert decide(fused, situation, on_hazard="clean") == (SPLIT, "M15")
+    assert decide(fused, situation, capture=False) == (IN_GRAPH, "no_capture")
+
+
+def test_warning_leaves_the_site_in_its_piece_and_names_the_row(fused: GraphModule) -> None:
+    situation = Situation(TRTLLM, "0.7.0", facts=frozenset({Fact.PDL, Fact.PRODUCER_RIGHT_BEFORE_PDL}))
+    verdict = verdicts(fused, situation)[0]
+    assert verdict.hazard == "M17" and verdict.remedy
+
+
+def test_named_split_op_stays_split_beside_a_warning(fused: GraphModule) -> None:
+    situation = Situation(MNNVL, "0.6.12", strategy=Strategy.TWO_SHOT)
+    found = judge(
+        fused,
+        backends={"0": "nccl"},
+        capture=True,
+        situation=situation,
+        split_ops=["ringfence::all_reduce_add_rms_norm"],
+    )
+    assert {v.decision for v in found} == {SPLIT}
+
+
+#: What engines do, by name (SGL#23402, SGL#28789): the table that ``profile="conservative"`` is.
+FIELD = [
+    (MNNVL, True, SPLIT),
+    (MNNVL, False, IN_GRAPH),
+    (TRTLLM, True, IN_GRAPH),
+    (TRTLLM, False, IN_GRAPH),
+    (Collective.REFERENCE, True, IN_GRAPH),
+]
+
+
+@pytest.mark.parametrize("version", ["0.6.10", "0.7.0"])
+@pytest.mark.parametrize(("collective", "capture", "decision"), FIELD)
+def test_conservative_profile_is_the_fields_rule(
+    fused: GraphModule, collective: Collective, capture: bool, decision: Decision, version: str
+) -> None:
+    found = decide(fused, Situation(collective, version), capture, profile="conservative")
+    assert found[0] is decision
+    assert (found[1] == "field") == (decision is SPLIT)
+
+
+def test_refused_site_runs_between_pieces(fused: GraphModule) -> None:
+    plan, _ = split(fused, verdicts(fused, Situation(MNNVL, "0.6.10")))
+    assert [p.ops for p in plan.pieces if p.island] == [("ringfence::all_reduce_add_rms_norm",)] * 2
+
+
+def test_cleaned_sites_are_those_whose_verdict_says_so(fused: GraphModule) -> None:
+    found = verdicts(fused, Situation(MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT), on_hazard="clean")
+    clean_payload(fused, {v.site for v in found if v.rule == CLEAN and v.site is not None})
+    assert [n.args[0].target for n in fused.graph.nodes if SITE in n.meta] == [torch.ops.aten.view.dtype] * 2
