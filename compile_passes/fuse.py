@@ -60,7 +60,8 @@ class _Rewriter:
         self.graph = gm.graph
         self.collective = collective
         self.replaced: dict[Node, Node] = {}
-        self.chains: list[tuple[Node, ...]] = []
+        self.sums: list[Node] = []
+        self.collectives: set[Node] = set()
 
     def current(self, node: Node) -> Node:
         while node in self.replaced:
@@ -93,7 +94,8 @@ class _Rewriter:
             for user in list(match.sum.users):
                 if cast_input(user) is match.sum and tensor(user).dtype == tensor(summed).dtype:
                     self._replace(user, summed)
-        self.chains.append(all_reduce.chain)
+        self.sums.append(match.sum)
+        self.collectives.update(all_reduce.chain)
 
     def _through(self, views: Iterable[Node], node: Node) -> Node:
         """``node`` seen through copies of ``views``."""
@@ -126,12 +128,15 @@ class _Rewriter:
         fused.meta[SITE] = site
 
     def finish(self) -> None:
-        """Erase what was replaced: the dead norms first, then the collectives, users first."""
-        self.graph.eliminate_dead_code()
-        for chain in reversed(self.chains):
-            for node in reversed(chain):
-                if not node._erased:
-                    self.graph.erase_node(node)
+        """Erase what was replaced and what only that needed, the collectives included."""
+        dead = [*self.replaced, *self.sums]
+        while dead:
+            node = dead.pop()
+            if node._erased or node.users or node.op == "placeholder":
+                continue
+            if node in self.collectives or not node.is_impure():
+                dead += node.all_input_nodes
+                self.graph.erase_node(node)
         self.graph.lint()
 
 
