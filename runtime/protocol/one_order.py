@@ -46,7 +46,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .explore import Event, Failure, Result, TooManyStatesError, explore
-from .machine import EMPTY, Action, Machine, Op, State, perform, ready
+from .machine import EMPTY, Machine, Op, State, perform, ready
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ def decide(machine: Machine, *, limit: int = 40_000) -> Result[State]:
     visited = len(run.trace) + 1
     if run.failure is None and run.suspicion is None:
         return Result(None, visited)
+    if run.failure is Failure.DEADLOCK:  # nothing was out of order, so every order gets stuck after these steps
+        stuck = _run(machine, run.quiet[-1])
+        return replace(_report(machine, run.quiet[-1], stuck, visited), shortest=True)
     for quiet in dict.fromkeys((run.quiet[0], run.quiet[-1])):
         try:
             found = explore(machine, start=quiet, limit=limit // len(machine.programs))
