@@ -89,6 +89,9 @@ def decide(machine: Machine, *, limit: int = 40_000) -> Result[State]:
     visited = len(run.trace) + 1
     if run.failure is None and run.suspicion is None:
         return Result(None, visited)
+    if run.failure is Failure.DEADLOCK:  # nothing was out of order, so every order gets stuck after these steps
+        stuck = _run(machine, run.quiet[-1])
+        return replace(_report(machine, run.quiet[-1], stuck, visited), shortest=True)
     for quiet in dict.fromkeys((run.quiet[0], run.quiet[-1])):
         try:
             found = explore(machine, start=quiet, limit=limit // len(machine.programs))

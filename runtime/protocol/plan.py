@@ -1,0 +1,214 @@
+"""Plan: from a split plan to what each rank launches, and the question whether that can hang.
+
+A split plan is a row of pieces, captured and replayed, and of islands, run eagerly. What a
+rank's device sees of it is its sequence of collective calls, which the runner makes like this
+(:mod:`ringfence.runtime.runner`): the first step of a captured size runs twice eagerly, then
+records piece after piece and replays each at once; recording itself launches nothing. Later
+steps of that size replay. A step is padded to the next captured size; a larger one runs
+eagerly. So a rank that pads differently, has captured other sizes, or lacks a call makes
+another program, and ranks are described one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from ..errors import RingfenceError
+from .calls import Call, Payload, Program, Strategy
+from .explore import Result
+from .machine import Machine, State
+from .mnnvl import mnnvl
+from .moe_a2a import moe_a2a
+from .one_order import decide
+from .trtllm import trtllm
+from .versions import mnnvl_rules, moe_rules, trtllm_rules
+
+#: What FlashInfer's kernels are built for.
+WORLD_SIZES = (2, 4, 8, 16)
+
+_WARM_UPS = 2
+
+
+class PlanError(RingfenceError, ValueError):
+    """A plan that no protocol can be asked about: no collective, or a world size that does not exist."""
+
+
+class Collective(StrEnum):
+    MNNVL = "mnnvl"
+    TRTLLM = "trtllm"
+    MOE_A2A = "moe_a2a"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A collective in a plan. ``strategy`` None leaves it to the number of tokens."""
+
+    name: str
+    strategy: Strategy | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a split plan with its collectives in order. An island is never captured."""
+
+    name: str
+    island: bool
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank's runner is given.
+
+    steps: how many tokens each step has.
+    two_shot_from: from how many tokens on a site that leaves it open is two-shot; None is never.
+    """
+
+    pieces: tuple[Piece, ...]
+    steps: tuple[int, ...]
+    capture_sizes: tuple[int, ...] = ()
+    padding: bool = True
+    two_shot_from: int | None = None
+    payload: Payload = Payload.ORDINARY
+
+
+def even_pieces(layers: int, sites_per_layer: int, pieces: int, strategy: Strategy | None = None) -> tuple[Piece, ...]:
+    """``pieces`` captured pieces with the sites of all layers spread over them as evenly as can be."""
+    sites = [
+        Site(f"layer {i // sites_per_layer} site {i % sites_per_layer}", strategy)
+        for i in range(layers * sites_per_layer)
+    ]
+    cuts = [len(sites) * i // pieces for i in range(pieces + 1)]
+    return tuple(Piece(f"piece {i}", False, tuple(sites[cuts[i] : cuts[i + 1]])) for i in range(pieces))
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A call before it has an id. ``key`` is the same on ranks that mean the same call: (step, run, site)."""
+
+    key: tuple[int, int, int]
+    tokens: int
+    strategy: Strategy
+    epoch: int
+    where: str
+
+
+def programs(ranks: Sequence[Rank]) -> tuple[Program, ...]:
+    """The calls of every rank. A call has the same id on all ranks that make it in the same run of the same step."""
+    launched = [list(_launched(rank)) for rank in ranks]
+    keys = sorted({call.key for calls in launched for call in calls})
+    ids = {key: i for i, key in enumerate(keys)}
+    return tuple(
+        tuple(
+            Call(ids[c.key], c.strategy, c.tokens, rank.payload, epoch=c.epoch, where=c.where)
+            for c in calls
+            if c.tokens > 0  # FlashInfer's grid has a block per token: without tokens there is no launch
+        )
+        for rank, calls in zip(ranks, launched, strict=True)
+    )
+
+
+def _launched(rank: Rank) -> Iterator[_Launched]:
+    """The runner's loop on paper. The host counts a call when it launches or records it."""
+    counted = itertools.count()
+    recorded: dict[tuple[int, int], int] = {}  # (size, site) -> the host's count, baked in
+    captured: set[int] = set()
+    for step, asked in enumerate(rank.steps):
+        size = _capture_size(rank, asked)
+        tokens = size or asked
+        runs = ["eager"] if size is None else ["replay"]
+        if size is not None and size not in captured:
+            captured.add(size)
+            runs = ["warm-up"] * _WARM_UPS + runs
+        for run, how in enumerate(runs, start=_WARM_UPS + 1 - len(runs)):
+            sites = ((piece, site) for piece in rank.pieces for site in piece.sites)
+            for i, (piece, site) in enumerate(sites):
+                if how == "replay" and not piece.island:
+                    if (tokens, i) not in recorded:
+                        recorded[tokens, i] = next(counted)
+                    epoch, manner = recorded[tokens, i], "replay"
+                else:
+                    epoch, manner = next(counted), "eager" if how == "replay" else how
+                where = f"step {step}, {piece.name}, {manner}"
+                yield _Launched((step, run, i), tokens, _strategy(rank, site, tokens), epoch, where)
+
+
+def _capture_size(rank: Rank, tokens: int) -> int | None:
+    if rank.padding:
+        return min((size for size in rank.capture_sizes if size >= tokens), default=None)
+    return tokens if tokens in rank.capture_sizes else None
+
+
+def _strategy(rank: Rank, site: Site, tokens: int) -> Strategy:
+    if site.strategy is not None:
+        return site.strategy
+    two_shot = rank.two_shot_from is not None and tokens >= rank.two_shot_from
+    return Strategy.TWO_SHOT if two_shot else Strategy.ONE_SHOT
+
+
+def reduced(ranks: Sequence[Program]) -> tuple[Program, ...]:
+    """The same programs with few tokens instead of many.
+
+    Rules treat tokens alike: a call covers the tokens below its count, no two of them share a
+    word, and of two tokens covered by the same calls (and, in two-shot, owned by the same rank)
+    one tells all that the other would. So counts are replaced in order by the smallest that
+    keep their order and, for two-shot, their remainder by the world size. Where ranks differ
+    in a count or a strategy, rows of one call may lie where another rank has rows of another
+    token; then which failure comes first can depend on the counts, that there is one cannot.
+    """
+    counts = sorted({call.tokens for calls in ranks for call in calls})
+    step = len(ranks) if any(call.strategy is Strategy.TWO_SHOT for calls in ranks for call in calls) else 1
+    small: dict[int, int] = {}
+    last = 0
+    for count in counts:
+        last = last + 1 + (count - last - 1) % step
+        last += step * (last < min(count, step))
+        small[count] = last
+    return tuple(tuple(replace(call, tokens=small[call.tokens]) for call in calls) for calls in ranks)
+
+
+def with_grids(ranks: Sequence[Program]) -> tuple[Program, ...]:
+    """Calls with a grid each: equal where ranks agree on the tokens, which the grid depends on."""
+    counts: dict[int, set[int]] = {}
+    for call in _all(ranks):
+        counts.setdefault(call.id, set()).add(call.tokens)
+    order = {id: sorted(tokens) for id, tokens in counts.items()}
+    return tuple(
+        tuple(replace(call, ctas=call.ctas + order[call.id].index(call.tokens)) for call in calls) for calls in ranks
+    )
+
+
+def machine_for(collective: str, version: str, ranks: Sequence[Program]) -> Machine:
+    """The protocol of this collective in this FlashInfer, run by these programs, one per rank.
+
+    Raises :class:`PlanError` or :class:`~.versions.VersionError`.
+    """
+    if len(ranks) not in WORLD_SIZES:
+        raise PlanError(f"a world of {len(ranks)} ranks; FlashInfer's collectives serve {_listed(WORLD_SIZES)}")
+    if not any(ranks):
+        raise PlanError("the plan has no collective, so there is nothing that could hang; check the model's splits")
+    match collective:
+        case Collective.MNNVL:
+            return mnnvl(reduced(ranks), mnnvl_rules(version))
+        case Collective.TRTLLM:
+            return trtllm(with_grids(reduced(ranks)), trtllm_rules(version))
+        case Collective.MOE_A2A:
+            return moe_a2a(ranks, moe_rules(version))
+    raise PlanError(f"no model of collective '{collective}'; there are {_listed(Collective)}")
+
+
+def check(collective: str, version: str, ranks: Sequence[Program]) -> Result[State]:
+    """Whether these programs, one per rank, can deadlock, read stale data or lose a write."""
+    return decide(machine_for(collective, version, ranks))
+
+
+def _all(ranks: Sequence[Program]) -> Iterator[Call]:
+    return (call for calls in ranks for call in calls)
+
+
+def _listed(values: Iterable[object]) -> str:
+    *most, last = [str(value) for value in values]
+    return f"{', '.join(most)} or {last}"

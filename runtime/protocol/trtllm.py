@@ -1,0 +1,137 @@
+"""trtllm: FlashInfer's unicast all-reduce, one-shot by Lamport and two-shot by barriers.
+
+One-shot stores into every peer's buffer and polls its own, as :mod:`.mnnvl` does, element by
+element and bitwise. Two-shot copies its input where peers can read it, and meets them in two
+barriers. A barrier's flags take three values. Block b of a grid writes the next value to flags
+b, b + grid, b + 2 grid, ... of every peer, and waits while its own flag b, as each peer wrote
+it, still has the previous value.
+
+Each strategy has its own buffers and its own flag among the five control words; the arrival
+``counter`` is shared, and must equal the grid exactly: see :mod:`.arrival`.
+
+Source: trtllm_allreduce_fusion.cuh of FlashInfer 0.6.0 to 0.7.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .calls import Call, Program, Strategy
+from .lamport import Mailbox, tag, word
+from .machine import Action, Launch, Machine, Memory, Op
+from .versions import Clear, Epoch, LamportRules
+
+
+@dataclass(frozen=True)
+class ControlWords:
+    """The five int32 of one rank, in this order.
+
+    counter: how many blocks of the running call have arrived. sync: value of the barrier flags.
+    lamport: number of the data buffer. comm_size: bytes of a Lamport buffer. clear: elements of
+    the buffer before that the next one-shot call clears.
+    """
+
+    counter: int
+    sync: int
+    lamport: int
+    comm_size: int
+    clear: int
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        return (self.counter, self.sync, self.lamport, self.comm_size, self.clear)
+
+    @staticmethod
+    def initial(comm_size: int) -> ControlWords:
+        return ControlWords(0, 0, 0, comm_size, 0)
+
+    def after(self, call: Call, world_size: int, row: int, buffers: int = 3) -> ControlWords:
+        """The words once ``call`` is complete; ``row`` is what one token counts in ``clear``."""
+        if call.strategy is Strategy.TWO_SHOT:
+            return replace(self, sync=(self.sync + 2) % 3)  # two barriers
+        return replace(self, lamport=(self.lamport + 1) % buffers, clear=call.tokens * world_size * row)
+
+
+def control_words(calls: Sequence[Call], world_size: int, hidden: int, comm_size: int) -> list[ControlWords]:
+    """The five words of a rank before the first call and after each, as the real kernel leaves them."""
+    words = [ControlWords.initial(comm_size)]
+    for call in calls:
+        words.append(words[-1].after(call, world_size, hidden))
+    return words
+
+
+def trtllm(programs: Sequence[Program], rules: LamportRules) -> Machine:
+    """The machine that these programs, one per rank, make of a trtllm workspace."""
+    memory = Memory()
+    flags = max((call.ctas for calls in programs for call in calls), default=1)
+    ranks = [_Rank(rank, len(programs), flags, rules, memory) for rank in range(len(programs))]
+    launches = [[ranks[rank].launch(call) for call in calls] for rank, calls in enumerate(programs)]
+    return Machine(launches, memory.names)
+
+
+class _Rank:
+    """Compiles the calls of one rank. ``flags`` stands for the 256 of the real workspace."""
+
+    def __init__(self, rank: int, world_size: int, flags: int, rules: LamportRules, memory: Memory) -> None:
+        self._rank, self._world, self._flags = rank, range(world_size), flags
+        self._rules, self._memory = rules, memory
+        self._words: dict[int, ControlWords] = {}
+        self._barriers: dict[int, int] = {}
+
+    def launch(self, call: Call) -> Launch:
+        body = self._two_shot if call.strategy is Strategy.TWO_SHOT else self._one_shot
+        return Launch(call.id, call.title, tuple(body(call)))
+
+    def _one_shot(self, call: Call) -> list[Op]:
+        rank, world, rules = self._rank, self._world, self._rules
+        mailbox = Mailbox(self._memory, f"workspace {call.workspace}" if call.workspace else "")
+        words = self._words.get(call.workspace, ControlWords.initial(0))
+        if rules.epoch is Epoch.HOST and call.epoch is not None:
+            words = replace(words, lamport=call.epoch % rules.buffers)
+        self._words[call.workspace] = after = words.after(call, len(world), 1, rules.buffers)
+        cur, dirty = words.lamport, (words.lamport + rules.buffers - 1) % rules.buffers
+        sent = word(call.id, call.payload, rules.sanitises_input, rules)
+        ops = []
+        for peer in world:
+            rows = range(rank * call.tokens, (rank + 1) * call.tokens)
+            slots = tuple(mailbox.row(peer, cur, row) for row in rows)
+            ops.append(Op(Action.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
+        for token in range(call.tokens):
+            slots = tuple(mailbox.row(rank, cur, source * call.tokens + token) for source in world)
+            ops.append(Op(Action.POLL, slots, tag(call.id), detail=f"token {token}, buffer {cur}"))
+        cleared = {Clear.RECORDED: words.clear, Clear.CURRENT: after.clear, Clear.NONE: 0}[rules.clear]
+        return [*ops, *mailbox.clear(rank, dirty, range(cleared))]
+
+    def _two_shot(self, call: Call) -> list[Op]:
+        ops: list[Op] = []
+        passed = self._barriers.get(call.workspace, 0)
+        self._barriers[call.workspace] = passed + 2
+        for block in range(call.ctas):
+            before = 0
+            for barrier in (passed + 1, passed + 2):
+                for peer in self._peers():
+                    cells = tuple(
+                        self._flag(call, peer, flag, self._rank) for flag in range(block, self._flags, call.ctas)
+                    )
+                    detail = f"block {block}: flags of rank {peer} to {barrier % 3}"
+                    ops.append(Op(Action.RAISE, cells, barrier, before, detail=detail))
+                raised = before | self._mask(ops)
+                for peer in self._peers():
+                    cells = (self._flag(call, self._rank, block, peer),)
+                    detail = f"block {block}: flag {block} from rank {peer}"
+                    ops.append(Op(Action.AWAIT_CHANGE, cells, barrier, raised, detail=detail))
+                before = raised | self._mask(ops)
+        return ops
+
+    def _peers(self) -> list[int]:
+        """A rank's own flags tell it nothing that it does not know."""
+        return [peer for peer in self._world if peer != self._rank]
+
+    def _mask(self, ops: list[Op]) -> int:
+        """The last step of a block, one op per peer."""
+        return ((1 << len(self._peers())) - 1) << len(ops) - len(self._peers())
+
+    def _flag(self, call: Call, rank: int, flag: int, source: int) -> int:
+        workspace = f"workspace {call.workspace} " if call.workspace else ""
+        return self._memory.cell(rank, f"{workspace}flag {flag} of rank {source}")
