@@ -1,6 +1,6 @@
 """The backend: the journey of a graph, one line per stage.
 
-Dynamo graph -> AOT -> find -> fuse -> judge -> split -> lower -> PiecewiseRunner
+Dynamo graph -> AOT -> find -> fuse -> judge -> clean -> split -> prove -> lower -> PiecewiseRunner
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -21,11 +22,14 @@ from torch._guards import TracingContext
 from torch.fx import GraphModule
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from .compile_passes.clean import clean_payload
 from .compile_passes.dump import dump_graph
+from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, find
 from .compile_passes.fuse import fuse
-from .compile_passes.judge import groups_of, judge
+from .compile_passes.judge import CLEAN, groups_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
+from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names
 from .compile_passes.report import CompileReport
 from .compile_passes.sizes import padding, size_rule
@@ -36,6 +40,7 @@ from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.errors import InputError, OptionsError
 from .runtime.groups import describe_group
 from .runtime.runner import PiecewiseRunner
+from .runtime.situation import Collective, Payload, Situation
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,8 @@ class Backend:
 
     def __init__(self, **options: Any) -> None:
         self.options = Options.parse(options)
+        #: What fused sites are judged as, where that is not what runs here: ``ringfence explain --collective``.
+        self.judge_as: Situation | None = None
         self.reports: list[CompileReport] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -94,7 +101,7 @@ class Backend:
             candidates = verify(candidates, device)
         sizes = size_rule(gm, candidates, static_inputs)
         sites = fuse(gm, candidates, collective="reference")
-        backends = {name: describe_group(name, device).backend for name in groups_of(gm)}
+        groups = {name: describe_group(name, device) for name in groups_of(gm)}
         dump_graph("fused", gm)
 
         graphs = self._graphs(device) if options.capture_sizes and sizes.tokens is not None else None
@@ -105,17 +112,30 @@ class Backend:
                 f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
                 "them, and each token count is captured for at most 8 combinations"
             )
+        situation = self.judge_as or Situation(
+            Collective.REFERENCE, world_size=max((g.size for g in groups.values()), default=1)
+        )
         verdicts = judge(
             gm,
-            backends=backends,
+            backends={name: group.backend for name, group in groups.items()},
             capture=graphs is not None,
             split_ops=options.split_ops,
             all_reduce_ops=options.all_reduce_ops,
+            situation=situation,
+            on_hazard=options.on_hazard,
+            profile=options.profile,
         )
+        cleaned = {v.site for v in verdicts if v.rule == CLEAN and v.site is not None}
+        if cleaned:
+            clean_payload(gm, cleaned)
+            situation = replace(situation, payload=Payload.ORDINARY)
         pads = padding(gm, sizes) if options.pad_to_capture_size else None
         if options.pad_to_capture_size and pads is None:
             notes.append("not padded: the graph has no single dynamic size that all its dynamic dimensions equal")
         plan, whole = split(gm, verdicts)
+        evidence = facts_of(plan, whole) if graphs is not None else ()
+        notes += [f"{e.fact}: {e.message}" for e in evidence]
+        proof = prove(plan, situation, options.capture_sizes if graphs is not None else ())
         dump_graph("split", whole)
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
@@ -138,6 +158,7 @@ class Backend:
                 collective="reference",
                 graphs=graphs.name if graphs is not None else None,
                 notes=tuple(notes),
+                plan=proof,
             )
         )
         return _boxed(runner)

@@ -20,6 +20,8 @@ _CHOICES = {
     "piece_compiler": ("inductor", "eager"),
     "numerics": ("kernel", "strict"),
     "graphs": ("auto", "cuda", "simulated"),
+    "on_hazard": ("split", "refuse", "raise", "clean"),
+    "profile": ("causes", "conservative"),
 }
 _FLAGS = ("verify", "pad_to_capture_size", "static_outputs")
 
@@ -44,6 +46,11 @@ class Options:
     graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs and the simulation elsewhere.
     pad_to_capture_size: serve a size between two captured ones by the larger, with zero rows. Only
         right for models whose rows do not look at each other outside ``split_ops``.
+    on_hazard: what follows where a known mechanism (``ringfence hazards``) applies to a fused site.
+        ``"split"`` runs it between pieces if that avoids the mechanism, and by the reference
+        collective if not; ``"refuse"`` is always the reference collective; ``"raise"`` is an error;
+        ``"clean"`` flushes the words that a faulty receiver waits for, where that helps.
+    profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name.
     static_outputs: return the captured output buffers themselves. They hold until the next call.
     on_report: called with the :class:`CompileReport` of every compiled graph.
     """
@@ -59,6 +66,8 @@ class Options:
     groups: tuple[str, ...] | None = None
     graphs: str = "auto"
     pad_to_capture_size: bool = False
+    on_hazard: str = "split"
+    profile: str = "causes"
     static_outputs: bool = False
     on_report: Callable[[CompileReport], None] | None = None
 

@@ -6,6 +6,7 @@ or goes away.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from ..runtime.errors import NotFusedError
 from .find import Site
 from .judge import Verdict
+from .prove import PlanVerdict
 from .split import Piece
 
 SCHEMA = 1
@@ -35,6 +37,7 @@ class CompileReport:
     collective: str
     graphs: str | None
     notes: tuple[str, ...] = ()
+    plan: PlanVerdict | None = None
 
     @property
     def fused(self) -> tuple[Site, ...]:
@@ -82,6 +85,8 @@ class CompileReport:
         parts += [
             f"{ops}: {text}" for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in self.verdicts)
         ]
+        if self.plan is not None:
+            parts.append(f"plan: {self.plan.kind}: {self.plan.message}")
         parts += [f"note: {note}" for note in self.notes]
         return "\n".join(parts)
 
@@ -93,22 +98,9 @@ class CompileReport:
             "collective": self.collective,
             "graphs": self.graphs,
             "sites": [_site(s) for s in self.sites],
-            "pieces": [
-                {"index": p.index, "name": p.name, "island": p.island, "ops": list(p.ops), "nodes": p.nodes}
-                for p in self.pieces
-            ],
-            "verdicts": [
-                {
-                    "node": v.node,
-                    "op": v.op,
-                    "decision": str(v.decision),
-                    "rule": v.rule,
-                    "message": v.message,
-                    "source": v.source,
-                    "site": v.site,
-                }
-                for v in self.verdicts
-            ],
+            "pieces": [_plain(p) for p in self.pieces],
+            "verdicts": [_plain(v) for v in self.verdicts],
+            "plan": _plain(self.plan) if self.plan is not None else None,
             "options": self.options,
             "versions": self.versions,
             "notes": list(self.notes),
@@ -157,6 +149,12 @@ def _site(site: Site) -> dict[str, Any]:
         "module": site.module,
         "roundings": [r.name.lower() for r in site.roundings],
     }
+
+
+def _plain(value: Piece | Verdict | PlanVerdict) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them."""
+    fields = dataclasses.asdict(value)
+    return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, str) else v for k, v in fields.items()}
 
 
 def _short(source: str | None) -> str:

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
 from ..runtime.errors import RefusedError
+from .fuse import SITE
 from .judge import Decision, Verdict
 from .roles import VIEWS, aten, c10d, calls, first_node
 
@@ -45,7 +46,7 @@ class Piece:
     """One part of the split graph, in the order of execution.
 
     ``name`` is the submodule's; ``island`` says that it runs eagerly, because of
-    ``ops``; ``nodes`` counts its operations.
+    ``ops``; ``nodes`` counts its operations; ``sites`` are the fused sites in it.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Piece:
     island: bool
     ops: tuple[str, ...]
     nodes: int
+    sites: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def split(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, Grap
             island=island,
             ops=tuple(dict.fromkeys(eager[n.name] for n in nodes if n.name in eager)),
             nodes=len(nodes),
+            sites=tuple(n.meta[SITE] for n in nodes if SITE in n.meta),
         )
         for i, (island, nodes) in enumerate(runs)
     )

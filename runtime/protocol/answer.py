@@ -1,0 +1,85 @@
+"""Answer: can a plan hang on these ranks, and which row of the hazard table explains it?
+
+The models (:mod:`.plan`) say whether some order of the ranks' steps fails; the table says
+what the failure is called, which invariant is broken, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..hazard_table import Hazard
+from ..hazards import applicable
+from ..situation import Fact, Payload, Situation, Strategy
+from .calls import Program, changed
+from .explore import Failure, Result
+from .machine import State
+from .plan import PlanError, check
+
+#: Rows whose failure is a wrong number; the others' is a wait that never ends.
+_WRONG_NUMBERS = frozenset({"M3", "M5"})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``result`` is that of the model, for the ``payload`` that fails or, when none does, the last one tried.
+
+    ``hazard`` is the row that explains a failure; None for a safe plan, and for a failure that no row explains.
+    """
+
+    result: Result[State]
+    payload: Payload
+    hazard: Hazard | None = None
+
+    @property
+    def safe(self) -> bool:
+        return self.result.safe
+
+    @property
+    def remedy(self) -> str | None:
+        if self.safe:
+            return None
+        return self.hazard.remedy if self.hazard is not None else "no row of the hazard table explains this; report it"
+
+
+def ask(situation: Situation, ranks: Sequence[Program]) -> Answer:
+    """Run the protocol of the situation's collective and version with these programs, one per rank.
+
+    A payload of ANY stands for each kind of word in turn, the plainest first. Raises
+    :class:`~.plan.PlanError` and :class:`~ringfence.runtime.errors.VersionError`.
+    """
+    version = situation.flashinfer
+    if version is None:
+        raise PlanError("the protocols differ between FlashInfer releases; say which one")
+    states = 0
+    for payload in _payloads(situation.payload):
+        programs = [changed(calls, *(c.id for c in calls), payload=payload) for calls in ranks]
+        result = check(situation.collective, version, programs)
+        states += result.states
+        if not result.safe:
+            break
+    result = replace(result, states=states)
+    if result.safe:
+        return Answer(result, payload)
+    return Answer(result, payload, _explanation(replace(situation, payload=payload), result, programs))
+
+
+def _payloads(payload: Payload) -> Iterator[Payload]:
+    yield from (Payload.ORDINARY, Payload.NEGATIVE_ZERO, Payload.SUBNORMAL) if payload is Payload.ANY else (payload,)
+
+
+def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Program]) -> Hazard | None:
+    diverge = any(_shape(calls) != _shape(ranks[0]) for calls in ranks)
+    if diverge:
+        two_shot = any(call.strategy is Strategy.TWO_SHOT for calls in ranks for call in calls)
+        same_calls = len({tuple(c.id for c in calls) for calls in ranks}) == 1
+        geometry = {Fact.DIVERGENT_GEOMETRY} if two_shot and same_calls else set()
+        situation = replace(situation, facts=situation.facts | {Fact.DIVERGENT_SEQUENCE} | geometry)
+    rows = [row for row in applicable(situation) if not diverge or any(when.facts for when in row.when)]
+    wrong = result.failure is not Failure.DEADLOCK
+    return next((row for row in rows if (row.id in _WRONG_NUMBERS) == wrong), rows[0] if rows else None)
+
+
+def _shape(calls: Program) -> list[tuple[object, ...]]:
+    return [(c.id, c.strategy, c.tokens, c.workspace) for c in calls]
