@@ -15,14 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .calls import Call, Program, Strategy
+from .calls import Call, Program
 from .machine import Action, Launch, Machine, Memory, Op
 from .versions import MoeRules
-
-
-def rounds(count: int) -> Program:
-    """Dispatch, combine, dispatch, combine, ..."""
-    return tuple(Call(i, (Strategy.DISPATCH, Strategy.COMBINE)[i % 2]) for i in range(2 * count))
 
 
 def moe_a2a(programs: Sequence[Program], rules: MoeRules) -> Machine:
