@@ -39,9 +39,9 @@ def _launch(rank: int, world_size: int, call: Call, flag: int, rules: MoeRules, 
     active = range(world_size) if call.active is None else call.active
     peers = [peer for peer in active if peer != rank]
     ops = [
-        *(Op(Action.RAISE, (cell(peer, rank),), flag, detail=f"flag of rank {peer} to {flag}") for peer in peers),
+        *(Op(Action.RAISE, (cell(peer, rank),), (flag,), detail=f"flag of rank {peer} to {flag}") for peer in peers),
         *(
-            Op(Action.AWAIT_EQUAL, (cell(rank, peer),), flag, detail=f"flag of rank {peer} for {flag}")
+            Op(Action.AWAIT_EQUAL, (cell(rank, peer),), (flag,), detail=f"flag of rank {peer} for {flag}")
             for peer in peers
         ),
     ]

