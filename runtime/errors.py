@@ -58,3 +58,26 @@ class AddressChangedError(CaptureError):
 
 class DataDependentValueError(CaptureError):
     """An eager island returned another number than when the graph was captured."""
+
+
+class VersionError(RingfenceError, ValueError):
+    """A FlashInfer version that cannot be read, or whose protocols are not known."""
+
+
+class PlanError(RingfenceError, ValueError):
+    """A plan that no protocol can be asked about: no collective, or a world size that does not exist."""
+
+
+class TraceError(RingfenceError, ValueError):
+    """A saved trace that cannot be read."""
+
+
+class TooManyStatesError(RingfenceError):
+    """A protocol model has more states than the limit; nothing is known about it.
+
+    states: how many were visited.
+    """
+
+    def __init__(self, states: int, limit: int) -> None:
+        super().__init__(f"the model has more than {limit} states; ask about fewer calls or ranks")
+        self.states = states

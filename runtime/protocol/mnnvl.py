@@ -171,7 +171,7 @@ class _Rank:
                 return []
             case Clear.CURRENT:
                 words = replace(words.after(call, len(self._world), 1), dirty=words.dirty)
-        ops = []
+        ops: list[Op] = []
         for stage in range(words.dirty_stages):
             start = stage * (self._capacity // words.dirty_stages)
             ops += mailbox.clear(self._rank, words.dirty, range(start, start + words.clear[stage]), self._torn)

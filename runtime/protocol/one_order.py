@@ -45,7 +45,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .explore import Event, Failure, Result, TooManyStatesError, explore
+from ..errors import TooManyStatesError
+from .explore import Event, Failure, Result, explore
 from .machine import EMPTY, Machine, Op, State, perform, ready
 
 

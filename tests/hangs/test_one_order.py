@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from ringfence.runtime.errors import TooManyStatesError
 from ringfence.runtime.protocol.calls import (
     Call,
     Payload,
@@ -21,7 +22,7 @@ from ringfence.runtime.protocol.calls import (
     until,
     without,
 )
-from ringfence.runtime.protocol.explore import Failure, Result, TooManyStatesError, explore
+from ringfence.runtime.protocol.explore import Failure, Result, explore
 from ringfence.runtime.protocol.machine import Machine, State
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.moe_a2a import moe_a2a

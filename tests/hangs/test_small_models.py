@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from ringfence.runtime.errors import TooManyStatesError
 from ringfence.runtime.protocol.calls import Call, Program, Strategy, changed, program, without
-from ringfence.runtime.protocol.explore import Failure, TooManyStatesError, explore
+from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.machine import Machine
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.one_order import decide
