@@ -73,7 +73,7 @@ class DataDependentValueError(CaptureError):
 
 
 class VersionError(RingfenceError, ValueError):
-    """A string is not a version."""
+    """A version cannot be read, or its protocols are not known."""
 
 
 class UnknownHazardError(RingfenceError, LookupError):
@@ -82,3 +82,22 @@ class UnknownHazardError(RingfenceError, LookupError):
 
 class ModelError(RingfenceError, ValueError):
     """A model of a plan holds a program that no host could run."""
+
+
+class PlanError(RingfenceError, ValueError):
+    """A plan that no protocol can be asked about: no collective, or a world size that does not exist."""
+
+
+class TraceError(RingfenceError, ValueError):
+    """A saved trace that cannot be read."""
+
+
+class TooManyStatesError(RingfenceError):
+    """A protocol model has more states than the limit; nothing is known about it.
+
+    states: how many were visited.
+    """
+
+    def __init__(self, states: int, limit: int) -> None:
+        super().__init__(f"the model has more than {limit} states; ask about fewer calls or ranks")
+        self.states = states

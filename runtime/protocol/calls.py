@@ -74,6 +74,11 @@ def program(
     return tuple(Call(i, strategy, tokens, payload) for i, tokens in enumerate(sizes))
 
 
+def rounds(count: int) -> Program:
+    """Dispatch, combine, dispatch, combine, ..."""
+    return tuple(Call(i, (Strategy.DISPATCH, Strategy.COMBINE)[i % 2]) for i in range(2 * count))
+
+
 def without(calls: Program, *ids: int) -> Program:
     """The program of a rank that skips these calls."""
     return tuple(call for call in calls if call.id not in ids)

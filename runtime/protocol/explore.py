@@ -14,18 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
-from ..errors import RingfenceError
-
-
-class TooManyStatesError(RingfenceError):
-    """A model has more states than the limit; nothing is known about it.
-
-    states: how many were visited.
-    """
-
-    def __init__(self, states: int, limit: int) -> None:
-        super().__init__(f"the model has more than {limit} states; ask about fewer calls or ranks")
-        self.states = states
+from ..errors import TooManyStatesError
 
 
 class Failure(StrEnum):

@@ -8,25 +8,28 @@ that the call before it used.
 
 from __future__ import annotations
 
-from .calls import Payload
-from .machine import UNSEEN, Action, Memory, Op
+from .calls import Call, Payload
+from .machine import EMPTY, UNSEEN, Action, Memory, Op, tag
 from .versions import LamportRules, Sentinel
 
 
-def tag(call: int) -> int:
-    """The word of this call, in the model. 0 is the sentinel."""
-    return call + 1
+def part(call: Call, token: int, rank: int, rules: LamportRules) -> int:
+    """The word that a rank's store of its own row leaves for the receiver to see."""
+    return tag(call.id, token, rank) + UNSEEN * _unseen(call.payload, rules.sanitises_input, rules)
 
 
-def word(call: int, payload: Payload, sanitised: bool, rules: LamportRules) -> int:
-    """What a store of this payload leaves for the receiver to see."""
-    unseen = (payload is Payload.SUBNORMAL and rules.sentinel is Sentinel.FLOAT) or (
-        payload is Payload.NEGATIVE_ZERO and not sanitised
-    )
-    return tag(call) + UNSEEN * unseen
+def total(call: Call, token: int, rules: LamportRules) -> int:
+    """The same of the sum over the ranks."""
+    return tag(call.id, token) + UNSEEN * _unseen(_sum_of(call.payload), rules.sanitises_sum, rules)
 
 
-def sum_of(payload: Payload, rules: LamportRules) -> Payload:
+def _unseen(payload: Payload, sanitised: bool, rules: LamportRules) -> bool:
+    if payload is Payload.SUBNORMAL:
+        return rules.sentinel is Sentinel.FLOAT
+    return payload is Payload.NEGATIVE_ZERO and not sanitised
+
+
+def _sum_of(payload: Payload) -> Payload:
     """The worst word of the sum over ranks whose own worst word is ``payload``.
 
     A sum of subnormals is flushed to -0.0 in a build with flush-to-zero, which FlashInfer's
@@ -52,4 +55,4 @@ class Mailbox:
             self.row(rank, buffer, row, second) for row in rows for second in ((False, True) if torn else (False,))
         ]
         detail = f"{len(rows)} row{'s' * (len(rows) != 1)} from row {rows.start} of buffer {buffer}"
-        return (Op(Action.CLEAR, tuple(cells), detail=detail),) if cells else ()
+        return (Op(Action.CLEAR, tuple(cells), (EMPTY,) * len(cells), detail=detail),) if cells else ()

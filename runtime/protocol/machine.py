@@ -25,12 +25,20 @@ from enum import Enum
 
 from .explore import Event, Failure
 
-#: A data cell that holds the sentinel. Other data is ``tag`` while unread and ``-tag`` afterwards.
+#: A data cell that holds the sentinel. Other data is a tag while unread, and its negative afterwards.
 EMPTY = 0
 #: Added to the tag of a word that its receiver takes for the sentinel.
-UNSEEN = 1 << 40
+UNSEEN = 1 << 60
+
+_WORDS_OF_A_CALL = 1 << 24
+_WORDS_OF_A_TOKEN = 1 << 6
 
 State = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
+
+
+def tag(call: int, token: int, rank: int | None = None) -> int:
+    """The word that stands for this token in this call: the part of a rank, or the sum over all."""
+    return 1 + call * _WORDS_OF_A_CALL + token * _WORDS_OF_A_TOKEN + (0 if rank is None else 1 + rank)
 
 
 class Action(Enum):
@@ -50,31 +58,35 @@ class Action(Enum):
 class Op:
     """One step of a launch, over all ``cells`` at once.
 
-    value: what is written; or, of a poll, what it ought to find.
+    values: for each cell, what is written; or, of a poll, what it ought to find.
     after: the ops of this launch that come before, transitively, as a bit mask.
-    trusted: cells that a poll consumes without having looked at them.
+    trusted: the last so many cells are consumed without having been looked at.
     """
 
     action: Action
     cells: tuple[int, ...]
-    value: int = EMPTY
+    values: tuple[int, ...]
     after: int = 0
-    trusted: tuple[int, ...] = ()
+    trusted: int = 0
     detail: str = ""
 
-    def passes(self, found: int) -> bool:
-        """Whether a poll is content with this word."""
+    @property
+    def tested(self) -> int:
+        return len(self.cells) - self.trusted
+
+    def passes(self, found: int, value: int) -> bool:
+        """Whether a poll is content with this word where it waits for ``value``."""
         match self.action:
             case Action.POLL:
                 return found != EMPTY and abs(found) < UNSEEN
             case Action.AWAIT_CHANGE:
-                return found % 3 != (self.value - 1) % 3
+                return found % 3 != (value - 1) % 3
             case _:
-                return found == self.value
+                return found == value
 
-    def right(self, found: int) -> bool:
-        """Whether it is the word that was meant: of this call, unread; or of this barrier or a later one."""
-        return found >= self.value if self.action is Action.AWAIT_CHANGE else found == self.value
+    def right(self, found: int, value: int) -> bool:
+        """Whether it is the word that was meant, unread; or a flag of that barrier or a later one."""
+        return found >= value if self.action is Action.AWAIT_CHANGE else found == value
 
 
 @dataclass(frozen=True)
@@ -154,14 +166,14 @@ class Machine:
         for i, op in enumerate(launch.ops):
             if done >> i & 1 or op.after & ~done:
                 continue
-            for cell in op.cells if op.action.waits else ():
-                if not op.passes(memory[cell]):
-                    return f"{here} polls {op.detail}; {self.names[cell]} holds {describe(op, memory[cell])}"
+            for cell, value in zip(op.cells[: op.tested], op.values, strict=False) if op.action.waits else ():
+                if not op.passes(memory[cell], value):
+                    return f"{here} polls {op.detail}; {self.names[cell]} holds {describe(op, memory[cell], value)}"
         return f"{here} can go on"
 
 
 def ready(op: Op, memory: Sequence[int]) -> bool:
-    return all(op.passes(memory[cell]) for cell in op.cells)
+    return all(op.passes(memory[op.cells[i]], op.values[i]) for i in range(op.tested))
 
 
 def perform(op: Op, memory: list[int]) -> tuple[Failure | None, str]:
@@ -169,8 +181,8 @@ def perform(op: Op, memory: list[int]) -> tuple[Failure | None, str]:
     match op.action:
         case Action.PUSH:
             lost = [memory[cell] for cell in op.cells if 0 < memory[cell] < UNSEEN]
-            for cell in op.cells:
-                memory[cell] = op.value
+            for cell, value in zip(op.cells, op.values, strict=True):
+                memory[cell] = value
             return (Failure.LOST_WRITE, f"overwrites {describe(op, lost[0])}, unread") if lost else (None, "")
         case Action.CLEAR:
             wiped = [memory[cell] for cell in op.cells if memory[cell] > 0]
@@ -178,25 +190,29 @@ def perform(op: Op, memory: list[int]) -> tuple[Failure | None, str]:
                 memory[cell] = EMPTY
             return None, f"wipes {describe(op, wiped[0])}, unread" if wiped else ""
         case Action.RAISE:
-            for cell in op.cells:
-                memory[cell] = op.value
+            for cell, value in zip(op.cells, op.values, strict=True):
+                memory[cell] = value
             return None, ""
-    for cell in (*op.cells, *op.trusted):
-        if not op.right(memory[cell]):
-            return Failure.STALE_READ, f"takes {describe(op, memory[cell])} for data of this call"
+    for cell, value in zip(op.cells, op.values, strict=True):
+        if not op.right(memory[cell], value):
+            return Failure.STALE_READ, f"takes {describe(op, memory[cell], value)} for {describe(op, value, value)}"
         if op.action is Action.POLL:
             memory[cell] = -memory[cell]
     return None, ""
 
 
-def describe(op: Op, found: int) -> str:
-    """A word as a person would call it."""
+def describe(op: Op, found: int, value: int = EMPTY) -> str:
+    """A word as a person would call it; ``value`` is what a poll waits for."""
     if op.action is Action.AWAIT_CHANGE:
-        return f"{found % 3} (barrier {found}), the value before barrier {op.value}"
+        return f"{found % 3} (barrier {found}), the value before barrier {value}"
     if op.action is Action.AWAIT_EQUAL:
-        return f"{found} and not {op.value}"
+        return f"{found} and not {value}"
     if found == EMPTY:
         return "the sentinel"
+    call, rest = divmod(abs(found) % UNSEEN - 1, _WORDS_OF_A_CALL)
+    token, rank = divmod(rest, _WORDS_OF_A_TOKEN)
+    what = f"rank {rank - 1}'s part" if rank else "the sum"
+    word = f"{what} of token {token} in call {call}"
     if abs(found) >= UNSEEN:
-        return f"a word of call {found - UNSEEN - 1} that looks like the sentinel"
-    return f"{'an old' if found < 0 else 'a'} word of call {abs(found) - 1}"
+        return f"{word} (a word that looks like the sentinel)"
+    return f"{word} (read before)" if found < 0 else word

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .calls import Call, Program, Strategy
-from .lamport import Mailbox, sum_of, tag, word
-from .machine import Action, Launch, Machine, Memory, Op
+from .lamport import Mailbox, part, total
+from .machine import Action, Launch, Machine, Memory, Op, tag
 from .versions import Clear, Epoch, LamportRules, Words
 
 #: Up to this many ranks a rank keeps its own part in registers, from FlashInfer 0.6.13 on.
@@ -123,50 +123,47 @@ class _Rank:
 
     def _one_shot(self, call: Call, cur: int, mailbox: Mailbox) -> list[Op]:
         """A store to a slot that nobody polls is left out: what its own owner wrote there it alone clears."""
-        rank, world = self._rank, self._world
-        sent = word(call.id, call.payload, self._rules.sanitises_input, self._rules)
+        rank, world, tokens = self._rank, self._world, range(call.tokens)
+        sent = tuple(part(call, token, rank, self._rules) for token in tokens)
         ops = []
         for peer in world:
             if peer != rank or rank in self._polled:
-                slots = tuple(mailbox.row(peer, cur, token * len(world) + rank) for token in range(call.tokens))
+                slots = tuple(mailbox.row(peer, cur, token * len(world) + rank) for token in tokens)
                 ops.append(Op(Action.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
-        for token in range(call.tokens):
+        for token in tokens:
             slots = tuple(mailbox.row(rank, cur, token * len(world) + source) for source in self._polled)
-            ops.append(Op(Action.POLL, slots, tag(call.id), detail=f"token {token}, buffer {cur}"))
+            due = tuple(tag(call.id, token, source) for source in self._polled)
+            ops.append(Op(Action.POLL, slots, due, detail=f"token {token}, buffer {cur}"))
         return ops
 
     def _two_shot(self, call: Call, cur: int, mailbox: Mailbox) -> list[Op]:
         rank, world, tokens = self._rank, self._world, range(call.tokens)
-        sent = word(call.id, call.payload, self._rules.sanitises_input, self._rules)
-        summed = word(call.id, sum_of(call.payload, self._rules), self._rules.sanitises_sum, self._rules)
         ops = []
         for owner in world[: call.tokens]:
-            slots = tuple(
-                mailbox.row(owner, cur, t // len(world) * len(world) + rank) for t in tokens[owner :: len(world)]
-            )
+            owned = tokens[owner :: len(world)]
+            slots = tuple(mailbox.row(owner, cur, token // len(world) * len(world) + rank) for token in owned)
+            sent = tuple(part(call, token, rank, self._rules) for token in owned)
             ops.append(Op(Action.PUSH, slots, sent, detail=f"to owner {owner}, buffer {cur}"))
         for token in tokens[rank :: len(world)]:
             gathered = 1 << len(ops)
             slots = tuple(mailbox.row(rank, cur, token // len(world) * len(world) + source) for source in world)
-            ops.append(Op(Action.POLL, slots, tag(call.id), detail=f"parts of token {token}, buffer {cur}"))
+            due = tuple(tag(call.id, token, source) for source in world)
+            ops.append(Op(Action.POLL, slots, due, detail=f"parts of token {token}, buffer {cur}"))
             for peer in world:
-                for cells in self._sum_words(mailbox, peer, cur, token):
+                for cell in self._sum_words(mailbox, peer, cur, token):
                     detail = f"sum of token {token} to rank {peer}, buffer {cur}"
-                    ops.append(Op(Action.PUSH, cells, summed, after=gathered, detail=detail))
+                    ops.append(Op(Action.PUSH, (cell,), (total(call, token, self._rules),), gathered, detail=detail))
         for token in tokens:
-            first, *rest = self._sum_words(mailbox, rank, cur, token)
-            others = tuple(cell for cells in rest for cell in cells)
-            detail = f"sum of token {token}, buffer {cur}"
-            if self._rules.words is Words.FIRST:
-                ops.append(Op(Action.POLL, first, tag(call.id), trusted=others, detail=detail))
-            else:
-                ops.append(Op(Action.POLL, first + others, tag(call.id), detail=detail))
+            cells = self._sum_words(mailbox, rank, cur, token)
+            trusted = len(cells) - 1 if self._rules.words is Words.FIRST else 0
+            due = (tag(call.id, token),) * len(cells)
+            ops.append(Op(Action.POLL, cells, due, trusted=trusted, detail=f"sum of token {token}, buffer {cur}"))
         return ops
 
-    def _sum_words(self, mailbox: Mailbox, rank: int, buffer: int, token: int) -> list[tuple[int, ...]]:
+    def _sum_words(self, mailbox: Mailbox, rank: int, buffer: int, token: int) -> tuple[int, ...]:
         """The words of a sum that arrive one after another."""
         row = self._capacity // 2 + token
-        return [(mailbox.row(rank, buffer, row, second),) for second in ((False, True) if self._torn else (False,))]
+        return tuple(mailbox.row(rank, buffer, row, second) for second in ((False, True) if self._torn else (False,)))
 
     def _clear(self, call: Call, words: ControlWords, mailbox: Mailbox) -> list[Op]:
         match self._rules.clear:
@@ -174,7 +171,7 @@ class _Rank:
                 return []
             case Clear.CURRENT:
                 words = replace(words.after(call, len(self._world), 1), dirty=words.dirty)
-        ops = []
+        ops: list[Op] = []
         for stage in range(words.dirty_stages):
             start = stage * (self._capacity // words.dirty_stages)
             ops += mailbox.clear(self._rank, words.dirty, range(start, start + words.clear[stage]), self._torn)

@@ -15,14 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .calls import Call, Program, Strategy
+from .calls import Call, Program
 from .machine import Action, Launch, Machine, Memory, Op
 from .versions import MoeRules
-
-
-def rounds(count: int) -> Program:
-    """Dispatch, combine, dispatch, combine, ..."""
-    return tuple(Call(i, (Strategy.DISPATCH, Strategy.COMBINE)[i % 2]) for i in range(2 * count))
 
 
 def moe_a2a(programs: Sequence[Program], rules: MoeRules) -> Machine:
@@ -44,9 +39,9 @@ def _launch(rank: int, world_size: int, call: Call, flag: int, rules: MoeRules, 
     active = range(world_size) if call.active is None else call.active
     peers = [peer for peer in active if peer != rank]
     ops = [
-        *(Op(Action.RAISE, (cell(peer, rank),), flag, detail=f"flag of rank {peer} to {flag}") for peer in peers),
+        *(Op(Action.RAISE, (cell(peer, rank),), (flag,), detail=f"flag of rank {peer} to {flag}") for peer in peers),
         *(
-            Op(Action.AWAIT_EQUAL, (cell(rank, peer),), flag, detail=f"flag of rank {peer} for {flag}")
+            Op(Action.AWAIT_EQUAL, (cell(rank, peer),), (flag,), detail=f"flag of rank {peer} for {flag}")
             for peer in peers
         ),
     ]

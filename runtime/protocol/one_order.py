@@ -45,7 +45,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .explore import Event, Failure, Result, TooManyStatesError, explore
+from ..errors import TooManyStatesError
+from .explore import Event, Failure, Result, explore
 from .machine import EMPTY, Machine, Op, State, perform, ready
 
 
@@ -188,7 +189,7 @@ class _Write:
 @dataclass
 class _Cell:
     writes: list[_Write] = field(default_factory=list)
-    polls: list[tuple[Step, Op]] = field(default_factory=list)
+    polls: list[tuple[Step, Op, int]] = field(default_factory=list)
 
 
 class _Order:
@@ -213,34 +214,24 @@ class _Order:
                 if op.after >> i & 1:
                     knows = self._join(knows, end)
             knows = self._with(knows, step.rank, step.at, op.after)
-        if op.action.waits:
-            after = knows
-            for cell in op.cells:
-                history = self._cells.setdefault(cell, _Cell())
-                seen = self._seen(history, step, op, knows)
-                if isinstance(seen, Suspicion):
-                    return seen
-                if seen is not None:
-                    after = self._join(after, seen.knows)
-                history.polls.append((step, op))
-            for cell in op.trusted:
-                history = self._cells.setdefault(cell, _Cell())
-                wrong = self._untested(history, step, op, after)
-                if wrong is not None:
-                    return wrong
-                history.polls.append((step, op))
-            if after is not knows:
-                ends[step.op] = after
-            elif op.after:
-                ends[step.op] = knows
-            return None
-        write = _Write(step, op.value, self._with(knows, step.rank, step.at, op.after | 1 << step.op))
-        for cell in op.cells:
+        after = knows
+        for i, (cell, value) in enumerate(zip(op.cells, op.values, strict=True)):
             history = self._cells.setdefault(cell, _Cell())
-            suspicion = self._unordered(history, write, knows)
+            if not op.action.waits:
+                write = _Write(step, value, self._with(knows, step.rank, step.at, op.after | 1 << step.op))
+                suspicion = self._unordered(history, write, knows)
+                history.writes.append(write)
+            elif i < op.tested:
+                first, suspicion = self._seen(history, step, op, value, knows)
+                after = self._join(after, first.knows) if first is not None else after
+                history.polls.append((step, op, value))
+            else:
+                suspicion = self._untested(history, step, op, value, after)
+                history.polls.append((step, op, value))
             if suspicion is not None:
                 return suspicion
-            history.writes.append(write)
+        if after is not self._start[step.rank]:
+            ends[step.op] = after
         return None
 
     def complete(self, rank: int, at: int) -> None:
@@ -255,30 +246,32 @@ class _Order:
         if history.writes and not self._before(history.writes[-1].step, knows):
             return Suspicion(history.writes[-1].step, write.step)
         # What comes before this write comes before all later ones, and is settled.
-        history.polls = [(step, op) for step, op in history.polls if not self._before(step, knows)]
-        for step, op in history.polls:
-            if not (op.passes(write.value) and op.right(write.value)):
+        history.polls = [poll for poll in history.polls if not self._before(poll[0], knows)]
+        for step, op, value in history.polls:
+            if not (op.passes(write.value, value) and op.right(write.value, value)):
                 return Suspicion(step, write.step)
         return None
 
-    def _seen(self, history: _Cell, step: Step, op: Op, knows: tuple[int, ...]) -> _Write | Suspicion | None:
+    def _seen(
+        self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]
+    ) -> tuple[_Write | None, Suspicion | None]:
         """B. The first write that can have ended the poll; None for the word of the beginning."""
         first: _Write | None = None
         accepted = False
         sight = self._sight(history, knows)
         for i, write in enumerate(sight):
             found = EMPTY if write is None else write.value
-            accepts = op.passes(found)
-            if (accepts and not op.right(found)) or (accepted and not accepts):
-                return _held(sight, i, accepted, step)
+            accepts = op.passes(found, value)
+            if (accepts and not op.right(found, value)) or (accepted and not accepts):
+                return None, _held(sight, i, accepted, step)
             if accepts and not accepted:
                 first, accepted = write, True
-        return first
+        return first, None
 
-    def _untested(self, history: _Cell, step: Step, op: Op, knows: tuple[int, ...]) -> Suspicion | None:
+    def _untested(self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]) -> Suspicion | None:
         sight = self._sight(history, knows)
         for i, write in enumerate(sight):
-            if write is None or not op.right(write.value):
+            if write is None or not op.right(write.value, value):
                 return _held(sight, i, False, step)
         return None
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from ..errors import RingfenceError
+from ..errors import PlanError
 from .calls import Call, Payload, Program, Strategy
 from .explore import Result
 from .machine import Machine, State
@@ -30,10 +30,6 @@ from .versions import mnnvl_rules, moe_rules, trtllm_rules
 WORLD_SIZES = (2, 4, 8, 16)
 
 _WARM_UPS = 2
-
-
-class PlanError(RingfenceError, ValueError):
-    """A plan that no protocol can be asked about: no collective, or a world size that does not exist."""
 
 
 class Collective(StrEnum):

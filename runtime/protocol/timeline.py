@@ -9,14 +9,10 @@ from xml.etree import ElementTree
 
 from tabulate import tabulate
 
-from ..errors import RingfenceError
+from ..errors import TraceError
 from .explore import Event, Failure, Result
 
 _FORMAT = 1
-
-
-class TraceError(RingfenceError, ValueError):
-    """A saved trace that cannot be read."""
 
 
 def headline(result: Result[Any]) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .calls import Call, Program, Strategy
-from .lamport import Mailbox, tag, word
-from .machine import Action, Launch, Machine, Memory, Op
+from .lamport import Mailbox, part
+from .machine import Action, Launch, Machine, Memory, Op, tag
 from .versions import Clear, Epoch, LamportRules
 
 
@@ -91,7 +91,7 @@ class _Rank:
             words = replace(words, lamport=call.epoch % rules.buffers)
         self._words[call.workspace] = after = words.after(call, len(world), 1, rules.buffers)
         cur, dirty = words.lamport, (words.lamport + rules.buffers - 1) % rules.buffers
-        sent = word(call.id, call.payload, rules.sanitises_input, rules)
+        sent = tuple(part(call, token, rank, rules) for token in range(call.tokens))
         ops = []
         for peer in world:
             rows = range(rank * call.tokens, (rank + 1) * call.tokens)
@@ -99,7 +99,8 @@ class _Rank:
             ops.append(Op(Action.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
         for token in range(call.tokens):
             slots = tuple(mailbox.row(rank, cur, source * call.tokens + token) for source in world)
-            ops.append(Op(Action.POLL, slots, tag(call.id), detail=f"token {token}, buffer {cur}"))
+            due = tuple(tag(call.id, token, source) for source in world)
+            ops.append(Op(Action.POLL, slots, due, detail=f"token {token}, buffer {cur}"))
         cleared = {Clear.RECORDED: words.clear, Clear.CURRENT: after.clear, Clear.NONE: 0}[rules.clear]
         return [*ops, *mailbox.clear(rank, dirty, range(cleared))]
 
@@ -115,12 +116,12 @@ class _Rank:
                         self._flag(call, peer, flag, self._rank) for flag in range(block, self._flags, call.ctas)
                     )
                     detail = f"block {block}: flags of rank {peer} to {barrier % 3}"
-                    ops.append(Op(Action.RAISE, cells, barrier, before, detail=detail))
+                    ops.append(Op(Action.RAISE, cells, (barrier,) * len(cells), before, detail=detail))
                 raised = before | self._mask(ops)
                 for peer in self._peers():
                     cells = (self._flag(call, self._rank, block, peer),)
                     detail = f"block {block}: flag {block} from rank {peer}"
-                    ops.append(Op(Action.AWAIT_CHANGE, cells, barrier, raised, detail=detail))
+                    ops.append(Op(Action.AWAIT_CHANGE, cells, (barrier,), raised, detail=detail))
                 before = raised | self._mask(ops)
         return ops
 

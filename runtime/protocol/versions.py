@@ -6,11 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..errors import RingfenceError
-
-
-class VersionError(RingfenceError, ValueError):
-    """A FlashInfer version that cannot be read, or whose protocol is not known."""
+from ..errors import VersionError
 
 
 class Sentinel(StrEnum):

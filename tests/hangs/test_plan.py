@@ -1,0 +1,184 @@
+"""From a split plan to what each rank launches, by hand for small plans; and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringfence.runtime.errors import PlanError, VersionError
+from ringfence.runtime.protocol.calls import Call, Payload, Program, Strategy, program, rounds
+from ringfence.runtime.protocol.plan import (
+    WORLD_SIZES,
+    Piece,
+    Rank,
+    Site,
+    check,
+    even_pieces,
+    machine_for,
+    programs,
+    with_grids,
+)
+from ringfence.runtime.protocol.versions import (
+    Sentinel,
+    Words,
+    mnnvl_rules,
+    moe_rules,
+    parse,
+    trtllm_rules,
+)
+
+PIECES = (
+    Piece("first", False, (Site("a"),)),
+    Piece("between", True, (Site("b"),)),
+    Piece("last", False, (Site("c"),)),
+)
+
+
+def told(calls: Program) -> list[tuple[int, str, int | None]]:
+    return [(call.tokens, call.where, call.epoch) for call in calls]
+
+
+def test_an_uncaptured_step_runs_eagerly() -> None:
+    (calls,) = programs([Rank(PIECES, steps=(3, 5))])
+    assert told(calls) == [
+        (3, "step 0, first, eager", 0),
+        (3, "step 0, between, eager", 1),
+        (3, "step 0, last, eager", 2),
+        (5, "step 1, first, eager", 3),
+        (5, "step 1, between, eager", 4),
+        (5, "step 1, last, eager", 5),
+    ]
+    assert [call.id for call in calls] == list(range(6))
+
+
+def test_a_new_size_warms_up_twice_then_replays_and_islands_stay_eager() -> None:
+    """The host's number of a replayed call is that of the recording; an island's is new each time."""
+    (calls,) = programs([Rank(PIECES, steps=(3, 4), capture_sizes=(4,))])
+    assert [call.tokens for call in calls] == [4] * 12
+    assert [(call.where, call.epoch) for call in calls[:6:3]] == [
+        ("step 0, first, warm-up", 0),
+        ("step 0, first, warm-up", 3),
+    ]
+    assert [(call.where, call.epoch) for call in calls[6:]] == [
+        ("step 0, first, replay", 6),
+        ("step 0, between, eager", 7),
+        ("step 0, last, replay", 8),
+        ("step 1, first, replay", 6),
+        ("step 1, between, eager", 9),
+        ("step 1, last, replay", 8),
+    ]
+
+
+def test_each_size_is_captured_once_and_larger_steps_run_eagerly() -> None:
+    (calls,) = programs([Rank(PIECES[:1], steps=(1, 9, 2, 1), capture_sizes=(1, 2))])
+    assert [(call.tokens, call.where.split(", ")[-1]) for call in calls] == [
+        (1, "warm-up"),
+        (1, "warm-up"),
+        (1, "replay"),
+        (9, "eager"),
+        (2, "warm-up"),
+        (2, "warm-up"),
+        (2, "replay"),
+        (1, "replay"),
+    ]
+
+
+def test_without_padding_only_exact_sizes_are_captured() -> None:
+    (calls,) = programs([Rank(PIECES[:1], steps=(1, 2), capture_sizes=(2,), padding=False)])
+    assert [(call.tokens, call.where.split(", ")[-1]) for call in calls] == [
+        (1, "eager"),
+        (2, "warm-up"),
+        (2, "warm-up"),
+        (2, "replay"),
+    ]
+
+
+def test_a_strategy_is_the_sites_own_or_chosen_by_size() -> None:
+    pieces = (Piece("only", False, (Site("a"), Site("b", Strategy.TWO_SHOT))),)
+    (calls,) = programs([Rank(pieces, steps=(10, 100), two_shot_from=100, payload=Payload.SUBNORMAL)])
+    assert [call.strategy for call in calls] == [Strategy.ONE_SHOT] + [Strategy.TWO_SHOT] * 3
+    assert {call.payload for call in calls} == {Payload.SUBNORMAL}
+
+
+def test_the_same_call_has_the_same_id_on_all_ranks() -> None:
+    """Rank 1 has captured size 2 in step 0; rank 0 warms up in step 1."""
+    first, second = programs([Rank(PIECES[:1], (1, 2), (1, 2)), Rank(PIECES[:1], (2, 2), (1, 2))])
+    assert [call.id for call in first] == [0, 1, 2, 3, 4, 5]
+    assert [call.id for call in second] == [0, 1, 2, 5]
+
+
+def test_even_pieces_hold_every_site_once_in_order() -> None:
+    pieces = even_pieces(80, 2, 33)
+    names = [site.name for piece in pieces for site in piece.sites]
+    assert len(pieces) == 33
+    assert names == [f"layer {layer} site {site}" for layer in range(80) for site in range(2)]
+    assert {len(piece.sites) for piece in pieces} == {4, 5}
+
+
+def test_grids_differ_where_tokens_do() -> None:
+    ranks = with_grids([program([8, 8, 8]), program([8, 4, 8]), program([8, 8, 8])])
+    assert [[call.ctas for call in calls] for calls in ranks] == [[1, 2, 1], [1, 1, 1], [1, 2, 1]]
+
+
+@pytest.mark.parametrize("ranks", [0, 1, 3, 5, 32])
+def test_a_world_that_no_kernel_serves_is_refused(ranks: int) -> None:
+    with pytest.raises(PlanError, match=f"a world of {ranks} ranks.* 2, 4, 8 or 16"):
+        machine_for("mnnvl", "0.6.13", [program([1])] * ranks)
+
+
+@pytest.mark.parametrize("ranks", WORLD_SIZES)
+def test_the_worlds_that_kernels_serve_are_decided(ranks: int) -> None:
+    assert check("mnnvl", "0.6.13", [program([1, 1])] * ranks).safe
+    assert check("moe_a2a", "0.6.13", [rounds(2)] * ranks).safe
+
+
+def test_a_plan_without_a_collective_is_refused() -> None:
+    with pytest.raises(PlanError, match="no collective"):
+        check("trtllm", "0.6.13", programs([Rank(even_pieces(0, 2, 3), steps=(1,))] * 2))
+
+
+def test_an_unknown_collective_is_refused() -> None:
+    with pytest.raises(PlanError, match="'nccl'; there are mnnvl, trtllm or moe_a2a"):
+        check("nccl", "0.6.13", [(Call(0),)] * 2)
+
+
+@pytest.mark.parametrize("version", ["", "latest", "0", "0.6.x", "0.6.13 and later", "1.2.3.4"])
+def test_a_version_that_cannot_be_read_is_refused(version: str) -> None:
+    with pytest.raises(VersionError, match="is not a FlashInfer version"):
+        check("mnnvl", version, [program([1])] * 2)
+
+
+@pytest.mark.parametrize("rules", [mnnvl_rules, trtllm_rules, moe_rules])
+@pytest.mark.parametrize("version", ["0.2.8", "0.5.3", "0.6.0rc1"])
+def test_a_version_before_the_known_ones_is_refused(version: str, rules: type) -> None:
+    with pytest.raises(VersionError, match=r"known are 0\.6\.0 and later"):
+        rules(version)
+
+
+def test_versions_are_ordered() -> None:
+    ordered = ["0.6.0.dev1", "0.6.0rc1", "0.6.0rc2", "0.6.0", "0.6.0.post1", "0.6.2", "0.6.11.post3", "0.6.12", "0.7"]
+    assert sorted(ordered, key=parse) == ordered
+    assert parse("v0.6.13+cu130") == parse("0.6.13")
+
+
+@pytest.mark.parametrize(
+    ("version", "sentinel", "words", "sanitises_sum", "polls_own"),
+    [
+        ("0.6.0", Sentinel.FLOAT, Words.FIRST, False, True),
+        ("0.6.10.post1", Sentinel.FLOAT, Words.FIRST, False, True),
+        ("0.6.11.post3", Sentinel.FLOAT, Words.FIRST, False, True),
+        ("0.6.12rc1", Sentinel.FLOAT, Words.FIRST, False, True),
+        ("0.6.12", Sentinel.BITWISE, Words.FIRST, False, True),
+        ("0.6.13", Sentinel.BITWISE, Words.ALL, True, False),
+        ("0.7.2.post1", Sentinel.BITWISE, Words.ALL, True, False),
+    ],
+)
+def test_what_mnnvl_releases_do(
+    version: str, sentinel: Sentinel, words: Words, sanitises_sum: bool, polls_own: bool
+) -> None:
+    rules = mnnvl_rules(version)
+    assert (rules.sentinel, rules.words, rules.sanitises_sum, rules.polls_own) == (
+        sentinel,
+        words,
+        sanitises_sum,
+        polls_own,
+    )
