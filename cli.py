@@ -1,4 +1,4 @@
-"""The command line: ``ringfence explain`` and ``ringfence hazards``."""
+"""The command line: ``ringfence explain``, ``ringfence check`` and ``ringfence hazards``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import json
 import os
 import sys
 import threading
@@ -13,13 +14,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .runtime.errors import OptionsError, RingfenceError, TargetError, UnknownHazardError
+from .runtime.errors import (
+    OptionsError,
+    PlanError,
+    RingfenceError,
+    TargetError,
+    TraceError,
+    UnknownHazardError,
+    VersionError,
+)
 
 if TYPE_CHECKING:
     from .compile_passes.report import CompileReport
+    from .runtime.protocol.answer import Answer
 
 #: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
 OK, FAILED, USAGE = 0, 1, 2
+
+_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError)
+
+#: Collectives whose protocol has a model.
+_MODELLED = ("mnnvl", "trtllm")
 
 _QUIET_SECONDS = 2.0
 
@@ -51,6 +66,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="an option of the backend, a Python literal or a string; may be repeated",
     )
+    explain.add_argument(
+        "--collective",
+        choices=_MODELLED,
+        help="judge the fused sites as this collective's, though it need not run here",
+    )
+    explain.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")
+    check = commands.add_parser(
+        "check",
+        help="say whether a plan can hang, and show how",
+        description="Run a model of the collective's protocol in every order, for a plan of captured pieces on N ranks: "
+        "exit 0 when no order fails, 1 when one does, 2 on bad usage.",
+    )
+    check.add_argument("--collective", choices=_MODELLED, help="whose protocol")
+    check.add_argument("--flashinfer", metavar="VERSION", help="in which version")
+    check.add_argument("--tp", type=_world_size, metavar="N", help="tensor-parallel world size: 2, 4, 8 or 16")
+    check.add_argument("--layers", type=_natural, default=80, help="layers of two fused sites each (default 80)")
+    check.add_argument(
+        "--pieces", type=_count, default=33, help="captured pieces that they are spread over (default 33)"
+    )
+    check.add_argument(
+        "--capture-sizes", default="4,8", metavar="LIST", help="token counts to capture, as 4,8 (the default)"
+    )
+    check.add_argument(
+        "--payload",
+        choices=("ordinary", "subnormal", "negative-zero", "any"),
+        default="any",
+        help="the worst word that a rank sends (default any: the answer holds for each)",
+    )
+    check.add_argument("--strategy", choices=("one-shot", "two-shot", "auto"), default="auto", help="(default auto)")
+    check.add_argument("--skip-rank", type=_natural, metavar="R", help="let rank R leave out a call")
+    check.add_argument("--skip-call", type=_natural, metavar="C", help="which one, counted from 0")
+    check.add_argument("--trace", type=Path, metavar="FILE", help="show the trace that --json printed before")
+    check.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    check.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline")
     hazards = commands.add_parser(
         "hazards",
         help="list the known ways in which a fused collective hangs or corrupts",
@@ -63,33 +112,122 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "hazards" and arguments.id and arguments.markdown:
         hazards.error("--markdown prints the whole table; leave the id out")
-    run = {"explain": _explain, "hazards": _hazards}[arguments.command]
+    run = {"explain": _explain, "check": _check, "hazards": _hazards}[arguments.command]
     try:
-        print(run(arguments), flush=True)
+        text, code = run(arguments)
+        print(text, flush=True)
     except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RingfenceError as error:
         print(f"ringfence: {error}", file=sys.stderr)
-        return USAGE if isinstance(error, OptionsError | UnknownHazardError) else FAILED
-    return OK
+        return USAGE if isinstance(error, _BAD_USAGE) else FAILED
+    return code
 
 
-def _hazards(arguments: argparse.Namespace) -> str:
-    import json
-
+def _hazards(arguments: argparse.Namespace) -> tuple[str, int]:
     from .runtime.hazards import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
 
     rows = (find_hazard(arguments.id),) if arguments.id else HAZARDS
     if arguments.json:
-        return json.dumps(as_dict(rows), indent=2)
+        return json.dumps(as_dict(rows), indent=2), OK
     if arguments.markdown:
-        return as_markdown().rstrip("\n")
-    return as_text(rows[0]) if arguments.id else summary_table(rows)
+        return as_markdown().rstrip("\n"), OK
+    return as_text(rows[0]) if arguments.id else summary_table(rows), OK
 
 
-def _explain(arguments: argparse.Namespace) -> str:
+def _check(arguments: argparse.Namespace) -> tuple[str, int]:
+    from .runtime.protocol import timeline
+
+    if arguments.trace is not None:
+        result = timeline.load(_read(arguments.trace))
+        extra: dict[str, Any] = {"safe": result.safe, "kind": str(result.failure or "safe")}
+        lines = []
+    else:
+        answer = _ask(arguments)
+        result, row = answer.result, answer.hazard
+        extra = {
+            "safe": answer.safe,
+            "kind": str(result.failure or "safe"),
+            "payload": str(answer.payload),
+            "hazard": row.id if row is not None else None,
+            "invariant": str(row.invariants[0]) if row is not None and row.invariants else None,
+            "remedy": answer.remedy,
+        }
+        lines = [f"payload: {answer.payload}"] if not answer.safe else []
+        lines += [f"hazard: {row.id}, {row.title}"] if row is not None else []
+        lines += [f"remedy: {answer.remedy}"] if answer.remedy else []
+    if arguments.svg is not None:
+        _write(arguments.svg, timeline.svg(result))
+    text = "\n".join([timeline.text(result), *lines])
+    if arguments.json:
+        text = json.dumps(json.loads(timeline.dump(result)) | extra, indent=2)
+    return text, OK if result.safe else FAILED
+
+
+def _ask(arguments: argparse.Namespace) -> Answer:
+    from .runtime.protocol import calls, plan
+    from .runtime.protocol.answer import ask
+    from .runtime.situation import Collective, Payload, Situation, Strategy
+
+    missing = [name for name in ("collective", "flashinfer", "tp") if getattr(arguments, name) is None]
+    if missing:
+        raise OptionsError(f"ringfence check needs {', '.join('--' + name for name in missing)}, or --trace")
+    if (arguments.skip_rank is None) != (arguments.skip_call is None):
+        raise OptionsError("--skip-rank and --skip-call belong together")
+    sizes = _sizes(arguments.capture_sizes)
+    strategy = None if arguments.strategy == "auto" else Strategy(arguments.strategy)
+    pieces = plan.even_pieces(arguments.layers, 2, arguments.pieces, strategy)
+    steps = (*sizes, *reversed(sizes), sizes[-1] + 1)
+    rank = plan.Rank(pieces, steps, sizes, two_shot_from=max(sizes[-1], arguments.tp + 1))
+    programs = list(plan.programs([rank] * arguments.tp))
+    if arguments.skip_rank is not None:
+        if arguments.skip_rank >= arguments.tp or arguments.skip_call >= len(programs[0]):
+            raise OptionsError(
+                f"rank {arguments.skip_rank}, call {arguments.skip_call}: there are ranks 0 to {arguments.tp - 1} and "
+                f"calls 0 to {len(programs[0]) - 1}"
+            )
+        programs[arguments.skip_rank] = calls.without(programs[arguments.skip_rank], arguments.skip_call)
+    situation = Situation(
+        Collective(arguments.collective),
+        arguments.flashinfer,
+        world_size=arguments.tp,
+        strategy=strategy,
+        payload=Payload(arguments.payload),
+    )
+    with _stage("exploring"):
+        return ask(situation, programs)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise OptionsError(f"--capture-sizes '{text}' is not a list of token counts; write it as 4,8")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"'{path}' cannot be read: {error}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise OptionsError(f"'{path}' cannot be written: {error}") from error
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
+    return int(text)
+
+
+def _explain(arguments: argparse.Namespace) -> tuple[str, int]:
     report = _compile(arguments)
-    return report.to_json(indent=2) if arguments.json else str(report)
+    return report.to_json(indent=2) if arguments.json else str(report), OK
 
 
 def _world_size(text: str) -> int:
@@ -112,8 +250,13 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from .backend import Backend
+    from .runtime.situation import Collective, Situation
 
     backend = Backend(**{"piece_compiler": "eager", **_options(arguments.option)})
+    if arguments.flashinfer is not None and arguments.collective is None:
+        raise OptionsError("--flashinfer says nothing without --collective")
+    if arguments.collective is not None:
+        backend.judge_as = Situation(Collective(arguments.collective), arguments.flashinfer, world_size=arguments.tp)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.tp)
     try:
         with _stage(f"loading {arguments.target}"):
@@ -137,7 +280,7 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
     if not backend.reports:
         raise TargetError(f"'{arguments.target}' ran without compiling a graph; is it a torch.nn.Module or function?")
     report = backend.reports[-1]
-    if backend.options.capture_sizes:
+    if backend.options.capture_sizes and arguments.collective is None:
         _say("collectives were judged as host work, which the fake group's are; over NCCL they stay in the pieces")
     if not report.sites:
         _say(f"'{arguments.target}' has no all-reduce: its tensor-parallel plan is empty, or it was not applied")
