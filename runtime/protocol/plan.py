@@ -18,11 +18,11 @@ from enum import StrEnum
 
 from ..errors import PlanError
 from .calls import Call, Payload, Program, Strategy
+from .decide import decide
 from .explore import Result
 from .machine import Machine, State
 from .mnnvl import mnnvl
 from .moe_a2a import moe_a2a
-from .one_order import decide
 from .trtllm import trtllm
 from .versions import mnnvl_rules, moe_rules, trtllm_rules
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from ringfence.runtime.protocol.calls import Program, changed, rounds, until, without
+from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
-from ringfence.runtime.protocol.one_order import decide
 from ringfence.runtime.protocol.versions import moe_rules
 
 RULES = moe_rules("0.6.13")

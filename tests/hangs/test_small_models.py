@@ -9,10 +9,10 @@ import pytest
 
 from ringfence.runtime.errors import TooManyStatesError
 from ringfence.runtime.protocol.calls import Call, Program, Strategy, changed, program, without
+from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.machine import Machine
 from ringfence.runtime.protocol.mnnvl import mnnvl
-from ringfence.runtime.protocol.one_order import decide
 from ringfence.runtime.protocol.trtllm import trtllm
 from ringfence.runtime.protocol.versions import Clear, LamportRules, mnnvl_rules, trtllm_rules
 

@@ -22,11 +22,11 @@ from ringfence.runtime.protocol.calls import (
     until,
     without,
 )
+from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, Result, explore
 from ringfence.runtime.protocol.machine import Machine, State
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
-from ringfence.runtime.protocol.one_order import decide
 from ringfence.runtime.protocol.plan import Rank, check, even_pieces, machine_for, programs, reduced
 from ringfence.runtime.protocol.trtllm import trtllm
 from ringfence.runtime.protocol.versions import Clear, LamportRules, MoeRules, Sentinel, Words, mnnvl_rules
@@ -60,6 +60,7 @@ def random_lamport(rng: random.Random) -> LamportRules:
         [
             {},
             {},
+            {"buffers": 1},
             {"buffers": 2},
             {"buffers": 4},
             {"clear": Clear.CURRENT},

@@ -1,0 +1,200 @@
+"""Order: what must have happened before what, in every order of a run.
+
+Exploring every order of 160 calls on 8 ranks is out of reach, and needless. Ranks never
+choose: each makes its launches one after another, and all that a poll does is wait. So the
+order of steps can change a result only where two steps touch one word and nothing in the
+protocol orders them. This module watches *one* order and looks for such pairs. If there are
+none, every order makes the same steps with the same results, and the one that was watched
+speaks for all.
+
+What must have happened before a step, in every order, is the smallest transitive relation with
+
+1. the launches of a rank one after another, and ``after`` inside a launch;
+2. the end of a poll after the first write to its cell with which it can have been content.
+
+It is kept as a vector: for each rank, how many launches are complete, and which ops of the
+next one are done (a bit mask). A poll looks at its cell again and again from the moment at
+which it may begin. Of the writes to the cell it *can see* all but two kinds: those that another
+write overwrote before the poll could begin, and those that come after its end. Checked is:
+
+A. Any two writes to a cell are ordered.
+B. What a poll can see, in the order of the writes, is first words that it rejects and then
+   words that it accepts, all of them right. (Two, where a 3-valued flag may have moved on.)
+   A word consumed untested must be right in all that can be seen.
+
+Why that is enough. Let some order differ, and take its first step s whose outcome is not that
+of the watched run, or that the run does not make. All steps before it are steps of the run
+with the same outcomes, so by 1 and 2 whatever must precede s has been made. If s is a write,
+1 alone enables it; it loses an unread word only if the poll that reads that word does not come
+before it, but then the poll can see this write, which B allows only if it is right as well. If
+s is a poll, the word it found is, writes being ordered by A, one that it can see; by B it is
+right, and the first that it accepts had been written, as 2 says. So s has the run's outcome
+after all. Nor can an order get stuck where the run goes on: take the first step of the run that
+it has not made. All that comes before it in the run has been made, so a poll among these finds
+the word that the run's poll found, or a later one that it can see, which B has it accept. And
+if the run itself gets stuck, where no poll that waits could have seen a word that it accepts,
+every order gets stuck after the same steps.
+
+The converse does not hold: a pair out of order is a suspicion, for :mod:`.decide` to look into.
+tests/hangs compares the answers with those of the unreduced search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .machine import EMPTY, Machine, Op
+
+
+@dataclass(frozen=True)
+class Step:
+    """An op by its place: the ``op``-th of the ``at``-th launch of ``rank``."""
+
+    rank: int
+    at: int
+    op: int
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """``first`` came before ``second`` in the run, and need not have."""
+
+    first: Step
+    second: Step
+
+
+@dataclass(frozen=True)
+class _Write:
+    step: Step
+    value: int
+    knows: tuple[int, ...]
+
+
+@dataclass
+class _Cell:
+    writes: list[_Write] = field(default_factory=list)
+    polls: list[tuple[Step, Op, int]] = field(default_factory=list)
+
+
+class Order:
+    """What must have happened before what, and whether that settles every word (A and B above).
+
+    A vector has one number per rank: complete launches << width | ops done in the next one.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._width = max((len(m.ops) for launches in machine.programs for m in launches), default=0)
+        ranks = len(machine.programs)
+        self._start: list[tuple[int, ...]] = [(0,) * ranks] * ranks
+        self._ends: list[dict[int, tuple[int, ...]]] = [{} for _ in range(ranks)]
+        self._cells: dict[int, _Cell] = {}
+
+    def judge(self, step: Step, op: Op) -> Suspicion | None:
+        """Take the step into the order, or say which pair is not in order."""
+        knows = self._start[step.rank]
+        ends = self._ends[step.rank]
+        if op.after:
+            for i, end in ends.items():
+                if op.after >> i & 1:
+                    knows = self._join(knows, end)
+            knows = self._with(knows, step.rank, step.at, op.after)
+        after = knows
+        for i, (cell, value) in enumerate(zip(op.cells, op.values, strict=True)):
+            history = self._cells.setdefault(cell, _Cell())
+            if not op.action.waits:
+                write = _Write(step, value, self._with(knows, step.rank, step.at, op.after | 1 << step.op))
+                suspicion = self._unordered(history, write, knows)
+                history.writes.append(write)
+            elif i < op.tested:
+                first, suspicion = self._seen(history, step, op, value, knows)
+                after = self._join(after, first.knows) if first is not None else after
+                history.polls.append((step, op, value))
+            else:
+                suspicion = self._untested(history, step, op, value, after)
+                history.polls.append((step, op, value))
+            if suspicion is not None:
+                return suspicion
+        if after is not self._start[step.rank]:
+            ends[step.op] = after
+        return None
+
+    def judge_stuck(self, machine: Machine, progress: Sequence[Sequence[int]]) -> Suspicion | None:
+        """A poll that waits in vain at the end of the run, and in another order might have passed."""
+        for rank, (at, done) in enumerate(progress):
+            ops = machine.programs[rank][at].ops if at < len(machine.programs[rank]) else ()
+            for i, op in enumerate(ops):
+                if op.action.waits and not done >> i & 1 and not op.after & ~done:
+                    suspicion = self.judge(Step(rank, at, i), op)
+                    if suspicion is not None:
+                        return suspicion
+        return None
+
+    def complete(self, rank: int, at: int) -> None:
+        knows = self._start[rank]
+        for end in self._ends[rank].values():
+            knows = self._join(knows, end)
+        self._ends[rank].clear()
+        self._start[rank] = self._with(knows, rank, at + 1, 0)
+
+    def _unordered(self, history: _Cell, write: _Write, knows: tuple[int, ...]) -> Suspicion | None:
+        """A, and B for the polls before this write that need not have ended before it."""
+        if history.writes and not self._before(history.writes[-1].step, knows):
+            return Suspicion(history.writes[-1].step, write.step)
+        # What comes before this write comes before all later ones, and is settled.
+        history.polls = [poll for poll in history.polls if not self._before(poll[0], knows)]
+        for step, op, value in history.polls:
+            if not (op.passes(write.value, value) and op.right(write.value, value)):
+                return Suspicion(step, write.step)
+        return None
+
+    def _seen(
+        self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]
+    ) -> tuple[_Write | None, Suspicion | None]:
+        """B. The first write that can have ended the poll; None for the word of the beginning."""
+        first: _Write | None = None
+        accepted = False
+        sight = self._sight(history, knows)
+        for i, write in enumerate(sight):
+            found = EMPTY if write is None else write.value
+            accepts = op.passes(found, value)
+            if (accepts and not op.right(found, value)) or (accepted and not accepts):
+                return None, _held(sight, i, accepted, step)
+            if accepts and not accepted:
+                first, accepted = write, True
+        return first, None
+
+    def _untested(self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]) -> Suspicion | None:
+        sight = self._sight(history, knows)
+        for i, write in enumerate(sight):
+            if write is None or not op.right(write.value, value):
+                return _held(sight, i, False, step)
+        return None
+
+    def _sight(self, history: _Cell, knows: tuple[int, ...]) -> list[_Write | None]:
+        """The writes that a poll which begins knowing this can see; None stands for the beginning."""
+        sight: list[_Write | None] = []
+        for write in reversed(history.writes):
+            sight.append(write)
+            if self._before(write.step, knows):
+                return sight[::-1]
+        return [None, *sight[::-1]]
+
+    def _before(self, step: Step, knows: tuple[int, ...]) -> bool:
+        at, done = knows[step.rank] >> self._width, knows[step.rank]
+        return at > step.at or (at == step.at and bool(done >> step.op & 1))
+
+    def _with(self, knows: tuple[int, ...], rank: int, at: int, done: int) -> tuple[int, ...]:
+        return (*knows[:rank], at << self._width | done, *knows[rank + 1 :])
+
+    def _join(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+        if a == b:
+            return a
+        width = self._width
+        return tuple([x | y if x >> width == y >> width else max(x, y) for x, y in zip(a, b, strict=True)])
+
+
+def _held(sight: Sequence[_Write | None], wrong: int, accepted: bool, poll: Step) -> Suspicion:
+    """The write that hides the wrong word from the poll in the run, and that another order brings later."""
+    after = sight[wrong + 1] if wrong + 1 < len(sight) and not accepted else sight[wrong]
+    return Suspicion(after.step if after is not None else poll, poll)
