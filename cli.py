@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser(
         "check",
         help="say whether a plan can hang, and show how",
-        description="Run a model of the collective's protocol in every order, for a plan of captured pieces on N ranks: "
-        "exit 0 when no order fails, 1 when one does, 2 on bad usage.",
+        description="Run a model of the collective's protocol in every order, for a plan of captured pieces on N "
+        "ranks: exit 0 when no order fails, 1 when one does, 2 on bad usage.",
     )
     check.add_argument("--collective", choices=_MODELLED, help="whose protocol")
     check.add_argument("--flashinfer", metavar="VERSION", help="in which version")

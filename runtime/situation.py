@@ -36,14 +36,23 @@ class Collective(Explained):
 
 
 class Strategy(StrEnum):
+    """How a call is carried out. Dispatch and combine are the two halves of a MoE all-to-all."""
+
     ONE_SHOT = "one-shot"
     TWO_SHOT = "two-shot"
+    DISPATCH = "dispatch"
+    COMBINE = "combine"
 
 
 class Payload(Explained):
-    """What the words that are sent look like to a receiver that polls for a sentinel."""
+    """What the words that are sent look like to a receiver that polls for a sentinel: the worst of them.
 
-    ORDINARY = "ordinary", "no word is a negative zero or a negative subnormal"
+    SUBNORMAL: 0x80000001 to 0x807FFFFF, a negative subnormal when read as float32. In half
+    precision an odd element of 0x8001 to 0x807F is enough (FI#3053).
+    NEGATIVE_ZERO: 0x80000000, the bits of the sentinel itself.
+    """
+
+    ORDINARY = "ordinary", "no word is a negative zero or a negative subnormal, nor does a sum round to one"
     SUBNORMAL = "subnormal", "some 32-bit word, read as float32, is a negative subnormal, or a sum underflows to one"
     NEGATIVE_ZERO = "negative-zero", "some element is -0.0"
     ANY = "any", "nothing is known about the values"

@@ -9,31 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import TypeAlias
 
-
-class Strategy(StrEnum):
-    """How a call is carried out. Dispatch and combine are the two halves of a MoE all-to-all."""
-
-    ONE_SHOT = "one-shot"
-    TWO_SHOT = "two-shot"
-    DISPATCH = "dispatch"
-    COMBINE = "combine"
-
-
-class Payload(StrEnum):
-    """The worst 32-bit word among those that a rank sends.
-
-    SUBNORMAL: 0x80000001 to 0x807FFFFF, a negative subnormal when read as float32. In half
-    precision an odd element of 0x8001 to 0x807F is enough (FI#3053).
-    NEGATIVE_ZERO: 0x80000000, the bits of the sentinel itself.
-    ORDINARY: neither, nor does the sum over the ranks round to either.
-    """
-
-    ORDINARY = "ordinary"
-    SUBNORMAL = "subnormal"
-    NEGATIVE_ZERO = "negative-zero"
+from ..situation import Payload, Strategy
 
 
 @dataclass(frozen=True)

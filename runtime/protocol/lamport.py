@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from .calls import Call, Payload
 from .machine import EMPTY, UNSEEN, Action, Memory, Op, tag
-from .versions import LamportRules, Sentinel
+from .rules import LamportRules, Sentinel
 
 
 def part(call: Call, token: int, rank: int, rules: LamportRules) -> int:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from .calls import Call, Program, Strategy
 from .lamport import Mailbox, part, total
 from .machine import Action, Launch, Machine, Memory, Op, tag
-from .versions import Clear, Epoch, LamportRules, Words
+from .rules import Clear, Epoch, LamportRules, Words
 
 #: Up to this many ranks a rank keeps its own part in registers, from FlashInfer 0.6.13 on.
 _OWN_IN_REGISTERS = 8

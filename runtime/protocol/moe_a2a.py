@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from .calls import Call, Program
 from .machine import Action, Launch, Machine, Memory, Op
-from .versions import MoeRules
+from .rules import MoeRules
 
 
 def moe_a2a(programs: Sequence[Program], rules: MoeRules) -> Machine:

@@ -2,10 +2,10 @@
 
 A split plan is a row of pieces, captured and replayed, and of islands, run eagerly. What a
 rank's device sees of it is its sequence of collective calls, which the runner makes like this
-(:mod:`ringfence.runtime.runner`): the first step of a captured size runs twice eagerly, then
-records piece after piece and replays each at once; recording itself launches nothing. Later
-steps of that size replay. A step is padded to the next captured size; a larger one runs
-eagerly. So a rank that pads differently, has captured other sizes, or lacks a call makes
+(:mod:`ringfence.runtime.runner`): in the first step of a captured size each piece runs
+eagerly once and is then recorded, which launches nothing. Later steps of that size replay.
+So the device cannot tell them apart. A step is padded to the next captured size; a larger
+one runs eagerly. So a rank that pads differently, or lacks a call, makes
 another program, and ranks are described one by one.
 """
 
@@ -14,28 +14,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from ..errors import PlanError
-from .calls import Call, Payload, Program, Strategy
+from ..situation import Collective, Payload, Strategy
+from .calls import Call, Program
 from .decide import decide
 from .explore import Result
 from .machine import Machine, State
 from .mnnvl import mnnvl
 from .moe_a2a import moe_a2a
+from .rules import mnnvl_rules, moe_rules, trtllm_rules
 from .trtllm import trtllm
-from .versions import mnnvl_rules, moe_rules, trtllm_rules
 
 #: What FlashInfer's kernels are built for.
 WORLD_SIZES = (2, 4, 8, 16)
 
-_WARM_UPS = 2
-
-
-class Collective(StrEnum):
-    MNNVL = "mnnvl"
-    TRTLLM = "trtllm"
-    MOE_A2A = "moe_a2a"
+#: Collectives whose protocol has a model.
+MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL)
 
 
 @dataclass(frozen=True)
@@ -83,9 +78,9 @@ def even_pieces(layers: int, sites_per_layer: int, pieces: int, strategy: Strate
 
 @dataclass(frozen=True)
 class _Launched:
-    """A call before it has an id. ``key`` is the same on ranks that mean the same call: (step, run, site)."""
+    """A call before it has an id. ``key`` is the same on ranks that mean the same call: (step, site)."""
 
-    key: tuple[int, int, int]
+    key: tuple[int, int]
     tokens: int
     strategy: Strategy
     epoch: int
@@ -93,7 +88,7 @@ class _Launched:
 
 
 def programs(ranks: Sequence[Rank]) -> tuple[Program, ...]:
-    """The calls of every rank. A call has the same id on all ranks that make it in the same run of the same step."""
+    """The calls of every rank. A call has the same id on all ranks that make it in the same step."""
     launched = [list(_launched(rank)) for rank in ranks]
     keys = sorted({call.key for calls in launched for call in calls})
     ids = {key: i for i, key in enumerate(keys)}
@@ -111,25 +106,21 @@ def _launched(rank: Rank) -> Iterator[_Launched]:
     """The runner's loop on paper. The host counts a call when it launches or records it."""
     counted = itertools.count()
     recorded: dict[tuple[int, int], int] = {}  # (size, site) -> the host's count, baked in
-    captured: set[int] = set()
     for step, asked in enumerate(rank.steps):
         size = _capture_size(rank, asked)
         tokens = size or asked
-        runs = ["eager"] if size is None else ["replay"]
-        if size is not None and size not in captured:
-            captured.add(size)
-            runs = ["warm-up"] * _WARM_UPS + runs
-        for run, how in enumerate(runs, start=_WARM_UPS + 1 - len(runs)):
-            sites = ((piece, site) for piece in rank.pieces for site in piece.sites)
-            for i, (piece, site) in enumerate(sites):
-                if how == "replay" and not piece.island:
-                    if (tokens, i) not in recorded:
-                        recorded[tokens, i] = next(counted)
-                    epoch, manner = recorded[tokens, i], "replay"
-                else:
-                    epoch, manner = next(counted), "eager" if how == "replay" else how
+        place = 0
+        for piece in rank.pieces:
+            places = range(place, place := place + len(piece.sites))
+            captured = size is not None and not piece.island
+            replay = captured and all((tokens, i) in recorded for i in places)
+            for i, site in zip(places, piece.sites, strict=True):
+                epoch = recorded[tokens, i] if replay else next(counted)
+                manner = "replay" if replay else "first run" if captured else "eager"
                 where = f"step {step}, {piece.name}, {manner}"
-                yield _Launched((step, run, i), tokens, _strategy(rank, site, tokens), epoch, where)
+                yield _Launched((step, i), tokens, _strategy(rank, site, tokens), epoch, where)
+            if captured and not replay:
+                recorded |= {(tokens, i): next(counted) for i in places}
 
 
 def _capture_size(rank: Rank, tokens: int) -> int | None:
@@ -180,7 +171,7 @@ def with_grids(ranks: Sequence[Program]) -> tuple[Program, ...]:
 def machine_for(collective: str, version: str, ranks: Sequence[Program]) -> Machine:
     """The protocol of this collective in this FlashInfer, run by these programs, one per rank.
 
-    Raises :class:`PlanError` or :class:`~.versions.VersionError`.
+    Raises :class:`PlanError` or :class:`~ringfence.runtime.errors.VersionError`.
     """
     if len(ranks) not in WORLD_SIZES:
         raise PlanError(f"a world of {len(ranks)} ranks; FlashInfer's collectives serve {_listed(WORLD_SIZES)}")
@@ -191,9 +182,9 @@ def machine_for(collective: str, version: str, ranks: Sequence[Program]) -> Mach
             return mnnvl(reduced(ranks), mnnvl_rules(version))
         case Collective.TRTLLM:
             return trtllm(with_grids(reduced(ranks)), trtllm_rules(version))
-        case Collective.MOE_A2A:
+        case Collective.MOE_ALL_TO_ALL:
             return moe_a2a(ranks, moe_rules(version))
-    raise PlanError(f"no model of collective '{collective}'; there are {_listed(Collective)}")
+    raise PlanError(f"no model of collective '{collective}'; there are {_listed(MODELLED)}")
 
 
 def check(collective: str, version: str, ranks: Sequence[Program]) -> Result[State]:

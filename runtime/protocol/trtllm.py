@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from .calls import Call, Program, Strategy
 from .lamport import Mailbox, part
 from .machine import Action, Launch, Machine, Memory, Op, tag
-from .versions import Clear, Epoch, LamportRules
+from .rules import Clear, Epoch, LamportRules
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from ringfence.runtime.protocol.arrival import Arrival
 from ringfence.runtime.protocol.calls import Strategy, program
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op
+from ringfence.runtime.protocol.rules import trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.protocol.versions import trtllm_rules
 
 
 def test_m9_a_foreign_write_into_a_flag_hangs_the_barrier() -> None:

@@ -14,8 +14,8 @@ from ringfence.runtime.protocol.calls import Program, Strategy, changed, program
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.plan import Rank, check, even_pieces, programs
+from ringfence.runtime.protocol.rules import Epoch, mnnvl_rules, trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.protocol.versions import Epoch, mnnvl_rules, trtllm_rules
 
 RANK = Rank(even_pieces(2, 2, 2), steps=(4, 4, 4), capture_sizes=(4, 8))
 COLLECTIVES = ["mnnvl", "trtllm"]
@@ -73,9 +73,13 @@ def test_m25_padding_on_one_rank_only_fails() -> None:
     assert failure_of("mnnvl", programs([asked, asked])) is None
 
 
-def test_m25_a_rank_that_already_captured_skips_the_warm_up() -> None:
-    late = programs([replace(RANK, steps=(8, 4)), replace(RANK, steps=(4, 4))])
-    assert failure_of("mnnvl", late) is not None
+def test_m25_a_rank_that_already_captured_makes_the_same_calls() -> None:
+    """The call that captures launches what a replay does; extra warm-up runs on one rank would not be safe."""
+    first, second = programs([RANK, replace(RANK, capture_sizes=())])
+    assert [c.where for c in first] != [c.where for c in second]
+    assert failure_of("mnnvl", [first, second]) is None
+    warmed = [replace(c, id=-1) for c in first[:2]]
+    assert failure_of("mnnvl", [(*warmed, *first), second]) is not None
 
 
 @pytest.mark.parametrize("collective", COLLECTIVES)

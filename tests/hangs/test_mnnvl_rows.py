@@ -9,7 +9,7 @@ import pytest
 from ringfence.runtime.protocol.calls import Payload, Program, Strategy, changed, program, until, without
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
-from ringfence.runtime.protocol.versions import Clear, LamportRules, mnnvl_rules
+from ringfence.runtime.protocol.rules import Clear, LamportRules, mnnvl_rules
 
 NEWEST = mnnvl_rules("0.7.2.post1")
 TWO_SHOT = Strategy.TWO_SHOT

@@ -10,7 +10,7 @@ from ringfence.runtime.protocol.calls import Program, changed, rounds, until, wi
 from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
-from ringfence.runtime.protocol.versions import moe_rules
+from ringfence.runtime.protocol.rules import moe_rules
 
 RULES = moe_rules("0.6.13")
 

@@ -9,8 +9,8 @@ import pytest
 from ringfence.runtime.protocol.calls import Payload, Program, Strategy, changed, program
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
+from ringfence.runtime.protocol.rules import Clear, Sentinel, Words, mnnvl_rules, trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.protocol.versions import Clear, Sentinel, Words, mnnvl_rules, trtllm_rules
 
 BOTH = [Strategy.ONE_SHOT, Strategy.TWO_SHOT]
 

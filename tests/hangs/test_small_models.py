@@ -13,8 +13,8 @@ from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.machine import Machine
 from ringfence.runtime.protocol.mnnvl import mnnvl
+from ringfence.runtime.protocol.rules import Clear, LamportRules, mnnvl_rules, trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.protocol.versions import Clear, LamportRules, mnnvl_rules, trtllm_rules
 
 UP_AND_DOWN = program([1, 2, 1, 2, 2, 1, 1])
 SHRINKING = program([2, 1, 1, 1, 1, 2, 2, 2])

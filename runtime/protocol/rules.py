@@ -1,12 +1,12 @@
-"""Versions: what FlashInfer releases changed in the protocols, as parameters of the models."""
+"""Rules: what FlashInfer releases changed in the protocols, as parameters of the models."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 
 from ..errors import VersionError
+from ..versions import in_range
 
 
 class Sentinel(StrEnum):
@@ -108,23 +108,11 @@ TRTLLM = LamportRules(polls_own=True)
 #: ``active_rank_mask`` is a kernel argument (TRT#16200), so a capture bakes it in.
 MOE = MoeRules(mask_on_device=False)
 
-_VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:\.?(dev|rc|post)(\d+))*(?:\+[\w.]+)?")
-_PHASES = {"dev": -2, "rc": -1, "": 0, "post": 1}
-
-
-def parse(version: str) -> tuple[int, ...]:
-    """A key that orders releases: 0.6.13rc1 < 0.6.13 < 0.6.13.post1. Raises :class:`VersionError`."""
-    match = _VERSION.fullmatch(version.strip())
-    if match is None:
-        raise VersionError(f"'{version}' is not a FlashInfer version; give one like '0.6.13' or '0.6.11.post3'")
-    major, minor, patch, phase, number = match.groups()
-    return int(major), int(minor), int(patch or 0), _PHASES[phase or ""], int(number or 0)
-
 
 def mnnvl_rules(version: str) -> LamportRules:
     """The MNNVL protocol of this FlashInfer. Later releases than those read count as the last one read."""
     _known(version)
-    return [row.rules for row in MNNVL if parse(row.since) <= parse(version)][-1]
+    return [row.rules for row in MNNVL if in_range(version, row.since, None)][-1]
 
 
 def trtllm_rules(version: str) -> LamportRules:
@@ -140,7 +128,7 @@ def moe_rules(version: str) -> MoeRules:
 
 
 def _known(version: str) -> None:
-    if parse(version) < parse(MNNVL[0].since):
+    if not in_range(version, MNNVL[0].since, None):
         raise VersionError(
             f"the protocols of FlashInfer {version} are not known here; known are {MNNVL[0].since} and later, "
             "so upgrade flashinfer-python"
