@@ -123,7 +123,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.12 or later. Splitting does not help: eager calls hang too.",
         source="FI#3053, FI#3304, FI#2923, V#35772, SGL#23402; reproduced on H200 with FlashInfer's kernel",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m1_a_subnormal_word_is_not_seen",
+        shown_by="tests/hangs/test_sentinel.py::test_m1_a_negative_subnormal_is_never_seen_before_0_6_12",
     ),
     Hazard(
         id="M2",
@@ -147,7 +147,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.13 or later, or pin the one-shot strategy.",
         source="FI#3385; the comments of TS's port; read in FlashInfer 0.6.12 and 0.6.13",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m2_a_sum_becomes_the_sentinel",
+        shown_by="tests/hangs/test_sentinel.py::test_m2_a_sum_that_rounds_to_the_sentinel_is_never_seen_in_0_6_12",
     ),
     Hazard(
         id="M3",
@@ -162,7 +162,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.13 or later, or pin the one-shot strategy.",
         source="FI#3385; read in FlashInfer 0.6.12 and 0.6.13",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m3_a_torn_pack_is_taken_by_its_first_word",
+        shown_by="tests/hangs/test_sentinel.py::test_m3_a_torn_pack_is_taken_when_only_its_first_word_is_checked",
     ),
     Hazard(
         id="M4",
@@ -177,7 +177,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Replace -0.0 before the push, and test the kernel with payloads full of 0x8000 and 0x80000000.",
         source="FI#1136, FI#3304",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m4_an_unsanitised_negative_zero_is_not_seen",
+        shown_by="tests/hangs/test_sentinel.py::test_m4_negative_zero_is_never_seen_unless_the_input_is_sanitised",
     ),
     Hazard(
         id="M5",
@@ -191,7 +191,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.2.9 or later, which records the size on the device.",
         source="TRT#6237, FI#1321",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m5_words_that_were_not_cleared_are_read_again",
+        shown_by="tests/hangs/test_sentinel.py::test_m5_a_clear_of_the_wrong_size_leaves_old_words",
     ),
     Hazard(
         id="M6",
@@ -246,7 +246,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run compute-sanitizer on the op before; put canaries around the control words and check their range.",
         source="TRT#5698",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_launches.py::test_m9_a_foreign_write_into_the_counter_is_never_made_good",
+        shown_by="tests/hangs/test_counters.py::test_m9_a_foreign_write_into_a_flag_hangs_the_barrier",
     ),
     # -- order, memory model, control words ----------------------------------------------------
     Hazard(
@@ -261,7 +261,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.0 or later.",
         source="TRT#8612, FI#2118",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_launches.py::test_m10_without_release_a_late_clear_wipes_the_next_payload",
+        shown_by="tests/hangs/test_memory_order.py::test_m10_without_release_a_late_clear_wipes_the_next_payload",
     ),
     Hazard(
         id="M11",
@@ -275,7 +275,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.16 or later.",
         source="FI#4092",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_launches.py::test_m11_a_head_without_a_block_barrier_overtakes_its_payload",
+        shown_by="tests/hangs/test_memory_order.py::test_m11_a_head_without_a_block_barrier_overtakes_its_payload",
     ),
     Hazard(
         id="M12",
@@ -290,7 +290,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Give each strategy a workspace of its own, or check between steps that the counter is 0.",
         source="TS#351; the shared counter was read in FlashInfer's source",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_launches.py::test_m12_an_aborted_one_shot_hangs_the_next_two_shot",
+        shown_by="tests/hangs/test_counters.py::test_m12_what_an_aborted_launch_left_hangs_the_next",
     ),
     Hazard(
         id="M13",
@@ -343,7 +343,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run the op eagerly between pieces; capture only collectives that keep their epoch on the device.",
         source="FI#3903, TRT#16200, microsoft/mscclpp#502, local-inference-lab/b12x#103",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_launches.py::test_m15_a_replay_repeats_the_epoch_that_the_host_chose",
+        shown_by="tests/hangs/test_divergence.py::test_m15_an_epoch_that_the_host_holds_cannot_be_captured",
     ),
     # -- programmatic dependent launch ---------------------------------------------------------
     Hazard(
@@ -358,7 +358,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Pass trigger_completion_at_end=True.",
         source="V#45448, V#43103, SGL#29274, TS#842, FI#3323",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_launches.py::test_m16_a_dependant_that_does_not_wait_reads_what_is_not_written",
+        shown_by="tests/hangs/test_scheduling_pdl.py::test_m16_early_trigger_lets_the_next_kernel_read_what_is_not_there",
     ),
     Hazard(
         id="M17",
@@ -372,7 +372,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Pass launch_with_pdl=False where the kernel just before writes the residual, the weight or the scale.",
         source="FI#5081 (open); read in FlashInfer's source",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_launches.py::test_m17_a_load_before_the_wait_reads_the_old_residual",
+        shown_by="tests/hangs/test_scheduling_pdl.py::test_m17_residual_is_loaded_before_its_producer_wrote_it",
     ),
     Hazard(
         id="M18",
@@ -386,7 +386,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Launch kernels with large grids without PDL, and keep other streams out of a PDL pair.",
         source="SGL#34789, FI#3835, FI#4172, FI#4174, FI#3279, V#42186",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_launches.py::test_m18_dependants_in_every_slot_keep_their_producer_out",
+        shown_by="tests/hangs/test_scheduling_pdl.py::test_m18_waiting_dependents_hold_the_slot_that_their_producer_needs",
     ),
     Hazard(
         id="M19",
@@ -414,7 +414,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Keep all launches of a collective behind one op, so that no split can come between them.",
         source="read in FlashInfer's source (two-shot with rmsNormLamport; the LL and BT protocols of CuTe DSL)",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_launches.py::test_m20_a_call_between_the_halves_takes_their_buffer",
+        shown_by="tests/hangs/test_scheduling_memory.py::test_m20_another_call_between_the_halves_overwrites_what_was_scattered",
     ),
     # -- ranks that do different things --------------------------------------------------------
     Hazard(
@@ -432,7 +432,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Use FlashInfer 0.6.13 or later, and pass group and a communicator of your own to the workspace.",
         source="FI#2955, FI#3247, FI#3408, FI#3418, V#45917, SGL#24452",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_meetings.py::test_m21_a_rendezvous_over_world_waits_for_ranks_that_never_come",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m21_a_rendezvous_over_world_waits_for_ranks_that_are_elsewhere",
     ),
     Hazard(
         id="M22",
@@ -446,7 +446,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Use equal GPUs, MIG slices, binaries and token counts on all ranks; compare a hash of the launch.",
         source="V#43616; shown by model, no incident is known",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_launches.py::test_m22_a_late_block_takes_a_lapped_flag_for_the_previous_one",
+        shown_by="tests/hangs/test_divergence.py::test_m22_unequal_grids_deadlock_and_equal_ones_do_not",
     ),
     Hazard(
         id="M23",
@@ -460,7 +460,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Vote over the host group after each creation, and let all ranks fall back together, for good.",
         source="V#53377, V#55973; read in SGLang's flashinfer_comm_fusion.py",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_meetings.py::test_m23_a_rank_that_falls_back_alone_is_missed",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m23_one_rank_falls_back_and_both_wait_in_different_collectives",
     ),
     Hazard(
         id="M24",
@@ -477,7 +477,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Use trtllm or NCCL; choose mnnvl only after a multicast store and load has worked on all ranks.",
         source="V#45800, V#48071, V#45604, V#51986, V#53377, V#47293, TS#925, FI#3701, FI#2546",
         certainty=Certainty.CERTAIN,
-        not_shown="needs a machine whose multicast is broken or partial",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m24_ranks_that_probe_differently_never_meet",
     ),
     Hazard(
         id="M25",
@@ -494,7 +494,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Pick graph and padding from values that were reduced over the group; compare a hash of the calls.",
         source="V#25906, V#23595, V#42271, V#48720, V#13418",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m25_a_skipped_call_is_read_as_another",
+        shown_by="tests/hangs/test_divergence.py::test_m25_ranks_that_choose_different_graphs_fail",
     ),
     Hazard(
         id="M26",
@@ -507,7 +507,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Tune over the process group (FlashInfer 0.6.16: set_autotune_process_group), before any capture.",
         source="FI#3187, FI#4192",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_meetings.py::test_m26_ranks_that_tuned_differently_register_differently",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m26_tactics_measured_per_rank_register_different_scratch",
     ),
     Hazard(
         id="M27",
@@ -521,7 +521,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Pad every rank to at least one token.",
         source="FI#4531, TS#596; read in FlashInfer's source",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/test_backend.py::test_empty_batch_is_refused",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m27_a_rank_without_tokens_skips_the_call",
     ),
     Hazard(
         id="M28",
@@ -535,7 +535,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Look at the rank that did not enter. Load all kernels before capture (CUDA_MODULE_LOADING=EAGER).",
         source="FI#4032, FI#4814, FI#3329, SGL#30209, TS#486, TRT#17376",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m28_a_rank_that_stops_leaves_its_peer_in_the_call",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m28_a_lazy_module_load_waits_for_a_kernel_that_waits_for_the_peer",
     ),
     Hazard(
         id="M29",
@@ -549,7 +549,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Put no collective in a finally; tell the others over the host group, and build the workspace anew.",
         source="SGL#11275",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_meetings.py::test_m29_a_collective_in_a_finally_waits_for_a_rank_that_is_elsewhere",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m29_a_collective_in_finally_hides_the_exception_in_a_hang",
     ),
     # -- at capture ----------------------------------------------------------------------------
     Hazard(
@@ -563,7 +563,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Create every workspace before the first capture, and let creation fail while a stream captures.",
         source="TRT#8781, TRT#8803, V#55973",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/runtime/test_capture.py::test_simulated_capture_refuses_a_collective",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m30_a_workspace_made_in_warm_up_waits_for_a_rank_that_spins",
     ),
     Hazard(
         id="M31",
@@ -591,7 +591,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Capture all pieces inside one capture context of the collective, or run it eagerly.",
         source="SGL#14193, SGL#12106, V#30650",
         certainty=Certainty.CERTAIN,
-        not_shown="the custom all-reduce belongs to the engines; ringfence does not carry it",
+        shown_by="tests/hangs/test_scheduling_memory.py::test_m32_a_piece_captured_outside_the_context_has_no_peer_address",
     ),
     Hazard(
         id="M33",
@@ -605,7 +605,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Synchronise the device and meet at a host barrier between the last warm-up and the first capture.",
         source="SGL#33795, SGL#34286",
         certainty=Certainty.ANALYSIS,
-        shown_by="tests/hangs/test_meetings.py::test_m33_a_capture_that_begins_while_a_peer_warms_up",
+        shown_by="tests/hangs/test_scheduling_hosts.py::test_m33_registration_of_the_capture_meets_a_peer_in_its_warm_up",
     ),
     Hazard(
         id="M34",
@@ -623,7 +623,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run it eagerly between pieces; use NCCL 2.30.4 or later, without its symmetric memory.",
         source="V#46253, V#46372, V#52504, SGL#29946, pytorch/torchtitan#3685",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/compile_passes/test_split.py::test_collective_is_judged_by_its_backend",
+        shown_by="tests/hangs/test_scheduling_memory.py::test_m34_the_hosts_part_of_a_captured_collective_is_not_replayed",
     ),
     Hazard(
         id="M35",
@@ -653,7 +653,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Make the replay stream wait for the copy before the first piece of a step, or copy on that stream.",
         source="SGL#38300, SGL#38463, PT#196133",
         certainty=Certainty.OPEN,
-        not_shown="happens on B300 only; H200 does not show it",
+        shown_by="tests/hangs/test_divergence.py::test_m36_the_rank_that_spins_is_the_victim",
     ),
     Hazard(
         id="M37",
@@ -667,7 +667,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Use one workspace per group and stream, or order the streams by events.",
         source="TRT#3988, TRT#10633, FI#4393, SGL#31135",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_launches.py::test_m37_two_kernels_on_one_counter_miss_its_value",
+        shown_by="tests/hangs/test_scheduling_streams.py::test_m37_two_trtllm_calls_at_a_time_count_past_the_number",
     ),
     Hazard(
         id="M38",
@@ -681,7 +681,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run no other stream beside the collective, or reserve SMs for it.",
         source="SGL#36657, FI#3615, FI#4595, ROCm/aiter#4977; for trtllm and CuTe DSL inferred",
         certainty=Certainty.INFERRED,
-        shown_by="tests/hangs/test_launches.py::test_m38_two_kernels_with_grid_barriers_starve_each_other",
+        shown_by="tests/hangs/test_scheduling_streams.py::test_m38_two_grids_with_half_of_the_slots_each",
     ),
     Hazard(
         id="M39",
@@ -695,7 +695,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.14 or later; in your own kernels, count up and wait for at least.",
         source="FI#3615",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_launches.py::test_m39_a_reset_under_a_spinning_block_is_missed",
+        shown_by="tests/hangs/test_scheduling_streams.py::test_m39_the_leader_resets_the_counter_before_another_block_has_seen_it",
     ),
     Hazard(
         id="M40",
@@ -737,7 +737,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Share executable graphs only among pieces without collectives.",
         source="inferred from SGL#29625",
         certainty=Certainty.INFERRED,
-        not_shown="ringfence never updates an executable graph, and nobody has reported it",
+        shown_by="tests/hangs/test_scheduling_memory.py::test_m42_a_segment_updated_on_one_rank_only",
     ),
     Hazard(
         id="M43",
@@ -765,7 +765,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Capture them. Refuse only when the sizes differ between ranks (M25).",
         source="read in FlashInfer's source; shown by model; 500 steps of mixed graphs on two H200",
         certainty=Certainty.DISPROVED,
-        shown_by="tests/hangs/test_mnnvl_rows.py::test_m44_sizes_may_differ_from_graph_to_graph",
+        shown_by="tests/hangs/test_divergence.py::test_m44_graphs_of_different_sizes_and_strategies_may_alternate",
     ),
     # -- MoE, devices, handles -----------------------------------------------------------------
     Hazard(
@@ -779,7 +779,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Upgrade FlashInfer to 0.6.14 or later.",
         source="FI#3371, TRT#14550; related: FI#4139, FI#3210, FI#4183",
         certainty=Certainty.OPEN,
-        not_shown="the cause was not published, so there is nothing to model",
+        shown_by="tests/hangs/test_moe.py::test_m45_flags_in_private_memory_are_seen_by_nobody",
     ),
     Hazard(
         id="M46",

@@ -1,0 +1,99 @@
+"""The plan as a whole: what the model says of what the passes made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+import ringfence
+from ringfence.compile_passes.judge import CLEAN, Decision, judge
+from ringfence.compile_passes.prove import PlanVerdict, prove
+from ringfence.compile_passes.roles import c10d
+from ringfence.compile_passes.split import split
+from ringfence.runtime.situation import Collective, Payload, Situation, Strategy
+from support import aot_graph, fuse_graph
+
+pytestmark = pytest.mark.usefixtures("fake_group")
+H = 16
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def layers(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    for _ in range(3):
+        residual = c10d.wait_tensor(c10d.all_reduce(x.sin(), "sum", "0")) + residual
+        x = F.rms_norm(residual, (H,), None, 1e-6).exp()
+    return x, residual
+
+
+def graph(dtype: torch.dtype = torch.bfloat16) -> GraphModule:
+    gm = aot_graph(layers, torch.randn(4, H).to(dtype), torch.randn(4, H).to(dtype))
+    fuse_graph(gm)
+    return gm
+
+
+def proved(situation: Situation, sizes: tuple[int, ...] = (4, 8), **options: object) -> PlanVerdict:
+    gm = graph()
+    verdicts = judge(gm, backends={"0": "nccl"}, capture=bool(sizes), situation=situation, **options)  # type: ignore[arg-type]
+    plan, _ = split(gm, verdicts)
+    assert [i for p in plan.pieces for i in p.sites] == [0, 1, 2]
+    return prove(plan, situation, sizes)
+
+
+@pytest.mark.parametrize("sizes", [(), (4,), (4, 8)])
+@pytest.mark.parametrize("split_ops", [[], ["aten::exp"]])
+@pytest.mark.parametrize("collective", [Collective.MNNVL, Collective.TRTLLM])
+def test_sound_plan_is_safe(collective: Collective, split_ops: list[str], sizes: tuple[int, ...]) -> None:
+    verdict = proved(Situation(collective, "0.7.0", world_size=2), sizes, split_ops=split_ops)
+    assert (verdict.decision, verdict.kind, verdict.hazard) == (Decision.IN_GRAPH, "safe", None)
+    assert verdict.states > 50
+
+
+@pytest.mark.parametrize("split_ops", [[], ["aten::exp"], ["ringfence::all_reduce_add_rms_norm"]])
+@pytest.mark.parametrize("sizes", [(), (4, 8)])
+def test_float_compare_hangs_in_every_cut(split_ops: list[str], sizes: tuple[int, ...]) -> None:
+    verdict = proved(Situation(Collective.MNNVL, "0.6.10"), sizes, split_ops=split_ops)
+    assert (verdict.decision, verdict.kind, verdict.hazard) == (Decision.REFUSE, "deadlock", "M1")
+    assert verdict.invariant == "I1" and verdict.remedy is not None and "0.6.12" in verdict.message
+    assert any("push" in step for step in verdict.trace)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clean_payload_makes_an_affected_release_safe(dtype: torch.dtype) -> None:
+    """Through the backend: the same model, judged as FlashInfer 0.6.10, without and with the flush."""
+    found = {}
+    for on_hazard in ("refuse", "clean"):
+        torch._dynamo.reset()
+        backend = ringfence.Backend(piece_compiler="eager", on_hazard=on_hazard)
+        backend.judge_as = Situation(Collective.MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT)
+        x, residual = torch.randn(4, H).to(dtype), torch.randn(4, H).to(dtype)
+        with torch.no_grad():
+            actual = torch.compile(layers, backend=backend, fullgraph=True)(x, residual)
+            expected = layers(x, residual)
+        torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
+        (report,) = backend.reports
+        assert report.plan is not None
+        found[on_hazard] = report.plan.kind, {v.rule for v in report.verdicts}
+    assert found == {"refuse": ("deadlock", {"M1"}), "clean": ("safe", {CLEAN})}
+
+
+def test_payload_known_to_be_ordinary_is_safe() -> None:
+    assert proved(Situation(Collective.MNNVL, "0.6.10", payload=Payload.ORDINARY)).kind == "safe"
+
+
+@pytest.mark.parametrize(
+    ("situation", "why"),
+    [(Situation(Collective.REFERENCE), "reference polls no words"), (Situation(Collective.MNNVL), "version")],
+)
+def test_what_was_not_explored_is_said(situation: Situation, why: str) -> None:
+    verdict = proved(situation)
+    assert verdict.kind == "not_modelled" and why in verdict.message and verdict.states == 0
+
+
+def test_plan_without_a_fused_collective_is_safe() -> None:
+    gm = aot_graph(lambda x: (x.exp(),), torch.randn(4, H))
+    situation = Situation(Collective.MNNVL, "0.6.10")
+    plan, _ = split(gm, judge(gm, backends={}, capture=True, situation=situation))
+    assert prove(plan, situation, (4,)).message == "the plan has no fused collective"
