@@ -143,7 +143,7 @@ class Backend:
         runner = PiecewiseRunner(
             program,
             sizes,
-            graphs,
+            graphs if self.judge_as is None else None,  # what was judged is a plan for another machine
             options.capture_sizes,
             padding=pads,
             static_outputs=options.static_outputs,
