@@ -33,7 +33,13 @@ from ringfence.compile_passes.split import split
 from ringfence.runtime import ops
 from ringfence.runtime.capture import SimulatedGraphs
 from ringfence.runtime.program import Program, SizeRule, Step
+from ringfence.runtime.protocol import plan
+from ringfence.runtime.protocol.calls import program
+from ringfence.runtime.protocol.explore import explore
+from ringfence.runtime.protocol.mnnvl import mnnvl
+from ringfence.runtime.protocol.rules import mnnvl_rules
 from ringfence.runtime.runner import PiecewiseRunner
+from ringfence.runtime.situation import Strategy
 
 LAYERS, HIDDEN, TOKENS = 80, 64, 4
 PIECES = 161  # two sites per layer, each an island
@@ -129,10 +135,10 @@ def bench_split() -> Row:
     fuse(gm, find(gm))
     verdicts = judge(gm, backends={"0": "gloo"}, capture=True)
     start = time.perf_counter()
-    plan, whole = split(gm, verdicts)
-    lower(plan, whole, eager_piece, [n.name for n in gm.graph.find_nodes(op="placeholder")], frozenset())
+    parts, whole = split(gm, verdicts)
+    lower(parts, whole, eager_piece, [n.name for n in gm.graph.find_nodes(op="placeholder")], frozenset())
     spent = (time.perf_counter() - start) * 1e3
-    return Row(f"split + lower into {len(plan.pieces)} parts", f"{spent:.0f} ms", "", "", True)
+    return Row(f"split + lower into {len(parts.pieces)} parts", f"{spent:.0f} ms", "", "", True)
 
 
 # -- the runner ------------------------------------------------------------------------
@@ -193,6 +199,34 @@ def bench_runner() -> list[Row]:
                 each - bare_each <= 5,
             )
         )
+    return rows
+
+
+# -- the protocol models -----------------------------------------------------------------
+
+
+def bench_models() -> list[Row]:
+    """Exploring small programs exhaustively, and deciding the plan of 80 layers on 4 ranks."""
+    small = mnnvl([program([2, 1, 2, 1])] * 2, mnnvl_rules("0.7.0"))
+    start = time.perf_counter()
+    states = explore(small).states
+    rows = [
+        Row(
+            "states per second, every order of 4 one-shot calls on 2 ranks",
+            f"{states / (time.perf_counter() - start):,.0f}",
+            f"{states} states",
+            "",
+            True,
+        )
+    ]
+    for collective in ("mnnvl", "trtllm"):
+        for strategy in (Strategy.ONE_SHOT, Strategy.TWO_SHOT):
+            rank = plan.Rank(plan.even_pieces(LAYERS, 2, 33, strategy), (16, 8, 8, 16), (8, 16))
+            start = time.perf_counter()
+            result = plan.check(collective, "0.7.0", plan.programs([rank] * 4))
+            spent = time.perf_counter() - start
+            what = f"{collective} {strategy}: {LAYERS} layers x 2 sites x 33 pieces, 4 steps, 4 ranks"
+            rows.append(Row(what, f"{spent:.2f} s", f"{result.states} states", "<= 2 s", result.safe and spent <= 2))
     return rows
 
 
@@ -265,7 +299,7 @@ def bench_compile(repeats: int = 3) -> list[Row]:
 def main() -> int:
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    rows = [bench_passes(), bench_split(), *bench_runner(), *bench_compile()]
+    rows = [bench_passes(), bench_split(), *bench_runner(), *bench_models(), *bench_compile()]
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}"
     )
