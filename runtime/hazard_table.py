@@ -246,7 +246,7 @@ HAZARDS: tuple[Hazard, ...] = (
         remedy="Run compute-sanitizer on the op before; put canaries around the control words and check their range.",
         source="TRT#5698",
         certainty=Certainty.CERTAIN,
-        shown_by="tests/hangs/test_counters.py::test_m9_a_foreign_write_into_a_flag_hangs_the_barrier",
+        shown_by="tests/hangs/test_counters.py::test_m9_a_foreign_write_into_a_flag_opens_a_barrier_or_shuts_it",
     ),
     # -- order, memory model, control words ----------------------------------------------------
     Hazard(

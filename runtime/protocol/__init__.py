@@ -1,1 +1,14 @@
-"""The protocols of the fused collectives as models that can be run in every order."""
+"""The protocols of the fused collectives as models that can be run in every order.
+
+    plan       a split plan -> the calls of each rank -> can that fail?   check(...)
+    calls      what a rank asks of a collective, and how ranks come to differ
+    versions   what FlashInfer releases changed
+    mnnvl, trtllm, moe_a2a      a rank's calls -> launches of ops; control words word by word
+    machine    what ops do, and what a failure is
+    explore    every order, a shortest trace
+    order, decide      one order that speaks for all, for programs of any length
+    arrival    the counter that launches share
+    timeline   a trace as text, SVG and JSON
+
+Plain Python: nothing here needs torch or a device.
+"""

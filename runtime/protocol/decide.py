@@ -3,7 +3,7 @@
 One run, watched by :mod:`.order`, decides most machines: if nothing in it is out of order, it
 speaks for every order. Otherwise the failure is looked for from the last points at which all
 ranks were between calls: exhaustively, which gives a shortest trace, as far as ``limit``
-states; and beyond, in the one order that holds up the first step of the pair.
+states; and beyond, in the watched order and in one that holds up the first step of the pair.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def decide(machine: Machine, *, limit: int = 40_000) -> Result[State]:
         if found.failure is not None:
             return replace(found, states=visited, skipped=_complete(quiet))
     for quiet in reversed(run.quiet):
-        held = _run(machine, quiet, hold=run.suspicion)
-        visited += len(held.trace) + 1
-        if held.failure is not None:
-            return _report(machine, quiet, held, visited)
+        for hold in (None, run.suspicion):  # the pair as it came, and the other way round
+            held = _run(machine, quiet, hold=hold)
+            visited += len(held.trace) + 1
+            if held.failure is not None:
+                return _report(machine, quiet, held, visited)
     return explore(machine, limit=10 * limit)
 
 

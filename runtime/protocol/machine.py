@@ -13,8 +13,9 @@ A *cell* is one word of one rank's memory. Two kinds are in use:
 
 - data (PUSH, POLL, CLEAR): empty while it holds the sentinel. A word that the receiver
   mistakes for the sentinel is there and is not seen: see :data:`UNSEEN`.
-- flags (RAISE, AWAIT_CHANGE, AWAIT_EQUAL): the model keeps the number of the barrier that
-  the flag stands for; a 3-valued flag shows it modulo 3.
+- flags (RAISE, AWAIT_CHANGE, AWAIT_EQUAL): a number that meets the peers' number, whatever
+  they are doing. The model keeps with it the call that it was raised in, which no kernel sees:
+  see :func:`flag`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ EMPTY = 0
 UNSEEN = 1 << 60
 
 _WORDS_OF_A_CALL = 1 << 24
+_FLAGS_OF_A_CALL = 3 << 24  # a multiple of 3, so that a 3-valued flag shows the number modulo 3
 _WORDS_OF_A_TOKEN = 1 << 6
 
 State = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
@@ -39,6 +41,11 @@ State = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
 def tag(call: int, token: int, rank: int | None = None) -> int:
     """The word that stands for this token in this call: the part of a rank, or the sum over all."""
     return 1 + call * _WORDS_OF_A_CALL + token * _WORDS_OF_A_TOKEN + (0 if rank is None else 1 + rank)
+
+
+def flag(number: int, call: int | None = None) -> int:
+    """A flag of this number raised in this call; or, of a poll, one that may be of any call."""
+    return number + (0 if call is None else (call + 1) * _FLAGS_OF_A_CALL)
 
 
 class Action(Enum):
@@ -82,11 +89,14 @@ class Op:
             case Action.AWAIT_CHANGE:
                 return found % 3 != (value - 1) % 3
             case _:
-                return found == value
+                return found % _FLAGS_OF_A_CALL == value % _FLAGS_OF_A_CALL
 
     def right(self, found: int, value: int) -> bool:
-        """Whether it is the word that was meant, unread; or a flag of that barrier or a later one."""
-        return found >= value if self.action is Action.AWAIT_CHANGE else found == value
+        """Whether it is the word that was meant, unread; or a flag of that barrier or a later one, and of that call."""
+        if self.action is not Action.AWAIT_CHANGE:
+            return found == value
+        call, number = divmod(value, _FLAGS_OF_A_CALL)
+        return found % _FLAGS_OF_A_CALL >= number and call in (0, found // _FLAGS_OF_A_CALL)
 
 
 @dataclass(frozen=True)
@@ -203,10 +213,12 @@ def perform(op: Op, memory: list[int]) -> tuple[Failure | None, str]:
 
 def describe(op: Op, found: int, value: int = EMPTY) -> str:
     """A word as a person would call it; ``value`` is what a poll waits for."""
-    if op.action is Action.AWAIT_CHANGE:
-        return f"{found % 3} (barrier {found}), the value before barrier {value}"
-    if op.action is Action.AWAIT_EQUAL:
-        return f"{found} and not {value}"
+    if op.action in (Action.AWAIT_CHANGE, Action.AWAIT_EQUAL):
+        call, number = divmod(found, _FLAGS_OF_A_CALL)
+        raised = f", raised in call {call - 1}" if call else ""
+        if op.action is Action.AWAIT_EQUAL:
+            return f"{number}{raised}"
+        return f"{number % 3} (barrier {number}{raised})"
     if found == EMPTY:
         return "the sentinel"
     call, rest = divmod(abs(found) % UNSEEN - 1, _WORDS_OF_A_CALL)

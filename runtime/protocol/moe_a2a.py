@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .calls import Call, Program
-from .machine import Action, Launch, Machine, Memory, Op
+from .machine import Action, Launch, Machine, Memory, Op, flag
 from .rules import MoeRules
 
 
@@ -24,24 +24,25 @@ def moe_a2a(programs: Sequence[Program], rules: MoeRules) -> Machine:
     """The machine that these programs of dispatches and combines, one per rank, make."""
     memory = Memory()
     launches = [
-        [_launch(rank, len(programs), call, flag, rules, memory) for flag, call in enumerate(calls, start=1)]
+        [_launch(rank, len(programs), call, number, rules, memory) for number, call in enumerate(calls, start=1)]
         for rank, calls in enumerate(programs)
     ]
     return Machine(launches, memory.names)
 
 
-def _launch(rank: int, world_size: int, call: Call, flag: int, rules: MoeRules, memory: Memory) -> Launch:
+def _launch(rank: int, world_size: int, call: Call, number: int, rules: MoeRules, memory: Memory) -> Launch:
     def cell(owner: int, source: int) -> int:
         array = call.strategy if rules.separate_flags else "completion"
         copy = "" if rules.shared_memory else f", as rank {rank} sees it"
         return memory.cell(owner, f"{array} flag of rank {source}{copy}")
 
     active = range(world_size) if call.active is None else call.active
+    due = (flag(number, call.id),)
     peers = [peer for peer in active if peer != rank]
     ops = [
-        *(Op(Action.RAISE, (cell(peer, rank),), (flag,), detail=f"flag of rank {peer} to {flag}") for peer in peers),
+        *(Op(Action.RAISE, (cell(peer, rank),), due, detail=f"flag of rank {peer} to {number}") for peer in peers),
         *(
-            Op(Action.AWAIT_EQUAL, (cell(rank, peer),), (flag,), detail=f"flag of rank {peer} for {flag}")
+            Op(Action.AWAIT_EQUAL, (cell(rank, peer),), due, detail=f"flag of rank {peer} for {number}")
             for peer in peers
         ),
     ]

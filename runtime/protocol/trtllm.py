@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from .calls import Call, Program, Strategy
 from .lamport import Mailbox, part
-from .machine import Action, Launch, Machine, Memory, Op, tag
+from .machine import Action, Launch, Machine, Memory, Op, flag, tag
 from .rules import Clear, Epoch, LamportRules
 
 
@@ -113,15 +113,17 @@ class _Rank:
             for barrier in (passed + 1, passed + 2):
                 for peer in self._peers():
                     cells = tuple(
-                        self._flag(call, peer, flag, self._rank) for flag in range(block, self._flags, call.ctas)
+                        self._flag(call, peer, number, self._rank) for number in range(block, self._flags, call.ctas)
                     )
                     detail = f"block {block}: flags of rank {peer} to {barrier % 3}"
-                    ops.append(Op(Action.RAISE, cells, (barrier,) * len(cells), before, detail=detail))
+                    ops.append(Op(Action.RAISE, cells, (flag(barrier, call.id),) * len(cells), before, detail=detail))
                 raised = before | self._mask(ops)
+                # The first barrier says that peers have put their input there: that of this call.
+                due = flag(barrier, call.id if barrier == passed + 1 else None)
                 for peer in self._peers():
                     cells = (self._flag(call, self._rank, block, peer),)
-                    detail = f"block {block}: flag {block} from rank {peer}"
-                    ops.append(Op(Action.AWAIT_CHANGE, cells, (barrier,), raised, detail=detail))
+                    detail = f"block {block}: flag {block} from rank {peer} for {barrier % 3}"
+                    ops.append(Op(Action.AWAIT_CHANGE, cells, (due,), raised, detail=detail))
                 before = raised | self._mask(ops)
         return ops
 
@@ -133,6 +135,6 @@ class _Rank:
         """The last step of a block, one op per peer."""
         return ((1 << len(self._peers())) - 1) << len(ops) - len(self._peers())
 
-    def _flag(self, call: Call, rank: int, flag: int, source: int) -> int:
+    def _flag(self, call: Call, rank: int, number: int, source: int) -> int:
         workspace = f"workspace {call.workspace} " if call.workspace else ""
-        return self._memory.cell(rank, f"{workspace}flag {flag} of rank {source}")
+        return self._memory.cell(rank, f"{workspace}flag {number} of rank {source}")

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ringfence.runtime.protocol.arrival import Arrival
 from ringfence.runtime.protocol.calls import Strategy, program
 from ringfence.runtime.protocol.explore import Failure, explore
-from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op
+from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op, flag
 from ringfence.runtime.protocol.rules import trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
 
 
-def test_m9_a_foreign_write_into_a_flag_hangs_the_barrier() -> None:
-    """TRT#5698: during a call some other kernel writes past its output, over a flag that was just raised."""
+@pytest.mark.parametrize(("after", "failure"), [(0, Failure.STALE_READ), (0b11, Failure.DEADLOCK)])
+def test_m9_a_foreign_write_into_a_flag_opens_a_barrier_or_shuts_it(after: int, failure: Failure) -> None:
+    """TRT#5698: during a call some other kernel writes past its output, over the flag of the peer.
+
+    Before the first barrier (number 3) it looks like the peer's arrival; after it, it hides the
+    peer's arrival at the second.
+    """
     sound = trtllm([program([1, 1], Strategy.TWO_SHOT)] * 2, trtllm_rules("0.6.13"))
-    flag = sound.names.index("flag 0 of rank 1 in rank 0's memory")
-    foreign = Op(Action.RAISE, (flag,), (3,), detail="out of bounds, over flag 0 of rank 1")
+    cell = sound.names.index("flag 0 of rank 1 in rank 0's memory")
+    foreign = Op(Action.RAISE, (cell,), (flag(3),), after, detail="out of bounds, over flag 0 of rank 1")
     first, second = sound.programs[0]
     hit = Launch(second.call, second.title, (*second.ops, foreign))
     result = explore(Machine([[first, hit], sound.programs[1]], sound.names))
-    assert result.failure is Failure.DEADLOCK
-    assert "rank 0 in call 1" in result.waiting[0]
+    assert result.failure is failure
     assert explore(sound).safe
 
 

@@ -24,7 +24,7 @@ from ringfence.runtime.protocol.calls import (
 )
 from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, Result, explore
-from ringfence.runtime.protocol.machine import Machine, State
+from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op, State
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
 from ringfence.runtime.protocol.plan import Rank, check, even_pieces, machine_for, programs, reduced
@@ -207,3 +207,63 @@ def test_eighty_layers_in_33_pieces_on_4_ranks_take_two_seconds(collective: str,
 def test_a_machine_is_left_as_it_was() -> None:
     machine = machine_for("mnnvl", "0.6.13", [program([1] * 4)] * 2)
     assert decide(machine) == decide(machine)
+
+
+PUSH, POLL, CLEAR, RAISE, AWAIT = Action.PUSH, Action.POLL, Action.CLEAR, Action.RAISE, Action.AWAIT_EQUAL
+
+
+def by_hand(*ranks: list[list[Op]]) -> Machine:
+    """Ranks of launches of ops on cells 0, 1 and 2. The run that is watched starts with rank 0."""
+    return Machine([[Launch(at, "by hand", tuple(ops)) for at, ops in enumerate(rank)] for rank in ranks], "abc")
+
+
+@pytest.mark.parametrize(
+    ("machine", "failure"),
+    [
+        pytest.param(
+            by_hand(
+                [[Op(PUSH, (0,), (1,))], [Op(AWAIT, (1,), (1,)), Op(PUSH, (0,), (2,), after=1)]],
+                [[Op(POLL, (0,), (1,)), Op(RAISE, (1,), (1,), after=1)], [Op(POLL, (0,), (2,))]],
+            ),
+            Failure.STALE_READ,
+            id="the second poll can see the first word, which was never cleared",
+        ),
+        pytest.param(
+            by_hand([[Op(PUSH, (0,), (1,)), Op(PUSH, (1,), (1,))]], [[Op(POLL, (0, 1), (1, 1), trusted=1)]]),
+            Failure.STALE_READ,
+            id="the untested word can come after the tested one",
+        ),
+        pytest.param(
+            by_hand(
+                [[Op(PUSH, (0,), (1,)), Op(RAISE, (1,), (1,), after=1)]],
+                [[Op(AWAIT, (1,), (1,)), Op(CLEAR, (0,), (0,), after=1), Op(POLL, (0,), (2,), after=1)]],
+            ),
+            Failure.STALE_READ,
+            id="the poll that waits in vain can come before the clear",
+        ),
+        pytest.param(
+            by_hand([[Op(PUSH, (0,), (1,))], [Op(PUSH, (0,), (2,))]], [[Op(POLL, (0,), (1,))], [Op(POLL, (0,), (2,))]]),
+            Failure.LOST_WRITE,
+            id="the second write can come before the first poll",
+        ),
+        pytest.param(
+            by_hand([[Op(PUSH, (0,), (1,))]], [[Op(CLEAR, (0,), (0,))], [Op(POLL, (0,), (1,))]]),
+            Failure.DEADLOCK,
+            id="the clear can come after the push",
+        ),
+    ],
+)
+def test_a_run_that_ends_well_does_not_hide_another_order(machine: Machine, failure: Failure) -> None:
+    assert explore(machine).failure is failure
+    assert decide(machine).failure is failure
+    assert decide(machine, limit=0).failure is not None
+
+
+def test_the_last_of_these_is_safe_once_it_is_ordered() -> None:
+    """The clear is told to rank 0, which pushes only then."""
+    machine = by_hand(
+        [[Op(AWAIT, (1,), (1,)), Op(PUSH, (0,), (1,), after=1)]],
+        [[Op(CLEAR, (0,), (0,)), Op(RAISE, (1,), (1,), after=1)], [Op(POLL, (0,), (1,))]],
+    )
+    assert explore(machine).safe
+    assert decide(machine, limit=0).safe

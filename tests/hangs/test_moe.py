@@ -26,9 +26,16 @@ def test_eight_ranks_and_sixty_rounds_are_safe() -> None:
 
 def test_m19_a_rank_one_round_behind_is_two_flags_behind() -> None:
     """TRT#14066: the peers read R-2 where they wait for R, until the kernel's own timeout."""
-    result = explore(moe_a2a([rounds(3), without(rounds(3), 2, 3)], RULES))
+    result = explore(moe_a2a([rounds(3), until(rounds(3), 4)], RULES))
     assert result.failure is Failure.DEADLOCK
-    assert "holds 3 and not 5" in result.waiting[0]
+    assert "polls flag of rank 1 for 5" in result.waiting[0]
+    assert "holds 3, raised in call 2" in result.waiting[0]
+
+
+def test_m25_a_rank_that_skips_a_round_is_taken_for_one_that_did_not() -> None:
+    result = explore(moe_a2a([rounds(3), without(rounds(3), 2, 3)], RULES))
+    assert result.failure is Failure.STALE_READ
+    assert "takes 3, raised in call" in result.trace[-1].detail
 
 
 def test_m27_an_idle_rank_takes_part_or_everybody_waits() -> None:
@@ -42,7 +49,7 @@ def test_m39_equality_misses_a_flag_that_moved_on() -> None:
     """With one array of flags, the next phase overwrites what a slow rank has not looked at."""
     result = explore(moe_a2a([rounds(2)] * 2, replace(RULES, separate_flags=False)))
     assert result.failure is Failure.DEADLOCK
-    assert "holds 2 and not 1" in result.waiting[1]
+    assert "holds 2, raised in call 1" in result.waiting[1]
     assert explore(moe_a2a([rounds(2)] * 2, RULES)).safe
 
 

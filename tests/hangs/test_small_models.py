@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ringfence.runtime.errors import TooManyStatesError
-from ringfence.runtime.protocol.calls import Call, Program, Strategy, changed, program, without
+from ringfence.runtime.protocol.calls import Call, Program, Strategy, changed, program, swapped, without
 from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.machine import Machine
@@ -105,7 +105,18 @@ def test_barriers_of_unequal_grids_deadlock(grids: tuple[int, int]) -> None:
     """M22: a late block sees a flag that three barriers took back to where it was."""
     result = explore(barriers(*grids))
     assert result.failure is Failure.DEADLOCK
-    assert "holds 0 (barrier 3), the value before barrier 1" in result.waiting[0]
+    assert "for 1; flag" in result.waiting[0]
+    assert "holds 0 (barrier 3, raised in call 1)" in result.waiting[0]
+
+
+def test_a_skipped_call_passes_the_barrier_with_data_of_another_call() -> None:
+    """The flags only count; that rank 1 is in another call, nobody sees until the programs end."""
+    calls = program([1] * 4, Strategy.TWO_SHOT)
+    result = explore(trtllm([calls, without(calls, 1)], trtllm_rules("0.6.13")))
+    assert result.failure is Failure.STALE_READ
+    assert {result.trace[-1].call} <= {1, 2}
+    swap = explore(trtllm([calls, swapped(calls, 1, 2)], trtllm_rules("0.6.13")))
+    assert swap.failure is Failure.STALE_READ
 
 
 def test_the_state_counts_are_what_they_were() -> None:
