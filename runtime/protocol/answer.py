@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ..errors import PlanError
 from ..hazard_table import Hazard
 from ..hazards import applicable
 from ..situation import Fact, Payload, Situation, Strategy
 from .calls import Program, changed
 from .explore import Failure, Result
 from .machine import State
-from .plan import PlanError, check
+from .plan import check
 
 #: Rows whose failure is a wrong number; the others' is a wait that never ends.
 _WRONG_NUMBERS = frozenset({"M3", "M5"})

@@ -10,18 +10,7 @@ from dataclasses import replace
 import pytest
 
 from ringfence.runtime.errors import TooManyStatesError
-from ringfence.runtime.protocol.calls import (
-    Call,
-    Payload,
-    Program,
-    Strategy,
-    changed,
-    program,
-    rounds,
-    swapped,
-    until,
-    without,
-)
+from ringfence.runtime.protocol.calls import Call, Program, changed, program, rounds, swapped, until, without
 from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, Result, explore
 from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op, State
@@ -30,6 +19,7 @@ from ringfence.runtime.protocol.moe_a2a import moe_a2a
 from ringfence.runtime.protocol.plan import Rank, check, even_pieces, machine_for, programs, reduced
 from ringfence.runtime.protocol.rules import Clear, LamportRules, MoeRules, Sentinel, Words, mnnvl_rules
 from ringfence.runtime.protocol.trtllm import trtllm
+from ringfence.runtime.situation import Payload, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 
