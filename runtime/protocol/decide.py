@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TooManyStatesError
-from .explore import Event, Failure, Result, explore
+from .explore import Failure, Result, explore
 from .machine import Machine, State, perform, ready
 from .order import Order, Step, Suspicion
 
@@ -25,7 +25,6 @@ class _Run:
     end: State
     quiet: tuple[State, ...]
     failure: Failure | None = None
-    note: str = ""
     suspicion: Suspicion | None = None
 
 
@@ -103,9 +102,9 @@ def _run(
                     if step == held:
                         continue
                     trace.append(step)
-                    failure, note = perform(op, memory)
+                    failure, _ = perform(op, memory)
                     if failure is not None:
-                        return _Run(tuple(trace), state(), tuple(quiet), failure, note)
+                        return _Run(tuple(trace), state(), tuple(quiet), failure)
                     suspicion = order.judge(step, op) if order is not None else None
                     if suspicion is not None:
                         return _Run(tuple(trace), state(), tuple(quiet), suspicion=suspicion)
@@ -133,17 +132,13 @@ def _run(
 
 def _report(machine: Machine, start: State, run: _Run, visited: int) -> Result[State]:
     """The failure of a run as a result, less the steps that it does not need."""
-    assert run.failure is not None
-    steps = run.trace if run.failure is Failure.DEADLOCK else _slice(machine, start, run)
-    events = [machine.event(s.rank, s.at, s.op) for s in steps]
-    waiting: tuple[str, ...] = ()
-    if run.failure is Failure.DEADLOCK:
-        waiting = machine.waiting(run.end)
-    else:
-        last = steps[-1]
-        events[-1] = machine.event(last.rank, last.at, last.op, run.failure, run.note)
-    trace: tuple[Event, ...] = tuple(events)
-    return Result(run.failure, visited, trace, waiting, run.end, shortest=False, skipped=_complete(start))
+    deadlock = run.failure is Failure.DEADLOCK
+    memory, events = list(start[1]), []
+    for step in run.trace if deadlock else _slice(machine, start, run):
+        failure, note = perform(machine.programs[step.rank][step.at].ops[step.op], memory)
+        events.append(machine.event(step.rank, step.at, step.op, failure, note))
+    waiting = machine.waiting(run.end) if deadlock else ()
+    return Result(run.failure, visited, tuple(events), waiting, run.end, shortest=False, skipped=_complete(start))
 
 
 def _slice(machine: Machine, start: State, run: _Run) -> tuple[Step, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -95,7 +96,7 @@ def replays(machine: Machine, result: Result[State]) -> bool:
     return bool(states)
 
 
-def compare(seeds: range, limit: int) -> Counter[Failure | None]:
+def compare(seeds: Iterable[int], limit: int) -> Counter[Failure | None]:
     seen: Counter[Failure | None] = Counter()
     for seed in seeds:
         machine = random_machine(random.Random(seed))
@@ -114,7 +115,7 @@ def compare(seeds: range, limit: int) -> Counter[Failure | None]:
 
 
 def test_random_machines_are_decided_as_the_unreduced_search_decides_them() -> None:
-    seen = compare(range(300), 10_000)
+    seen = compare([*range(300), 2071], 10_000)
     assert seen[None] > 60
     assert seen[Failure.DEADLOCK] > 60
     assert seen[Failure.STALE_READ] > 20
