@@ -49,7 +49,7 @@ class Options:
     on_hazard: what follows where a known mechanism (``ringfence hazards``) applies to a fused site.
         ``"split"`` runs it between pieces if that avoids the mechanism, and by the reference
         collective if not; ``"refuse"`` is always the reference collective; ``"raise"`` is an error;
-        ``"clean"`` flushes the words that a faulty receiver waits for, where that helps.
+        ``"clean"`` flushes the words that a faulty receiver waits for, where that helps (one-shot).
     profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name.
     static_outputs: return the captured output buffers themselves. They hold until the next call.
     on_report: called with the :class:`CompileReport` of every compiled graph.

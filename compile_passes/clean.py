@@ -10,7 +10,8 @@ had not arrived, and the receiver polls for ever (FI#3053). Such a word is
   word's exponent.
 
 So an element with these bits is replaced by +0.0, in any column, by one comparison of
-integers: one of floats would be flushed as well. No element changes by more than
+integers: one of floats would be flushed as well. That is enough for one-shot, where only
+inputs are sent; in two-shot a sum of clean values may be such a word again. No element changes by more than
 :data:`LARGEST_CHANGE`, and the sum over R ranks by no more than R times that.
 """
 

@@ -19,7 +19,7 @@ from ..runtime.errors import HazardError
 from ..runtime.field_rule import field_rule
 from ..runtime.hazard_table import Action, Hazard
 from ..runtime.hazards import applicable
-from ..runtime.situation import Collective, Fact, Situation
+from ..runtime.situation import Collective, Fact, Situation, Strategy
 from .all_reduce import is_all_reduce
 from .fuse import SITE
 from .host import op_names, reads_data, sizes_given_as_data, touches_host, waits_for_device
@@ -197,7 +197,7 @@ def judge(
     - "split": run the site between pieces if that avoids it, else refuse it;
     - "refuse": refuse the site;
     - "raise": raise :class:`HazardError`;
-    - "clean": clean the payload if that avoids it, else as "split".
+    - "clean": clean the payload if that avoids it (one-shot only), else as "split".
 
     ``profile="conservative"`` decides fused sites by the rule of the field instead
     (:mod:`ringfence.runtime.field_rule`).
@@ -263,7 +263,8 @@ def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: 
         return because
     if on_hazard == "raise":
         raise HazardError(f"'{verdict.node}' ({verdict.op}): {because.message} (because of {because.fact})")
-    if on_hazard == "clean" and Action.CLEAN_PAYLOAD in ways:
+    # In two-shot the owner sends the sum on, and a sum of clean values may be such a word again.
+    if on_hazard == "clean" and Action.CLEAN_PAYLOAD in ways and situation.strategy is Strategy.ONE_SHOT:
         return replace(because, rule=CLEAN, message=f"{because.message} Its payload is cleaned instead.")
     if on_hazard != "refuse" and Action.SPLIT in ways:
         return replace(because, decision=Decision.SPLIT)

@@ -70,6 +70,13 @@ def test_float_compare_of_the_sentinel_is_not_cured_by_a_split(
     assert verdict.remedy is not None and "0.6.12" in verdict.remedy and verdict.remedy in verdict.message
 
 
+@pytest.mark.parametrize("strategy", [None, Strategy.TWO_SHOT])
+def test_cleaned_inputs_do_not_make_clean_sums(fused: GraphModule, strategy: Strategy | None) -> None:
+    """1.0 and -1.00001 are clean, and their sum is a small negative number, which two-shot sends on."""
+    situation = Situation(MNNVL, "0.6.10", strategy=strategy)
+    assert decide(fused, situation, on_hazard="clean") == (REFUSE, "M1")
+
+
 def test_hazard_can_be_an_error(fused: GraphModule) -> None:
     with pytest.raises(HazardError, match=r"M1.*Upgrade FlashInfer to 0\.6\.12"):
         verdicts(fused, Situation(MNNVL, "0.6.10"), on_hazard="raise")
