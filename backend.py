@@ -27,7 +27,7 @@ from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, find
 from .compile_passes.fuse import fuse
-from .compile_passes.judge import CLEAN, groups_of, judge
+from .compile_passes.judge import CLEAN, Verdict, groups_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names
@@ -38,7 +38,7 @@ from .compile_passes.verify import verify
 from .options import Options
 from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.errors import InputError, OptionsError
-from .runtime.groups import describe_group
+from .runtime.groups import Group, describe_group
 from .runtime.runner import PiecewiseRunner
 from .runtime.situation import Collective, Payload, Situation
 
@@ -115,26 +115,15 @@ class Backend:
         situation = self.judge_as or Situation(
             Collective.REFERENCE, world_size=max((g.size for g in groups.values()), default=1)
         )
-        verdicts = judge(
-            gm,
-            backends={name: group.backend for name, group in groups.items()},
-            capture=graphs is not None,
-            split_ops=options.split_ops,
-            all_reduce_ops=options.all_reduce_ops,
-            situation=situation,
-            on_hazard=options.on_hazard,
-            profile=options.profile,
-        )
+        verdicts, situation = self._judge(gm, situation, groups, capture=graphs is not None)
         cleaned = {v.site for v in verdicts if v.rule == CLEAN and v.site is not None}
-        if cleaned:
-            clean_payload(gm, cleaned)
-            situation = replace(situation, payload=Payload.ORDINARY)
+        clean_payload(gm, cleaned)
         pads = padding(gm, sizes) if options.pad_to_capture_size else None
         if options.pad_to_capture_size and pads is None:
             notes.append("not padded: the graph has no single dynamic size that all its dynamic dimensions equal")
         plan, whole = split(gm, verdicts)
-        evidence = facts_of(plan, whole) if graphs is not None else ()
-        notes += [f"{e.fact}: {e.message}" for e in evidence]
+        if cleaned:
+            situation = replace(situation, payload=Payload.ORDINARY)
         proof = prove(plan, situation, options.capture_sizes if graphs is not None else ())
         dump_graph("split", whole)
 
@@ -162,6 +151,30 @@ class Backend:
             )
         )
         return _boxed(runner)
+
+    def _judge(
+        self, gm: GraphModule, situation: Situation, groups: Mapping[str, Group], *, capture: bool
+    ) -> tuple[list[Verdict], Situation]:
+        """Verdicts, and the situation with the facts that they rest on.
+
+        Some facts show only in the cut that follows from the verdicts; then it is judged again.
+        """
+        options = self.options
+        while True:
+            verdicts = judge(
+                gm,
+                backends={name: group.backend for name, group in groups.items()},
+                capture=capture,
+                split_ops=options.split_ops,
+                all_reduce_ops=options.all_reduce_ops,
+                situation=situation,
+                on_hazard=options.on_hazard,
+                profile=options.profile,
+            )
+            found = frozenset(e.fact for e in facts_of(*split(gm, verdicts))) if capture else frozenset()
+            if found <= situation.facts:
+                return verdicts, situation
+            situation = replace(situation, facts=situation.facts | found)
 
     def _graphs(self, device: torch.device) -> GraphBackend:
         wanted = self.options.graphs

@@ -41,6 +41,8 @@ def clean_payload(gm: GraphModule, sites: Collection[int]) -> None:
 
     Inductor fuses it into the kernel that produces the input.
     """
+    if not sites:
+        return
     for node in list(gm.graph.nodes):
         if node.meta.get(SITE) not in sites:
             continue

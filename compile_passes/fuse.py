@@ -121,7 +121,7 @@ class _Rewriter:
         """Metadata of the new nodes: shapes for later passes, provenance for people."""
         like = match.all_reduce.value
         values = (_contiguous(match.norm.out, like), _contiguous(match.sum, like))
-        provenance = ("stack_trace", "nn_module_stack")
+        provenance = ("stack_trace", "nn_module_stack", "custom")  # Dynamo keeps the stream in "custom"
         start = match.all_reduce.start.meta
         for node, value in ((fused, values), (norm_out, values[0]), (summed, values[1])):
             node.meta = {key: start[key] for key in provenance if key in start} | {"val": value}

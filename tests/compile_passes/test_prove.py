@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.fx.traceback as fx_traceback
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
@@ -97,3 +98,23 @@ def test_plan_without_a_fused_collective_is_safe() -> None:
     situation = Situation(Collective.MNNVL, "0.6.10")
     plan, _ = split(gm, judge(gm, backends={}, capture=True, situation=situation))
     assert prove(plan, situation, (4,)).message == "the plan has no fused collective"
+
+
+def test_facts_of_the_cut_are_judged_too() -> None:
+    """Two streams on one workspace show in the graph; the table refuses them (M37)."""
+
+    def on_streams(gm: GraphModule, inputs: object) -> object:
+        for i, node in enumerate(n for n in gm.graph.nodes if "all_reduce" in str(n.target)):
+            node.meta["custom"] = {"stream": i}
+        return backend(gm, inputs)
+
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    backend.judge_as = Situation(Collective.TRTLLM, "0.7.0")
+    x, residual = torch.randn(4, H), torch.randn(4, H)
+    for streams in (False, True):
+        torch._dynamo.reset()
+        with torch.no_grad(), fx_traceback.preserve_node_meta():
+            torch.compile(layers, backend=on_streams if streams else backend, fullgraph=True)(x, residual)
+    one, two = ({(v.decision, v.rule) for v in report.verdicts} for report in backend.reports)
+    assert one == {(Decision.IN_GRAPH, "device_epoch")}
+    assert two == {(Decision.REFUSE, "M37")}
