@@ -27,7 +27,7 @@ from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, find
 from .compile_passes.fuse import fuse
-from .compile_passes.judge import CLEAN, Verdict, groups_of, judge
+from .compile_passes.judge import Verdict, groups_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names
@@ -37,10 +37,10 @@ from .compile_passes.split import split
 from .compile_passes.verify import verify
 from .options import Options
 from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.errors import InputError, OptionsError
+from .runtime.errors import HazardError, InputError, OptionsError
 from .runtime.groups import Group, describe_group
 from .runtime.runner import PiecewiseRunner
-from .runtime.situation import Collective, Payload, Situation
+from .runtime.situation import Collective, Situation
 
 log = logging.getLogger(__name__)
 
@@ -116,15 +116,15 @@ class Backend:
             Collective.REFERENCE, world_size=max((g.size for g in groups.values()), default=1)
         )
         verdicts, situation = self._judge(gm, situation, groups, capture=graphs is not None)
-        cleaned = {v.site for v in verdicts if v.rule == CLEAN and v.site is not None}
-        clean_payload(gm, cleaned)
+        clean_payload(gm, {v.site for v in verdicts if v.clean and v.site is not None})
         pads = padding(gm, sizes) if options.pad_to_capture_size else None
         if options.pad_to_capture_size and pads is None:
             notes.append("not padded: the graph has no single dynamic size that all its dynamic dimensions equal")
         plan, whole = split(gm, verdicts)
-        if cleaned:
-            situation = replace(situation, payload=Payload.ORDINARY)
-        proof = prove(plan, situation, options.capture_sizes if graphs is not None else ())
+        captured = options.capture_sizes if graphs is not None else ()
+        proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
+        if options.on_hazard == "raise" and proof.failed:
+            raise HazardError(f"the plan can fail: {proof.message}")
         dump_graph("split", whole)
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece

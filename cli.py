@@ -19,6 +19,7 @@ from .runtime.errors import (
     PlanError,
     RingfenceError,
     TargetError,
+    TooManyStatesError,
     TraceError,
     UnknownHazardError,
     VersionError,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 #: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
 OK, FAILED, USAGE = 0, 1, 2
 
-_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError)
+_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, TooManyStatesError)
 
 #: Collectives whose protocol has a model.
 _MODELLED = ("mnnvl", "trtllm")
@@ -81,7 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--collective", choices=_MODELLED, help="whose protocol")
     check.add_argument("--flashinfer", metavar="VERSION", help="in which version")
     check.add_argument("--tp", type=_world_size, metavar="N", help="tensor-parallel world size: 2, 4, 8 or 16")
-    check.add_argument("--layers", type=_natural, default=80, help="layers of two fused sites each (default 80)")
+    check.add_argument(
+        "--layers",
+        type=_layers,
+        default=80,
+        metavar="N",
+        help="layers of two fused sites each, up to 1000 (default 80)",
+    )
     check.add_argument(
         "--pieces", type=_count, default=33, help="captured pieces that they are spread over (default 33)"
     )
@@ -139,6 +146,8 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
     from .runtime.protocol import timeline
 
     if arguments.trace is not None:
+        if any(getattr(arguments, name) is not None for name in ("collective", "flashinfer", "tp")):
+            raise OptionsError("--trace shows what was asked before; leave --collective, --flashinfer and --tp out")
         result = timeline.load(_read(arguments.trace))
         extra: dict[str, Any] = {"safe": result.safe, "kind": str(result.failure or "safe")}
         lines = []
@@ -152,10 +161,12 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
             "hazard": row.id if row is not None else None,
             "invariant": str(row.invariants[0]) if row is not None and row.invariants else None,
             "remedy": answer.remedy,
+            "also": [also.id for also in answer.also],
         }
         lines = [f"payload: {answer.payload}"] if not answer.safe else []
         lines += [f"hazard: {row.id}, {row.title}"] if row is not None else []
         lines += [f"remedy: {answer.remedy}"] if answer.remedy else []
+        lines += [f"not in the model: {also.id}, {also.title.lower()}: {also.remedy}" for also in answer.also]
     if arguments.svg is not None:
         _write(arguments.svg, timeline.svg(result))
     text = "\n".join([timeline.text(result), *lines])
@@ -177,8 +188,7 @@ def _ask(arguments: argparse.Namespace) -> Answer:
     sizes = _sizes(arguments.capture_sizes)
     strategy = None if arguments.strategy == "auto" else Strategy(arguments.strategy)
     pieces = plan.even_pieces(arguments.layers, 2, arguments.pieces, strategy)
-    steps = (*sizes, *reversed(sizes), sizes[-1] + 1)
-    rank = plan.Rank(pieces, steps, sizes, two_shot_from=max(sizes[-1], arguments.tp + 1))
+    rank = plan.exercise(pieces, sizes, arguments.tp)
     programs = list(plan.programs([rank] * arguments.tp))
     if arguments.skip_rank is not None:
         if arguments.skip_rank >= arguments.tp or arguments.skip_call >= len(programs[0]):
@@ -222,6 +232,12 @@ def _write(path: Path, text: str) -> None:
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
+    return int(text)
+
+
+def _layers(text: str) -> int:
+    if _natural(text) > 1000:
+        raise argparse.ArgumentTypeError(f"'{text}' is more than 1000; layers repeat, so fewer tell as much")
     return int(text)
 
 

@@ -19,9 +19,9 @@ from .judge import KNOWN_UNSAFE
 from .split import SplitPlan
 
 #: FI#4473: the two stages of a Lamport buffer must both start at a multiple of 16 bytes.
-_STAGE_ALIGNMENT = 32
-#: A clear offset of two buffers is a signed 32-bit product (trtllm_allreduce_fusion.cuh).
-_LARGEST_LAMPORT_BUFFER = 2**30
+STAGE_ALIGNMENT = 32
+#: A clear offset of two buffers is a signed 32-bit product (trtllm_allreduce_fusion.cuh), which wraps from here on.
+WRAPPING_BUFFER = 2**30
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,11 @@ def _workspace(workspace: Workspace, capture_sizes: Collection[int]) -> Iterator
             "workspace",
             f"capture sizes {beyond} exceed the {workspace.max_tokens} tokens that the workspace holds",
         )
-    if workspace.buffer_bytes % _STAGE_ALIGNMENT:
+    if workspace.buffer_bytes % STAGE_ALIGNMENT:
         yield Evidence(
             Fact.MISALIGNED_BUFFER,
             "workspace",
-            f"a buffer of {workspace.buffer_bytes} bytes is no multiple of {_STAGE_ALIGNMENT}",
+            f"a buffer of {workspace.buffer_bytes} bytes is no multiple of {STAGE_ALIGNMENT}",
         )
-    if workspace.buffer_bytes > _LARGEST_LAMPORT_BUFFER:
-        yield Evidence(
-            Fact.LAMPORT_OVER_1_GIB, "workspace", f"a buffer of {workspace.buffer_bytes} bytes is larger than 1 GiB"
-        )
+    if workspace.buffer_bytes >= WRAPPING_BUFFER:
+        yield Evidence(Fact.LAMPORT_OVER_1_GIB, "workspace", f"a buffer of {workspace.buffer_bytes} bytes is too large")

@@ -69,7 +69,14 @@ def _unbacked(node: Node) -> set[object]:
 
 
 def _is_constant(node: Node) -> bool:
-    """Whether a value is the same in every call."""
-    if node.op == "placeholder":
-        return False
-    return all(map(_is_constant, node.all_input_nodes))
+    """Whether a value is the same in every call: no argument of the graph leads to it."""
+    seen: set[Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current.op == "placeholder":
+            return False
+        if current not in seen:
+            seen.add(current)
+            queue.extend(current.all_input_nodes)
+    return True

@@ -43,7 +43,8 @@ class Verdict:
 
     ``site`` is the index of the fused site, None for other ops. ``hazard`` is the row of
     the hazard table that decided or that is to be watched, with the ``invariant`` that
-    fails, the ``fact`` that it rests on and the ``remedy``.
+    fails, the ``fact`` that it rests on and the ``remedy``. ``clean`` says that the
+    site's payload is to be cleaned (:mod:`.clean`).
     """
 
     node: str
@@ -57,6 +58,7 @@ class Verdict:
     invariant: str | None = None
     fact: str | None = None
     remedy: str | None = None
+    clean: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,6 @@ class Rule:
     message: str
     source: str
 
-
-#: Rule id of a fused site whose payload is to be cleaned (:mod:`.clean`).
-CLEAN = "clean_payload"
 
 _NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem"})
 
@@ -153,14 +152,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "host_collective",
-        lambda f: f.collective and f.backend in _HOST_BACKENDS,
+        lambda f: f.collective and f.backend in _HOST_BACKENDS and f.carrier in (None, Collective.REFERENCE),
         Decision.SPLIT,
         "runs on the host over {backend}; a replayed piece would not run it again",
         "docs/design.md, what decides capture",
     ),
     Rule(
         "nccl",
-        lambda f: f.collective and f.backend == "nccl",
+        lambda f: f.collective and f.backend == "nccl" and f.carrier in (None, Collective.NCCL, Collective.REFERENCE),
         Decision.IN_GRAPH,
         "over NCCL it is stream work with its epoch on the device",
         "NCCL user guide, Using NCCL with CUDA Graphs (2.9 and later)",
@@ -237,20 +236,22 @@ def groups_of(gm: GraphModule) -> set[str]:
 def _by_hazards(verdict: Verdict, situation: Situation, on_hazard: str) -> Verdict:
     """The verdict of the strictest row of the hazard table that applies; the rule's where none asks for more."""
     outcomes = [_outcome(verdict, hazard, situation, on_hazard) for hazard in applicable(situation)]
-    return max([verdict, *outcomes], key=_strictness)  # the first of the strictest
+    strictest = max([verdict, *outcomes], key=_strictness)  # the first of them
+    return replace(strictest, clean=strictest.decision is not Decision.REFUSE and any(o.clean for o in outcomes))
 
 
-def _strictness(verdict: Verdict) -> tuple[int, bool]:
+def _strictness(verdict: Verdict) -> tuple[int, bool, bool]:
     order = (Decision.IN_GRAPH, Decision.SPLIT, Decision.REFUSE)
-    return order.index(verdict.decision), verdict.rule == CLEAN or verdict.hazard is not None
+    return order.index(verdict.decision), verdict.clean, verdict.hazard is not None
 
 
 def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: str) -> Verdict:
     ways = {hazard.decides, *hazard.instead}
+    unknown = " (FlashInfer's version is not known)" if situation.flashinfer is None else ""
     because = replace(
         verdict,
         rule=hazard.id,
-        message=f"{hazard.id}, {hazard.title.lower()}: {hazard.remedy}",
+        message=f"{hazard.id}, {hazard.title.lower()}{unknown}: {hazard.remedy}",
         source=hazard.source,
         hazard=hazard.id,
         invariant=str(hazard.invariants[0]) if hazard.invariants else None,
@@ -265,10 +266,11 @@ def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: 
         raise HazardError(f"'{verdict.node}' ({verdict.op}): {because.message} (because of {because.fact})")
     # In two-shot the owner sends the sum on, and a sum of clean values may be such a word again.
     if on_hazard == "clean" and Action.CLEAN_PAYLOAD in ways and situation.strategy is Strategy.ONE_SHOT:
-        return replace(because, rule=CLEAN, message=f"{because.message} Its payload is cleaned instead.")
+        return replace(because, clean=True, message=f"{because.message} Its payload is cleaned instead.")
     if on_hazard != "refuse" and Action.SPLIT in ways:
         return replace(because, decision=Decision.SPLIT)
-    return replace(because, decision=Decision.REFUSE)
+    message = f"{because.message} It runs on the reference collective instead, between pieces."
+    return replace(because, decision=Decision.REFUSE, message=message)
 
 
 def _fact(hazard: Hazard, situation: Situation) -> str:

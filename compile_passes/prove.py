@@ -7,28 +7,25 @@ makes, in every order in which their steps can happen (:mod:`ringfence.runtime.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..runtime.errors import PlanError, TooManyStatesError, VersionError
 from ..runtime.protocol import plan as model
 from ..runtime.protocol.answer import ask
-from ..runtime.situation import Collective, Situation
-from .judge import Decision
+from ..runtime.situation import Payload, Situation
+from .judge import Decision, Verdict
 from .split import SplitPlan
-
-#: Collectives that have a model.
-_MODELLED = frozenset({Collective.MNNVL, Collective.TRTLLM})
 
 
 @dataclass(frozen=True)
 class PlanVerdict:
-    """What was decided for the plan.
+    """What the model says of the plan. It decides nothing: the verdicts of its sites do.
 
     kind: "safe", or the failure of a run ("deadlock", "stale_read", "lost_write"), or "not_modelled".
     states: how many states of the model were visited.
     hazard, invariant, remedy: as in :class:`~.judge.Verdict`; trace: the steps that lead to the failure.
     """
 
-    decision: Decision
     kind: str
     message: str
     states: int = 0
@@ -37,39 +34,50 @@ class PlanVerdict:
     remedy: str | None = None
     trace: tuple[str, ...] = ()
 
+    @property
+    def failed(self) -> bool:
+        return self.kind not in ("safe", "not_modelled")
 
-def prove(plan: SplitPlan, situation: Situation, capture_sizes: Sequence[int]) -> PlanVerdict:
-    """Ask the model of the situation's collective about this plan on equal ranks.
 
-    Each capture size is warmed up, captured and replayed, sizes go up and down, and one step
-    is not captured.
+def prove(
+    plan: SplitPlan, verdicts: Sequence[Verdict], situation: Situation, capture_sizes: Sequence[int], *, padding: bool
+) -> PlanVerdict:
+    """Ask the model of the situation's collective about the sites that it carries out, on equal ranks.
+
+    A site that is refused runs on the reference collective and is left out; sites whose
+    payload is cleaned send ordinary words. Each capture size is captured and replayed,
+    sizes go up and down, and one step is not captured.
     """
-    if situation.collective not in _MODELLED or situation.flashinfer is None:
-        why = (
-            "the version of FlashInfer is not known"
-            if situation.collective in _MODELLED
-            else f"{situation.collective} polls no words of its own"
-        )
-        return PlanVerdict(Decision.IN_GRAPH, "not_modelled", f"no protocol was explored: {why}")
-    pieces = tuple(
-        model.Piece(p.name, p.island, tuple(model.Site(f"site {i}", situation.strategy) for i in p.sites))
-        for p in plan.pieces
-    )
-    if not any(p.sites for p in pieces):
-        return PlanVerdict(Decision.IN_GRAPH, "safe", "the plan has no fused collective")
+    carried = {v.site: v for v in verdicts if v.site is not None and v.decision is not Decision.REFUSE}
+    if not carried:
+        return PlanVerdict("safe", f"no call is carried out by {situation.collective}")
+    if situation.collective not in model.MODELLED:
+        return PlanVerdict("not_modelled", f"no protocol was explored: there is no model of {situation.collective}")
+    if all(v.clean for v in carried.values()):
+        situation = replace(situation, payload=Payload.ORDINARY)
     sizes = tuple(sorted(capture_sizes))
-    steps = (*sizes, *reversed(sizes), *sizes, (sizes[-1] if sizes else 1) + 1)
-    two_shot_from = max(situation.world_size + 1, steps[-1]) if situation.strategy is None else None
-    rank = model.Rank(pieces, steps, sizes, two_shot_from=two_shot_from)
-    answer = ask(situation, model.programs([rank] * situation.world_size))
-    what = f"{situation.world_size} ranks, {len(rank.steps)} steps"
+    rank = model.exercise(
+        tuple(
+            model.Piece(
+                p.name, p.island, tuple(model.Site(f"site {i}", situation.strategy) for i in p.sites if i in carried)
+            )
+            for p in plan.pieces
+        ),
+        sizes,
+        situation.world_size,
+        padding=padding,
+    )
+    try:
+        answer = ask(situation, model.programs([rank] * situation.world_size))
+    except (PlanError, VersionError, TooManyStatesError) as error:
+        return PlanVerdict("not_modelled", f"no protocol was explored: {error}")
+    what = f"{situation.world_size} ranks in {len(rank.steps)} steps"
     if answer.safe:
-        return PlanVerdict(Decision.IN_GRAPH, "safe", f"no order of the calls of {what} fails", answer.result.states)
+        return PlanVerdict("safe", f"no order of the calls of {what} fails", answer.result.states)
     row = answer.hazard
     return PlanVerdict(
-        Decision.REFUSE,
         str(answer.result.failure),
-        f"{answer.result.failure} in a run of {what} with payload {answer.payload}: {answer.remedy}",
+        f"{answer.result.failure} of {what} with payload {answer.payload}: {answer.remedy}",
         answer.result.states,
         row.id if row is not None else None,
         str(row.invariants[0]) if row is not None and row.invariants else None,

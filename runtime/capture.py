@@ -122,7 +122,7 @@ class SimulatedGraphs:
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
         self._capturing_thread = threading.get_ident()
         try:
-            with _CaptureRules():
+            with _CaptureRules(), torch.random.fork_rng(devices=()):
                 seen = call(*[_copy(a) if isinstance(a, Tensor) else a for a in args])
         finally:
             self._capturing_thread = None

@@ -52,6 +52,10 @@ class CaptureError(RingfenceError):
     """A capture or a replay is refused, or a capture failed and was undone."""
 
 
+class CaptureFailedWarning(UserWarning):
+    """A capture failed; the call that it was part of was finished uncaptured, and later ones of its size will be."""
+
+
 class NestedCaptureError(CaptureError):
     """A capture was started while another one runs on this thread."""
 

@@ -12,8 +12,9 @@ from typing import Any
 class Step:
     """Call ``call(*slots[inputs])`` and put what it returns into ``slots[outputs]``.
 
-    ``island`` steps run eagerly, always. ``frees`` are the slots that nothing reads
-    after this step.
+    ``island`` steps run eagerly, always. A step may write into static inputs only, and what
+    it returns is no alias of another argument: AOT traces graphs so, and captures rely on it.
+    ``frees`` are the slots that nothing reads after this step.
     """
 
     name: str

@@ -18,13 +18,16 @@ What makes a replay right is checked, always:
 - no call runs inside a capture, beside another call of this runner, or in grad mode with
   inputs that need grad.
 
-A capture that throws leaves nothing behind: its pieces are released, the size
-counts as never captured, and the next call may try again.
+A capture that throws leaves nothing behind and breaks no step off: a rank that stopped
+half-way would leave its peers waiting in the next collective. The rest of the step runs
+uncaptured, the pieces are released, and calls of that size stay uncaptured from then on;
+one :class:`CaptureFailedWarning` says why.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -37,7 +40,7 @@ from .buffers import copy_into, narrow, static_like, weak_memory
 from .capture import CapturedPiece, GraphBackend
 from .errors import (
     AddressChangedError,
-    CaptureError,
+    CaptureFailedWarning,
     ConcurrentCallError,
     DataDependentValueError,
     GradModeError,
@@ -111,6 +114,7 @@ class PiecewiseRunner:
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding
         self._static_outputs = static_outputs
+        self._failed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
         self._read_by_pieces = {i for step in program.steps if not step.island for i in step.inputs}
         self._static = sorted(program.static_inputs)
@@ -155,7 +159,7 @@ class PiecewiseRunner:
         entry = self._entries.get((target, addresses))
         if entry is None:
             self._check_parameters(target)
-            if self._has_enough(target, addresses):
+            if (target, addresses) in self._failed or self._has_enough(target, addresses):
                 return self._run(args)
             entry = _Entry(target, [], [], [], addresses, [_Parameter(args[i]) for i in self._static])
             run = self._capture
@@ -280,31 +284,51 @@ class PiecewiseRunner:
             elif target != sizes and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
         self._load(entry, sizes, args)
+        failed: str | None = None
         try:
             for step in self._program.steps:
-                entry.actions.append(self._record_island(step, entry) if step.island else self._record(step, entry))
-        except BaseException:
+                if step.island:
+                    entry.actions.append(self._record_island(step, entry))
+                elif failed is None:
+                    failed = self._record(step, entry)
+                else:
+                    self._run_piece(step, entry)
+        except BaseException:  # the model's own
             entry.release()
             raise
-        self._entries[target, entry.addresses] = entry
+        if failed is None:
+            self._entries[target, entry.addresses] = entry
+        else:
+            entry.release()
+            self._failed.add((target, entry.addresses))
+            warnings.warn(f"ringfence: {failed}", CaptureFailedWarning, stacklevel=2)
 
-    def _record(self, step: Step, entry: _Entry) -> Callable[[], None]:
-        """Run a piece, capture it, and put what it returned where its replays will put it."""
+    def _run_piece(self, step: Step, entry: _Entry) -> Sequence[Any]:
+        assert self._graphs is not None
+        values = self._graphs.warm_up(step.call, [entry.slots[i] for i in step.inputs])
+        for slot, value in zip(step.outputs, values, strict=True):
+            entry.slots[slot] = value
+        return values
+
+    def _record(self, step: Step, entry: _Entry) -> str | None:
+        """Run a piece, capture it, and put what it returned where its replays will put it; why that failed."""
         assert self._graphs is not None
         args = [entry.slots[i] for i in step.inputs]
-        values = self._graphs.warm_up(step.call, args)
+        values = self._run_piece(step, entry)
         try:
             piece = self._graphs.capture(step.call, args)
         except Exception as error:
-            raise CaptureError(
-                f"capture of '{step.name}' at sizes {entry.sizes} failed and was undone: {error}"
-            ) from error
+            return (
+                f"capture of '{step.name}' at sizes {entry.sizes} failed ({type(error).__name__}: {error}); "
+                "calls of these sizes run uncaptured"
+            )
         entry.pieces.append(piece)
         for slot, landing, value in zip(step.outputs, piece.outputs, values, strict=True):
             if isinstance(landing, Tensor):
                 copy_into(landing, value)
             entry.slots[slot] = landing
-        return piece.replay
+        entry.actions.append(piece.replay)
+        return None
 
     def _record_island(self, step: Step, entry: _Entry) -> Callable[[], None]:
         """Run an island now and again; what pieces read of it lands where they look for it.
@@ -323,13 +347,23 @@ class PiecewiseRunner:
             for slot, lands, value in zip(step.outputs, landed, call(*[slots[i] for i in inputs]), strict=True):
                 if not lands:
                     slots[slot] = value
-                elif isinstance(value, Tensor) and value.shape == slots[slot].shape:
+                elif _alike(slots[slot], value):
                     copy_into(slots[slot], value)
-                elif isinstance(value, Tensor) or slots[slot] != value:
-                    seen, now = (tuple(v.shape) if isinstance(v, Tensor) else v for v in (slots[slot], value))
+                elif isinstance(value, Tensor) or isinstance(slots[slot], Tensor) or slots[slot] != value:
+                    seen, now = (_describe(v) for v in (slots[slot], value))
                     raise DataDependentValueError(
                         f"island '{step.name}' returned {now}, and a captured piece was given {seen}; "
                         "add the ops that read it to split_ops"
                     )
 
         return run
+
+
+def _alike(landing: Any, value: Any) -> bool:
+    """Whether ``value`` is a tensor that may be copied to where the last one landed."""
+    both = isinstance(landing, Tensor) and isinstance(value, Tensor)
+    return both and landing.shape == value.shape and landing.dtype == value.dtype
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

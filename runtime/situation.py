@@ -92,7 +92,7 @@ class Fact(Explained):
     WORKSPACE_KEPT_WHILE_ASLEEP = "workspace_kept_while_asleep", "a workspace outlives the phase that needs it"
     CAPTURE_SIZE_BEYOND_WORKSPACE = "capture_size_beyond_workspace", "a capture size or strategy does not fit into it"
     MISALIGNED_BUFFER = "misaligned_buffer", "the bytes of one Lamport buffer are no multiple of 32"
-    LAMPORT_OVER_1_GIB = "lamport_over_1_gib", "one Lamport buffer is larger than 1 GiB"
+    LAMPORT_OVER_1_GIB = "lamport_over_1_gib", "one Lamport buffer has 1 GiB or more"
     STRATEGIES_SHARE_WORKSPACE = "strategies_share_workspace", "one-shot and two-shot calls use one workspace"
     UNSTABLE_ISLAND_OUTPUT = "unstable_island_output", "an eager op hands a captured piece memory that moves"
     INPUT_FREED_EARLY = "input_freed_early", "an input's memory is reused before the op that reads it is complete"

@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import ringfence
 from ringfence.runtime.errors import (
     AddressChangedError,
-    CaptureError,
+    CaptureFailedWarning,
     GroupError,
     InputError,
     NotFusedError,
@@ -500,8 +500,8 @@ def test_failed_capture_leaves_nothing_behind() -> None:
         backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[4]),
     )
     x = rows(4)
-    with pytest.raises(CaptureError, match="out of luck"):
-        compiled(x)
+    with pytest.warns(CaptureFailedWarning, match="out of luck"):
+        assert torch.allclose(compiled(x), (x * 2 + 1) * 3)
     for _ in range(2):
         x = rows(4)
         assert torch.allclose(compiled(x), (x * 2 + 1) * 3)

@@ -275,6 +275,14 @@ def test_check_depends_on_the_strategy(ringfence: Run, strategy: str, code: int)
     assert ringfence(*arguments)[0] == code
 
 
+def test_check_names_what_is_not_in_the_model(ringfence: Run) -> None:
+    """Torn reads (M3) show in wrong numbers of a safe plan."""
+    arguments = (*MNNVL, "0.6.12", "--layers", "2", "--strategy", "two-shot", "--payload", "ordinary")
+    code, out, _ = ringfence(*arguments)
+    assert code == OK and "not in the model: M3" in out and "Upgrade FlashInfer to 0.6.13" in out
+    assert json.loads(ringfence(*arguments, "--json")[1])["also"] == ["M3"]
+
+
 def test_check_shows_a_trace_again(ringfence: Run, tmp_path: Path) -> None:
     _, saved, _ = ringfence(*MNNVL, "0.6.10", "--layers", "1", "--pieces", "1", "--json")
     (tmp_path / "trace.json").write_text(saved)
@@ -317,6 +325,8 @@ def test_check_shows_a_trace_again(ringfence: Run, tmp_path: Path) -> None:
             "cannot be written",
         ),
         (["--trace", "no_such_file"], "'no_such_file' cannot be read"),
+        (["--trace", "targets.py", "--tp", "4"], "leave --collective, --flashinfer and --tp out"),
+        (["--collective", "mnnvl", "--layers", "1001"], "more than 1000"),
         (["--trace", "targets.py"], "cannot be read"),
     ],
 )
@@ -334,7 +344,7 @@ def test_wrong_check_is_refused(
 
 @pytest.mark.parametrize(
     ("version", "decision", "rule", "plan"),
-    [("0.6.10", "REFUSE", "M1", "deadlock"), ("0.7.0", "IN_GRAPH", "device_epoch", "safe")],
+    [("0.6.10", "REFUSE", "M1", "safe"), ("0.7.0", "IN_GRAPH", "device_epoch", "safe")],
 )
 def test_explain_judges_as_a_collective_that_need_not_run_here(
     explain: Run, version: str, decision: str, rule: str, plan: str

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PlanError
-from ..hazard_table import Hazard
+from ..hazard_table import Action, Hazard
 from ..hazards import applicable
 from ..situation import Fact, Payload, Situation, Strategy
 from .calls import Program, changed
@@ -27,11 +27,13 @@ class Answer:
     """``result`` is that of the model, for the ``payload`` that fails or, when none does, the last one tried.
 
     ``hazard`` is the row that explains a failure; None for a safe plan, and for a failure that no row explains.
+    ``also`` are other rows that apply to the situation: what they describe is not in the model.
     """
 
     result: Result[State]
     payload: Payload
     hazard: Hazard | None = None
+    also: tuple[Hazard, ...] = ()
 
     @property
     def safe(self) -> bool:
@@ -61,9 +63,9 @@ def ask(situation: Situation, ranks: Sequence[Program]) -> Answer:
         if not result.safe:
             break
     result = replace(result, states=states)
-    if result.safe:
-        return Answer(result, payload)
-    return Answer(result, payload, _explanation(replace(situation, payload=payload), result, programs))
+    row = None if result.safe else _explanation(replace(situation, payload=payload), result, programs)
+    also = tuple(other for other in applicable(situation) if result.safe and other.decides is not Action.CAPTURE)
+    return Answer(result, payload, row, also)
 
 
 def _payloads(payload: Payload) -> Iterator[Payload]:
@@ -71,15 +73,20 @@ def _payloads(payload: Payload) -> Iterator[Payload]:
 
 
 def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Program]) -> Hazard | None:
+    """The first row that applies and fails in this way; None where no row does."""
+    version = situation.flashinfer or ""
     diverge = any(_shape(calls) != _shape(ranks[0]) for calls in ranks)
-    if diverge:
+    # Where equal ranks fail too, their difference is not the cause.
+    if diverge and all(check(situation.collective, version, [calls] * len(ranks)).safe for calls in ranks):
         two_shot = any(call.strategy is Strategy.TWO_SHOT for calls in ranks for call in calls)
         same_calls = len({tuple(c.id for c in calls) for calls in ranks}) == 1
-        geometry = {Fact.DIVERGENT_GEOMETRY} if two_shot and same_calls else set()
-        situation = replace(situation, facts=situation.facts | {Fact.DIVERGENT_SEQUENCE} | geometry)
-    rows = [row for row in applicable(situation) if not diverge or any(when.facts for when in row.when)]
+        facts = {Fact.DIVERGENT_GEOMETRY} if two_shot and same_calls else {Fact.DIVERGENT_SEQUENCE}
+        if not applicable(replace(situation, payload=Payload.ORDINARY, facts=frozenset(facts))):
+            facts = {Fact.DIVERGENT_SEQUENCE}
+        situation = replace(situation, facts=frozenset(facts))
+        return next((row for row in applicable(situation) if any(when.facts for when in row.when)), None)
     wrong = result.failure is not Failure.DEADLOCK
-    return next((row for row in rows if (row.id in _WRONG_NUMBERS) == wrong), rows[0] if rows else None)
+    return next((row for row in applicable(situation) if (row.id in _WRONG_NUMBERS) == wrong), None)
 
 
 def _shape(calls: Program) -> list[tuple[object, ...]]:

@@ -26,7 +26,7 @@ from .moe_a2a import moe_a2a
 from .rules import mnnvl_rules, moe_rules, trtllm_rules
 from .trtllm import trtllm
 
-#: What FlashInfer's kernels are built for.
+#: What the models cover. FlashInfer's mnnvl serves 32 and 64 ranks too.
 WORLD_SIZES = (2, 4, 8, 16)
 
 #: Collectives whose protocol has a model.
@@ -74,6 +74,16 @@ def even_pieces(layers: int, sites_per_layer: int, pieces: int, strategy: Strate
     ]
     cuts = [len(sites) * i // pieces for i in range(pieces + 1)]
     return tuple(Piece(f"piece {i}", False, tuple(sites[cuts[i] : cuts[i + 1]])) for i in range(pieces))
+
+
+def exercise(pieces: tuple[Piece, ...], sizes: tuple[int, ...], world_size: int, *, padding: bool = True) -> Rank:
+    """A rank that captures each size, replays it, goes down and up again, and once runs uncaptured.
+
+    Sites that leave the strategy open are two-shot from the largest size on.
+    """
+    largest = sizes[-1] if sizes else 1
+    steps = (*sizes, *reversed(sizes), *sizes, largest + 1)
+    return Rank(pieces, steps, sizes, padding, two_shot_from=max(largest, world_size + 1))
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ def machine_for(collective: str, version: str, ranks: Sequence[Program]) -> Mach
     Raises :class:`PlanError` or :class:`~ringfence.runtime.errors.VersionError`.
     """
     if len(ranks) not in WORLD_SIZES:
-        raise PlanError(f"a world of {len(ranks)} ranks; FlashInfer's collectives serve {_listed(WORLD_SIZES)}")
+        raise PlanError(f"a world of {len(ranks)} ranks; the models cover {_listed(WORLD_SIZES)}")
     if not any(ranks):
         raise PlanError("the plan has no collective, so there is nothing that could hang; check the model's splits")
     match collective:

@@ -134,8 +134,8 @@ def test_two_streams_on_one_workspace(streams: tuple[int | None, int | None]) ->
         (Workspace(8, 2**20, created=False), [Fact.WORKSPACE_ABSENT_AT_CAPTURE]),
         (Workspace(7, 2**20, created=True), [Fact.CAPTURE_SIZE_BEYOND_WORKSPACE]),
         (Workspace(8, 2**20 + 16, created=True), [Fact.MISALIGNED_BUFFER]),
-        (Workspace(8, 2**30, created=True), []),
-        (Workspace(8, 2**30 + 32, created=True), [Fact.LAMPORT_OVER_1_GIB]),
+        (Workspace(8, 2**30 - 32, created=True), []),
+        (Workspace(8, 2**30, created=True), [Fact.LAMPORT_OVER_1_GIB]),
     ],
 )
 def test_workspace(workspace: Workspace, facts: list[Fact]) -> None:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ringfence.compile_passes.clean import clean_payload
 from ringfence.compile_passes.fuse import SITE
-from ringfence.compile_passes.judge import CLEAN, Decision, Verdict, judge
+from ringfence.compile_passes.judge import Decision, Verdict, judge
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.errors import HazardError, VersionError
@@ -56,7 +56,7 @@ def test_sound_release_is_captured(fused: GraphModule, collective: Collective) -
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize(
     ("on_hazard", "decision", "rule"),
-    [("split", REFUSE, "M1"), ("refuse", REFUSE, "M1"), ("clean", IN_GRAPH, CLEAN)],
+    [("split", REFUSE, "M1"), ("refuse", REFUSE, "M1"), ("clean", IN_GRAPH, "M1")],
 )
 def test_float_compare_of_the_sentinel_is_not_cured_by_a_split(
     fused: GraphModule, on_hazard: str, decision: Decision, rule: str, capture: bool
@@ -65,7 +65,7 @@ def test_float_compare_of_the_sentinel_is_not_cured_by_a_split(
     situation = Situation(MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT)
     assert decide(fused, situation, capture, on_hazard=on_hazard) == (decision, rule)
     verdict = verdicts(fused, situation, capture, on_hazard=on_hazard)[0]
-    assert (verdict.hazard, verdict.invariant) == ("M1", "I1")
+    assert (verdict.hazard, verdict.invariant, verdict.clean) == ("M1", "I1", on_hazard == "clean")
     assert verdict.fact is not None and "FlashInfer before 0.6.12" in verdict.fact
     assert verdict.remedy is not None and "0.6.12" in verdict.remedy and verdict.remedy in verdict.message
 
@@ -75,6 +75,17 @@ def test_cleaned_inputs_do_not_make_clean_sums(fused: GraphModule, strategy: Str
     """1.0 and -1.00001 are clean, and their sum is a small negative number, which two-shot sends on."""
     situation = Situation(MNNVL, "0.6.10", strategy=strategy)
     assert decide(fused, situation, on_hazard="clean") == (REFUSE, "M1")
+
+
+def test_cleaning_stands_beside_what_another_row_decides(fused: GraphModule) -> None:
+    situation = Situation(MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT, facts=frozenset({Fact.UNMARKED_UNSAFE_OP}))
+    for verdict in verdicts(fused, situation, on_hazard="clean"):
+        assert verdict.decision is SPLIT and verdict.clean
+
+
+@pytest.mark.parametrize("collective", [Collective.CUSTOM, Collective.SYMMETRIC_MEMORY])
+def test_group_over_nccl_says_nothing_of_another_carrier(fused: GraphModule, collective: Collective) -> None:
+    assert decide(fused, Situation(collective))[1] == "unknown_collective"
 
 
 def test_hazard_can_be_an_error(fused: GraphModule) -> None:
@@ -152,5 +163,5 @@ def test_refused_site_runs_between_pieces(fused: GraphModule) -> None:
 
 def test_cleaned_sites_are_those_whose_verdict_says_so(fused: GraphModule) -> None:
     found = verdicts(fused, Situation(MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT), on_hazard="clean")
-    clean_payload(fused, {v.site for v in found if v.rule == CLEAN and v.site is not None})
+    clean_payload(fused, {v.site for v in found if v.clean and v.site is not None})
     assert [n.args[0].target for n in fused.graph.nodes if SITE in n.meta] == [torch.ops.aten.view.dtype] * 2

@@ -66,6 +66,10 @@ def test_ranks_that_differ_are_explained_by_their_difference(
     assert failure is None or kind == failure
 
 
+def test_difference_is_not_blamed_for_what_equal_ranks_meet_too() -> None:
+    assert answered(MNNVL, "0.6.10", CALLS, without(CALLS, 3), payload=Payload.SUBNORMAL) == ("deadlock", "M1")
+
+
 def test_unequal_grids_of_two_shot_are_explained_by_geometry() -> None:
     calls = changed(CALLS, *range(5), strategy=TWO)
     _, row = answered(TRTLLM, "0.7.0", calls, changed(calls, 1, tokens=4))
