@@ -2,12 +2,14 @@
 
     plan       a split plan -> the calls of each rank -> can that fail?   check(...)
     calls      what a rank asks of a collective, and how ranks come to differ
-    versions   what FlashInfer releases changed
+    rules      what FlashInfer releases changed
     mnnvl, trtllm, moe_a2a      a rank's calls -> launches of ops; control words word by word
     machine    what ops do, and what a failure is
     explore    every order, a shortest trace
     order, decide      one order that speaks for all, for programs of any length
     arrival    the counter that launches share
+    answer     the row of the hazard table that explains a failure
+    device, instructions      what runs when: streams, slots, programmatic launches, hosts
     timeline   a trace as text, SVG and JSON
 
 Plain Python: nothing here needs torch or a device.

@@ -13,7 +13,7 @@ Why three buffers: who writes call n+2, and so the buffer of call n-1, has finis
 so it has had this rank's part of n+1, so this rank had finished n, and with it its clear of
 the buffer of n-1.
 
-Source: trtllm_mnnvl_allreduce.cuh of FlashInfer 0.6.0 to 0.7.2; :mod:`.versions` has what changed.
+Source: trtllm_mnnvl_allreduce.cuh of FlashInfer 0.6.0 to 0.7.2; :mod:`.rules` has what changed.
 """
 
 from __future__ import annotations

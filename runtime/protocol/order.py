@@ -21,12 +21,14 @@ A. Any two writes to a cell are ordered.
 B. What a poll can see, in the order of the writes, is first words that it rejects and then
    words that it accepts, all of them right. (Two, where a 3-valued flag may have moved on.)
    A word consumed untested must be right in all that can be seen.
+C. A poll that consumes its word is ordered with every later push to the cell, which would
+   lose the word unread, and with every other poll that would take it.
 
 Why that is enough. Let some order differ, and take its first step s whose outcome is not that
 of the watched run, or that the run does not make. All steps before it are steps of the run
 with the same outcomes, so by 1 and 2 whatever must precede s has been made. If s is a write,
 1 alone enables it; it loses an unread word only if the poll that reads that word does not come
-before it, but then the poll can see this write, which B allows only if it is right as well. If
+before it, which C excludes. If
 s is a poll, the word it found is, writes being ordered by A, one that it can see; by B it is
 right, and the first that it accepts had been written, as 2 says. So s has the run's outcome
 after all. Nor can an order get stuck where the run goes on: take the first step of the run that
@@ -44,7 +46,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .machine import EMPTY, Machine, Op
+from .machine import EMPTY, Action, Machine, Op
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ class Order:
             history = self._cells.setdefault(cell, _Cell())
             if not op.action.waits:
                 write = _Write(step, value, self._with(knows, step.rank, step.at, op.after | 1 << step.op))
-                suspicion = self._unordered(history, write, knows)
+                suspicion = self._unordered(history, write, op, knows)
                 history.writes.append(write)
             elif i < op.tested:
                 first, suspicion = self._seen(history, step, op, value, knows)
+                suspicion = suspicion or self._twice(history, step, op, knows)
                 after = self._join(after, first.knows) if first is not None else after
                 history.polls.append((step, op, value))
             else:
@@ -137,16 +140,24 @@ class Order:
         self._ends[rank].clear()
         self._start[rank] = self._with(knows, rank, at + 1, 0)
 
-    def _unordered(self, history: _Cell, write: _Write, knows: tuple[int, ...]) -> Suspicion | None:
-        """A, and B for the polls before this write that need not have ended before it."""
+    def _unordered(self, history: _Cell, write: _Write, op: Op, knows: tuple[int, ...]) -> Suspicion | None:
+        """A, and B and C for the polls before this write that need not have ended before it."""
         if history.writes and not self._before(history.writes[-1].step, knows):
             return Suspicion(history.writes[-1].step, write.step)
         # What comes before this write comes before all later ones, and is settled.
         history.polls = [poll for poll in history.polls if not self._before(poll[0], knows)]
-        for step, op, value in history.polls:
-            if not (op.passes(write.value, value) and op.right(write.value, value)):
+        for step, poll, value in history.polls:
+            consumed = op.action is Action.PUSH and poll.action is Action.POLL
+            if consumed or not (poll.passes(write.value, value) and poll.right(write.value, value)):
                 return Suspicion(step, write.step)
         return None
+
+    def _twice(self, history: _Cell, step: Step, op: Op, knows: tuple[int, ...]) -> Suspicion | None:
+        """C for two polls of one word, of which each would take it."""
+        if op.action is not Action.POLL:
+            return None
+        others = (other for other, poll, _ in history.polls if poll.action is Action.POLL)
+        return next((Suspicion(other, step) for other in others if not self._before(other, knows)), None)
 
     def _seen(
         self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]

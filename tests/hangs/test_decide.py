@@ -241,6 +241,16 @@ def by_hand(*ranks: list[list[Op]]) -> Machine:
             id="the second write can come before the first poll",
         ),
         pytest.param(
+            by_hand([[Op(PUSH, (0,), (1,))], [Op(PUSH, (0,), (1,))]], [[Op(POLL, (0,), (1,))]]),
+            Failure.LOST_WRITE,
+            id="a second write of the right word can come before the poll",
+        ),
+        pytest.param(
+            by_hand([[Op(PUSH, (0,), (1,))], [Op(POLL, (0,), (1,))]], [[Op(POLL, (0,), (1,))]]),
+            Failure.STALE_READ,
+            id="two polls take one word",
+        ),
+        pytest.param(
             by_hand([[Op(PUSH, (0,), (1,))]], [[Op(CLEAR, (0,), (0,))], [Op(POLL, (0,), (1,))]]),
             Failure.DEADLOCK,
             id="the clear can come after the push",
