@@ -77,6 +77,7 @@ class _Write:
 class _Cell:
     writes: list[_Write] = field(default_factory=list)
     polls: list[tuple[Step, Op, int]] = field(default_factory=list)
+    taken: dict[int, Step] = field(default_factory=dict)
 
 
 class Order:
@@ -156,8 +157,9 @@ class Order:
         """C for two polls of one word, of which each would take it."""
         if op.action is not Action.POLL:
             return None
-        others = (other for other, poll, _ in history.polls if poll.action is Action.POLL)
-        return next((Suspicion(other, step) for other in others if not self._before(other, knows)), None)
+        others = [other for other in history.taken.values() if not self._before(other, knows)]
+        history.taken[step.rank] = step  # what comes after it comes after this rank's earlier ones
+        return Suspicion(others[0], step) if others else None
 
     def _seen(
         self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]

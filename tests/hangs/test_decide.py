@@ -251,6 +251,14 @@ def by_hand(*ranks: list[list[Op]]) -> Machine:
             id="two polls take one word",
         ),
         pytest.param(
+            by_hand(
+                [[Op(POLL, (0,), (1,)), Op(PUSH, (0,), (1,), after=1)]],
+                [[Op(PUSH, (0,), (1,))], [Op(POLL, (0,), (1,))]],
+            ),
+            Failure.STALE_READ,
+            id="a poll can come between another rank's poll and the word that replaces it",
+        ),
+        pytest.param(
             by_hand([[Op(PUSH, (0,), (1,))]], [[Op(CLEAR, (0,), (0,))], [Op(POLL, (0,), (1,))]]),
             Failure.DEADLOCK,
             id="the clear can come after the push",
@@ -271,3 +279,31 @@ def test_the_last_of_these_is_safe_once_it_is_ordered() -> None:
     )
     assert explore(machine).safe
     assert decide(machine, limit=0).safe
+
+
+def random_ops(rng: random.Random) -> Machine:
+    """Ops as no protocol has them: repeated pushes, several readers, flags without meaning."""
+
+    def launch() -> list[Op]:
+        ops: list[Op] = []
+        for _ in range(rng.randint(1, 3)):
+            action = rng.choice([PUSH, PUSH, POLL, POLL, CLEAR, RAISE, AWAIT])
+            cell = 2 if action in (RAISE, AWAIT) else rng.randrange(2)
+            earlier = [i for i in range(len(ops)) if rng.random() < 0.4]
+            after = 0
+            for i in earlier:
+                after |= 1 << i | ops[i].after
+            ops.append(Op(action, (cell,), (0 if action is CLEAR else rng.choice([1, 1, 2]),), after))
+        return ops
+
+    return by_hand(*[[launch() for _ in range(rng.randint(1, 3))] for _ in range(rng.choice([2, 2, 3]))])
+
+
+def test_machines_of_random_ops_are_never_called_safe_when_an_order_fails() -> None:
+    safe = 0
+    for seed in range(8000):
+        machine = random_ops(random.Random(seed))
+        unreduced, answer = explore(machine), decide(machine)
+        assert answer.safe == unreduced.safe, seed
+        safe += answer.safe
+    assert safe > 50
