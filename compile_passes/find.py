@@ -144,28 +144,20 @@ def _site(index: int, node: Node, all_reduce: AllReduce | Decline, found: Match 
     value = all_reduce.input if isinstance(all_reduce, AllReduce) else node
     described = tensor(value) if roles.is_tensor(value) else None
     last = described.shape[-1] if described is not None and described.ndim else None
-    site = Site(
+    match = found if isinstance(found, Match) else None
+    return Site(
         index=index,
         node=node.name,
-        kind=None,
-        decline=None,
+        kind=None if match is None else Kind.NORM if match.residual is None else Kind.ADD_NORM,
+        decline=found if isinstance(found, Decline) else None,
         group=group if isinstance(group, str) else None,
         dtype=dtype_text(described.dtype) if described is not None else "unknown",
         hidden_size=last if isinstance(last, int) else None,
-        eps=None,
-        has_residual=False,
+        eps=match.norm.eps if match is not None else None,
+        has_residual=match is not None and match.residual is not None,
         source=source_of(node),
         module=module_of(node),
-    )
-    if isinstance(found, Decline):
-        return replace(site, decline=found)
-    kind = Kind.NORM if found.residual is None else Kind.ADD_NORM
-    return replace(
-        site,
-        kind=kind,
-        eps=found.norm.eps,
-        has_residual=found.residual is not None,
-        roundings=found.norm.roundings,
+        roundings=match.norm.roundings if match is not None else (),
     )
 
 
