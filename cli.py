@@ -144,6 +144,8 @@ def _hazards(arguments: argparse.Namespace) -> tuple[str, int]:
 
 def _check(arguments: argparse.Namespace) -> tuple[str, int]:
     from .runtime.protocol import timeline
+    from .runtime.protocol.rules import NEWEST_READ
+    from .runtime.versions import parse_version
 
     if arguments.trace is not None:
         if any(getattr(arguments, name) is not None for name in ("collective", "flashinfer", "tp")):
@@ -166,6 +168,8 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
         lines = [f"payload: {answer.payload}"] if not answer.safe else []
         lines += [f"hazard: {row.id}, {row.title}"] if row is not None else []
         lines += [f"remedy: {answer.remedy}"] if answer.remedy else []
+        if parse_version(arguments.flashinfer) > parse_version(NEWEST_READ):
+            lines.append(f"note: protocols were read up to FlashInfer {NEWEST_READ}; {arguments.flashinfer} may differ")
         lines += [f"not in the model: {also.id}, {also.title.lower()}: {also.remedy}" for also in answer.also]
     if arguments.svg is not None:
         _write(arguments.svg, timeline.svg(result))

@@ -202,7 +202,7 @@ HAZARDS: tuple[Hazard, ...] = (
         when=(When((TRTLLM,), facts=(Fact.LAMPORT_OVER_1_GIB,)),),
         decides=Action.REFUSE,
         invariants=(Invariant.I7,),
-        remedy="Lower max_tokens until ranks * tokens * hidden size * element size is at most 1 GiB.",
+        remedy="Lower max_tokens until ranks * tokens * hidden size * element size is less than 1 GiB.",
         source="read in FlashInfer's trtllm_allreduce_fusion.cuh",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_arithmetic.py::test_m6_clear_offset_wraps_beyond_one_gib",

@@ -275,6 +275,12 @@ def test_check_depends_on_the_strategy(ringfence: Run, strategy: str, code: int)
     assert ringfence(*arguments)[0] == code
 
 
+@pytest.mark.parametrize(("version", "noted"), [("0.7.2.post1", False), ("0.7.0", False), ("99", True)])
+def test_check_says_that_a_release_was_not_read(ringfence: Run, version: str, noted: bool) -> None:
+    code, out, _ = ringfence(*MNNVL, version, "--layers", "1", "--pieces", "1")
+    assert code == OK and ("read up to FlashInfer 0.7.2.post1; 99 may differ" in out) == noted
+
+
 def test_check_names_what_is_not_in_the_model(ringfence: Run) -> None:
     """Torn reads (M3) show in wrong numbers of a safe plan."""
     arguments = (*MNNVL, "0.6.12", "--layers", "2", "--strategy", "two-shot", "--payload", "ordinary")

@@ -102,6 +102,9 @@ MNNVL: tuple[MnnvlRange, ...] = (
     ),
 )
 
+#: The newest release whose protocols were read; later ones are taken to have the same.
+NEWEST_READ = "0.7.2.post1"
+
 #: One-shot of the trtllm backend: bitwise per element since FI#1136, own slot polled, no sum is pushed.
 TRTLLM = LamportRules(polls_own=True)
 
