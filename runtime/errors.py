@@ -24,6 +24,25 @@ class GroupError(RingfenceError):
     """The process group of an all-reduce does not exist in this process."""
 
 
+class RankMismatchError(RingfenceError):
+    """The ranks of a group are about to do different things."""
+
+
+class ChannelTimeoutError(RingfenceError):
+    """Ranks did not come to an exchange in time.
+
+    missing: which.
+    """
+
+    def __init__(self, message: str, missing: list[int]) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+class WorkspaceError(RingfenceError):
+    """A workspace cannot be created, used or replaced here and now."""
+
+
 class InputError(RingfenceError, ValueError):
     """The graph's inputs cannot be served: no tokens, or several devices."""
 
