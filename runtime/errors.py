@@ -39,8 +39,20 @@ class ChannelTimeoutError(RingfenceError):
         self.missing = missing
 
 
+class SizeTableError(RingfenceError, ValueError):
+    """A file of sizes that cannot be read."""
+
+
 class WorkspaceError(RingfenceError):
     """A workspace cannot be created, used or replaced here and now."""
+
+
+class SelfTestHungError(RingfenceError):
+    """A kernel of the start-up self-test spins and will not come back."""
+
+
+class WorkspaceReplacedError(RingfenceError):
+    """A captured graph holds addresses of a workspace that was closed."""
 
 
 class InputError(RingfenceError, ValueError):

@@ -44,7 +44,9 @@ from .errors import (
     ConcurrentCallError,
     DataDependentValueError,
     GradModeError,
+    InputError,
     NestedCaptureError,
+    WorkspaceReplacedError,
 )
 from .program import Padding, Program, SizeRule, Step
 
@@ -81,6 +83,7 @@ class _Entry:
     pieces: list[CapturedPiece]
     addresses: tuple[int, ...]
     parameters: list[_Parameter]
+    generation: int
 
     def release(self) -> None:
         for piece in self.pieces:
@@ -93,6 +96,9 @@ class PiecewiseRunner:
     graphs: what captures; None never captures.
     capture_sizes: token counts to capture.
     padding: serve a size below a captured one by that one; None does not pad.
+    generation: how often a workspace of the collectives was closed; a graph captured before the last
+        time is refused (:class:`WorkspaceReplacedError`).
+    max_tokens: the largest token count that is served at all; None serves any.
     static_outputs: return the captured buffers themselves, valid until the next call,
         instead of copies that the caller owns.
     """
@@ -105,6 +111,8 @@ class PiecewiseRunner:
         capture_sizes: Collection[int] = (),
         *,
         padding: Padding | None = None,
+        generation: Callable[[], int] = lambda: 0,
+        max_tokens: int | None = None,
         static_outputs: bool = False,
     ) -> None:
         self._program = program
@@ -113,6 +121,8 @@ class PiecewiseRunner:
         self._in_use = threading.Lock()
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding
+        self._generation = generation
+        self._max_tokens = max_tokens
         self._static_outputs = static_outputs
         self._failed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
@@ -133,6 +143,8 @@ class PiecewiseRunner:
                 "the runner serves inference and was called in grad mode with inputs that require grad; "
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
+        if self._max_tokens is not None:
+            self._check_tokens(args)
         if self._graphs is None:
             return self._run(args)
         if self._graphs.is_capturing():
@@ -161,8 +173,14 @@ class PiecewiseRunner:
             self._check_parameters(target)
             if (target, addresses) in self._failed or self._has_enough(target, addresses):
                 return self._run(args)
-            entry = _Entry(target, [], [], [], addresses, [_Parameter(args[i]) for i in self._static])
+            parameters = [_Parameter(args[i]) for i in self._static]
+            entry = _Entry(target, [], [], [], addresses, parameters, self._generation())
             run = self._capture
+        elif entry.generation != self._generation():
+            raise WorkspaceReplacedError(
+                f"the workspace of the collectives was closed since sizes {target} were captured, and the graph holds "
+                "its addresses; start over with torch._dynamo.reset()"
+            )
         else:
             run = self._replay
         try:
@@ -170,6 +188,15 @@ class PiecewiseRunner:
             return self._outputs(entry, sizes, args)
         finally:
             self._forget_parameters(entry)
+
+    def _check_tokens(self, args: Sequence[Any]) -> None:
+        assert self._sizes.tokens is not None and self._max_tokens is not None
+        tokens = self._sizes.tokens(self._sizes.sizes(args))
+        if tokens > self._max_tokens:
+            raise InputError(
+                f"a call of {tokens} tokens, and deterministic=True serves at most max_tokens={self._max_tokens}: "
+                "another kernel would not return the same bits"
+            )
 
     def _has_enough(self, target: tuple[int, ...], addresses: tuple[int, ...]) -> bool:
         tokens = self._sizes.tokens
