@@ -287,7 +287,10 @@ class FlashInfer:
         )
 
     def mnnvl_multicast(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> Kernels:
-        """The MNNVL kernels as FlashInfer runs them. CREATES A MULTICAST OBJECT: see :func:`.choice.multicast_barred`."""
+        """The MNNVL kernels as FlashInfer runs them.
+
+        CREATES A MULTICAST OBJECT: only for a choice that :func:`.choice.multicast_barred` let through.
+        """
         _check_buffer(_aligned(channel.size * max_tokens * hidden * dtype.itemsize))
         workspace = self.modules["flashinfer.comm.allreduce"].create_allreduce_fusion_workspace(
             backend="mnnvl",
@@ -328,9 +331,8 @@ class ChannelBackend:
         return tuple(self._channel.exchange("FlashInfer workspace: all-gather", data))
 
     def bcast(self, data: Any, root: int) -> Any:
-        return self._channel.exchange("FlashInfer workspace: broadcast", data if self.Get_rank() == root else None)[
-            root
-        ]
+        mine = data if self.Get_rank() == root else None
+        return self._channel.exchange("FlashInfer workspace: broadcast", mine)[root]
 
     def barrier(self) -> None:
         self._channel.barrier("FlashInfer workspace: barrier")

@@ -174,8 +174,8 @@ def _wait() -> None:
     while not done.query():
         if time.monotonic() > deadline:
             raise SelfTestHungError(
-                f"a fused collective did not come back within {_SECONDS:g} s in the start-up self-test; it spins on the "
-                "device until this process ends. End all ranks, and start with collective='reference'"
+                f"a fused collective did not come back within {_SECONDS:g} s in the start-up self-test; it spins on "
+                "the device until this process ends. End all ranks, and start with collective='reference'"
             )
         time.sleep(0.0005)
 
