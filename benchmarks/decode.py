@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,15 +175,19 @@ Step = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation, which may serve several rows of the table: ``make`` yields a row's name and its step."""
+    """One compilation. ``make`` returns the steps that it serves, by their names in the table."""
 
-    make: Callable[[Decoder, Tensor, Tensor], Iterator[tuple[str, Step]]]
+    name: str
+    make: Callable[[str, Decoder, Tensor, Tensor], dict[str, Step]]
     inline: bool = False
     reduces: bool = True
 
 
-def by_hand(name: str, compiled: Callable[..., Tensor], x: Tensor, position: Tensor) -> Iterator[tuple[str, Step]]:
-    """One CUDA graph over static inputs; the copy of the hidden states is part of the step."""
+def by_hand(name: str, model: Decoder, x: Tensor, position: Tensor) -> dict[str, Step]:
+    """Inductor in one CUDA graph over static inputs; the copy of the hidden states is part of the step."""
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    if not model.ranks.cuda:
+        return {name: lambda x: compiled(x, position)}
     static = x.clone()
     graph, output = r.captured(lambda: compiled(static, position))
 
@@ -192,38 +196,26 @@ def by_hand(name: str, compiled: Callable[..., Tensor], x: Tensor, position: Ten
         graph.replay()
         return output
 
-    yield name, step
+    # The row of plain Inductor comes from the same compilation.
+    return {name: step, "Inductor": lambda x: compiled(x, position)} if name == PEER else {name: step}
 
 
-def inductor(name: str, *, uncaptured: bool = False) -> Callable[..., Iterator[tuple[str, Step]]]:
-    def make(model: Decoder, x: Tensor, position: Tensor) -> Iterator[tuple[str, Step]]:
-        compiled = torch.compile(model, fullgraph=True, dynamic=False)
-        if model.ranks.cuda:
-            yield from by_hand(name, compiled, x, position)
-        if uncaptured or not model.ranks.cuda:
-            yield "Inductor" if uncaptured else name, lambda x: compiled(x, position)
-
-    return make
-
-
-def reduce_overhead(model: Decoder, x: Tensor, position: Tensor) -> Iterator[tuple[str, Step]]:
+def reduce_overhead(name: str, model: Decoder, x: Tensor, position: Tensor) -> dict[str, Step]:
     compiled = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def step(x: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(x, position)
 
-    yield "Inductor reduce-overhead", step
+    return {name: step}
 
 
-def eager(model: Decoder, x: Tensor, position: Tensor) -> Iterator[tuple[str, Step]]:
-    yield "eager", lambda x: model(x, position)
+def eager(name: str, model: Decoder, x: Tensor, position: Tensor) -> dict[str, Step]:
+    return {name: lambda x: model(x, position)}
 
 
-def by_ringfence(
-    name: str, collective: str, split_ops: tuple[str, ...] = ()
-) -> Callable[..., Iterator[tuple[str, Step]]]:
-    def make(model: Decoder, x: Tensor, position: Tensor) -> Iterator[tuple[str, Step]]:
+def by_ringfence(collective: str, split_ops: tuple[str, ...] = ()) -> Callable[..., dict[str, Step]]:
+    def make(name: str, model: Decoder, x: Tensor, position: Tensor) -> dict[str, Step]:
         backend = ringfence.Backend(
             capture_sizes=(len(x),),
             collective=collective,
@@ -237,26 +229,28 @@ def by_ringfence(
         (report,) = backend.reports
         ringfence.assert_fused(report, count=2 * len(model.layers))
         model.ranks.say(report.summary)
-        yield name, lambda x: compiled(x, position)
+        return {name: lambda x: compiled(x, position)}
 
     return make
+
+
+PEER = "Inductor, one graph by hand"
+NO_COLLECTIVE = "no collective"
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """In the order of importance."""
     inline = options.attention == "inline"
-    found = [Job(inductor("Inductor, one graph by hand", uncaptured=True), inline)]
-    for collective in options.collectives:
-        found.append(Job(by_ringfence(f"ringfence {collective}, one piece", collective), inline))
-    found.append(Job(inductor("no collective, one graph by hand"), inline, reduces=False))
-    for collective in options.collectives:
-        name = f"ringfence {collective}, attention between pieces"
-        found.append(Job(by_ringfence(name, collective, ("bench::attention",))))
-    found.append(Job(reduce_overhead, inline))
-    found.append(Job(eager, inline))
+    found = [Job(PEER, by_hand, inline)]
+    found += [Job(f"ringfence {c}, one piece", by_ringfence(c), inline) for c in options.collectives]
+    found.append(Job(f"{NO_COLLECTIVE}, one graph by hand", by_hand, inline, reduces=False))
     if not inline:  # Inductor may do better where it sees into the attention
-        found.append(Job(inductor("Inductor, one graph by hand, attention inlined"), inline=True))
-    return found
+        found.append(Job(f"{PEER}, attention inlined", by_hand, inline=True))
+    between = ("bench::attention",)
+    found += [Job(f"ringfence {c}, attention between pieces", by_ringfence(c, between)) for c in options.collectives]
+    found.append(Job("Inductor reduce-overhead", reduce_overhead, inline))
+    found.append(Job("eager", eager, inline))
+    return [job for job in found if options.only is None or any(part in job.name for part in options.only)]
 
 
 # -- measuring ---------------------------------------------------------------------
@@ -264,35 +258,47 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 def measure(ranks: r.Ranks, options: argparse.Namespace, model: Decoder, shape: str, batch: int, job: Job) -> None:
     """Run one job on one batch, and record each of its rows."""
-    torch._dynamo.reset()
+    ranks.forget()
     model.use_cache(batch)
     model.inline, model.reduces = job.inline, job.reduces
     generator = torch.Generator(ranks.device).manual_seed(3)  # the same hidden states on every rank
     size = (4, batch, model.shape.hidden)
     xs = torch.randn(size, generator=generator, device=ranks.device).to(model.dtype).unbind()
     position = torch.full((1,), POSITION, device=ranks.device)
-    expected = model(xs[1], position).clone()
-    before = memory_mb(ranks)
-    start = time.perf_counter()
-    for name, step in job.make(model, xs[0], position):
-        for x in (xs[2], xs[3], xs[1]):  # reduce-overhead warms up, records, and then replays
-            output = step(x)
-        difference = float((output.float() - expected.float()).norm() / expected.float().norm())
+
+    def prepare() -> tuple[dict[str, tuple[Step, float]], float, float]:
+        """The steps with their difference from eager, the seconds that it took, and the memory."""
+        expected = model(xs[1], position).clone()
+        before = memory_mb(ranks)
+        start = time.perf_counter()
+        steps = {}
+        for name, step in job.make(job.name, model, xs[0], position).items():
+            for x in (xs[2], xs[3], xs[1]):  # reduce-overhead warms up, records, and then replays
+                output = step(x)
+            steps[name] = (step, float((output.float() - expected.float()).norm() / expected.float().norm()))
         ranks.synchronize()
-        preparation = time.perf_counter() - start
-        memory = memory_mb(ranks) - before
-        wall, stream = timed(ranks, options, step, xs)
+        return steps, time.perf_counter() - start, memory_mb(ranks) - before
+
+    prepared, why = ranks.together(prepare)
+    if why is not None:
+        ranks.record(shape=shape, batch=batch, contender=job.name, failed=why)
+        return
+    steps, preparation, memory = prepared
+    for name, (step, difference) in steps.items():
+        times, why = ranks.together(lambda step=step: timed(ranks, options, step, xs))
+        if why is not None:
+            ranks.record(shape=shape, batch=batch, contender=name, failed=why)
+            return
         ranks.record(
             shape=shape,
             batch=batch,
             contender=name,
-            wall_us=ranks.median_of_max(wall),
-            stream_us=ranks.median_of_max(stream),
+            wall_us=ranks.median_of_max(times[0]),
+            stream_us=ranks.median_of_max(times[1]),
             difference=max(ranks.gather(difference)),
             preparation_s=max(ranks.gather(preparation)),
             memory_mb=max(ranks.gather(memory)),
         )
-        start = time.perf_counter()
 
 
 def timed(
@@ -301,7 +307,7 @@ def timed(
     """Microseconds per step: the wall clock of whole loops, and the stream time of each step of the last loop."""
     wall, events = [], []
     for loop in range(4):
-        ranks.gather(None)
+        ranks.barrier()
         start = time.perf_counter()
         for i in range(options.steps):
             step(xs[i % len(xs)])
@@ -333,13 +339,15 @@ def table(results: list[dict[str, Any]], shape: str, ranks: r.Ranks) -> str:
     batches = list(dict.fromkeys(e["batch"] for e in rows))
     names = list(dict.fromkeys(e["contender"] for e in rows))
     ours = [n for n in names if n.startswith("ringfence")]
-    peers = [n for n in names if n not in ours and not n.startswith("no collective")]
-    wall = {(e["contender"], e["batch"]): e["wall_us"] for e in rows}
-    stream = {(e["contender"], e["batch"]): e["stream_us"] for e in rows}
+    peers = [n for n in names if n not in ours and not n.startswith(NO_COLLECTIVE)]
+    wall = {(e["contender"], e["batch"]): e["wall_us"] for e in rows if "wall_us" in e}
+    stream = {(e["contender"], e["batch"]): e["stream_us"] for e in rows if "wall_us" in e}
+    failed = {(e["contender"], e["batch"]) for e in rows if "failed" in e}
     lines: list[list[Any]] = []
     for name in names:
-        cells = [f"{wall[name, b]:.0f} ({stream[name, b]:.0f})" if (name, b) in wall else "-" for b in batches]
-        lines.append([name, *cells])
+        nothing = ["failed" if (name, b) in failed else "-" for b in batches]
+        timed = [f"{wall[name, b]:.0f} ({stream[name, b]:.0f})" if (name, b) in wall else None for b in batches]
+        lines.append([name, *(t or n for t, n in zip(timed, nothing, strict=True))])
     for name in ours:
         line = [f"best peer / {name}"]
         for b in batches:
@@ -364,7 +372,9 @@ def main() -> None:
         default="op",
         help="in one piece, the attention is an op that finds its cache by itself (op) or traced (inline)",
     )
-    parser.add_argument("--only", type=r.words, help="only rows whose job has one of these numbers (0, 1, ...)")
+    parser.add_argument(
+        "--only", type=r.words, help="only rows whose name contains one of these, as 'by hand,one piece'"
+    )
     options = r.arguments(parser)
     ranks = r.Ranks(options)
     with torch.no_grad():
@@ -376,13 +386,11 @@ def main() -> None:
             for batch in options.batches:
                 models[name].use_cache(batch)
         ranks.say("the models are there")
-        for number, job in enumerate(jobs(options)):
-            if options.only and str(number) not in options.only:
-                continue
+        for job in jobs(options):
             for name, model in models.items():
                 for batch in options.batches:
                     if ranks.time_left():
-                        ranks.together(lambda m=model, n=name, b=batch, j=job: measure(ranks, options, m, n, b, j))
+                        measure(ranks, options, model, name, batch, job)
     if ranks.rank == 0:
         for name in models:
             print(f"\n{table(ranks.results, name, ranks)}")

@@ -148,7 +148,7 @@ def sites(ranks: r.Ranks, options: argparse.Namespace) -> None:
     for tokens in options.tokens:
         if not ranks.time_left():
             break
-        torch._dynamo.reset()
+        ranks.forget()
         x, residual = inputs(ranks, options, tokens)
         makers = {PEER: lambda x=x, y=residual: nccl_and_inductor(ranks, chain, x, y)}
         for name in options.collectives:
@@ -164,33 +164,38 @@ def sites(ranks: r.Ranks, options: argparse.Namespace) -> None:
             if why is None:
                 contenders.append(contender)
             else:
-                ranks.results.append({"part": "sites", "tokens": tokens, "contender": name, "failed": why})
-        ranks.together(lambda c=contenders, t=tokens: race(ranks, options, t, c))
+                ranks.record(part="sites", tokens=tokens, contender=name, failed=why)
+        samples, why = ranks.together(lambda c=contenders: race(ranks, options, c))
+        for contender, (stream, host, difference) in zip(contenders, samples or (), strict=False):
+            report = contender.keep if isinstance(contender.keep, ringfence.CompileReport) else None
+            ranks.record(
+                part="sites",
+                tokens=tokens,
+                contender=contender.name,
+                us=ranks.median_of_max(stream),
+                host_us=ranks.median_of_max(host),
+                difference=max(ranks.gather(difference)),
+                **({"runs_as": report.summary} if report else {}),
+            )
         del contenders, contender, makers
 
 
-def race(ranks: r.Ranks, options: argparse.Namespace, tokens: int, contenders: list[Contender]) -> None:
-    stream: dict[str, list[float]] = {c.name: [] for c in contenders}
-    host: dict[str, list[float]] = {c.name: [] for c in contenders}
+def race(
+    ranks: r.Ranks, options: argparse.Namespace, contenders: list[Contender]
+) -> list[tuple[list[float], list[float], float]]:
+    """For each contender: stream and host times per site, and how far its result is from the first one's."""
+    stream: list[list[float]] = [[] for _ in contenders]
+    host: list[list[float]] = [[] for _ in contenders]
     for _ in range(options.repeats):
-        for contender in contenders:
+        for i, contender in enumerate(contenders):
             times = ranks.stream_us(contender.call, options.calls)
-            stream[contender.name].append(times[0] / options.sites)
-            host[contender.name].append(times[1] / options.sites)
-    first = contenders[0].outputs[0].clone()
+            stream[i].append(times[0] / options.sites)
+            host[i].append(times[1] / options.sites)
+    differences = []
     for contender in contenders:
         contender.call()
-        ranks.synchronize()
-        report = contender.keep if isinstance(contender.keep, ringfence.CompileReport) else None
-        ranks.record(
-            part="sites",
-            tokens=tokens,
-            contender=contender.name,
-            us=ranks.median_of_max(stream[contender.name]),
-            host_us=ranks.median_of_max(host[contender.name]),
-            difference=max(ranks.gather(distance(contender.outputs[0], first))),
-            **({"runs_as": report.summary} if report else {}),
-        )
+        differences.append(distance(contender.outputs[0], contenders[0].outputs[0]))
+    return list(zip(stream, host, differences, strict=True))
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -200,18 +205,21 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 def sites_table(results: list[dict[str, Any]]) -> str:
     rows = [e for e in results if e["part"] == "sites"]
-    names = list(dict.fromkeys(e["contender"] for e in rows))
+    found = dict.fromkeys(e["contender"] for e in rows)  # those that failed come first
+    names = sorted(found, key=lambda n: (n != PEER, n.startswith("ringfence"), n))
     sizes = list(dict.fromkeys(e["tokens"] for e in rows))
-    us = {(e["contender"], e["tokens"]): e.get("us") for e in rows}
-    table: list[list[Any]] = [[name, *(us.get((name, t)) or "failed" for t in sizes)] for name in names]
+    us = {(e["contender"], e["tokens"]): e["us"] for e in rows if "us" in e}
+    table = [[name, *(f"{us[name, t]:.2f}" if (name, t) in us else "failed" for t in sizes)] for name in names]
     for name in (n for n in names if n.startswith("ringfence")):
         collective = name.removeprefix("ringfence ")
         bare = [n for n in names if n.startswith("bare") and collective in (*n.split(), "auto")]
         for what, peers in (("best bare", bare), ("NCCL", [PEER])):
-            best = [min((us[p, t] for p in peers if us.get((p, t))), default=None) for t in sizes]
-            ratios = [us[name, t] / b if b and us.get((name, t)) else "-" for b, t in zip(best, sizes, strict=True)]
+            best = [min((us[p, t] for p in peers if (p, t) in us), default=None) for t in sizes]
+            ratios = [
+                f"{us[name, t] / b:.2f}" if b and (name, t) in us else "-" for b, t in zip(best, sizes, strict=True)
+            ]
             table.append([f"{name} / {what}", *ratios])
-    return "us per site\n" + tabulate(table, ("tokens", *sizes), floatfmt=".2f")
+    return "us per site\n" + tabulate(table, ("tokens", *sizes), disable_numparse=True)
 
 
 # -- numerics ----------------------------------------------------------------------
@@ -223,9 +231,10 @@ def numerics(ranks: r.Ranks, options: argparse.Namespace) -> None:
         for collective in options.collectives:
             if not ranks.time_left():
                 return
-            torch._dynamo.reset()
+            ranks.forget()
             errors, why = ranks.together(lambda t=tokens, c=collective: errors_of(ranks, options, c, t, chain))
-            found = {"failed": why} if why else {"error": errors[0], "eager_error": errors[1]}
+            worst = [max(each) for each in zip(*ranks.gather(errors), strict=True)] if why is None else []
+            found = {"failed": why} if why else {"error": worst[0], "eager_error": worst[1]}
             ranks.record(part="numerics", tokens=tokens, contender=f"ringfence {collective}", **found)
 
 
@@ -248,7 +257,7 @@ def errors_of(
             total.fill_(float("nan"))
         eager = max(eager, largest_error(ranks, chain, x, residual, chain(x, residual)))
     ringfence.assert_fused(backend.reports[0], count=len(chain.weights))
-    return max(ranks.gather(ours)), max(ranks.gather(eager))
+    return ours, eager
 
 
 def largest_error(
@@ -270,14 +279,12 @@ def largest_error(
 
 
 def numerics_table(results: list[dict[str, Any]]) -> str:
-    rows = [
-        (e["tokens"], e["contender"], e.get("error", "failed"), e.get("eager_error", "-"))
-        for e in results
-        if e["part"] == "numerics"
-    ]
-    return "largest |error| / (|float32| + rms)\n" + tabulate(
-        rows, ("tokens", "", "ringfence", "eager"), floatfmt=".2e"
-    )
+    rows = []
+    for e in (e for e in results if e["part"] == "numerics"):
+        errors = (f"{e['error']:.2e}", f"{e['eager_error']:.2e}") if "error" in e else ("failed", "-")
+        rows.append((e["tokens"], e["contender"], *errors))
+    headers = ("tokens", "", "ringfence", "eager")
+    return "largest |error| / (|float32| + rms)\n" + tabulate(rows, headers, disable_numparse=True)
 
 
 # -- host --------------------------------------------------------------------------
@@ -406,7 +413,7 @@ def main() -> None:
             options.collectives = ("auto",)
     with torch.no_grad():
         for part in (sites, numerics, host):
-            if part.__name__ in options.parts:
+            if part.__name__ in options.parts and ranks.time_left():
                 part(ranks, options)
     if ranks.rank == 0:
         for name, text in (

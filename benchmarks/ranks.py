@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import faulthandler
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -107,8 +108,8 @@ class Ranks:
     def together(self, body: Callable[[], Any]) -> tuple[Any, str | None]:
         """``(body(), None)``; or ``(None, why)`` on every rank, if it failed on one.
 
-        Who fails before its first collective leaves nobody waiting for long: the limit of the
-        step ends a peer that hangs. The next step starts with idle devices.
+        A peer that the failed rank left waiting in a collective is ended by the limit of the
+        step. ``body`` makes no call to :meth:`gather`: it would meet the one that is made here.
         """
         self._limit()
         value, error = None, None
@@ -116,18 +117,23 @@ class Ranks:
             value = body()
             self.synchronize()
         except Exception as caught:
-            error = f"{type(caught).__name__}: {str(caught).splitlines()[0] if str(caught) else ''}"
+            error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
             if self.rank == 0:
-                traceback.print_exc(limit=-6)
+                traceback.print_exc(limit=-3)
         errors = self.gather(error)
         failed = next((f"rank {rank}: {e}" for rank, e in enumerate(errors) if e), None)
-        if failed:
-            self.say("FAILED", failed)
         return (None if failed else value), failed
 
     def _limit(self) -> None:
         """From now, one limit. The watchdog needs neither the GIL nor a device that answers."""
         faulthandler.dump_traceback_later(self._options.step_limit, exit=True)
+
+    def forget(self) -> None:
+        """Drop what was compiled, and the memory of graphs that nobody holds any more."""
+        torch._dynamo.reset()
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     # -- timing --------------------------------------------------------------------
 
@@ -158,6 +164,11 @@ class Ranks:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e3 / calls, host
+
+    def barrier(self) -> None:
+        """Idle devices on all ranks; over the measured group, see :meth:`together`."""
+        dist.all_reduce(torch.zeros(1, device=self.device))
+        self.synchronize()
 
     def median_of_max(self, samples: list[float]) -> float:
         """The median over the repeats, each as slow as the slowest rank had it."""
