@@ -194,13 +194,8 @@ def race(
     differences = []
     for contender in contenders:
         contender.call()
-        differences.append(distance(contender.outputs[0], contenders[0].outputs[0]))
+        differences.append(r.distance(contender.outputs[0], contenders[0].outputs[0]))
     return list(zip(stream, host, differences, strict=True))
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """Of one chain from another: roundings add up over the sites, so this only tells right from wrong."""
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def sites_table(results: list[dict[str, Any]]) -> str:
@@ -208,7 +203,7 @@ def sites_table(results: list[dict[str, Any]]) -> str:
     found = dict.fromkeys(e["contender"] for e in rows)  # those that failed come first
     names = sorted(found, key=lambda n: (n != PEER, n.startswith("ringfence"), n))
     sizes = list(dict.fromkeys(e["tokens"] for e in rows))
-    us = {(e["contender"], e["tokens"]): e["us"] for e in rows if "us" in e}
+    us = {(e["contender"], e["tokens"]): e["us"] for e in rows if "failed" not in e}
     table = [[name, *(f"{us[name, t]:.2f}" if (name, t) in us else "failed" for t in sizes)] for name in names]
     for name in (n for n in names if n.startswith("ringfence")):
         collective = name.removeprefix("ringfence ")

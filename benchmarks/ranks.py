@@ -39,6 +39,9 @@ NO_MULTICAST = {
     "NVSHMEM_DISABLE_NVLS": "1",
 }
 
+#: Further than roundings explain, over a whole model: no figure is given for a wrong result.
+WRONG = 0.2
+
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; with the options that every benchmark has."""
@@ -178,6 +181,8 @@ class Ranks:
 
     def record(self, **fields: Any) -> None:
         """Keep one measurement, and print it: what was measured survives a hang in the next step."""
+        if not fields.get("difference", 0) <= WRONG:  # also NaN
+            fields["failed"] = f"wrong result, of distance {fields['difference']:.3g}"
         self.results.append(fields)
         self.say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items()))
         self.write()
@@ -235,6 +240,11 @@ def versions() -> dict[str, str]:
         )
         found["commit"] = commit.stdout.strip()
     return found
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, over all elements. Roundings add up over the sites, so this only tells right from wrong."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
