@@ -39,6 +39,17 @@ class ChannelTimeoutError(RingfenceError):
         self.missing = missing
 
 
+class PeerFailedError(RingfenceError):
+    """A rank failed at something that all ranks do together.
+
+    failures: which, and why.
+    """
+
+    def __init__(self, failures: tuple[tuple[int, str], ...]) -> None:
+        super().__init__("; ".join(f"rank {rank}: {reason}" for rank, reason in failures))
+        self.failures = failures
+
+
 class SizeTableError(RingfenceError, ValueError):
     """A file of sizes that cannot be read."""
 

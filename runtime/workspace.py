@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from .channel import Channel
-from .errors import RingfenceError, WorkspaceError
+from .errors import WorkspaceError
 from .flashinfer import KernelCall, Kernels, unmet
 from .situation import Collective, Strategy
 from .size_table import SizeRow
@@ -107,18 +107,11 @@ class Workspaces:
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise WorkspaceError("a workspace would be created inside a capture; compile and call the model before")
-        workspace, failure = None, None
-        try:
-            workspace = make()
-        except RingfenceError as error:
-            failure = str(error)
-        except Exception as error:  # whatever FlashInfer, the driver or the allocator raise
-            failure = f"{type(error).__name__}: {error}"
-        failures = channel.exchange("workspace created", failure)
-        if any(failures):
+        workspace, failures = channel.attempt("create a workspace", make)
+        if failures:
             if workspace is not None:
                 workspace.kernels.close()
-            reasons = "; ".join(f"rank {r}: {f}" for r, f in enumerate(failures) if f)
+            reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
             self.failed[collective, transport] = f"its workspace could not be created ({reasons})"
             return Creation(None, self.failed[collective, transport])
         assert workspace is not None

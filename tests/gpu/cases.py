@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu import emulate
+from gpu.children import progress
 
 #: Seconds until a call that has not returned never will. The slowest case takes milliseconds.
 DEADLINE = 4.0
@@ -64,6 +65,7 @@ def run(fields: dict[str, Any]) -> dict[str, Any]:
     outcome: dict[str, Any] = {"name": case.name, "words": [[], []], "worst": 0.0}
     for number in range(case.rounds):
         bench.fill(number)
+        progress(name=case.name, round=number)
         bench.launch()
         returned = emulate.returned(DEADLINE)
         outcome |= {"round": number, "returned": returned}

@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
     "OMP_NUM_THREADS": "2",
 }
-_MARK = "OUTCOME "
+_MARK, _PROGRESS = "OUTCOME ", "PROGRESS "
 
 
 def run_child(function: str, items: Sequence[dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
@@ -32,7 +32,8 @@ def run_child(function: str, items: Sequence[dict[str, Any]], timeout: float) ->
 
     An outcome is what the function returned. One whose ``stuck`` is true ends the child.
     Outcomes made here have a ``kind`` and a ``note``: "never returned" for the item at which the
-    child was killed, "crashed" for one at which it died, "not run" for those after.
+    child was killed, "crashed" for one at which it died, "not run" for those after; they have what
+    the item said last with :func:`progress`.
     """
     tests = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(p for p in (tests, os.environ.get("PYTHONPATH")) if p)
@@ -53,12 +54,20 @@ def run_child(function: str, items: Sequence[dict[str, Any]], timeout: float) ->
             out, errors = process.communicate(timeout=60)
     outcomes = [json.loads(line[len(_MARK) :]) for line in out.splitlines() if line.startswith(_MARK)]
     if len(outcomes) < len(items) and not (outcomes and outcomes[-1].get("stuck")):
+        said = out.rpartition(_PROGRESS)[2].partition("\n")[0] if out.rfind(_PROGRESS) > out.rfind(_MARK) else "{}"
         if killed:
-            outcomes.append({"kind": "never returned", "note": f"killed after {timeout} s"})
+            outcomes.append(json.loads(said) | {"kind": "never returned", "note": f"killed after {timeout} s"})
         else:
-            outcomes.append({"kind": "crashed", "note": f"exit status {process.returncode}\n{errors[-2000:]}"})
+            outcomes.append(
+                json.loads(said) | {"kind": "crashed", "note": f"exit status {process.returncode}\n{errors[-2000:]}"}
+            )
     rest = len(items) - len(outcomes)
     return outcomes + [{"kind": "not run", "note": "an item before it ended the child"}] * rest
+
+
+def progress(**fields: Any) -> None:
+    """Say how far the item is, for the outcome of one that is killed."""
+    print(_PROGRESS + json.dumps(fields), flush=True)
 
 
 def main() -> None:

@@ -24,6 +24,11 @@ def test_a_child_that_never_returns_is_killed() -> None:
     assert time.monotonic() - started < 30
 
 
+def test_of_a_killed_item_it_is_known_how_far_it_was() -> None:
+    (outcome,) = run_child("gpu.fakes:answer", [{"do": "sleep"}], timeout=3)
+    assert outcome["kind"] == "never returned" and outcome["round"] == 2
+
+
 @pytest.mark.parametrize("how", ["die", "raise"])
 def test_a_child_that_dies_has_crashed(how: str) -> None:
     assert kinds("return", how, "return") == ["returned", "crashed", "not run"]
