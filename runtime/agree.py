@@ -98,7 +98,8 @@ class GroupAgreement:
         """
         failed: tuple[tuple[int, str], ...] = ()
         for channel in self._channels:
-            failed = vote(channel, "capture", failure) or failed
+            heard = vote(channel, "capture", failure)
+            failed = failed or heard
             failure = failure or (failed[0][1] if failed else None)
         return failed
 
