@@ -1,0 +1,115 @@
+"""Agree, then act: the ranks of a group compare what they are about to do before they do it.
+
+A rank that captured another graph, found another version of FlashInfer or failed to make its
+workspace does not fail: it leaves its peers spinning in a kernel that has no timeout. So
+everything that decides which collectives are called is written down (:class:`PlanDigest`)
+and compared over the store, and whatever one rank can or cannot do is voted on
+(:func:`vote`), so that all ranks go the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from .channel import Channel, by_value
+from .errors import RankMismatchError
+
+_NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class PlanDigest:
+    """What must be equal on all ranks: named parts, in the order in which a difference is looked for.
+
+    Causes come before consequences (versions before ops), so that the first difference is
+    the one to mend.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def short(self) -> str:
+        """Equal exactly where the parts are, and small enough to be sent in every exchange."""
+        return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()[:16]
+
+
+def agree(channel: Channel, digest: PlanDigest, *, what: str = "compiled graph") -> None:
+    """Return where all ranks hold the same digest; otherwise raise :class:`RankMismatchError` on every rank.
+
+    Only hashes are sent unless they differ. Also raises what :meth:`Channel.exchange` raises.
+    """
+    topic = f"agree on the {what}"
+    if len(set(channel.exchange(topic, digest.short))) == 1:
+        return
+    digests = channel.exchange(f"{topic}: the difference", digest.parts)
+    raise RankMismatchError(f"the ranks do not agree on the {what}: {first_difference(digests)}")
+
+
+def first_difference(digests: Sequence[tuple[tuple[str, str], ...]]) -> str:
+    """The first part in which ranks differ, and which ranks hold which side."""
+    for sides in zip_longest(*digests):
+        if len(set(sides)) == 1:
+            continue
+        names = list(dict.fromkeys(side[0] for side in sides if side is not None))
+        if len(names) == 1:
+            values = [_NOTHING if side is None else side[1] for side in sides]
+            return f"{names[0]} differs: {by_value(values)}"
+        return "the parts differ: " + by_value([_NOTHING if s is None else f"{s[0]} = {s[1]}" for s in sides])
+    return "no part differs"
+
+
+def vote(channel: Channel, topic: str, failure: str | None) -> tuple[tuple[int, str], ...]:
+    """Did everybody succeed? ``(rank, reason)`` of each that did not, the same on all ranks; empty where all did.
+
+    Every rank must vote, those that failed most of all: pass what went wrong instead of raising it.
+    """
+    answers = channel.exchange(f"vote: {topic}", failure)
+    return tuple((rank, reason) for rank, reason in enumerate(answers) if reason is not None)
+
+
+class GroupAgreement:
+    """What the ranks of a graph's groups agree on: its plan once, then each size before it is captured.
+
+    A graph over several groups (tensor and data parallel, say) agrees in each of them.
+    """
+
+    def __init__(self, channels: Sequence[Channel], digest: PlanDigest) -> None:
+        self._channels, self._digest = tuple(channels), digest
+        for channel in self._channels:
+            agree(channel, digest)
+
+    def before_capture(self, sizes: tuple[int, ...]) -> None:
+        """Raises :class:`RankMismatchError` where a rank is about to capture other sizes, or of another graph."""
+        for channel in self._channels:
+            answers = channel.exchange("capture", (sizes, self._digest.short))
+            if len(set(answers)) > 1:
+                said = [f"sizes {s} of graph {short}" for s, short in answers]
+                raise RankMismatchError(f"the ranks are about to capture different things: {by_value(said)}")
+
+    def after_capture(self, failure: str | None) -> tuple[tuple[int, str], ...]:
+        """Whose capture failed, as ``(rank, reason)``: where one did, no rank may keep its own.
+
+        What a rank hears in one group it tells the next, so that the ranks of a mesh hear of it too.
+        """
+        failed: tuple[tuple[int, str], ...] = ()
+        for channel in self._channels:
+            heard = vote(channel, "capture", failure)
+            failed = failed or heard
+            failure = failure or (failed[0][1] if failed else None)
+        return failed
+
+    def before_step(self, step: int, sizes: tuple[int, ...], how: str) -> None:
+        """The opt-in check of every step. Raises :class:`RankMismatchError` where ranks choose differently."""
+        for channel in self._channels:
+            answers = channel.exchange("step", (step, sizes, how))
+            if len(set(answers)) > 1:
+                said = [f"step {n} of sizes {s}, {h}" for n, s, h in answers]
+                raise RankMismatchError(
+                    f"the ranks do not take the same step: {by_value(said)}; what chooses a graph "
+                    "(sizes, padding) must be equal on all ranks"
+                )

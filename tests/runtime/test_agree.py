@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ringfence.runtime.agree import GroupAgreement, PlanDigest, agree, first_difference, vote
+from ringfence.runtime.channel import Channel, open_channel
+from ringfence.runtime.errors import ChannelTimeoutError, RankMismatchError
+from support import run_threaded
+
+
+def digest(**parts: str) -> PlanDigest:
+    return PlanDigest(tuple(parts.items()))
+
+
+def channel(seconds: float = 20) -> Channel:
+    return open_channel(dist.group.WORLD.group_name, seconds=seconds)
+
+
+def raises_on_every_rank(ranks: int, body: Any) -> set[str]:
+    def guarded(rank: int) -> str:
+        with pytest.raises(RankMismatchError) as caught:
+            body(rank)
+        return str(caught.value)
+
+    return set(run_threaded(ranks, guarded))
+
+
+def test_equal_digests_agree() -> None:
+    run_threaded(3, lambda rank: agree(channel(), digest(torch="2.13", ops="a b")))
+
+
+def test_the_first_difference_is_named_with_both_sides_on_every_rank() -> None:
+    said = raises_on_every_rank(
+        3, lambda rank: agree(channel(), digest(torch="2.13", flashinfer="0.7" if rank == 1 else "0.6", ops=str(rank)))
+    )
+    assert said == {
+        "the ranks do not agree on the compiled graph: flashinfer differs: ranks 0, 2: 0.6; rank 1: 0.7",
+    }
+
+
+def test_a_plan_that_is_longer_on_one_rank() -> None:
+    short, long = digest(a="1").parts, digest(a="1", op1="all_reduce").parts
+    assert first_difference([short, long]) == "op1 differs: rank 0: nothing; rank 1: all_reduce"
+    assert first_difference([long, digest(a="1", piece="p").parts]) == (
+        "the parts differ: rank 0: op1 = all_reduce; rank 1: piece = p"
+    )
+
+
+def test_a_rank_that_does_not_come_to_agree_is_named() -> None:
+    def body(rank: int) -> None:
+        mine = channel(seconds=0.3)
+        if rank != 1:
+            with pytest.raises(ChannelTimeoutError, match="rank 1 did not come to 'agree on the compiled graph'"):
+                agree(mine, digest(a="1"))
+
+    run_threaded(3, body)
+
+
+def test_a_vote_tells_every_rank_who_failed_and_why() -> None:
+    def body(rank: int) -> Any:
+        mine = channel()
+        return vote(mine, "workspace", None), vote(mine, "workspace", "out of memory" if rank == 2 else None)
+
+    assert run_threaded(3, body) == [((), ((2, "out of memory"),))] * 3
+
+
+def test_sizes_are_compared_before_each_capture() -> None:
+    def body(rank: int) -> None:
+        agreement = GroupAgreement([channel()], digest(a="1"))
+        agreement.before_capture((4,))
+        agreement.before_capture((8 if rank else 4,))
+
+    (said,) = raises_on_every_rank(2, body)
+    assert "rank 0: sizes (4,) of graph" in said and "rank 1: sizes (8,) of graph" in said
+
+
+def test_a_failed_capture_is_known_everywhere_once() -> None:
+    def body(rank: int) -> Any:
+        agreement = GroupAgreement([channel(), channel()], digest(a="1"))
+        return agreement.after_capture("no memory" if rank else None)
+
+    assert run_threaded(2, body) == [((1, "no memory"),)] * 2
+
+
+def test_steps_are_compared_where_asked_for() -> None:
+    def body(rank: int) -> None:
+        agreement = GroupAgreement([channel()], digest(a="1"))
+        agreement.before_step(0, (4,), "replayed")
+        agreement.before_step(1, (4,), "uncaptured" if rank else "replayed")
+
+    (said,) = raises_on_every_rank(2, body)
+    assert "rank 0: step 1 of sizes (4,), replayed; rank 1: step 1 of sizes (4,), uncaptured" in said
