@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import ranks as r
 import torch
@@ -25,6 +26,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import ringfence
+from ringfence.runtime import flashinfer
+from ringfence.runtime.carrier import Wanted, prepare
+from ringfence.runtime.groups import describe_group
 
 EPS = 1e-6
 PEER = "NCCL + Inductor"
@@ -104,21 +108,26 @@ def bare(
     ranks: r.Ranks, options: argparse.Namespace, collective: str, pdl: bool, chain: Chain, x: Tensor, residual: Tensor
 ) -> Contender:
     """The kernel's own calls in one graph: what is left of a site when nothing surrounds it."""
-    from ringfence.runtime.bench_api import bare_call
-
-    kernel = bare_call(collective, ranks.group_name, max(options.tokens), options.hidden, options.dtype)
+    group = describe_group(ranks.group_name, ranks.device)
+    wanted = Wanted(collective, "auto", options.hidden, options.dtype, max_tokens=max(options.tokens))
+    workspace = prepare(group, ranks.device, wanted, seconds=60).workspace
+    strategy = workspace.strategy(*x.shape, x.dtype) if workspace is not None else None
+    if workspace is None or strategy is None:
+        raise RuntimeError(f"{collective} does not serve {list(x.shape)}")
+    kernels = workspace.kernels
     buffers = [(torch.empty_like(x), torch.empty_like(x)) for _ in range(2)]
 
     def run() -> tuple[Tensor, Tensor]:
         norm, total = x, residual
         for i, weight in enumerate(chain.weights):
             norm_out, total_out = buffers[i % 2]
-            kernel(norm, total, weight, EPS, norm_out, total_out, pdl)
+            kernels.fused(norm, total, weight, EPS, 0.0, strategy, norm_out, total_out)
             norm, total = norm_out, total_out
         return norm, total
 
-    graph, outputs = r.captured(run)
-    return Contender(bare_name(collective, pdl), graph.replay, outputs, (kernel, run, chain))
+    with mock.patch.object(flashinfer, "_PDL", pdl):  # the product never asks for it: see there
+        graph, outputs = r.captured(run)
+    return Contender(bare_name(collective, pdl), graph.replay, outputs, (workspace, run, chain))
 
 
 def bare_name(collective: str, pdl: bool) -> str:
