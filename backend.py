@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .compile_passes.clean import clean_payload
@@ -192,7 +193,9 @@ class Backend:
             deterministic=options.deterministic,
             table=(*table, *TABLE),
         )
-        return name, prepare(group, device, wanted, seconds=DEFAULT_SECONDS)
+        # Real memory and real launches, in the midst of a trace with fake tensors.
+        with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
+            return name, prepare(group, device, wanted, seconds=DEFAULT_SECONDS)
 
     def _judge(
         self,

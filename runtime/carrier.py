@@ -104,11 +104,11 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
                 f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
             )
             continue
-        workspace = workspaces.find(choice.collective, wanted.dtype, limit)
+        workspace = workspaces.find(choice.collective, device, wanted.dtype, limit)
         if workspace is None:
             made = workspaces.create(
                 channel,
-                lambda choice=choice, limit=limit: _make(group, channel, choice, wanted, limit),  # type: ignore[misc]
+                lambda choice=choice, limit=limit: _make(group, channel, device, choice, wanted, limit),  # type: ignore[misc]
                 choice.collective,
                 choice.transport or "",
             )
@@ -156,7 +156,9 @@ def capacity(row: SizeRow, wanted: Wanted) -> int:
     return max(limit // row_bytes, 1) * row_bytes
 
 
-def _make(group: Group, channel: Channel, choice: Choice, wanted: Wanted, limit: int) -> Workspace:
+def _make(
+    group: Group, channel: Channel, device: torch.device, choice: Choice, wanted: Wanted, limit: int
+) -> Workspace:
     package = load()
     if isinstance(package, Unavailable):
         raise WorkspaceError(package.reason)
@@ -172,7 +174,7 @@ def _make(group: Group, channel: Channel, choice: Choice, wanted: Wanted, limit:
         kernels = package.mnnvl_peer(channel, tokens, wanted.hidden, wanted.dtype)
     else:
         kernels = package.mnnvl_multicast(channel, tokens, wanted.hidden, wanted.dtype)
-    return Workspace(choice.collective, choice.transport, choice.row, kernels, group.size, limit, dtypes)
+    return Workspace(choice.collective, choice.transport, choice.row, kernels, device, group.size, limit, dtypes)
 
 
 def _situation(choice: Choice, ranks: Sequence[RankFacts], group: Group, wanted: Wanted) -> Situation:

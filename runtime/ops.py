@@ -44,9 +44,9 @@ def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
         raise InputError(
             f"fused all-reduce of an empty tensor of shape {list(input.shape)}; pad to at least one token on every rank"
         )
-    if collective == Collective.REFERENCE or not input.is_cuda:
+    if collective == Collective.REFERENCE:
         return None
-    return workspaces_of(group).find(collective, input.dtype, input.numel() * input.element_size())
+    return workspaces_of(group).find(collective, input.device, input.dtype, input.numel() * input.element_size())
 
 
 def _rows(tensor: Tensor) -> Tensor:

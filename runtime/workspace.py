@@ -38,6 +38,7 @@ class Workspace:
     transport: str
     row: SizeRow
     kernels: Kernels
+    device: torch.device
     world_size: int
     capacity: int
     dtypes: tuple[torch.dtype, ...]
@@ -67,7 +68,7 @@ class Workspace:
         """A residual of zeros or a weight of ones, for sites that have none. Allocated once."""
         key = (name, like.dtype, numel)
         if key not in self._constants:
-            if torch.cuda.is_current_stream_capturing():
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise WorkspaceError(f"{name} of {numel} elements would be allocated inside a capture")
             with torch.inference_mode(False):
                 self._constants[key] = getattr(torch, name)(numel, dtype=like.dtype, device=like.device)
@@ -90,10 +91,11 @@ class Workspaces:
         self.failed: dict[tuple[Collective, str], str] = {}
         self._open: list[Workspace] = []
 
-    def find(self, collective: str, dtype: torch.dtype, size: int) -> Workspace | None:
+    def find(self, collective: str, device: torch.device, dtype: torch.dtype, size: int) -> Workspace | None:
         """The first one for calls of ``size`` bytes."""
         for workspace in self._open:
-            if workspace.collective == collective and dtype in workspace.dtypes and size <= workspace.capacity:
+            mine = workspace.collective == collective and workspace.device == device
+            if mine and dtype in workspace.dtypes and size <= workspace.capacity:
                 return workspace
         return None
 
@@ -130,7 +132,8 @@ class Workspaces:
         """Close all. Captured graphs over them can no longer be replayed. Every rank must close, outside of calls."""
         if not self._open:
             return
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.generation += 1
         while self._open:
             self._open.pop().kernels.close()

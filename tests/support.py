@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import subprocess
@@ -149,13 +150,16 @@ def run_ranks(
     try:
         for process in processes:
             process.start()
-        results = []
-        for rank, (receiver, _) in enumerate(pipes):
-            assert receiver.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} did not answer in {timeout} s"
-            ok, value = receiver.recv()
-            assert ok, f"rank {rank}:\n{value}"
-            results.append(value)
-        return results
+        results: dict[int, Any] = {}
+        waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+        while waiting:  # whoever fails first says why; the others may wait for it in vain
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            assert ready, f"ranks {sorted(waiting.values())} did not answer in {timeout} s"
+            for receiver in ready:
+                rank = waiting.pop(receiver)  # type: ignore[call-overload]
+                ok, results[rank] = receiver.recv()  # type: ignore[union-attr]
+                assert ok, f"rank {rank}:\n{results[rank]}"
+        return [results[rank] for rank in range(world_size)]
     finally:
         for process in processes:
             process.kill()

@@ -1,0 +1,113 @@
+"""A FlashInfer whose kernels are torch over any process group, for the logic around the real ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ringfence.runtime import carrier, reference
+from ringfence.runtime.channel import Channel
+from ringfence.runtime.choice import RankFacts
+from ringfence.runtime.errors import WorkspaceError
+from ringfence.runtime.situation import Strategy
+
+FACTS = RankFacts(
+    host="node0",
+    device="NVIDIA H200",
+    capability=(9, 0),
+    multiprocessors=132,
+    flashinfer="0.6.18",
+    flashinfer_missing=None,
+    opt_outs=("NCCL_NVLS_ENABLE=0",),
+    multicast=False,
+    peers=None,
+)
+
+
+class FakeKernels:
+    buffer_bytes = 1 << 20
+
+    def __init__(self, package: FakeFlashInfer, group: str, strategies: tuple[Strategy, ...], name: str) -> None:
+        self.package, self.group, self.strategies, self.name = package, group, strategies, name
+        self.closed = False
+        self.words = 0
+
+    def fused(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        strategy: Strategy,
+        norm_out: Tensor,
+        residual_out: Tensor,
+    ) -> None:
+        assert not self.closed and x.ndim == 2 and x.is_contiguous() and residual.is_contiguous()
+        self.package.calls.append((self.name, str(strategy), tuple(x.shape)))
+        self.words += 1
+        norm, out = reference.add_rms_norm(reference.all_reduce(x, self.group), residual, weight, eps, weight_bias)
+        norm_out.copy_(norm)
+        residual_out.copy_(out)
+        if self.name in self.package.wrong:
+            norm_out[0, 0] += 1
+
+    def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
+        assert not self.closed
+        self.package.calls.append((self.name, "all_reduce", tuple(x.shape)))
+        out.copy_(reference.all_reduce(x, self.group))
+
+    def control_words(self) -> tuple[int, ...]:
+        return (self.words,)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class FakeFlashInfer:
+    """One rank's package. ``wrong`` and ``broken`` name the kernels that are, on this rank."""
+
+    group: str
+    wrong: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+    version: str = "0.6.18"
+    calls: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
+    made: list[tuple[str, int, int]] = field(default_factory=list)
+    kernels: list[FakeKernels] = field(default_factory=list)
+
+    def trtllm(self, channel: Channel, group: Any, max_tokens: int, hidden: int, dtype: torch.dtype) -> FakeKernels:
+        return self._make("trtllm", channel, max_tokens, hidden, (Strategy.ONE_SHOT, Strategy.TWO_SHOT))
+
+    def mnnvl_peer(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> FakeKernels:
+        return self._make("mnnvl/peer", channel, max_tokens, hidden, (Strategy.ONE_SHOT,))
+
+    def mnnvl_multicast(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> FakeKernels:
+        return self._make("mnnvl/multicast", channel, max_tokens, hidden, (Strategy.ONE_SHOT, Strategy.TWO_SHOT))
+
+    def _make(
+        self, name: str, channel: Channel, max_tokens: int, hidden: int, strategies: tuple[Strategy, ...]
+    ) -> FakeKernels:
+        if name in self.broken:
+            raise WorkspaceError("no memory left")
+        channel.exchange(f"handles of {name}", channel.rank)
+        self.made.append((name, max_tokens, hidden))
+        self.kernels.append(FakeKernels(self, self.group, strategies, name))
+        return self.kernels[-1]
+
+
+@contextlib.contextmanager
+def installed(package: FakeFlashInfer, facts: RankFacts = FACTS) -> Iterator[FakeFlashInfer]:
+    """This process has FlashInfer and a GPU, as far as the carrier can tell."""
+    with (
+        mock.patch.object(carrier, "load", lambda: package),
+        mock.patch.object(carrier, "probe", lambda device: facts),
+        mock.patch("ringfence.backend.why_reference_only", lambda group, device: None),
+    ):
+        yield package

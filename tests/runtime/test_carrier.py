@@ -1,0 +1,217 @@
+"""From facts to a collective that is ready, on gloo ranks with kernels that are torch."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fake_flashinfer import FACTS, FakeFlashInfer, installed
+from torch import Tensor, nn
+
+import ringfence
+from ringfence.runtime import ops
+from ringfence.runtime.carrier import Wanted, prepare
+from ringfence.runtime.errors import CollectiveUnavailableError, InputError, WorkspaceReplacedError
+from ringfence.runtime.groups import describe_group
+from ringfence.runtime.situation import Collective
+from ringfence.runtime.size_table import SizeRow
+from ringfence.runtime.workspace import close_workspaces, workspaces_of
+from support import run_ranks
+
+H = 256
+CPU = torch.device("cpu")
+#: One-shot up to 8 tokens of 256 float32, two-shot up to 16, all-reduces up to 4.
+SMALL = SizeRow(Collective.TRTLLM, "peer", (9, 0), 2, 8 << 10, 16 << 10, 4 << 10, "a test")
+
+
+#: Simulated graphs replay by calling, and refuse what the host carries out.
+OPS = ["ringfence::all_reduce_add_rms_norm", "ringfence::all_reduce_rms_norm", "ringfence::all_reduce"]
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(H, eps=1e-5) for _ in range(2))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight, 1.0, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.sin()
+        dist.all_reduce(y)
+        residual, x = x, self.norms[0](y)  # a norm without a residual
+        y = F.silu(x)
+        dist.all_reduce(y)
+        x = self.norms[1](residual + y)
+        y = x.sigmoid()
+        dist.all_reduce(y)  # an all-reduce without a norm
+        return y * 2
+
+
+def _serve(rank: int, options: dict[str, Any], fault: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+    torch.manual_seed(5)
+    model = Layers()
+    backend = ringfence.Backend(**{"piece_compiler": "eager", "max_tokens": 64, **options})
+    package = FakeFlashInfer(dist.group.WORLD.group_name, **(fault if rank == 1 else {}))
+    with installed(package), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+        for n in sizes:
+            x = torch.randn(n, H, generator=torch.Generator().manual_seed(n))
+            torch.testing.assert_close(compiled(x), model(x))
+        served = package.calls[-3 * sum(n <= 64 for n in sizes) :]  # the self-test's come before
+        open_now = [w.transport and str(w.collective) for w in workspaces_of(package.group).open]
+        close_workspaces(package.group)
+        for n in sizes[:1]:  # without a workspace, the reference, and never nothing
+            x = torch.randn(n, H, generator=torch.Generator().manual_seed(n))
+            if not options.get("capture_sizes"):
+                torch.testing.assert_close(compiled(x), model(x))
+            else:
+                with pytest.raises(WorkspaceReplacedError, match=r"torch\._dynamo\.reset"):
+                    compiled(x)
+    (report,) = backend.reports
+    return {
+        "collective": report.collective,
+        "candidates": list(report.candidates),
+        "text": str(report),
+        "served": served,
+        "made": package.made,
+        "closed": [k.closed for k in package.kernels],
+        "open": open_now,
+        "ops": [v.op for v in report.verdicts],
+    }
+
+
+def serve(rank: int, *args: Any) -> Any:
+    return [_serve(rank, *a) for a in args] if isinstance(args[0], tuple) else _serve(rank, *args)
+
+
+def test_auto_takes_what_is_first_and_serves_what_the_table_says() -> None:
+    results = run_ranks(2, serve, {}, {}, [4, 2, 65])
+    for result in results:
+        assert result["collective"] == "mnnvl"
+        assert result["candidates"] == [
+            "mnnvl/multicast: multicast is turned off (NCCL_NVLS_ENABLE=0 on rank 0)",
+            "mnnvl/peer: chosen",
+        ]
+        assert result["made"] == [("mnnvl/peer", 64, H)]
+        assert [c for c in result["served"] if c[1] == "all_reduce"], "the all-reduce without a norm"
+        assert {c[2][0] for c in result["served"]} == {4, 2}
+        assert result["closed"] == [True]
+        assert result["ops"].count("ringfence::all_reduce") == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"wrong": ("mnnvl/peer",)}, "mnnvl/peer: its self-test failed: rank 1: eager, payload ordinary: norm of"),
+        ({"broken": ("mnnvl/peer",)}, "its workspace could not be created (rank 1: no memory left)"),
+    ],
+    ids=["wrong", "broken"],
+)
+def test_what_fails_on_one_rank_is_passed_over_on_all(fault: dict[str, Any], reason: str) -> None:
+    for result in run_ranks(2, serve, {}, fault, [4]):
+        assert result["collective"] == "trtllm" and result["open"] == ["trtllm"]
+        assert any(reason in c for c in result["candidates"]), result["candidates"]
+        assert all(result["closed"])
+
+
+def test_where_nothing_works_the_reference_does() -> None:
+    fault = {"broken": ("mnnvl/peer",), "wrong": ("trtllm",)}
+    for result in run_ranks(2, serve, {}, fault, [4]):
+        assert result["collective"] == "reference" and result["candidates"][-1] == "reference: chosen"
+        assert len(result["candidates"]) == 4 and all(result["closed"])
+
+
+def test_a_closed_workspace_ends_its_captures() -> None:
+    for result in run_ranks(2, serve, {"capture_sizes": [4], "split_ops": OPS}, {}, [4, 4, 2, 4]):
+        assert result["collective"] == "mnnvl"
+
+
+def test_plain_all_reduces_can_be_left_alone() -> None:
+    for result in run_ranks(2, serve, {"plain_all_reduce": False, "collective": "trtllm"}, {}, [4]):
+        assert result["collective"] == "trtllm" and "ringfence::all_reduce" not in result["ops"]
+        assert not [c for c in result["served"] if c[1] == "all_reduce"]
+
+
+def _sizes(rank: int) -> dict[str, Any]:
+    name = dist.group.WORLD.group_name
+    group = describe_group(name, CPU)
+    package = FakeFlashInfer(name)
+    seen: dict[str, Any] = {}
+    with installed(package):
+        wanted = Wanted("trtllm", "auto", H, torch.float32, table=(SMALL,))
+        carrier = prepare(group, CPU, wanted, seconds=20)
+        tested = len(package.calls)
+        weight = torch.ones(H)
+        for tokens in (1, 8, 9, 16, 17):
+            x = torch.randn(tokens, H)
+            before = len(package.calls)
+            norm, out = ops.all_reduce_add_rms_norm(x, x, weight, 1e-6, 0.0, name, "trtllm")
+            assert norm.shape == out.shape == x.shape
+            seen[f"fused {tokens}"] = package.calls[before][1] if len(package.calls) > before else "reference"
+        for tokens in (4, 5):
+            before = len(package.calls)
+            ops.all_reduce(torch.randn(tokens, H), name, "trtllm")
+            seen[f"sum {tokens}"] = package.calls[before][1] if len(package.calls) > before else "reference"
+        before = len(package.calls)
+        ops.all_reduce_rms_norm(torch.randn(2, 2, H), None, 1e-6, 1.0, name, "trtllm")
+        seen["three dimensions"] = package.calls[before][2]
+        ops.all_reduce_rms_norm(torch.randn(2, H, dtype=torch.float64), None, 1e-6, 0.0, name, "trtllm")
+        seen["float64"] = len(package.calls) - before - 1
+        for bad in (weight.double(), torch.ones(H // 2)):
+            with pytest.raises(InputError, match="weight is"):
+                ops.all_reduce_add_rms_norm(torch.randn(2, H), torch.randn(2, H), bad, 1e-6, 0.0, name, "trtllm")
+        again = prepare(group, CPU, wanted, seconds=20)
+        seen["shared"] = again.workspace is carrier.workspace and len(package.made) == 1
+        seen["tested once"] = tested > 0 and len([c for c in package.calls if c[0] == "trtllm"]) == len(package.calls)
+        larger = prepare(group, CPU, Wanted("trtllm", "auto", H, torch.bfloat16, table=(SMALL,)), seconds=20)
+        seen["another dtype"] = larger.workspace is not carrier.workspace and len(package.made) == 2
+        for limit, expected in ((4, True), (9, False)):
+            deterministic = Wanted(
+                "trtllm", "auto", H, torch.float32, max_tokens=limit, deterministic=True,
+                table=(SizeRow(**(vars(SMALL) | {"bitwise": True})),),
+            )  # fmt: skip
+            if expected:
+                assert prepare(group, CPU, deterministic, seconds=20).collective == "trtllm"
+            else:
+                with pytest.raises(CollectiveUnavailableError, match="beyond the 8 tokens that one strategy"):
+                    prepare(group, CPU, deterministic, seconds=20)
+        with pytest.raises(CollectiveUnavailableError, match="multiple of 512 bytes"):
+            prepare(group, CPU, Wanted("trtllm", "auto", 100, torch.float32), seconds=20)
+        close_workspaces(name)
+    return seen
+
+
+def test_sizes_and_shapes_go_where_the_table_says() -> None:
+    for seen in run_ranks(2, _sizes):
+        assert seen == {
+            "fused 1": "one-shot",
+            "fused 8": "one-shot",
+            "fused 9": "two-shot",
+            "fused 16": "two-shot",
+            "fused 17": "reference",
+            "sum 4": "all_reduce",
+            "sum 5": "reference",
+            "three dimensions": (4, H),
+            "float64": 0,
+            "shared": True,
+            "tested once": True,
+            "another dtype": True,
+        }
+
+
+def _facts(rank: int) -> str:
+    name = dist.group.WORLD.group_name
+    facts = FACTS if rank == 0 else type(FACTS)(**(vars(FACTS) | {"flashinfer": "0.7.0"}))
+    with installed(FakeFlashInfer(name), facts):
+        return str(
+            prepare(describe_group(name, CPU), CPU, Wanted("auto", "auto", H, torch.float32), seconds=20).candidates[1]
+        )
+
+
+def test_ranks_with_other_packages_do_not_share_a_kernel() -> None:
+    assert run_ranks(2, _facts) == ["mnnvl/peer: ranks differ in flashinfer: rank 0: 0.6.18; rank 1: 0.7.0"] * 2
