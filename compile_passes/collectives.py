@@ -13,6 +13,8 @@ from .judge import Decision, Verdict
 from .roles import arguments, bound_arguments, c10d, calls, tensor
 
 _FUSED = (ops.all_reduce_add_rms_norm, ops.all_reduce_rms_norm)
+#: What of a node's metadata is also true of the op that replaces it: not, for one, what its arguments were.
+_KEPT = ("val", "stack_trace", "nn_module_stack", "custom")
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -40,7 +42,7 @@ def replace_plain_all_reduces(gm: GraphModule, group: str, collective: str, keep
             continue
         with gm.graph.inserting_before(wait):
             node = gm.graph.call_function(ops.all_reduce, (arguments(start)[0], group, collective))
-        node.meta = dict(wait.meta)
+        node.meta = {key: wait.meta[key] for key in _KEPT if key in wait.meta}
         wait.replace_all_uses_with(node)
         gm.graph.erase_node(wait)
         gm.graph.erase_node(start)

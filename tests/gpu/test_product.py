@@ -242,7 +242,6 @@ def test_which_collectives_return_the_same_bits_whatever_the_token_count() -> No
 
     first, second = run_ranks(2, bits, backend="nccl", timeout=120)
     assert first == second
-    print(first)
     for collective in COLLECTIVES:
         row = find_row(TABLE, Collective(collective), "peer", (9, 0), 2)
         assert row is not None

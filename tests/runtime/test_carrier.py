@@ -89,8 +89,9 @@ def serve(rank: int, *args: Any) -> Any:
     return [_serve(rank, *a) for a in args] if isinstance(args[0], tuple) else _serve(rank, *args)
 
 
-def test_auto_takes_what_is_first_and_serves_what_the_table_says() -> None:
-    results = run_ranks(2, serve, {}, {}, [4, 2, 65])
+@pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
+def test_auto_takes_what_is_first_and_serves_what_the_table_says(piece_compiler: str) -> None:
+    results = run_ranks(2, serve, {"piece_compiler": piece_compiler}, {}, [4, 2, 65], timeout=200)
     for result in results:
         assert result["collective"] == "mnnvl"
         assert result["candidates"] == [
