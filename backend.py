@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .compile_passes.clean import clean_payload
+from .compile_passes.digest import digest
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, find
@@ -41,6 +42,8 @@ from .runtime.errors import HazardError, InputError, OptionsError
 from .runtime.groups import Group, describe_group
 from .runtime.runner import PiecewiseRunner
 from .runtime.situation import Collective, Situation
+from .runtime.supervision import Overseer
+from .runtime.watchdog import Deadlines
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +61,30 @@ class Backend:
         #: What fused sites are judged as, where that is not what runs here: ``ringfence explain --collective``.
         self.judge_as: Situation | None = None
         self.reports: list[CompileReport] = []
+        given = self.options
+        #: Journal, watchdog and agreement of this rank (docs/operating.md).
+        self.overseer = Overseer(
+            on_hang=given.on_hang,
+            deadlines=Deadlines(given.step_seconds, given.warm_up_seconds),
+            agree_seconds=given.agree_seconds,
+            folder=given.journal_dir,
+            every_step=given.check_every_step,
+            raise_on_capture=given.on_capture_failure == "raise",
+        )
+
+    def close(self) -> None:
+        """Stop the watchdog, if there is one. What was compiled goes on working."""
+        self.overseer.close()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one Dynamo graph."""
+        self.overseer.journal.compiling(True)
+        try:
+            return self._compile_dynamo_graph(gm, example_inputs)
+        finally:
+            self.overseer.journal.compiling(False)
+
+    def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if _needs_grad(gm, example_inputs):
             return self._without_fusion(gm, example_inputs)
         self.options.check_registered()
@@ -127,6 +151,19 @@ class Backend:
             raise HazardError(f"the plan can fail: {proof.message}")
         dump_graph("split", whole)
 
+        agreed = digest(
+            gm,
+            plan,
+            verdicts,
+            sizes,
+            groups,
+            collective=str(situation.collective),
+            options=options.as_dict(),
+            versions=_versions(),
+            device=device,
+        )
+        supervision = self.overseer.supervise(groups.values(), agreed, device)  # before compiling takes minutes
+
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
         program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs)
         runner = PiecewiseRunner(
@@ -136,6 +173,9 @@ class Backend:
             options.capture_sizes,
             padding=pads,
             static_outputs=options.static_outputs,
+            journal=self.overseer.journal,
+            supervision=supervision,
+            strategy=str(situation.collective),
         )
         self._report(
             CompileReport(
