@@ -3,13 +3,17 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint package bench clean
+.PHONY: demo test gpu-test lint package bench clean
 
 demo: $(VENV)/.ready
 	$(PYTHON) examples/demo.py
 
 test: $(VENV)/.ready
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
+
+# On a machine with a GPU. RINGFENCE_KERNELS: the folder that tests/gpu/build_kernels.py wrote to.
+gpu-test: $(VENV)/.ready
+	$(PYTHON) -m pytest tests/gpu tests/runtime/test_cuda.py -rs
 
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check .

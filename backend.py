@@ -1,6 +1,6 @@
 """The backend: the journey of a graph, one line per stage.
 
-Dynamo graph -> AOT -> find -> fuse -> judge -> clean -> split -> prove -> lower -> PiecewiseRunner
+Dynamo graph -> AOT -> find -> prepare (who carries it out) -> fuse -> judge -> clean -> split -> prove -> lower -> run
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import platform
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from torch.fx import GraphModule
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .compile_passes.clean import clean_payload
+from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
 from .compile_passes.digest import digest
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
@@ -38,12 +40,16 @@ from .compile_passes.split import split
 from .compile_passes.verify import verify
 from .options import Options
 from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.errors import HazardError, InputError, OptionsError
+from .runtime.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
+from .runtime.channel import DEFAULT_SECONDS
+from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
 from .runtime.groups import Group, describe_group
 from .runtime.runner import PiecewiseRunner
-from .runtime.situation import Collective, Situation
+from .runtime.situation import Situation
+from .runtime.size_table import TABLE, read_table
 from .runtime.supervision import Overseer
 from .runtime.watchdog import Deadlines
+from .runtime.workspace import Workspaces, workspaces_of
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +130,18 @@ class Backend:
         if options.verify:
             candidates = verify(candidates, device)
         sizes = size_rule(gm, candidates, static_inputs)
-        sites = fuse(gm, candidates, collective="reference")
+        if options.deterministic and sizes.tokens is None:
+            raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
+        carried, carrier = self._prepare(candidates, device)
+        collectives = {carried: str(carrier.collective)} if carried is not None else {}
+        sites = fuse(gm, candidates, collectives=collectives)
+        if options.plain_all_reduce and carried is not None and carrier.workspace is not None:
+            replace_plain_all_reduces(gm, carried, str(carrier.collective))
         groups = {name: describe_group(name, device) for name in groups_of(gm)}
         dump_graph("fused", gm)
 
-        graphs = self._graphs(device) if options.capture_sizes and sizes.tokens is not None else None
+        workspaces = workspaces_of(carried) if carried is not None and carrier.workspace is not None else None
+        graphs = self._graphs(device, workspaces) if options.capture_sizes and sizes.tokens is not None else None
         if options.capture_sizes and graphs is None:
             notes.append("nothing is captured: the token count cannot be read from the sizes of the inputs")
         if graphs is not None and len(sizes.bindings) > 1:
@@ -136,10 +149,9 @@ class Backend:
                 f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
                 "them, and each token count is captured for at most 8 combinations"
             )
-        situation = self.judge_as or Situation(
-            Collective.REFERENCE, world_size=max((g.size for g in groups.values()), default=1)
-        )
-        verdicts, situation = self._judge(gm, situation, groups, capture=graphs is not None)
+        situation = self.judge_as or carrier.situation
+        verdicts, situation = self._judge(gm, situation, groups, carrier.capture_failure, capture=graphs is not None)
+        refuse_sites(gm, verdicts)
         clean_payload(gm, {v.site for v in verdicts if v.clean and v.site is not None})
         pads = padding(gm, sizes) if options.pad_to_capture_size else None
         if options.pad_to_capture_size and pads is None:
@@ -172,6 +184,8 @@ class Backend:
             graphs if self.judge_as is None else None,  # what was judged is a plan for another machine
             options.capture_sizes,
             padding=pads,
+            generation=(lambda: workspaces.generation) if workspaces is not None else (lambda: 0),
+            max_tokens=options.max_tokens if options.deterministic else None,
             static_outputs=options.static_outputs,
             journal=self.overseer.journal,
             supervision=supervision,
@@ -184,16 +198,50 @@ class Backend:
                 verdicts=tuple(verdicts),
                 options=options.as_dict(),
                 versions=_versions(),
-                collective="reference",
+                collective=str(carrier.collective),
                 graphs=graphs.name if graphs is not None else None,
+                candidates=tuple(map(str, carrier.candidates)),
                 notes=tuple(notes),
                 plan=proof,
             )
         )
         return _boxed(runner)
 
+    def _prepare(self, candidates: Sequence[Candidate], device: torch.device) -> tuple[str | None, Carrier]:
+        """The group with most sites, and who carries them out; those of other groups are the reference's."""
+        options = self.options
+        fused = [c.site for c in candidates if c.match is not None and c.site.group is not None]
+        if not fused:
+            return None, reference_carrier(1)
+        name = Counter(str(site.group) for site in fused).most_common(1)[0][0]
+        group = describe_group(name, device)
+        reference_only = why_reference_only(group, device)
+        if options.collective == "reference" or self.judge_as is not None or reference_only is not None:
+            if options.collective in ("trtllm", "mnnvl") or (options.deterministic and reference_only is not None):
+                raise CollectiveUnavailableError(f"collective='{options.collective}' cannot be had: {reference_only}")
+            return name, reference_carrier(group.size, reference_only)
+        mine = [site for site in fused if site.group == name]
+        table = read_table(options.size_table) if options.size_table is not None else ()
+        wanted = Wanted(
+            options.collective,
+            options.transport,
+            hidden=max(site.hidden_size or 0 for site in mine),
+            dtype=getattr(torch, Counter(site.dtype for site in mine).most_common(1)[0][0]),
+            sizes=options.capture_sizes,
+            max_tokens=options.max_tokens,
+            deterministic=options.deterministic,
+            table=(*table, *TABLE),
+        )
+        return name, prepare(group, device, wanted, seconds=DEFAULT_SECONDS)
+
     def _judge(
-        self, gm: GraphModule, situation: Situation, groups: Mapping[str, Group], *, capture: bool
+        self,
+        gm: GraphModule,
+        situation: Situation,
+        groups: Mapping[str, Group],
+        capture_failure: str | None,
+        *,
+        capture: bool,
     ) -> tuple[list[Verdict], Situation]:
         """Verdicts, and the situation with the facts that they rest on.
 
@@ -208,6 +256,7 @@ class Backend:
                 split_ops=options.split_ops,
                 all_reduce_ops=options.all_reduce_ops,
                 situation=situation,
+                capture_failure=capture_failure,
                 on_hazard=options.on_hazard,
                 profile=options.profile,
             )
@@ -216,12 +265,12 @@ class Backend:
                 return verdicts, situation
             situation = replace(situation, facts=situation.facts | found)
 
-    def _graphs(self, device: torch.device) -> GraphBackend:
+    def _graphs(self, device: torch.device, workspaces: Workspaces | None) -> GraphBackend:
         wanted = self.options.graphs
         if wanted == "cuda" and device.type != "cuda":
             raise OptionsError(f"graphs='cuda', and the inputs are on {device}; use graphs='auto' or 'simulated'")
         if wanted == "cuda" or (wanted == "auto" and device.type == "cuda"):
-            return CudaGraphs(device)
+            return CudaGraphs(device, workspaces.control_words) if workspaces is not None else CudaGraphs(device)
         return SimulatedGraphs()
 
     def _report(self, report: CompileReport) -> None:

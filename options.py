@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .runtime.errors import CollectiveUnavailableError, OptionsError
+from .runtime.errors import OptionsError
+from .runtime.size_table import read_table
 
 if TYPE_CHECKING:
     from .compile_passes.report import CompileReport
 
 _CHOICES = {
     "collective": ("auto", "reference", "trtllm", "mnnvl"),
+    "transport": ("auto", "peer", "multicast"),
     "piece_compiler": ("inductor", "eager"),
     "numerics": ("kernel", "strict"),
     "graphs": ("auto", "cuda", "simulated"),
@@ -27,8 +29,8 @@ _CHOICES = {
     "on_hang": (None, "raise", "abort", "report"),
     "on_capture_failure": ("uncaptured", "raise"),
 }
-_FLAGS = ("verify", "pad_to_capture_size", "static_outputs", "check_every_step")
 _SECONDS = ("step_seconds", "warm_up_seconds", "agree_seconds")
+_FLAGS = ("verify", "pad_to_capture_size", "static_outputs", "deterministic", "plain_all_reduce", "check_every_step")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Options:
     """What a user may ask of the backend. Build it with :meth:`parse`, which checks it.
 
     collective: who carries out a fused all-reduce. ``"auto"`` takes the best that can run here.
+        The reasons are in the report.
+    transport: how mnnvl reaches the other ranks: ``"multicast"``, or ``"peer"`` on two GPUs of one node.
+        No multicast object is made where ``NCCL_NVLS_ENABLE=0``, ``TORCH_SYMM_MEM_DISABLE_MULTICAST=1``
+        or ``NVSHMEM_DISABLE_NVLS=1`` is set on any rank.
+    deterministic: fused sites return the same bits in every run and whatever the token count, or
+        the compilation is refused. Needs ``max_tokens``; a call of more tokens is an error.
+    size_table: a file of ``ringfence bench --write-table``, read before the built-in sizes.
+    plain_all_reduce: let the collective carry out all-reduces without a norm too, where the size table
+        says that it is faster.
     split_ops: ops (``"namespace::name"`` or ``"namespace::name.overload"``) that run eagerly between pieces.
     capture_sizes: token counts to capture; empty captures nothing.
     piece_compiler: ``"inductor"``, or ``"eager"`` to run the ATen graph as it is.
@@ -72,6 +83,10 @@ class Options:
     """
 
     collective: str = "auto"
+    transport: str = "auto"
+    deterministic: bool = False
+    size_table: str | None = None
+    plain_all_reduce: bool = True
     split_ops: tuple[str, ...] = ()
     capture_sizes: tuple[int, ...] = ()
     piece_compiler: str = "inductor"
@@ -98,8 +113,7 @@ class Options:
     def parse(cls, given: Mapping[str, Any]) -> Options:
         """Options from keyword arguments.
 
-        Raises :class:`OptionsError` naming the valid keys or values, and
-        :class:`CollectiveUnavailableError` for a collective without a runtime here.
+        Raises :class:`OptionsError` naming the valid keys or values.
         """
         valid = [f.name for f in dataclasses.fields(cls)]
         for key in given:
@@ -139,11 +153,14 @@ class Options:
         options = cls(**checked)
         if options.pad_to_capture_size and not options.capture_sizes:
             raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
-        if options.collective in ("trtllm", "mnnvl"):
-            raise CollectiveUnavailableError(
-                f"collective='{options.collective}': this version of ringfence has no runtime for FlashInfer's "
-                "kernels yet; use collective='auto' or 'reference'"
-            )
+        if options.deterministic and options.max_tokens is None:
+            raise OptionsError("deterministic=True needs max_tokens: every call up to it must be one kernel's")
+        if options.transport != "auto" and options.collective not in ("auto", "mnnvl"):
+            raise OptionsError(f"transport='{options.transport}' is for collective='mnnvl'")
+        if options.size_table is not None:
+            if not isinstance(options.size_table, str | os.PathLike):
+                raise OptionsError(f"size_table={options.size_table!r} is not a path")
+            read_table(options.size_table)
         return options
 
     def check_registered(self) -> None:

@@ -12,16 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
+from ..runtime.flashinfer import STAGE_ALIGNMENT, WRAPPING_BUFFER
 from ..runtime.situation import Fact
 from .fuse import SITE
 from .host import op_names, reads_data, sizes_given_as_data, stream_of, touches_host, waits_for_device
 from .judge import KNOWN_UNSAFE
 from .split import SplitPlan
-
-#: FI#4473: the two stages of a Lamport buffer must both start at a multiple of 16 bytes.
-STAGE_ALIGNMENT = 32
-#: A clear offset of two buffers is a signed 32-bit product (trtllm_allreduce_fusion.cuh), which wraps from here on.
-WRAPPING_BUFFER = 2**30
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ keep the old collective and double the communication without a word.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,14 +32,16 @@ from .roles import aten, cast_input, same_shape, tensor
 SITE = "ringfence_site"
 
 
-def fuse(gm: GraphModule, candidates: Iterable[Candidate], *, collective: str = "reference") -> list[Site]:
+def fuse(
+    gm: GraphModule, candidates: Iterable[Candidate], *, collectives: Mapping[str, str] | None = None
+) -> list[Site]:
     """Rewrite ``gm`` in place; return the sites, fused or declined, in their order.
 
-    ``collective`` names what carries out the sum (:mod:`ringfence.runtime.ops`). Raises
-    :class:`GraphMetadataError` for candidates of another graph.
+    ``collectives`` maps groups to what carries out their sums (:mod:`ringfence.runtime.ops`); those of
+    other groups are the reference's. Raises :class:`GraphMetadataError` for candidates of another graph.
     """
     sites: list[Site] = []
-    rewriter = _Rewriter(gm, collective)
+    rewriter = _Rewriter(gm, collectives or {})
     for candidate in candidates:
         if candidate.match is not None:
             if candidate.match.sum.graph is not gm.graph:
@@ -56,9 +58,9 @@ def fuse(gm: GraphModule, candidates: Iterable[Candidate], *, collective: str = 
 class _Rewriter:
     """Rewrites one match after the other, following nodes that earlier ones replaced."""
 
-    def __init__(self, gm: GraphModule, collective: str) -> None:
+    def __init__(self, gm: GraphModule, collectives: Mapping[str, str]) -> None:
         self.graph = gm.graph
-        self.collective = collective
+        self.collectives_of = collectives
         self.replaced: dict[Node, Node] = {}
         self.sums: list[Node] = []
         self.collectives: set[Node] = set()
@@ -77,7 +79,8 @@ class _Rewriter:
         weight = self.current(norm.weight) if norm.weight is not None else None
         with self.graph.inserting_before(last.next):
             value = self._through(all_reduce.views, self.current(all_reduce.input))
-            tail: tuple[Any, ...] = (weight, norm.eps, norm.weight_bias, all_reduce.group, self.collective)
+            collective = self.collectives_of.get(str(all_reduce.group), "reference")
+            tail: tuple[Any, ...] = (weight, norm.eps, norm.weight_bias, all_reduce.group, collective)
             if match.residual is not None:
                 args = (value, self.current(match.residual), *tail)
                 fused = self.graph.call_function(ops.all_reduce_add_rms_norm, args)

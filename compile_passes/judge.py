@@ -19,6 +19,7 @@ from ..runtime.errors import HazardError
 from ..runtime.field_rule import field_rule
 from ..runtime.hazard_table import Action, Hazard
 from ..runtime.hazards import applicable
+from ..runtime.ops import all_reduce
 from ..runtime.situation import Collective, Fact, Situation, Strategy
 from .all_reduce import is_all_reduce
 from .fuse import SITE
@@ -74,6 +75,7 @@ class OpFacts:
     data_dependent: bool
     touches_host: bool
     tagged_unsafe: bool
+    capture_failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,13 @@ RULES: tuple[Rule, ...] = (
         "hazards M15 and M32",
     ),
     Rule(
+        "self_test",
+        lambda f: f.capture_failure is not None,
+        Decision.SPLIT,
+        "{capture_failure}",
+        "the start-up self-test of its workspace",
+    ),
+    Rule(
         "device_epoch",
         lambda f: f.carrier in _DEVICE_EPOCH,
         Decision.IN_GRAPH,
@@ -182,6 +191,7 @@ def judge(
     split_ops: Collection[str] = (),
     all_reduce_ops: Collection[str] = (),
     situation: Situation | None = None,
+    capture_failure: str | None = None,
     on_hazard: str = "split",
     profile: str = "causes",
     rules: Sequence[Rule] = RULES,
@@ -190,7 +200,8 @@ def judge(
 
     ``backends`` maps the names of process groups to "gloo", "nccl", ...; ``capture``
     is whether any size will be captured. ``situation`` says who carries out the fused sites,
-    and where; without one it is the reference collective. ``on_hazard`` is what follows
+    and where; without one it is the reference collective. ``capture_failure`` is why that
+    collective must not be captured, though it runs. ``on_hazard`` is what follows
     from a hazard that asks for more than a warning:
 
     - "split": run the site between pieces if that avoids it, else refuse it;
@@ -207,11 +218,15 @@ def judge(
         if node.op != "call_function":
             continue
         facts = _facts(node, backends, capture, split_ops, all_reduce_ops, situation, given)
+        if facts.carrier is not None:
+            facts = replace(facts, capture_failure=capture_failure)
         unsafe = facts.data_dependent or facts.touches_host or facts.tagged_unsafe or facts.op in KNOWN_UNSAFE
         if not (facts.named_split or facts.collective or unsafe):
             continue
         rule = next(r for r in rules if r.applies(facts))
-        message = rule.message.format(backend=facts.backend, carrier=facts.carrier)
+        message = rule.message.format(
+            backend=facts.backend, carrier=facts.carrier, capture_failure=facts.capture_failure
+        )
         verdict = Verdict(node.name, facts.op, rule.decision, rule.id, message, rule.source, node.meta.get(SITE), None)
         if verdict.site is not None and situation is not None:
             source = first_node(node)
@@ -311,7 +326,8 @@ def _group_of(node: Node) -> str | None:
     if calls(node, c10d.wait_tensor.default):
         source = first_node(node)
         return _group_of(source) if source is not None else None
-    if SITE not in node.meta and op_names(node)[0].split("::")[0] not in _NAMESPACES:
+    named = SITE in node.meta or calls(node, all_reduce)
+    if not named and op_names(node)[0].split("::")[0] not in _NAMESPACES:
         return None
     bound = bound_arguments(node)
     group = bound.get("group_name", bound.get("group"))
@@ -329,14 +345,15 @@ def _facts(
 ) -> OpFacts:
     op, full = op_names(node)
     group = _group_of(node)
-    carrier = (situation.collective if situation is not None else Collective.REFERENCE) if SITE in node.meta else None
+    ours = SITE in node.meta or calls(node, all_reduce)
+    carrier = (situation.collective if situation is not None else Collective.REFERENCE) if ours else None
     return OpFacts(
         op=op,
         backend=backends.get(group) if group is not None else None,
         carrier=carrier,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
-        collective=SITE in node.meta or is_all_reduce(node, all_reduce_ops) or op.split("::")[0] in _NAMESPACES,
+        collective=ours or is_all_reduce(node, all_reduce_ops) or op.split("::")[0] in _NAMESPACES,
         data_dependent=reads_data(node, given) or waits_for_device(node),
         touches_host=touches_host(node),
         tagged_unsafe=torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()),

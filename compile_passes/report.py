@@ -25,7 +25,8 @@ SCHEMA = 1
 class CompileReport:
     """What happened to one compiled graph, and why.
 
-    ``notes`` are sentences about the graph as a whole (grad mode, padding refused);
+    ``collective`` carries out the fused sites, and ``candidates`` say of each collective that was
+    considered why it was not taken; ``notes`` are sentences about the graph as a whole (grad mode, padding refused);
     ``graphs`` names what captures, or None; ``versions`` maps package to version.
     """
 
@@ -36,6 +37,7 @@ class CompileReport:
     versions: dict[str, str | None]
     collective: str
     graphs: str | None
+    candidates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     plan: PlanVerdict | None = None
 
@@ -87,6 +89,7 @@ class CompileReport:
         ]
         if self.plan is not None:
             parts.append(f"plan: {self.plan.kind}: {self.plan.message}")
+        parts += [f"collective {candidate}" for candidate in self.candidates]
         parts += [f"note: {note}" for note in self.notes]
         return "\n".join(parts)
 
@@ -96,6 +99,7 @@ class CompileReport:
             "schema": SCHEMA,
             "summary": self.summary,
             "collective": self.collective,
+            "candidates": list(self.candidates),
             "graphs": self.graphs,
             "sites": [_site(s) for s in self.sites],
             "pieces": [_plain(p) for p in self.pieces],

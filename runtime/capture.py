@@ -49,11 +49,17 @@ class GraphBackend(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs on one device: one pool, one side stream for warm-up and capture."""
+    """CUDA graphs on one device: one pool, one side stream for warm-up and capture.
+
+    control_words: the words that the collectives' protocols keep on this device. Recording runs
+    nothing, so a capture that changes them launched something on the side, and its replays
+    would be out of step with the other ranks (invariant I8).
+    """
 
     name = "cuda"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, control_words: Callable[[], object] = lambda: None) -> None:
+        self._control_words = control_words
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
@@ -69,6 +75,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self._stream.device_index]
         state = generator.clone_state()
+        before = self._control_words()
         try:
             # Only this thread is watched: NCCL's watchdog thread queries events meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -79,6 +86,10 @@ class CudaGraphs:
             generator.graphsafe_set_state(state)
             self._pool = torch.cuda.graph_pool_handle()
             raise
+        after = self._control_words()
+        if before != after:
+            graph.reset()
+            raise CaptureError(f"the capture changed the control words of the collectives from {before} to {after}")
         return _CudaPiece(graph, outputs)
 
     def is_capturing(self) -> bool:

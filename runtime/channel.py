@@ -15,9 +15,15 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from .errors import ChannelTimeoutError, RankMismatchError
+from .errors import ChannelTimeoutError, PeerFailedError, RankMismatchError, RingfenceError
+
+T = TypeVar("T")
+
+#: Which ranks failed, and why.
+Failures = tuple[tuple[int, str], ...]
 
 #: Peers may compile for minutes longer: another cache, a slower disk.
 DEFAULT_SECONDS = 600.0
@@ -32,6 +38,13 @@ class Store(Protocol):
     def check(self, keys: list[str], /) -> bool: ...
     def add(self, key: str, amount: int, /) -> int: ...
     def delete_key(self, key: str, /) -> bool: ...
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a rank exchanges in place of a value when it cannot go on."""
+
+    reason: str
 
 
 class Channel:
@@ -61,6 +74,8 @@ class Channel:
         if self._exchanges:  # whoever is here has read the exchange before
             self._store.delete_key(f"{self._opened}/{self._exchanges - 1}/{self.rank}")
         self._exchanges += 1
+        if failures := tuple((rank, v.reason) for rank, (_, v) in enumerate(answers) if isinstance(v, _Failed)):
+            raise PeerFailedError(failures)
         topics = [t for t, _ in answers]
         if len(set(topics)) > 1:
             raise RankMismatchError(f"ranks do different things: {by_value(topics)}")
@@ -69,6 +84,28 @@ class Channel:
     def barrier(self, topic: str) -> None:
         """Wait until every rank is here."""
         self.exchange(topic, None)
+
+    def attempt(self, topic: str, action: Callable[[], T]) -> tuple[T | None, Failures]:
+        """Do something on every rank, and learn on which it failed; no failures if it succeeded on all.
+
+        ``action`` may exchange things itself: where one rank fails, the others are not left waiting
+        for it. Every rank gets the same failures. A result of this rank comes with them, to be undone.
+        """
+        result = None
+        try:
+            result = action()
+            self.exchange(topic, None)
+        except PeerFailedError as error:
+            return result, error.failures
+        except ChannelTimeoutError:
+            raise
+        except Exception as error:
+            reason = str(error) if isinstance(error, RingfenceError) else f"{type(error).__name__}: {error}"
+            try:
+                self.exchange(topic, _Failed(reason))
+            except PeerFailedError as failed:
+                return None, failed.failures
+        return result, ()
 
     def _collect(self, key: str, topic: str, seconds: float) -> list[tuple[str, Any]]:
         answers: dict[int, tuple[str, Any]] = {}

@@ -66,8 +66,31 @@ class ChannelTimeoutError(RingfenceError):
         self.missing = missing
 
 
+class PeerFailedError(RingfenceError):
+    """A rank failed at something that all ranks do together.
+
+    failures: which, and why.
+    """
+
+    def __init__(self, failures: tuple[tuple[int, str], ...]) -> None:
+        super().__init__("; ".join(f"rank {rank}: {reason}" for rank, reason in failures))
+        self.failures = failures
+
+
+class SizeTableError(RingfenceError, ValueError):
+    """A file of sizes that cannot be read."""
+
+
 class WorkspaceError(RingfenceError):
     """A workspace cannot be created, used or replaced here and now."""
+
+
+class SelfTestHungError(RingfenceError):
+    """A kernel of the start-up self-test spins and will not come back."""
+
+
+class WorkspaceReplacedError(RingfenceError):
+    """A captured graph holds addresses of a workspace that was closed."""
 
 
 class InputError(RingfenceError, ValueError):

@@ -44,7 +44,9 @@ from .errors import (
     ConcurrentCallError,
     DataDependentValueError,
     GradModeError,
+    InputError,
     NestedCaptureError,
+    WorkspaceReplacedError,
 )
 from .journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote
 from .program import Padding, Program, SizeRule, Step
@@ -83,6 +85,7 @@ class _Entry:
     pieces: list[CapturedPiece]
     addresses: tuple[int, ...]
     parameters: list[_Parameter]
+    generation: int
     failed: str | None = None
 
     def release(self) -> None:
@@ -96,6 +99,9 @@ class PiecewiseRunner:
     graphs: what captures; None never captures.
     capture_sizes: token counts to capture.
     padding: serve a size below a captured one by that one; None does not pad.
+    generation: how often a workspace of the collectives was closed; a graph captured before the last
+        time is refused (:class:`WorkspaceReplacedError`).
+    max_tokens: the largest token count that is served at all; None serves any.
     static_outputs: return the captured buffers themselves, valid until the next call,
         instead of copies that the caller owns.
     journal: where steps and pieces are written down; one of its own by default.
@@ -110,6 +116,8 @@ class PiecewiseRunner:
         capture_sizes: Collection[int] = (),
         *,
         padding: Padding | None = None,
+        generation: Callable[[], int] = lambda: 0,
+        max_tokens: int | None = None,
         static_outputs: bool = False,
         journal: Journal | None = None,
         supervision: Supervision | None = None,
@@ -125,6 +133,8 @@ class PiecewiseRunner:
         self._in_use = threading.Lock()
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding
+        self._generation = generation
+        self._max_tokens = max_tokens
         self._static_outputs = static_outputs
         self._failed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
@@ -146,6 +156,8 @@ class PiecewiseRunner:
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
         self._supervision.check()
+        if self._max_tokens is not None:
+            self._check_tokens(args)
         if self._graphs is None:
             return self._run(args, self._sizes.sizes(args))
         if self._graphs.is_capturing():
@@ -175,8 +187,14 @@ class PiecewiseRunner:
             if (target, addresses) in self._failed or self._has_enough(target, addresses):
                 return self._run(args, sizes)
             self._supervision.before_capture(target)
-            entry = _Entry(target, [], [], [], addresses, [_Parameter(args[i]) for i in self._static])
+            parameters = [_Parameter(args[i]) for i in self._static]
+            entry = _Entry(target, [], [], [], addresses, parameters, self._generation())
             run, how = self._capture, CAPTURE
+        elif entry.generation != self._generation():
+            raise WorkspaceReplacedError(
+                f"the workspace of the collectives was closed since sizes {target} were captured, and the graph holds "
+                "its addresses; start over with torch._dynamo.reset()"
+            )
         else:
             run, how = self._replay, REPLAY
         try:
@@ -200,6 +218,15 @@ class PiecewiseRunner:
                 marks.fail()
             raise
         marks.end()
+
+    def _check_tokens(self, args: Sequence[Any]) -> None:
+        assert self._sizes.tokens is not None and self._max_tokens is not None
+        tokens = self._sizes.tokens(self._sizes.sizes(args))
+        if tokens > self._max_tokens:
+            raise InputError(
+                f"a call of {tokens} tokens, and deterministic=True serves at most max_tokens={self._max_tokens}: "
+                "another kernel would not return the same bits"
+            )
 
     def _has_enough(self, target: tuple[int, ...], addresses: tuple[int, ...]) -> bool:
         tokens = self._sizes.tokens

@@ -28,6 +28,10 @@ from ringfence.compile_passes import Site, find, fuse
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-6}
 
 
+#: No test may create an NVLink multicast object: it can take a host's GPUs, which others share, out of service.
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
 def start_fake_group(world_size: int = 2) -> None:
     """A process group whose collectives do nothing: for the structure of graphs."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -112,6 +116,7 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         if backend == "nccl":
+            os.environ.update(NO_MULTICAST)
             torch.cuda.set_device(rank)
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers puts models on a GPU where it sees one

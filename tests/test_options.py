@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import ringfence
-from ringfence.runtime.errors import CollectiveUnavailableError, OptionsError, RingfenceError
+from ringfence.options import Options
+from ringfence.runtime.errors import OptionsError, RingfenceError, SizeTableError
 
 
 @pytest.mark.parametrize(
@@ -42,10 +45,20 @@ def test_bad_option_is_refused_by_name(options: dict[str, object], names: list[s
     assert isinstance(error.value, ValueError) and isinstance(error.value, RingfenceError)
 
 
-@pytest.mark.parametrize("collective", ["trtllm", "mnnvl"])
-def test_collective_without_runtime_is_refused_with_the_remedy(collective: str) -> None:
-    with pytest.raises(CollectiveUnavailableError, match="collective='auto'"):
-        ringfence.Backend(collective=collective)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deterministic": True}, "needs max_tokens"),
+        ({"transport": "peer", "collective": "trtllm"}, "is for collective='mnnvl'"),
+        ({"transport": "nvlink"}, "is not one of"),
+        ({"plain_all_reduce": 1}, "is not a bool"),
+        ({"size_table": 3}, "is not a path"),
+        ({"size_table": "/nowhere/table.json"}, "cannot be read"),
+    ],
+)
+def test_bad_options_of_the_collective(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((OptionsError, SizeTableError), match=message):
+        Options.parse(options)
 
 
 def test_options_are_normalised() -> None:

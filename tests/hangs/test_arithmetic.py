@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from ringfence.compile_passes.facts import STAGE_ALIGNMENT, WRAPPING_BUFFER
+from ringfence.runtime.flashinfer import STAGE_ALIGNMENT, WRAPPING_BUFFER
 
 GIB = 1 << 30
 

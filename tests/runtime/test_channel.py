@@ -57,6 +57,34 @@ def test_ranks_that_exchange_different_things_are_told_apart() -> None:
     assert run_threaded(3, body) == ["ranks do different things: ranks 0, 2: workspace; rank 1: self-test"] * 3
 
 
+@pytest.mark.parametrize("failing", [[1], [0, 2], []])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_attempt_fails_on_all_ranks_or_on_none(failing: list[int], after: int) -> None:
+    """Also where the others wait inside the attempt for the rank that failed; and the channel goes on."""
+
+    def body(rank: int) -> Any:
+        channel = open_channel(dist.group.WORLD.group_name, seconds=20)
+
+        def action() -> str:
+            for n in range(2):
+                if rank in failing and n == after:
+                    raise MemoryError(f"step {n}")
+                channel.exchange(f"inside {n}", rank)
+            if rank in failing and after == 2:
+                raise RankMismatchError("at the end")
+            return f"made by {rank}"
+
+        return channel.attempt("create", action), channel.exchange("next", rank)
+
+    why = "at the end" if after == 2 else f"MemoryError: step {after}"
+    results = run_threaded(3, body)
+    for rank, ((made, failures), following) in enumerate(results):
+        assert failures == tuple((r, why) for r in failing)
+        assert following == [0, 1, 2]
+        if not failing:
+            assert made == f"made by {rank}"
+
+
 def test_by_value() -> None:
     assert by_value([1, 2, 1]) == "ranks 0, 2: 1; rank 1: 2"
 

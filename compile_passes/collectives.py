@@ -1,0 +1,64 @@
+"""Collectives: who is named in the graph for an all-reduce, after the sites are fused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch.fx import GraphModule, Node
+
+from ..runtime import ops
+from ..runtime.situation import Collective
+from .fuse import SITE
+from .judge import Decision, Verdict
+from .roles import arguments, bound_arguments, c10d, calls, tensor
+
+_FUSED = (ops.all_reduce_add_rms_norm, ops.all_reduce_rms_norm)
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
+    """Give the sites that are refused to the reference collective; how many."""
+    refused = {v.node for v in verdicts if v.decision is Decision.REFUSE and v.site is not None}
+    nodes = [n for n in gm.graph.nodes if n.name in refused and SITE in n.meta]
+    for node in nodes:
+        node.args = (*node.args[:-1], str(Collective.REFERENCE))
+    return len(nodes)
+
+
+def replace_plain_all_reduces(gm: GraphModule, group: str, collective: str, keep: Collection[str] = ()) -> list[str]:
+    """Let ``collective`` carry out the sums over ``group`` that no norm was fused with; the new nodes' names.
+
+    The op falls back to torch's own all-reduce for sizes where that is faster
+    (:class:`~ringfence.runtime.size_table.SizeRow`). ``keep`` names nodes to leave alone.
+    """
+    replaced = []
+    for wait in gm.graph.find_nodes(op="call_function", target=c10d.wait_tensor.default):
+        start = wait.args[0]
+        if not isinstance(start, Node) or start.name in keep or not _is_sum_over(start, group):
+            continue
+        if len(start.users) != 1:  # somebody else looks at the unfinished sum
+            continue
+        with gm.graph.inserting_before(wait):
+            node = gm.graph.call_function(ops.all_reduce, (arguments(start)[0], group, collective))
+        node.meta = dict(wait.meta)
+        wait.replace_all_uses_with(node)
+        gm.graph.erase_node(wait)
+        gm.graph.erase_node(start)
+        replaced.append(node.name)
+    if replaced:
+        gm.graph.lint()
+        gm.recompile()
+    return replaced
+
+
+def _is_sum_over(node: Node, group: str) -> bool:
+    if not calls(node, c10d.all_reduce.default):
+        return False
+    bound = bound_arguments(node)
+    value = tensor(node)
+    return (
+        bound.get("reduce_op") == "sum"
+        and bound.get("group_name") == group
+        and value.ndim >= 1
+        and str(value.dtype).removeprefix("torch.") in _DTYPES
+    )

@@ -1,0 +1,197 @@
+"""Carrier: who carries out the fused sites of a graph, made ready before the graph is fused.
+
+probe -> choose -> create the workspace by vote -> self-test by vote
+
+A candidate that fails is passed over for the next, on every rank, and is not tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed import distributed_c10d
+
+from .channel import Channel, open_channel
+from .choice import Candidate, Choice, RankFacts, choose, probe
+from .errors import CollectiveUnavailableError, WorkspaceError
+from .flashinfer import KernelCall, Kernels, Unavailable, load, unmet
+from .groups import Group
+from .self_test import SelfTest, self_test
+from .situation import Collective, Fact, Situation, Strategy
+from .size_table import TABLE, SizeRow
+from .workspace import Workspace, workspaces_of
+
+#: Token counts of the self-test, beside those that will be captured.
+_TESTED_TOKENS = (1, 4, 32)
+_MOST_TESTED = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user and the graph ask for. Equal on all ranks, or the channel says that it is not.
+
+    hidden: the largest hidden size of the sites. sizes: the token counts that will be captured.
+    max_tokens: the largest token count to serve; None leaves it to the size table.
+    """
+
+    collective: str
+    transport: str
+    hidden: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    deterministic: bool = False
+    table: tuple[SizeRow, ...] = TABLE
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A collective that is ready. ``workspace`` is None for the reference.
+
+    situation: what the hazard table is asked about. capture_failure: why its calls must not be
+    captured, though they run eagerly. candidates: everything that was considered.
+    """
+
+    collective: Collective
+    situation: Situation
+    candidates: tuple[Candidate, ...] = ()
+    workspace: Workspace | None = None
+    capture_failure: str | None = None
+    self_test: SelfTest | None = None
+
+
+def reference_carrier(world_size: int, why_no_other: str | None = None) -> Carrier:
+    """The reference collective, which needs nothing."""
+    others = (Collective.MNNVL, Collective.TRTLLM) if why_no_other is not None else ()
+    candidates = (*(Candidate(c, None, why_no_other) for c in others), Candidate(Collective.REFERENCE, None, None))
+    return Carrier(Collective.REFERENCE, Situation(Collective.REFERENCE, world_size=world_size), candidates)
+
+
+def why_reference_only(group: Group, device: torch.device) -> str | None:
+    """Why no fused kernel could serve this group, whatever is installed."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and the fused kernels run on CUDA"
+    if group.backend != "nccl":
+        return f"the group's backend is {group.backend}, and the fused kernels are for groups of CUDA devices (nccl)"
+    return f"the group has {group.size} rank" if group.size < 2 else None
+
+
+def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: float) -> Carrier:
+    """Choose, create and test a collective for a group of CUDA devices. Every rank must call.
+
+    Raises :class:`CollectiveUnavailableError` where the user insists on one that cannot be had.
+    """
+    channel = open_channel(group.name, seconds=seconds)
+    ranks: list[RankFacts] = channel.exchange("facts", probe(device))
+    workspaces = workspaces_of(group.name)
+    while True:
+        choice = choose(
+            ranks,
+            wanted=wanted.collective,
+            transport=wanted.transport,
+            deterministic=wanted.deterministic,
+            table=wanted.table,
+            failed=workspaces.failed,
+        )
+        if choice.row is None:
+            return replace(reference_carrier(group.size), candidates=choice.candidates)
+        limit = capacity(choice.row, wanted)
+        call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
+        if requirement := unmet(choice.collective, call):
+            workspaces.failed[choice.collective, choice.transport or ""] = (
+                f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
+            )
+            continue
+        workspace = workspaces.find(choice.collective, wanted.dtype, limit)
+        if workspace is None:
+            made = workspaces.create(
+                channel,
+                lambda choice=choice, limit=limit: _make(group, channel, choice, wanted, limit),  # type: ignore[misc]
+                choice.collective,
+                choice.transport or "",
+            )
+            if made.workspace is None:
+                continue
+            workspace = made.workspace
+        result = _tested(workspace, channel, wanted, limit)
+        if result.eager is not None:
+            workspaces.retire(workspace, channel, f"its self-test failed: {result.eager}")
+            continue
+        return Carrier(
+            choice.collective,
+            _situation(choice, ranks, group, wanted),
+            choice.candidates,
+            workspace,
+            f"its self-test failed: {result.captured}" if result.captured else None,
+            result,
+        )
+
+
+def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, limit: int) -> SelfTest:
+    """The result of the self-test, which graphs that want the same of a workspace share."""
+    tokens = {*wanted.sizes, *_TESTED_TOKENS, limit // (wanted.hidden * wanted.dtype.itemsize)}
+    chosen = (*sorted(tokens)[: _MOST_TESTED - 1], max(tokens))
+    key = (wanted.hidden, wanted.dtype, chosen, bool(wanted.sizes))
+    if key not in workspace.tested:
+        workspace.tested[key] = self_test(
+            workspace, channel, wanted.hidden, wanted.dtype, chosen, capture=bool(wanted.sizes)
+        )
+    result: SelfTest = workspace.tested[key]
+    return result
+
+
+def capacity(row: SizeRow, wanted: Wanted) -> int:
+    """Bytes of the largest call to serve: what the table says is worth it, within what the user allows."""
+    row_bytes = wanted.hidden * wanted.dtype.itemsize
+    limit = row.one_shot if wanted.deterministic else row.fused
+    if wanted.max_tokens is not None:
+        if wanted.deterministic and wanted.max_tokens * row_bytes > limit:
+            raise CollectiveUnavailableError(
+                f"deterministic=True: max_tokens={wanted.max_tokens} is beyond the {limit // row_bytes} tokens that "
+                f"one strategy of {row.collective} serves here, and another would not return the same bits"
+            )
+        limit = min(limit, wanted.max_tokens * row_bytes)
+    return max(limit // row_bytes, 1) * row_bytes
+
+
+def _make(group: Group, channel: Channel, choice: Choice, wanted: Wanted, limit: int) -> Workspace:
+    package = load()
+    if isinstance(package, Unavailable):
+        raise WorkspaceError(package.reason)
+    assert choice.row is not None and choice.transport is not None
+    tokens = limit // (wanted.hidden * wanted.dtype.itemsize)
+    kernels: Kernels
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    if choice.collective is Collective.TRTLLM:  # its sentinel is one element wide
+        dtypes = (torch.float32,) if wanted.dtype == torch.float32 else (torch.float16, torch.bfloat16)
+        process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined, arg-type]
+        kernels = package.trtllm(channel, process_group, tokens, wanted.hidden, wanted.dtype)
+    elif choice.transport == "peer":
+        kernels = package.mnnvl_peer(channel, tokens, wanted.hidden, wanted.dtype)
+    else:
+        kernels = package.mnnvl_multicast(channel, tokens, wanted.hidden, wanted.dtype)
+    return Workspace(choice.collective, choice.transport, choice.row, kernels, group.size, limit, dtypes)
+
+
+def _situation(choice: Choice, ranks: Sequence[RankFacts], group: Group, wanted: Wanted) -> Situation:
+    """The plan in the words of the hazard table."""
+    assert choice.row is not None
+    one_strategy = choice.row.one_shot >= choice.row.fused
+    facts = set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE}
+    if len(wanted.sizes) > 1:
+        facts.add(Fact.GRAPHS_DIFFER_IN_SIZE)
+    if group.size < torch.distributed.get_world_size():
+        facts.add(Fact.GROUP_IS_NOT_WORLD)
+    return Situation(
+        choice.collective,
+        ranks[0].flashinfer,
+        group.size,
+        nodes=len({facts.host for facts in ranks}),
+        capability=ranks[0].capability,
+        # The peer transport uses no multicast, so whether there is any does not matter.
+        multicast=True if choice.transport == "multicast" else None,
+        strategy=Strategy.ONE_SHOT if one_strategy else None,
+        facts=frozenset(facts),
+    )

@@ -1,0 +1,136 @@
+"""Which sizes a fused collective is worth using for, as data.
+
+A row holds for one GPU generation, number of ranks, collective and transport. Sizes are bytes
+of the tensor that one rank reduces (tokens x hidden size x element size), so one row serves
+every model. ``ringfence bench --write-table FILE`` measures rows for the machine at hand, and
+the option ``size_table`` reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import SizeTableError
+from .situation import Collective, Strategy
+
+MIB = 1 << 20
+
+#: Version of the file.
+SCHEMA = 1
+
+#: How the ranks' memory is reached: over an NVLink multicast object, or by the peer's own pointer.
+TRANSPORTS = ("multicast", "peer")
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """Up to which size, in bytes, each way is the fastest that is known. 0 means never.
+
+    one_shot: fused, every rank sends everything to every rank. fused: fused at all; between the
+    two by two-shot. all_reduce: an all-reduce without a norm. bitwise: one-shot was shown to
+    return the same bits for a row of the input in every run and whatever the token count.
+    """
+
+    collective: Collective
+    transport: str
+    capability: tuple[int, int]
+    world_size: int
+    one_shot: int
+    fused: int
+    all_reduce: int
+    source: str
+    bitwise: bool = False
+
+    def strategy(self, size: int) -> Strategy | None:
+        """How a fused call of this size is carried out; None: not by this collective."""
+        if size <= self.one_shot:
+            return Strategy.ONE_SHOT
+        return Strategy.TWO_SHOT if size <= self.fused else None
+
+
+_OURS = "measured, docs/measurements.md"
+_VLLM = "vLLM's fusion pass, its table of the largest fused size and of the largest one-shot size"
+_MNNVL, _TRTLLM = Collective.MNNVL, Collective.TRTLLM
+_HALF = MIB // 2
+
+TABLE: tuple[SizeRow, ...] = (
+    SizeRow(_MNNVL, "peer", (9, 0), 2, 8 * MIB, 8 * MIB, 8 * MIB, _OURS),
+    SizeRow(_TRTLLM, "peer", (9, 0), 2, 8 * MIB, 32 * MIB, 8 * MIB, _OURS),
+    SizeRow(_TRTLLM, "peer", (9, 0), 4, 2 * MIB, 8 * MIB, 2 * MIB, _OURS),
+    SizeRow(_TRTLLM, "peer", (9, 0), 8, _HALF, _HALF, 0, _VLLM),
+    SizeRow(_TRTLLM, "peer", (10, 0), 2, 32 * MIB, 64 * MIB, 0, _VLLM),
+    SizeRow(_TRTLLM, "peer", (10, 0), 4, 4 * MIB, 32 * MIB, 0, _VLLM),
+    SizeRow(_TRTLLM, "peer", (10, 0), 8, MIB, MIB, 0, _VLLM),
+    SizeRow(_TRTLLM, "peer", (10, 3), 2, 32 * MIB, 64 * MIB, 0, _VLLM),
+    SizeRow(_TRTLLM, "peer", (10, 3), 4, 4 * MIB, 64 * MIB, 0, _VLLM),
+    SizeRow(_TRTLLM, "peer", (10, 3), 8, 2 * MIB, 4 * MIB, 0, _VLLM),
+    # FlashInfer's own switch to two-shot: ranks x size above 1 MiB.
+    SizeRow(_MNNVL, "multicast", (10, 0), 2, _HALF, 64 * MIB, 0, _VLLM),
+    SizeRow(_MNNVL, "multicast", (10, 0), 4, MIB // 4, 32 * MIB, 0, _VLLM),
+    SizeRow(_MNNVL, "multicast", (10, 0), 8, MIB // 8, MIB, 0, _VLLM),
+    SizeRow(_MNNVL, "multicast", (10, 0), 16, MIB // 16, 64 * MIB, 0, _VLLM),
+    SizeRow(_MNNVL, "multicast", (10, 3), 2, _HALF, 64 * MIB, 0, _VLLM),
+    SizeRow(_MNNVL, "multicast", (10, 3), 4, MIB // 4, 64 * MIB, 0, _VLLM),
+    SizeRow(_MNNVL, "multicast", (10, 3), 8, MIB // 8, 4 * MIB, 0, _VLLM),
+    SizeRow(_MNNVL, "multicast", (10, 3), 16, MIB // 16, 64 * MIB, 0, _VLLM),
+)
+
+
+def find_row(
+    rows: Sequence[SizeRow], collective: Collective, transport: str, capability: tuple[int, int], world_size: int
+) -> SizeRow | None:
+    """The first row for this; None where nothing is known."""
+    wanted = (collective, transport, capability, world_size)
+    return next((r for r in rows if (r.collective, r.transport, r.capability, r.world_size) == wanted), None)
+
+
+def forced_row(collective: Collective, transport: str, capability: tuple[int, int], world_size: int) -> SizeRow:
+    """For a collective that a user insists on where no row knows it: one-shot as far as a small message goes."""
+    one_shot = 8 * MIB // world_size
+    fused = one_shot if (collective, transport) == (_MNNVL, "peer") else 8 * MIB
+    return SizeRow(collective, transport, capability, world_size, one_shot, fused, 0, "no row: forced by the user")
+
+
+def read_table(path: str | Path) -> tuple[SizeRow, ...]:
+    """The rows of a file that :func:`write_table` wrote. Raises :class:`SizeTableError`."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise SizeTableError(f"the size table '{path}' cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("rows"), list):
+        raise SizeTableError(f"'{path}' is no size table of schema {SCHEMA}; write one with `ringfence bench`")
+    return tuple(_row(path, i, row) for i, row in enumerate(content["rows"]))
+
+
+def write_table(path: str | Path, rows: Sequence[SizeRow]) -> None:
+    """Write rows as JSON."""
+    content = {"schema": SCHEMA, "rows": [dataclasses.asdict(row) for row in rows]}
+    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _row(path: str | Path, index: int, given: Any) -> SizeRow:
+    where = f"row {index} of the size table '{path}'"
+    fields = {f.name: f for f in dataclasses.fields(SizeRow)}
+    if not isinstance(given, dict):
+        raise SizeTableError(f"{where} is no object")
+    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
+    if wrong := sorted({*given} - {*fields}) or [name for name in needed if name not in given]:
+        raise SizeTableError(f"{where} has unknown or missing fields: {', '.join(wrong)}")
+    collective, transport, capability = given["collective"], given["transport"], given["capability"]
+    if collective not in (_MNNVL, _TRTLLM):
+        raise SizeTableError(f"{where} is about {collective!r}; only mnnvl and trtllm have sizes")
+    if transport not in TRANSPORTS:
+        raise SizeTableError(f"{where} has transport {transport!r}, which is not one of {list(TRANSPORTS)}")
+    if not isinstance(capability, list) or len(capability) != 2 or not all(isinstance(n, int) for n in capability):
+        raise SizeTableError(f"{where} has capability {capability!r}; write it as [9, 0]")
+    for name in ("world_size", "one_shot", "fused", "all_reduce"):
+        if not isinstance(given[name], int) or given[name] < 0:
+            raise SizeTableError(f"{where} has {name} {given[name]!r}, which is no size")
+    if given["one_shot"] > given["fused"]:
+        raise SizeTableError(f"{where}: one_shot is larger than fused")
+    return SizeRow(**given | {"collective": Collective(collective), "capability": tuple(capability)})

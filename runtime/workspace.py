@@ -1,0 +1,161 @@
+"""Workspaces: the memory that a fused collective communicates through, and who owns it.
+
+A graph names its collective and its process group; it cannot hold a workspace. So workspaces
+belong to the process group object and are found through it, as torch finds a group by the name
+in a graph, and die with it. This table, a weak one, is the only state of this package that
+outlives a call.
+
+A workspace is created by all ranks or by none, while a graph is compiled and never while one is
+captured, and stays where it is. One that is too small for another model is joined by a larger
+one. ``generation`` counts closings: a captured graph that finds another number than at its
+capture holds addresses of memory that may be gone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from .channel import Channel
+from .errors import WorkspaceError
+from .flashinfer import KernelCall, Kernels, unmet
+from .situation import Collective, Strategy
+from .size_table import SizeRow
+
+
+@dataclass
+class Workspace:
+    """Memory and kernels of one collective for calls of up to ``capacity`` bytes on each rank."""
+
+    collective: Collective
+    transport: str
+    row: SizeRow
+    kernels: Kernels
+    world_size: int
+    capacity: int
+    dtypes: tuple[torch.dtype, ...]
+    tested: dict[Any, Any] = field(default_factory=dict)
+    _constants: dict[tuple[str, torch.dtype, int], Tensor] = field(default_factory=dict)
+
+    def strategy(self, tokens: int, hidden: int, dtype: torch.dtype) -> Strategy | None:
+        """How a fused call of this shape is carried out; None: by the reference collective."""
+        strategy = self.row.strategy(tokens * hidden * dtype.itemsize)
+        return strategy if strategy is not None and self._serves(tokens, hidden, dtype, strategy) else None
+
+    def all_reduce_strategy(self, tokens: int, hidden: int, dtype: torch.dtype) -> Strategy | None:
+        """The same for an all-reduce alone."""
+        worth = tokens * hidden * dtype.itemsize <= self.row.all_reduce
+        return self.strategy(tokens, hidden, dtype) if worth else None
+
+    def _serves(self, tokens: int, hidden: int, dtype: torch.dtype, strategy: Strategy) -> bool:
+        call = KernelCall(tokens, hidden, dtype, self.world_size, strategy)
+        return (
+            dtype in self.dtypes
+            and call.size <= self.capacity
+            and strategy in self.kernels.strategies
+            and unmet(self.collective, call) is None
+        )
+
+    def constant(self, name: str, like: Tensor, numel: int) -> Tensor:
+        """A residual of zeros or a weight of ones, for sites that have none. Allocated once."""
+        key = (name, like.dtype, numel)
+        if key not in self._constants:
+            if torch.cuda.is_current_stream_capturing():
+                raise WorkspaceError(f"{name} of {numel} elements would be allocated inside a capture")
+            with torch.inference_mode(False):
+                self._constants[key] = getattr(torch, name)(numel, dtype=like.dtype, device=like.device)
+        return self._constants[key]
+
+
+class Creation(NamedTuple):
+    """What came of the vote on a workspace: it, or why not; the same on every rank."""
+
+    workspace: Workspace | None
+    failure: str | None
+
+
+class Workspaces:
+    """The workspaces of one process group."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        #: What failed, so that it is not tried again: every try may leave the group waiting.
+        self.failed: dict[tuple[Collective, str], str] = {}
+        self._open: list[Workspace] = []
+
+    def find(self, collective: str, dtype: torch.dtype, size: int) -> Workspace | None:
+        """The first one for calls of ``size`` bytes."""
+        for workspace in self._open:
+            if workspace.collective == collective and dtype in workspace.dtypes and size <= workspace.capacity:
+                return workspace
+        return None
+
+    def create(
+        self, channel: Channel, make: Callable[[], Workspace], collective: Collective, transport: str
+    ) -> Creation:
+        """Make one on every rank, or on none. Every rank must call.
+
+        Raises :class:`WorkspaceError` inside a capture: its addresses would be baked into a graph
+        that the other ranks do not have.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise WorkspaceError("a workspace would be created inside a capture; compile and call the model before")
+        workspace, failures = channel.attempt("create a workspace", make)
+        if failures:
+            if workspace is not None:
+                workspace.kernels.close()
+            reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
+            self.failed[collective, transport] = f"its workspace could not be created ({reasons})"
+            return Creation(None, self.failed[collective, transport])
+        assert workspace is not None
+        self._open.append(workspace)
+        return Creation(workspace, None)
+
+    def retire(self, workspace: Workspace, channel: Channel, reason: str) -> None:
+        """Close one that failed its test, and do not make another. Every rank must call."""
+        self.failed[workspace.collective, workspace.transport] = reason
+        self._open.remove(workspace)
+        self.generation += 1
+        channel.barrier("workspace retired")
+        workspace.kernels.close()
+
+    def close(self) -> None:
+        """Close all. Captured graphs over them can no longer be replayed. Every rank must close, outside of calls."""
+        if not self._open:
+            return
+        torch.cuda.synchronize()
+        self.generation += 1
+        while self._open:
+            self._open.pop().kernels.close()
+
+    @property
+    def open(self) -> tuple[Workspace, ...]:
+        return tuple(self._open)
+
+    def control_words(self) -> tuple[tuple[int, ...], ...]:
+        """Those of every open workspace. Waits for the device."""
+        return tuple(workspace.kernels.control_words() for workspace in self._open)
+
+
+_of_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Workspaces] = weakref.WeakKeyDictionary()
+
+
+def workspaces_of(group_name: str) -> Workspaces:
+    """The workspaces of a process group."""
+    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    found = _of_group.get(group)
+    if found is None:
+        found = _of_group[group] = Workspaces()
+    return found
+
+
+def close_workspaces(group_name: str) -> None:
+    """Close the workspaces of a group, before it is destroyed. Every rank must call."""
+    workspaces_of(group_name).close()
