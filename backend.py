@@ -177,7 +177,8 @@ class Backend:
         supervision = self.overseer.supervise(groups.values(), agreed, device)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs)
+        with supervision.compiling():
+            program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs)
         runner = PiecewiseRunner(
             program,
             sizes,

@@ -15,7 +15,9 @@ counts as complete.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -28,8 +30,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+log = logging.getLogger(__name__)
+
 #: Version of the file that :meth:`Journal.dump` writes (docs/report.md).
 FORMAT = 1
+
+#: cudaStreamCaptureModeThreadLocal
+_THREAD_LOCAL = 1
 
 #: How a step ran.
 UNCAPTURED, CAPTURE, REPLAY = "uncaptured", "capture", "replay"
@@ -122,6 +129,9 @@ class DeviceMarks(Protocol):
     def done(self, slot: int) -> bool:
         """Whether what was submitted before the mark is complete. Asked from any thread."""
 
+    def watch_from_here(self) -> None:
+        """Called once by each thread that will go on asking."""
+
 
 class CudaMarks:
     """CUDA events, made once and recorded again and again."""
@@ -141,7 +151,25 @@ class CudaMarks:
         return True
 
     def done(self, slot: int) -> bool:
-        return bool(self._events[slot].query())
+        try:
+            return bool(self._events[slot].query())
+        except RuntimeError:  # an error of the device is the main thread's to raise; nothing gets on any more
+            return False
+
+    def watch_from_here(self) -> None:
+        """Let this thread's queries neither fail for nor break a capture that another thread makes.
+
+        torch.cuda.graph captures in the mode "global" by default, which forbids queries to all
+        threads that have not left it. torch has no function for that.
+        """
+        import torch
+
+        major = (torch.version.cuda or "").split(".")[0]
+        try:
+            runtime = ctypes.CDLL(f"libcudart.so.{major}")  # loaded already: torch's own
+            runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+        except (OSError, AttributeError):
+            log.warning("ringfence: libcudart.so.%s cannot be asked to leave captures of other threads alone", major)
 
 
 class Marks:
@@ -222,6 +250,11 @@ class Journal(Marks):
     def use(self, marks: DeviceMarks) -> None:
         """Completion is the device's from now on."""
         self._marks = marks
+
+    def watch_from_here(self) -> None:
+        """Called once by each thread that will go on asking for the position."""
+        if self._marks is not None:
+            self._marks.watch_from_here()
 
     @property
     def slots(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from .errors import GroupFailureError, RankMismatchError
 from .groups import Group, ranks_of
 from .journal import CudaMarks, Journal
 from .watchdog import Deadlines, Health, Reaction, Watchdog, open_watchdog
+
+log = logging.getLogger(__name__)
 
 
 class Supervision:
@@ -34,6 +38,11 @@ class Supervision:
 
     def failed(self, error: BaseException) -> None:
         """A step breaks off with ``error``. May raise another one in its place; called while the step is open."""
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around what is done between the agreement on a graph and its first step."""
+        yield
 
 
 class GroupSupervision(Supervision):
@@ -97,6 +106,15 @@ class GroupSupervision(Supervision):
         if instead is not error:
             raise instead from error
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if self._watchdog is not None:
+                self._watchdog.failed(error, "the compilation of a graph")
+            raise
+
     def _waiting(self, doing: str, body: Callable[[], None]) -> None:
         """Wait for the other ranks, and let them see for what."""
         self._journal.doing = doing
@@ -110,8 +128,12 @@ class GroupSupervision(Supervision):
             self._journal.doing = ""
 
     def _write(self, reason: str) -> None:
-        if self._folder is not None:
+        if self._folder is None:
+            return
+        try:
             self._journal.dump(self._folder, reason)
+        except OSError as error:  # what is being raised matters more
+            log.error("ringfence: the journal of rank %d cannot be written: %s", self._journal.rank, error)
 
 
 class Overseer:

@@ -113,6 +113,17 @@ def _behind_or_past(
             f"({where(positions[rank])} on rank {rank}), in which {ranks_text(inside)} "
             f"wait{'s' * (len(inside) == 1)}: {did}",
         )
+    # Of a device only whole steps are known, so this may be a range of calls that a host is still working through.
+    within = [r for r in known if positions[r].submitted.get(call.group, 0) <= call.last]
+    if within:
+        r = min(within, key=lambda r: positions[r].submitted.get(call.group, 0))
+        entered = positions[r].submitted.get(call.group, 0)
+        return Finding(
+            (r,),
+            tuple(w for w in inside if w != r),
+            f"rank {r} has entered calls before {entered} of group '{call.group}', and rank {rank} all of its step "
+            f"({where(positions[rank])}): rank {r} {_what_it_does(positions[r])}",
+        )
     past = tuple(r for r in known if positions[r].completed.get(call.group, 0) > call.last)
     if past and len(past) <= len(inside):
         return Finding(

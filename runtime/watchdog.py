@@ -193,10 +193,10 @@ class Watchdog:
 
     # -- called by the main thread ---------------------------------------------------------
 
-    def failed(self, error: BaseException) -> BaseException:
+    def failed(self, error: BaseException, place: str | None = None) -> BaseException:
         """A step of this rank ends with ``error``: tell the others; returns what to raise.
 
-        That is the error itself, unless another rank is its cause.
+        That is the error itself, unless another rank is its cause. ``place`` is where, if not in a step.
         """
         self._reached = True
         if self.report is not None:  # this exception is how the main thread was woken
@@ -204,8 +204,9 @@ class Watchdog:
             return self._error(self.report)
         position = self.journal.position()
         text = f"{type(error).__name__}: {_first_lines(str(error))}"
-        victim = bool(position.calls) and isinstance(error, RuntimeError) and _OF_A_PEER.search(str(error)) is not None
-        failure = Failure(self._rank, where(position), text, victim)
+        in_a_call = place is None and bool(position.calls)
+        victim = in_a_call and isinstance(error, RuntimeError) and _OF_A_PEER.search(str(error)) is not None
+        failure = Failure(self._rank, place if place is not None else where(position), text, victim)
         if victim:
             found = self._cause(failure)
             if found is not None:
@@ -438,13 +439,19 @@ def open_watchdog(
 
 def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) -> None:
     """Without keeping the watchdog alive: who drops the model drops the threads."""
-    beat = 0.0
+    beat, told = 0.0, False
     while not stop.wait(beat):
         watchdog = reference()
         if watchdog is None:
             return
+        if not told:
+            watchdog.journal.watch_from_here()
+            told = True
         beat = watchdog.deadlines.beat
-        getattr(watchdog, name)()
+        try:
+            getattr(watchdog, name)()
+        except Exception:  # a watchdog that dies of its own mistake would be the silence that it is against
+            log.exception("ringfence: the watchdog's thread '%s' goes on after an error", name)
         del watchdog
 
 

@@ -26,6 +26,7 @@ from ringfence.runtime.journal import (
     Position,
     ProgramNote,
 )
+from ringfence.runtime.suspects import find_culprit
 
 #: A compute piece, an island with one call, a piece with two calls.
 NOTE = ProgramNote(
@@ -144,6 +145,9 @@ class Device:
     def done(self, slot: int) -> bool:
         return slot not in self.pending
 
+    def watch_from_here(self) -> None:
+        pass
+
 
 def test_on_a_device_a_step_is_outstanding_until_its_mark() -> None:
     j, device = journal(), Device()
@@ -158,6 +162,17 @@ def test_on_a_device_a_step_is_outstanding_until_its_mark() -> None:
     device.pending.clear()
     position = j.position()
     assert position.phase == "idle" and position.completed == {"tp": 6} and position.moved != before
+
+
+def test_a_host_that_stopped_within_a_step_is_told_from_the_devices_that_wait() -> None:
+    ahead, stopped = journal(0), journal(1)
+    for j in (ahead, stopped):
+        j.use(Device())
+    step(ahead)  # its host has left the model; its device waits somewhere in the step
+    step(stopped, enter=2, leave=1)
+    finding = find_culprit({0: ahead.position(), 1: stopped.position()}, {})
+    assert finding is not None and (finding.ranks, finding.waiting) == ((1,), (0,))
+    assert finding.sentence.startswith("rank 1 has entered calls before 1 of group 'tp', and rank 0 all of its step")
 
 
 # -- the ring ------------------------------------------------------------------------------
