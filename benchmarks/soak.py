@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import statistics
 import sys
 import time
@@ -78,6 +79,8 @@ def main() -> int:
         faults = at_random(60 * arguments.minutes, arguments.seed)
     else:
         faults = in_turn(arguments.repetitions, arguments.only)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts this in the background ignores SIGINT
+        signal.signal(number, signal.default_int_handler)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     start = time.monotonic()
     try:

@@ -85,6 +85,7 @@ class _Peer:
     position: Position | None = None
     heard: float = 0.0
     beat: int = -1
+    reports: int = 0  # how many it has read
 
 
 @dataclass
@@ -213,6 +214,7 @@ class Watchdog:
                 self.report = found
                 self._tell(found)
                 self._act(found)
+                self._until_read()
                 return self._error(found)
         report = _Report(
             "failure", self._rank, f"rank {self._rank} failed in {failure.where}: {text}", (self._rank,), failure
@@ -221,6 +223,7 @@ class Watchdog:
         self.health.poisoned = report.sentence
         self._tell(report)
         self._write(report)
+        self._until_read()
         return error
 
     def _cause(self, failure: Failure) -> _Report | None:
@@ -249,6 +252,15 @@ class Watchdog:
         while self._outbox and self._store_error is None and time.monotonic() < until:
             time.sleep(0.01)
 
+    def _until_read(self) -> None:
+        """Wait until all ranks that answer have read the reports: this process may end now, and the store with it."""
+        until = time.monotonic() + 4 * self.deadlines.beat
+        while time.monotonic() < until and self._store_error is None:
+            silent = self._silent()
+            if all(p.reports >= max(1, len(self._reports)) for r, p in self._peers.items() if r not in silent):
+                return
+            time.sleep(self.deadlines.beat / 10)
+
     def interrupt(self) -> None:
         """Raise what was found, for code of the main thread that waits for other ranks."""
         if self.report is not None:
@@ -273,7 +285,7 @@ class Watchdog:
             self._store.set(f"{self._prefix}/report/{number}", self._outbox[0].to_bytes())
             self._outbox.pop(0)
         self._beat += 1
-        said = {"beat": self._beat, "position": self.journal.position().to_dict()}
+        said = {"beat": self._beat, "reports": len(self._reports), "position": self.journal.position().to_dict()}
         self._store.set(f"{self._prefix}/at/{self._rank}", json.dumps(said).encode())
 
     def _hear(self) -> None:
@@ -284,7 +296,7 @@ class Watchdog:
             said = json.loads(self._store.get(key))
             if said["beat"] != peer.beat:
                 peer.position = Position.from_dict(said["position"])
-                peer.beat, peer.heard = said["beat"], time.monotonic()
+                peer.beat, peer.reports, peer.heard = said["beat"], said["reports"], time.monotonic()
         number = len(self._reports) + 1
         while self._store.check([f"{self._prefix}/report/{number}"]):
             report = _Report.from_bytes(self._store.get(f"{self._prefix}/report/{number}"))
@@ -390,6 +402,7 @@ class Watchdog:
                 if self._reached or now.moved != stuck.moved or not now.stuck_in_piece:
                     return
                 time.sleep(0.02)
+        self._until_read()
         last = "" if reaction.on_hang == "abort" else " (its main thread cannot be reached where it waits)"
         text = f"ringfence: rank {self._rank} ends with exit code {EXIT_CODE}{last}: {self._error(report)}\n"
         _bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
