@@ -142,6 +142,8 @@ class Options:
             seconds = checked.get(key, 1.0)
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
                 raise OptionsError(f"{key}={seconds!r} is not a positive number of seconds")
+        if checked.get("step_seconds", cls.step_seconds) > checked.get("warm_up_seconds", cls.warm_up_seconds):
+            raise OptionsError("step_seconds is more than warm_up_seconds, which is the longest that anything may take")
         folder = checked.get("journal_dir")
         if folder is not None:
             if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):

@@ -212,18 +212,20 @@ class Watchdog:
             found = self._cause(failure)
             if found is not None:
                 self.report = found
+                told = time.monotonic()
                 self._tell(found)
                 self._act(found)
-                self._until_read()
+                self._until_read(told)
                 return self._error(found)
         report = _Report(
             "failure", self._rank, f"rank {self._rank} failed in {failure.where}: {text}", (self._rank,), failure
         )
         self.report = report
         self.health.poisoned = report.sentence
+        told = time.monotonic()
         self._tell(report)
         self._write(report)
-        self._until_read()
+        self._until_read(told)
         return error
 
     def _cause(self, failure: Failure) -> _Report | None:
@@ -249,13 +251,13 @@ class Watchdog:
             return
         self._outbox.append(report)
         until = time.monotonic() + 1
-        while self._outbox and self._store_error is None and time.monotonic() < until:
+        while self._outbox and not self._store_is_gone() and time.monotonic() < until:
             time.sleep(0.01)
 
-    def _until_read(self) -> None:
+    def _until_read(self, since: float) -> None:
         """Wait until all ranks that answer have read the reports: this process may end now, and the store with it."""
-        until = time.monotonic() + 4 * self.deadlines.beat
-        while time.monotonic() < until and self._store_error is None:
+        until = since + 4 * self.deadlines.beat
+        while time.monotonic() < until and not self._store_is_gone():
             silent = self._silent()
             if all(p.reports >= max(1, len(self._reports)) for r, p in self._peers.items() if r not in silent):
                 return
@@ -364,23 +366,27 @@ class Watchdog:
 
     def _silent(self) -> dict[int, str]:
         """The ranks that no longer answer, and how that shows."""
-        now, limit = time.monotonic(), self.deadlines.silence
-        quiet = now - self._talked
-        if self._store_error is not None or quiet > limit:
+        now = time.monotonic()
+        if self._store_is_gone():
             if self._host is None or self._host == self._rank:
                 return {}
-            how = f"({self._store_error})" if self._store_error is not None else f"for {quiet:.1f} s"
+            how = f"({self._store_error})" if self._store_error is not None else f"for {now - self._talked:.1f} s"
             return {self._host: f"serves the store, which does not answer {how}: its process ended or is stopped"}
         why = "its process ended, is stopped, or holds Python's lock"
         return {
             rank: f"has not been heard of for {now - peer.heard:.1f} s ({why})"
             for rank, peer in self._peers.items()
-            if now - peer.heard > limit
+            if now - peer.heard > self.deadlines.silence
         }
+
+    def _store_is_gone(self) -> bool:
+        """It failed, or a request to it does not return."""
+        return self._store_error is not None or time.monotonic() - self._talked > self.deadlines.silence
 
     # -- what follows --------------------------------------------------------------------------
 
     def _act(self, report: _Report) -> None:
+        started = time.monotonic()
         self.report = report
         reaction = self.reaction
         if reaction.on_hang != "report" or report.kind == "failure":
@@ -402,7 +408,7 @@ class Watchdog:
                 if self._reached or now.moved != stuck.moved or not now.stuck_in_piece:
                     return
                 time.sleep(0.02)
-        self._until_read()
+        self._until_read(started)
         last = "" if reaction.on_hang == "abort" else " (its main thread cannot be reached where it waits)"
         text = f"ringfence: rank {self._rank} ends with exit code {EXIT_CODE}{last}: {self._error(report)}\n"
         _bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
