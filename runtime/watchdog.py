@@ -154,6 +154,8 @@ class Watchdog:
         self._members: dict[str, tuple[int, ...]] = {}
         self._reports: list[_Report] = []
         self._outbox: list[_Report] = []
+        self._read = 0  # reports before this one are done with
+        self._reported_at = -1  # what the journal's counter was
         self._prefix = str(store.add(f"opened/{self._rank}", 1))
         self._beat = 0
         self._talked = time.monotonic()
@@ -169,6 +171,7 @@ class Watchdog:
             )
             for name in ("talk", "watch")
         ]
+        weakref.finalize(self, _end, self._stop, self._threads)  # also when the interpreter exits
 
     def start(self) -> None:
         for thread in self._threads:
@@ -177,11 +180,6 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching. The threads end within a beat, unless the store keeps one of them."""
         self._stop.set()
-
-    def __del__(self) -> None:
-        stop = getattr(self, "_stop", None)
-        if stop is not None:
-            stop.set()
 
     def join_group(self, name: str, ranks: Sequence[int]) -> None:
         """Watch the ranks of this group too."""
@@ -200,7 +198,7 @@ class Watchdog:
         That is the error itself, unless another rank is its cause. ``place`` is where, if not in a step.
         """
         self._reached = True
-        if self.report is not None:  # this exception is how the main thread was woken
+        if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
             self._acted.wait(2)
             return self._error(self.report)
         position = self.journal.position()
@@ -265,7 +263,7 @@ class Watchdog:
 
     def interrupt(self) -> None:
         """Raise what was found, for code of the main thread that waits for other ranks."""
-        if self.report is not None:
+        if self.report is not None and self.reaction.on_hang != "report":
             raise self._error(self.report)
 
     # -- talking -----------------------------------------------------------------------------
@@ -321,6 +319,8 @@ class Watchdog:
             for peer in self._peers.values():
                 peer.heard += slept
         if self.report is not None:
+            if self.reaction.on_hang == "report" and position.moved != self._reported_at:  # it was no hang, after all
+                self.report, self._read = None, len(self._reports)
             return
         heard = self._heard_of_failure()
         if heard is not None:
@@ -334,8 +334,8 @@ class Watchdog:
                 self._act(report)
 
     def _heard_of_failure(self) -> _Report | None:
-        """What another rank reported; a report of a victim waits for the cause, for a while."""
-        others = [r for r in self._reports if r.reporter != self._rank]
+        """What another rank reported. A victim has looked for the cause before, so its report is the second choice."""
+        others = [r for r in self._reports[self._read :] if r.reporter != self._rank]
         return next((r for r in others if r.conclusive), others[0] if others else None)
 
     def _expired(self, position: Position, now: float) -> bool:
@@ -347,6 +347,11 @@ class Watchdog:
 
     def _finding(self, position: Position, still: float) -> Finding | None:
         """Who is to blame, unless the culprit only is slow."""
+        if self._store_is_gone() and self._host in (None, self._rank):  # what was heard of the others is old
+            sentence = (
+                f"rank {self._rank} waits in {where(position)}; the store does not answer, so for whom is not known"
+            )
+            return Finding((), (self._rank,), sentence)
         positions, silent = self._positions(), self._silent()
         failures = [r.failure for r in self._reports if r.failure is not None]
         finding = find_culprit(positions, silent, failures, self._members)
@@ -387,7 +392,7 @@ class Watchdog:
 
     def _act(self, report: _Report) -> None:
         started = time.monotonic()
-        self.report = report
+        self.report, self._reported_at = report, self._moved
         reaction = self.reaction
         if reaction.on_hang != "report" or report.kind == "failure":
             self.health.poisoned = report.sentence
@@ -454,6 +459,14 @@ def open_watchdog(
     watchdog = Watchdog(journal, store, reaction, deadlines, host=None if by_launcher else 0, health=health)
     watchdog.start()
     return watchdog
+
+
+def _end(stop: threading.Event, threads: Sequence[threading.Thread]) -> None:
+    """Stop the threads, and wait a moment: one that is inside torch when the interpreter is gone aborts the process."""
+    stop.set()
+    for thread in threads:
+        if thread.ident is not None and thread is not threading.current_thread():
+            thread.join(0.5)
 
 
 def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) -> None:

@@ -174,6 +174,16 @@ def test_report_goes_on_waiting() -> None:
     look(both, 0.4)
     assert waits.watchdog.report is not None and not waits.ended and not absent.ended
     waits.watchdog.health.check()
+    error = RuntimeError("its own")
+    waits.watchdog.interrupt()
+    absent.step()  # it was slow, and goes on; a second time is reported again
+    waits.journal.leave(), waits.journal.end()
+    waits.step(enter=2, leave=1)
+    look(both, 0.05)
+    assert waits.watchdog.report is None
+    look(both, 0.4)
+    assert waits.watchdog.report is not None and "call 2" in waits.watchdog.report.sentence
+    assert waits.watchdog.failed(error) is error
 
 
 def test_abort_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
@@ -293,7 +303,8 @@ def test_a_store_of_the_launcher_is_nobodys_fault() -> None:
     rank.step(enter=2, leave=1)
     look([rank], 0.4)
     report = rank.watchdog.report
-    assert report is not None and "none gets on" in report.sentence
+    assert report is not None and report.ranks == ()
+    assert report.sentence.endswith("the store does not answer, so for whom is not known")
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_it(tmp_path: Path) -> None:
@@ -327,6 +338,22 @@ def test_threads_end_with_their_owner(how: str) -> None:
     while _threads() and time.monotonic() < until:
         time.sleep(0.01)
     assert not _threads()
+
+
+_ENDS = """
+import torch.distributed as dist
+from ringfence.runtime.journal import Journal
+from ringfence.runtime.watchdog import Deadlines, Reaction, Watchdog
+store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+watchdog = Watchdog(Journal(0), store, Reaction("abort"), Deadlines(beat=0.001))
+watchdog.join_group("tp", (0, 1))
+watchdog.start()
+"""
+
+
+def test_a_process_ends_normally_while_it_talks() -> None:
+    result = run_python("-c", _ENDS, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 _IN_A_CALL = """
