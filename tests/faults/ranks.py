@@ -193,7 +193,7 @@ def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection
 
 def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., None]) -> None:
     import ringfence
-    from ringfence.runtime.agree import vote
+    from ringfence.runtime import agree
     from ringfence.runtime.channel import open_channel
     from ringfence.runtime.errors import WorkspaceError
 
@@ -217,11 +217,19 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
     if fault.name == "workspace":
         say("fault")
         failure = "cuMemCreate: out of memory" if mine else None
-        failed = vote(open_channel(dist.group.WORLD.group_name, seconds=DEADLINE), "create the workspace", failure)
+        failed = agree.vote(
+            open_channel(dist.group.WORLD.group_name, seconds=DEADLINE), "create the workspace", failure
+        )
         if failed:
             raise WorkspaceError("; ".join(f"rank {r} has no workspace: {why}" for r, why in failed))
-    if fault.name == "other option":
-        say("fault")
+    if fault.name == "other option":  # time counts from when the last rank has come to compare
+        compare = agree.agree
+
+        def agree_later(*args: Any, **options: Any) -> None:
+            say("fault")
+            compare(*args, **options)
+
+        agree.agree = agree_later
     with torch.no_grad():
         for step in range(fault.steps):
             if mine and fault.name == "skipped step" and step == 7:
@@ -278,7 +286,7 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
             while pipe.poll():
                 what, at, *more = pipe.recv()
                 if what == "fault":
-                    struck = at if struck is None else struck
+                    struck = at if struck is None else max(struck, at)
                 elif what == "step":
                     endings[rank].steps += 1
                 elif what == "error":
