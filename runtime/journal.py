@@ -328,11 +328,12 @@ class Journal(Marks):
 
     def position(self) -> Position:
         """Where this rank is now. May be asked from any thread; waits for nothing."""
-        while True:  # the runner's thread may be writing
+        for _ in range(10):  # the runner's thread may be writing; a rank that never stops is not looked at closely
             before = self._submitted, self._returned, self._steps, self._open
             position = self._position()
             if before == (self._submitted, self._returned, self._steps, self._open):
-                return position
+                break
+        return position
 
     def _position(self) -> Position:
         now = self._clock()
@@ -358,18 +359,16 @@ class Journal(Marks):
             )
         slot = step & self._step_mask
         note = self._programs[self._program[slot]]
-        calls = [self._calls_of(step, at) for at in range(len(note.pieces))]
         host_is_here = self._open and step == last
-        if self._marks is None and host_is_here:
-            done = self._returned - self._first[slot]
-            at = min(self._submitted - self._first[slot], len(note.pieces)) - 1
-            at = max(at, 0)
-            waits = calls[at] if self._submitted > self._returned else ()
-            completed = self._completed_in(step, calls, done)
+        entered = min(self._submitted - self._first[slot], len(note.pieces)) if host_is_here else len(note.pieces)
+        if self._marks is None:
+            at = max(entered - 1, 0)
+            waits = self._calls_in(step, at, at + 1) if self._submitted > self._returned else ()
+            completed = self._calls_before(step, self._returned - self._first[slot])
         else:  # of a device only whole steps are known
-            at = max(min(self._submitted - self._first[slot], len(note.pieces)) - 1, 0) if host_is_here else 0
-            waits = _joined(calls[: at + 1] if host_is_here else calls)
-            completed = self._completed_in(step, calls, 0)
+            at = max(entered - 1, 0) if host_is_here else 0
+            waits = self._calls_in(step, 0, entered)
+            completed = self._calls_before(step, 0)
         moved_at = max(self._entered[(self._submitted - 1) & self._piece_mask], self._began[slot])
         if self._returned == self._submitted:
             moved_at = max(moved_at, self._left[(self._submitted - 1) & self._piece_mask])
@@ -416,24 +415,17 @@ class Journal(Marks):
                 totals[group] += calls
         return totals
 
-    def _calls_of(self, step: int, at: int) -> tuple[Calls, ...]:
-        """The collective calls of one piece of a step."""
+    def _calls_before(self, step: int, piece: int) -> dict[str, int]:
+        """How many calls of each group come before a piece of a step."""
         slot = step & self._step_mask
-        pieces = self._programs[self._program[slot]].pieces
-        earlier, mine = _count_calls(pieces[:at]), _count_calls(pieces[at : at + 1])
-        numbers = []
-        for group, calls in mine.items():
-            first = self._before[self._groups.index(group)][slot] + earlier.get(group, 0)
-            numbers.append(Calls(group, first, first + calls - 1))
-        return tuple(numbers)
+        earlier = _count_calls(self._programs[self._program[slot]].pieces[:piece])
+        return {g: self._before[i][slot] + earlier.get(g, 0) for i, g in enumerate(self._groups)}
 
-    def _completed_in(self, step: int, calls: Sequence[tuple[Calls, ...]], done: int) -> dict[str, int]:
-        slot = step & self._step_mask
-        totals = {g: self._before[i][slot] for i, g in enumerate(self._groups)}
-        for some in calls[:done]:
-            for c in some:
-                totals[c.group] = c.last + 1
-        return totals
+    def _calls_in(self, step: int, start: int, stop: int) -> tuple[Calls, ...]:
+        """The collective calls from one piece of a step to before another."""
+        before = self._calls_before(step, start)
+        pieces = self._programs[self._program[step & self._step_mask]].pieces[start:stop]
+        return tuple(Calls(g, before[g], before[g] + n - 1) for g, n in _count_calls(pieces).items())
 
     # -- writing it down ---------------------------------------------------------------------
 
@@ -510,15 +502,6 @@ def _count_calls(pieces: Sequence[PieceNote]) -> dict[str, int]:
         for group in piece.calls:
             counts[group] = counts.get(group, 0) + 1
     return counts
-
-
-def _joined(calls: Sequence[tuple[Calls, ...]]) -> tuple[Calls, ...]:
-    """The calls of several pieces as one range for each group."""
-    ranges: dict[str, Calls] = {}
-    for c in (c for some in calls for c in some):
-        first = ranges[c.group].first if c.group in ranges else c.first
-        ranges[c.group] = Calls(c.group, first, c.last)
-    return tuple(ranges.values())
 
 
 def _kind(piece: PieceNote, how: str) -> str:
