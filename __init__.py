@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from .backend import Backend
     from .compile_passes.report import CompileReport, assert_fused
     from .options import Options
-    from .runtime.errors import RingfenceError
+    from .runtime.errors import HangError, RankMismatch, RingfenceError
 
-__all__ = ["Backend", "CompileReport", "Options", "RingfenceError", "assert_fused"]
+__all__ = ["Backend", "CompileReport", "HangError", "Options", "RankMismatch", "RingfenceError", "assert_fused"]
 __version__ = "0.1.0"
 
 
@@ -27,7 +27,9 @@ def __getattr__(name: str) -> Any:
     homes = {
         "Backend": ".backend",
         "CompileReport": ".compile_passes.report",
+        "HangError": ".runtime.errors",
         "Options": ".options",
+        "RankMismatch": ".runtime.errors",
         "RingfenceError": ".runtime.errors",
         "assert_fused": ".compile_passes.report",
     }

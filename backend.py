@@ -26,6 +26,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .compile_passes.clean import clean_payload
 from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
+from .compile_passes.digest import digest
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, find
@@ -47,6 +48,8 @@ from .runtime.groups import Group, describe_group
 from .runtime.runner import PiecewiseRunner
 from .runtime.situation import Situation
 from .runtime.size_table import TABLE, read_table
+from .runtime.supervision import Overseer
+from .runtime.watchdog import Deadlines
 from .runtime.workspace import Workspaces, workspaces_of
 
 log = logging.getLogger(__name__)
@@ -65,9 +68,30 @@ class Backend:
         #: What fused sites are judged as, where that is not what runs here: ``ringfence explain --collective``.
         self.judge_as: Situation | None = None
         self.reports: list[CompileReport] = []
+        given = self.options
+        #: Journal, watchdog and agreement of this rank (docs/operating.md).
+        self.overseer = Overseer(
+            on_hang=given.on_hang,
+            deadlines=Deadlines(given.step_seconds, given.warm_up_seconds),
+            agree_seconds=given.agree_seconds,
+            folder=given.journal_dir,
+            every_step=given.check_every_step,
+            raise_on_capture=given.on_capture_failure == "raise",
+        )
+
+    def close(self) -> None:
+        """Stop the watchdog, if there is one. What was compiled goes on working."""
+        self.overseer.close()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one Dynamo graph."""
+        self.overseer.journal.compiling(True)
+        try:
+            return self._compile_dynamo_graph(gm, example_inputs)
+        finally:
+            self.overseer.journal.compiling(False)
+
+    def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if _needs_grad(gm, example_inputs):
             return self._without_fusion(gm, example_inputs)
         self.options.check_registered()
@@ -140,8 +164,22 @@ class Backend:
             raise HazardError(f"the plan can fail: {proof.message}")
         dump_graph("split", whole)
 
+        agreed = digest(
+            gm,
+            plan,
+            verdicts,
+            sizes,
+            groups,
+            collective=str(situation.collective),
+            options=options.as_dict(),
+            versions=_versions(),
+            device=device,
+        )
+        supervision = self.overseer.supervise(groups.values(), agreed, device)  # before compiling takes minutes
+
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs)
+        with supervision.compiling():
+            program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs)
         runner = PiecewiseRunner(
             program,
             sizes,
@@ -151,6 +189,9 @@ class Backend:
             generation=(lambda: workspaces.generation) if workspaces is not None else (lambda: 0),
             max_tokens=options.max_tokens if options.deterministic else None,
             static_outputs=options.static_outputs,
+            journal=self.overseer.journal,
+            supervision=supervision,
+            strategy=str(situation.collective),
         )
         self._report(
             CompileReport(

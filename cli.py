@@ -1,4 +1,4 @@
-"""The command line: ``ringfence explain``, ``ringfence check`` and ``ringfence hazards``."""
+"""The command line: ``ringfence explain``, ``check``, ``hazards`` and ``journal``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .runtime.errors import (
+    JournalError,
     OptionsError,
     PlanError,
     RingfenceError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 #: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
 OK, FAILED, USAGE = 0, 1, 2
 
-_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, TooManyStatesError)
+_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, TooManyStatesError, JournalError)
 
 #: Collectives whose protocol has a model.
 _MODELLED = ("mnnvl", "trtllm")
@@ -116,10 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = hazards.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
     form.add_argument("--markdown", action="store_true", help="print docs/hazards.md")
+    journal = commands.add_parser(
+        "journal",
+        help="say which rank stopped first, and which ranks wait for it",
+        description="Merge the journals that the ranks of a job wrote into one folder (option journal_dir).",
+    )
+    journal.add_argument("folder", type=Path, help="the folder with journal-rank0.json, journal-rank1.json, ...")
+    journal.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    journal.add_argument("--svg", type=Path, metavar="FILE", help="draw the last steps of the ranks")
     arguments = parser.parse_args(argv)
     if arguments.command == "hazards" and arguments.id and arguments.markdown:
         hazards.error("--markdown prints the whole table; leave the id out")
-    run = {"explain": _explain, "check": _check, "hazards": _hazards}[arguments.command]
+    run = {"explain": _explain, "check": _check, "hazards": _hazards, "journal": _journal}[arguments.command]
     try:
         text, code = run(arguments)
         print(text, flush=True)
@@ -140,6 +149,15 @@ def _hazards(arguments: argparse.Namespace) -> tuple[str, int]:
     if arguments.markdown:
         return as_markdown().rstrip("\n"), OK
     return as_text(rows[0]) if arguments.id else summary_table(rows), OK
+
+
+def _journal(arguments: argparse.Namespace) -> tuple[str, int]:
+    from .runtime import journals
+
+    merged = journals.merge(journals.read_folder(arguments.folder))
+    if arguments.svg is not None:
+        _write(arguments.svg, journals.svg(merged))
+    return json.dumps(merged.to_dict(), indent=2) if arguments.json else str(merged), OK
 
 
 def _check(arguments: argparse.Namespace) -> tuple[str, int]:

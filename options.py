@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,11 @@ _CHOICES = {
     "graphs": ("auto", "cuda", "simulated"),
     "on_hazard": ("split", "refuse", "raise", "clean"),
     "profile": ("causes", "conservative"),
+    "on_hang": (None, "raise", "abort", "report"),
+    "on_capture_failure": ("uncaptured", "raise"),
 }
-_FLAGS = ("verify", "pad_to_capture_size", "static_outputs", "deterministic", "plain_all_reduce")
+_SECONDS = ("step_seconds", "warm_up_seconds", "agree_seconds")
+_FLAGS = ("verify", "pad_to_capture_size", "static_outputs", "deterministic", "plain_all_reduce", "check_every_step")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,17 @@ class Options:
     profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name.
     static_outputs: return the captured output buffers themselves. They hold until the next call.
     on_report: called with the :class:`CompileReport` of every compiled graph.
+
+    Running on several ranks (docs/operating.md):
+
+    on_hang: what follows when no progress is made in a step, or another rank fails. ``"raise"`` is an error,
+        and the end of the process where the main thread cannot be reached; ``"abort"`` ends the process with
+        exit code 85; ``"report"`` writes journals and goes on waiting. None watches nothing and starts no thread.
+    step_seconds, warm_up_seconds: how long a step may stand still, and how long while a rank compiles or captures.
+    agree_seconds: how long ranks wait for each other where they agree on something.
+    check_every_step: compare sizes and choice of graph before every step: slow, and shows who diverges.
+    on_capture_failure: a capture that fails on one rank makes all ranks run that size ``"uncaptured"``, or ``"raise"``.
+    journal_dir: folder for the journals that are written when something goes wrong; None writes none.
     """
 
     collective: str = "auto"
@@ -86,6 +101,13 @@ class Options:
     profile: str = "causes"
     static_outputs: bool = False
     on_report: Callable[[CompileReport], None] | None = None
+    on_hang: str | None = None
+    step_seconds: float = 60.0
+    warm_up_seconds: float = 1800.0
+    agree_seconds: float = 600.0
+    check_every_step: bool = False
+    on_capture_failure: str = "uncaptured"
+    journal_dir: str | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
@@ -116,6 +138,17 @@ class Options:
         if "all_reduce_ops" in checked:
             checked["all_reduce_ops"] = _all_reduce_ops(checked["all_reduce_ops"])
         _check_sizes(checked)
+        for key in _SECONDS:
+            seconds = checked.get(key, 1.0)
+            if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+                raise OptionsError(f"{key}={seconds!r} is not a positive number of seconds")
+        if checked.get("step_seconds", cls.step_seconds) > checked.get("warm_up_seconds", cls.warm_up_seconds):
+            raise OptionsError("step_seconds is more than warm_up_seconds, which is the longest that anything may take")
+        folder = checked.get("journal_dir")
+        if folder is not None:
+            if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+                raise OptionsError(f"journal_dir={folder!r} is not a folder")
+            checked["journal_dir"] = os.fspath(folder)
         callback = checked.get("on_report")
         if callback is not None and not callable(callback):
             raise OptionsError(f"on_report={callback!r} is not callable")

@@ -32,6 +32,7 @@ from ringfence.compile_passes.lower import eager_piece, lower
 from ringfence.compile_passes.split import split
 from ringfence.runtime import ops
 from ringfence.runtime.capture import SimulatedGraphs
+from ringfence.runtime.journal import REPLAY, Journal, PieceNote, ProgramNote
 from ringfence.runtime.program import Program, SizeRule, Step
 from ringfence.runtime.protocol import plan
 from ringfence.runtime.protocol.calls import program
@@ -202,6 +203,28 @@ def bench_runner() -> list[Row]:
     return rows
 
 
+def bench_journal() -> Row:
+    """What the journal adds to each piece: two marks, and its share of the step's own."""
+    journal = Journal()
+    notes = tuple(PieceNote(f"submod_{i}", i % 2 == 1, ("0",) if i % 2 else ()) for i in range(PIECES))
+    program, sizes = journal.register(ProgramNote(notes)), (TOKENS,)
+
+    def marked() -> None:
+        marks = journal.begin(program, sizes, REPLAY)
+        enter, leave = marks.enter, marks.leave
+        for _ in notes:
+            enter()
+            leave()
+        marks.end()
+
+    def unmarked() -> None:
+        for _ in notes:
+            pass
+
+    each = (median_ms(marked, 500) - median_ms(unmarked, 500)) / PIECES * 1e3
+    return Row(f"journal per piece of {PIECES}, host side", f"{each:.2f} us", "", "<= 1 us", each <= 1)
+
+
 # -- the protocol models -----------------------------------------------------------------
 
 
@@ -299,7 +322,7 @@ def bench_compile(repeats: int = 3) -> list[Row]:
 def main() -> int:
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    rows = [bench_passes(), bench_split(), *bench_runner(), *bench_models(), *bench_compile()]
+    rows = [bench_passes(), bench_split(), *bench_runner(), bench_journal(), *bench_models(), *bench_compile()]
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}"
     )

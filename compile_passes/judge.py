@@ -245,6 +245,18 @@ def groups_of(gm: GraphModule) -> set[str]:
     return {name for node in gm.graph.nodes if (name := _group_of(node)) is not None}
 
 
+def collectives_of(gm: GraphModule) -> list[Node]:
+    """The collectives over known groups, in order; a wait belongs to the one that it waits for."""
+    return [n for n in gm.graph.nodes if not calls(n, c10d.wait_tensor.default) and _group_of(n) is not None]
+
+
+def group_of(node: Node) -> str:
+    """The name of the process group of one of :func:`collectives_of`."""
+    name = _group_of(node)
+    assert name is not None, f"'{node.name}' is no collective over a known group"
+    return name
+
+
 # -- hazards -----------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
 from ..runtime.program import Program, Step
+from .judge import collectives_of, group_of
 from .roles import arguments
 from .split import SplitPlan
 
@@ -56,9 +57,10 @@ def lower(
             slot_of |= {item: outputs[arguments(item)[1]] for item in items}
         elif node.users:
             slot_of[node] = outputs[0]
+        groups = tuple(group_of(n) for n in collectives_of(piece))
         call = piece.forward if islands[name] else compile_piece(piece)
         inputs = tuple(slot_of[n] for n in arguments(node))
-        steps.append(Step(name, call, inputs, outputs, islands[name]))
+        steps.append(Step(name, call, inputs, outputs, islands[name], calls=groups))
 
     (output,) = whole.graph.find_nodes(op="output")
     results = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)

@@ -33,7 +33,7 @@ _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0005, 0.02
 class Store(Protocol):
     """What is used of ``torch.distributed.Store``."""
 
-    def set(self, key: str, value: bytes, /) -> None: ...
+    def set(self, key: str, value: Any, /) -> None: ...  # bytes; torch types it as str
     def get(self, key: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
     def add(self, key: str, amount: int, /) -> int: ...
@@ -57,6 +57,8 @@ class Channel:
     def __init__(self, store: Store, rank: int, size: int, *, seconds: float = DEFAULT_SECONDS) -> None:
         self.rank, self.size, self.seconds = rank, size, seconds
         self._store = store
+        #: Called while waiting; raises what is known about why nobody comes.
+        self.interrupt: Callable[[], None] = lambda: None
         self._opened = store.add(f"opened/{rank}", 1)
         self._exchanges = 0
 
@@ -121,6 +123,7 @@ class Channel:
                     "look at what those processes do: they died, hang, or run something else",
                     missing,
                 )
+            self.interrupt()
             time.sleep(sleep)
             sleep = min(2 * sleep, _LONGEST_SLEEP)
 

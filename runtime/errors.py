@@ -28,6 +28,33 @@ class RankMismatchError(RingfenceError):
     """The ranks of a group are about to do different things."""
 
 
+#: The name by which documents and issues call it.
+RankMismatch = RankMismatchError
+
+
+class GroupFailureError(RingfenceError):
+    """Another rank failed, so this one cannot go on.
+
+    ranks: which.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class HangError(GroupFailureError):
+    """Nothing moved until the deadline; ``ranks`` are those that the others wait for."""
+
+
+class PoisonedError(RingfenceError):
+    """A step failed half-way on some rank, so the ranks are out of step and nothing may be called any more."""
+
+
+class JournalError(RingfenceError, ValueError):
+    """A folder of journals that cannot be read or merged."""
+
+
 class ChannelTimeoutError(RingfenceError):
     """Ranks did not come to an exchange in time.
 

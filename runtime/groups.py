@@ -46,6 +46,12 @@ def describe_group(name: str, device: torch.device) -> Group:
     return Group(name, backend, group.size(), group.rank())
 
 
+def ranks_of(name: str) -> tuple[int, ...]:
+    """The global ranks of a group that exists."""
+    group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    return tuple(dist.get_process_group_ranks(group))
+
+
 def _default_group_name() -> str:
     world = dist.group.WORLD
     return str(world.group_name) if world is not None else ""

@@ -14,7 +14,8 @@ class Step:
 
     ``island`` steps run eagerly, always. A step may write into static inputs only, and what
     it returns is no alias of another argument: AOT traces graphs so, and captures rely on it.
-    ``frees`` are the slots that nothing reads after this step.
+    ``frees`` are the slots that nothing reads after this step; ``calls`` the process groups
+    of the collectives in it, in order.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Step:
     outputs: tuple[int, ...]
     island: bool
     frees: tuple[int, ...] = ()
+    calls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ from .errors import (
     NestedCaptureError,
     WorkspaceReplacedError,
 )
+from .journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote
 from .program import Padding, Program, SizeRule, Step
+from .supervision import Supervision
 
 #: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
 #: A size that grows in every step would otherwise fill the memory with graphs that are used once.
@@ -84,6 +86,7 @@ class _Entry:
     addresses: tuple[int, ...]
     parameters: list[_Parameter]
     generation: int
+    failed: str | None = None
 
     def release(self) -> None:
         for piece in self.pieces:
@@ -101,6 +104,8 @@ class PiecewiseRunner:
     max_tokens: the largest token count that is served at all; None serves any.
     static_outputs: return the captured buffers themselves, valid until the next call,
         instead of copies that the caller owns.
+    journal: where steps and pieces are written down; one of its own by default.
+    supervision: what ranks agree on beside the steps, and what follows when one of them fails.
     """
 
     def __init__(
@@ -114,8 +119,15 @@ class PiecewiseRunner:
         generation: Callable[[], int] = lambda: 0,
         max_tokens: int | None = None,
         static_outputs: bool = False,
+        journal: Journal | None = None,
+        supervision: Supervision | None = None,
+        strategy: str = "",
     ) -> None:
         self._program = program
+        self._journal = journal if journal is not None else Journal(pieces=1024, steps=64)
+        self._supervision = supervision if supervision is not None else Supervision()
+        notes = tuple(PieceNote(step.name, step.island, step.calls) for step in program.steps)
+        self._number = self._journal.register(ProgramNote(notes, strategy))
         self._sizes = sizes
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
         self._in_use = threading.Lock()
@@ -143,10 +155,11 @@ class PiecewiseRunner:
                 "the runner serves inference and was called in grad mode with inputs that require grad; "
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
+        self._supervision.check()
         if self._max_tokens is not None:
             self._check_tokens(args)
         if self._graphs is None:
-            return self._run(args)
+            return self._run(args, self._sizes.sizes(args))
         if self._graphs.is_capturing():
             raise NestedCaptureError(
                 "the model captures its own pieces and was called inside another capture; "
@@ -155,7 +168,7 @@ class PiecewiseRunner:
         sizes = self._sizes.sizes(args)
         target = self._target(sizes, args)
         if target is None:
-            return self._run(args)
+            return self._run(args, sizes)
         if not self._in_use.acquire(blocking=False):
             raise ConcurrentCallError(
                 "the model's captured buffers serve one call at a time, and a second one came from another thread or "
@@ -172,22 +185,39 @@ class PiecewiseRunner:
         if entry is None:
             self._check_parameters(target)
             if (target, addresses) in self._failed or self._has_enough(target, addresses):
-                return self._run(args)
+                return self._run(args, sizes)
+            self._supervision.before_capture(target)
             parameters = [_Parameter(args[i]) for i in self._static]
             entry = _Entry(target, [], [], [], addresses, parameters, self._generation())
-            run = self._capture
+            run, how = self._capture, CAPTURE
         elif entry.generation != self._generation():
             raise WorkspaceReplacedError(
                 f"the workspace of the collectives was closed since sizes {target} were captured, and the graph holds "
                 "its addresses; start over with torch._dynamo.reset()"
             )
         else:
-            run = self._replay
+            run, how = self._replay, REPLAY
         try:
-            run(entry, sizes, args)
+            self._step(target, how, run, entry, sizes, args)
+            if how is CAPTURE:
+                self._keep_or_drop(entry)
             return self._outputs(entry, sizes, args)
         finally:
             self._forget_parameters(entry)
+
+    def _step(self, sizes: tuple[int, ...], how: str, body: Callable[..., None], *args: Any) -> None:
+        """``body(marks, *args)`` as one step of the journal; the other ranks hear of it when it fails."""
+        self._supervision.before_step(sizes, how)
+        marks = self._journal.begin(self._number, sizes, how)
+        try:
+            body(marks, *args)
+        except BaseException as error:
+            try:
+                self._supervision.failed(error)  # raises in its place where another rank is the cause
+            finally:
+                marks.fail()
+            raise
+        marks.end()
 
     def _check_tokens(self, args: Sequence[Any]) -> None:
         assert self._sizes.tokens is not None and self._max_tokens is not None
@@ -204,16 +234,19 @@ class PiecewiseRunner:
         alike = (s for s, a in self._entries if a == addresses and tokens(s) == tokens(target))
         return sum(1 for _ in alike) >= _CAPTURES_PER_TOKEN_COUNT
 
-    def _replay(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+    def _replay(self, marks: Marks, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         self._load(entry, sizes, args)
+        enter, leave = marks.enter, marks.leave
         for action in entry.actions:
+            enter()
             action()
+            leave()
 
     # -- uncaptured ------------------------------------------------------------------
 
-    def _run(self, args: Sequence[Any]) -> list[Any]:
+    def _run(self, args: Sequence[Any], sizes: tuple[int, ...]) -> list[Any]:
         slots = self._slots(args)
-        self._run_steps(slots)
+        self._step(sizes, UNCAPTURED, self._run_steps, slots)
         return [slots[i] for i in self._program.outputs]
 
     def _slots(self, args: Sequence[Any]) -> list[Any]:
@@ -222,9 +255,12 @@ class PiecewiseRunner:
             slots[slot] = value
         return slots
 
-    def _run_steps(self, slots: list[Any]) -> None:
+    def _run_steps(self, marks: Marks, slots: list[Any]) -> None:
+        enter, leave = marks.enter, marks.leave
         for step in self._program.steps:
+            enter()
             values: Any = step.call(*[slots[i] for i in step.inputs])
+            leave()
             for slot, value in zip(step.outputs, values, strict=True):
                 slots[slot] = value
             values = value = None  # an output that nobody reads dies here, not after the next step
@@ -298,7 +334,7 @@ class PiecewiseRunner:
             if any(p.gone for p in entry.parameters):
                 self._entries.pop(key).release()
 
-    def _capture(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+    def _capture(self, marks: Marks, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         target = entry.sizes
         entry.slots = slots = self._slots(args)
         grown = self._padding.inputs if self._padding is not None and target != sizes else {}
@@ -311,24 +347,34 @@ class PiecewiseRunner:
             elif target != sizes and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
         self._load(entry, sizes, args)
-        failed: str | None = None
         try:
             for step in self._program.steps:
+                marks.enter()
                 if step.island:
                     entry.actions.append(self._record_island(step, entry))
-                elif failed is None:
-                    failed = self._record(step, entry)
+                elif entry.failed is None:
+                    entry.failed = self._record(step, entry)
                 else:
                     self._run_piece(step, entry)
+                marks.leave()
         except BaseException:  # the model's own
             entry.release()
             raise
-        if failed is None:
-            self._entries[target, entry.addresses] = entry
-        else:
+
+    def _keep_or_drop(self, entry: _Entry) -> None:
+        """Use the captures from now on if every rank has its own; if not, no rank does."""
+        key = entry.sizes, entry.addresses
+        try:
+            failures = self._supervision.after_capture(entry.failed)
+        except BaseException:
             entry.release()
-            self._failed.add((target, entry.addresses))
-            warnings.warn(f"ringfence: {failed}", CaptureFailedWarning, stacklevel=2)
+            raise
+        if not failures:
+            self._entries[key] = entry
+            return
+        entry.release()
+        self._failed.add(key)
+        warnings.warn(f"ringfence: {'; '.join(failures)}", CaptureFailedWarning, stacklevel=2)
 
     def _run_piece(self, step: Step, entry: _Entry) -> Sequence[Any]:
         assert self._graphs is not None

@@ -11,6 +11,10 @@ from support import start_fake_group
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-seconds", type=float, default=40.0, help="how long tests/faults/test_soak.py runs")
+
+
 @pytest.fixture
 def fake_group() -> Iterator[None]:
     """Two fake ranks, of which this process is the first."""

@@ -36,6 +36,15 @@ from ringfence.runtime.errors import OptionsError, RingfenceError, SizeTableErro
         ({"all_reduce_ops": ["ar"]}, ["all_reduce_ops", "'ar'"]),
         ({"pad_to_capture_size": True}, ["pad_to_capture_size", "capture_sizes"]),
         ({"on_report": 3}, ["on_report=3", "callable"]),
+        ({"on_hang": "ignore"}, ["on_hang='ignore'", "abort"]),
+        ({"on_capture_failure": None}, ["on_capture_failure=None", "uncaptured"]),
+        ({"check_every_step": "yes"}, ["check_every_step='yes'", "bool"]),
+        ({"step_seconds": 0}, ["step_seconds=0", "positive"]),
+        ({"agree_seconds": float("inf")}, ["agree_seconds=inf", "positive"]),
+        ({"warm_up_seconds": "60"}, ["warm_up_seconds='60'", "seconds"]),
+        ({"warm_up_seconds": 30}, ["step_seconds is more than warm_up_seconds"]),
+        ({"journal_dir": 3}, ["journal_dir=3", "folder"]),
+        ({"journal_dir": ""}, ["journal_dir=''", "folder"]),
     ],
 )
 def test_bad_option_is_refused_by_name(options: dict[str, object], names: list[str]) -> None:

@@ -1,0 +1,257 @@
+"""The journals of all ranks, merged: which rank stopped first, and who waits for it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from .channel import ranks_text
+from .errors import JournalError
+from .journal import FORMAT, REPLAY, Position
+from .suspects import Failure, Finding, find_culprit, where
+
+_DRAWN_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One piece of one step as a rank wrote it down. Times are in seconds of the rank's wall clock."""
+
+    step: int
+    piece: int
+    name: str
+    kind: str
+    sizes: tuple[int, ...]
+    entered: float
+    left: float | None
+    calls: str
+
+
+@dataclass(frozen=True)
+class RankJournal:
+    """The file of one rank."""
+
+    rank: int
+    reason: str
+    written: float
+    position: Position
+    groups: Mapping[str, tuple[int, ...]]
+    steps: tuple[tuple[int, tuple[int, ...], str], ...]  # number, sizes, how
+    marks: tuple[Mark, ...]
+    heard: Mapping[int, Position]
+    silent: Mapping[int, str]
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the journals say together. sentence: which rank stopped first, where, and who waits for it."""
+
+    sentence: str
+    finding: Finding | None
+    journals: tuple[RankJournal, ...]
+    missing: tuple[int, ...]
+    divergence: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schema is docs/report.md."""
+        return {
+            "format": FORMAT,
+            "sentence": self.sentence,
+            "ranks": list(self.finding.ranks) if self.finding is not None else [],
+            "waiting": list(self.finding.waiting) if self.finding is not None else [],
+            "missing": list(self.missing),
+            "divergence": self.divergence,
+            "positions": {str(j.rank): j.position.to_dict() for j in self.journals},
+            "reasons": {str(j.rank): j.reason for j in self.journals},
+        }
+
+    def __str__(self) -> str:
+        lines = [self.sentence]
+        if self.divergence is not None:
+            lines.append(self.divergence)
+        if self.missing:
+            lines.append(f"no journal of {ranks_text(self.missing)}")
+        for j in self.journals:
+            at = where(j.position) + ("" if j.position.stuck_in_piece else ", complete")
+            lines.append(f"rank {j.rank}: {at}; written because: {j.reason}")
+        return "\n".join(lines)
+
+
+def read_folder(folder: Path) -> tuple[RankJournal, ...]:
+    """The journals in a folder, by rank. Raises :class:`JournalError`."""
+    if not folder.is_dir():
+        raise JournalError(f"'{folder}' is no folder; journals are written into the option journal_dir")
+    paths = sorted(folder.glob("journal-rank*.json"))
+    if not paths:
+        raise JournalError(
+            f"'{folder}' holds no journal-rank*.json; were any written? They need the option journal_dir"
+        )
+    by_rank: dict[int, tuple[Path, RankJournal]] = {}
+    for path in paths:
+        journal = _read(path)
+        if journal.rank in by_rank:
+            raise JournalError(
+                f"'{by_rank[journal.rank][0].name}' and '{path.name}' are both of rank {journal.rank}; "
+                "keep the journals of one job in a folder"
+            )
+        by_rank[journal.rank] = path, journal
+    return tuple(journal for _, (_, journal) in sorted(by_rank.items()))
+
+
+def _read(path: Path) -> RankJournal:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise JournalError(f"'{path.name}' cannot be read: {error}") from error
+    if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+        raise JournalError(f"'{path.name}' is no journal of format {FORMAT}; read it with the ringfence that wrote it")
+    try:
+        return RankJournal(
+            int(value["rank"]),
+            str(value["reason"]),
+            float(value["time"]),
+            Position.from_dict(value["position"]),
+            {str(name): tuple(ranks) for name, ranks in value["groups"].items()},
+            tuple((s["step"], tuple(s["sizes"]), s["how"]) for s in value["steps"]),
+            tuple(_marks(value)),
+            {int(rank): Position.from_dict(p) for rank, p in value.get("heard", {}).items()},
+            {int(rank): str(how) for rank, how in value.get("silent", {}).items()},
+            tuple(Failure(**f) for f in value.get("failures", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise JournalError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
+
+
+def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
+    # Ranks have monotonic clocks of their own; the wall clock is what they share.
+    offset = value["time"] - value["clock_ns"] / 1e9
+    for step in value["steps"]:
+        pieces = value["programs"][step["program"]]["pieces"]
+        counts: Counter[str] = Counter(step["calls_before"])
+        for i, (entered, left) in enumerate(step["pieces"]):
+            piece = pieces[i]
+            calls = []
+            for group in piece["calls"]:
+                calls.append(f"call {counts[group]} of group '{group}'")
+                counts[group] += 1
+            kind = "island" if piece["island"] else "graph" if step["how"] == REPLAY else step["how"]
+            yield Mark(
+                step["step"],
+                i,
+                piece["name"],
+                kind,
+                tuple(step["sizes"]),
+                offset + entered / 1e9,
+                None if left is None else offset + left / 1e9,
+                ", ".join(calls),
+            )
+
+
+def merge(journals: Sequence[RankJournal]) -> Merged:
+    """Who stopped first? Ranks without a file count as silent."""
+    ranks = {j.rank for j in journals}
+    members: dict[str, tuple[int, ...]] = {}
+    for j in journals:
+        members |= {name: group for name, group in j.groups.items() if group}
+    everybody = ranks | {r for group in members.values() for r in group}
+    missing = tuple(sorted(everybody - ranks))
+    heard: dict[int, Position] = {}
+    for j in journals:
+        for rank, position in j.heard.items():
+            if rank in missing and (rank not in heard or position.moved > heard[rank].moved):
+                heard[rank] = position
+    positions = {**heard, **{j.rank: j.position for j in journals}}
+    silent = {rank: "left no journal" for rank in missing}
+    for j in journals:
+        silent |= {rank: how for rank, how in j.silent.items() if rank in missing}
+    failures = tuple(dict.fromkeys(f for j in journals for f in j.failures))
+    finding = find_culprit(positions, silent, failures, members)
+    divergence = first_divergence(journals)
+    if finding is not None:
+        sentence = finding.sentence
+    else:
+        sentence = divergence or "no rank waits: every step that was begun is complete"
+    return Merged(sentence, finding, tuple(journals), missing, divergence)
+
+
+def first_divergence(journals: Sequence[RankJournal]) -> str | None:
+    """The first step in which the ranks ran other sizes or another graph, of the steps that all journals hold."""
+    steps = [{number: (sizes, how) for number, sizes, how in j.steps} for j in journals]
+    if not steps:
+        return None
+    for number in sorted(set(steps[0]).intersection(*steps[1:])):
+        chosen = [s[number] for s in steps]
+        if len(set(chosen)) > 1:
+            by_rank = {j.rank: f"sizes {sizes}, {how}" for j, (sizes, how) in zip(journals, chosen, strict=True)}
+            holders: dict[str, list[int]] = {}
+            for rank, text in by_rank.items():
+                holders.setdefault(text, []).append(rank)
+            sides = "; ".join(f"{ranks_text(r)}: {text}" for text, r in holders.items())
+            return f"the ranks diverge at step {number}: {sides}"
+    return None
+
+
+# -- the picture --------------------------------------------------------------------------
+
+
+def svg(merged: Merged, width: int = 1100, row: int = 46) -> str:
+    """The last steps of all ranks side by side: time runs right; what is not complete is red, islands are darker."""
+    marks = {j.rank: _last_steps(j.marks) for j in merged.journals}
+    times = [t for some in marks.values() for m in some for t in (m.entered, m.left) if t is not None]
+    first, last = (min(times), max([*times, *(j.written for j in merged.journals)])) if times else (0.0, 1.0)
+    # What hangs has no end: the bars of the time before take nine tenths of the width.
+    moving = max([t for t in times], default=last)
+    left, right = 90, width - 20
+    scale = (right - left) * 0.9 / max(moving - first, 1e-6)
+
+    def x_of(t: float) -> float:
+        return min(left + (t - first) * scale, right)
+
+    top = 56
+    root = ElementTree.Element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"0 0 {width} {top + row * max(len(marks), 1) + 30}",
+            "font-family": "sans-serif",
+            "font-size": "12",
+        },
+    )
+    ElementTree.SubElement(root, "rect", width="100%", height="100%", fill="white")
+    _text(root, 10, 20, merged.sentence, bold=True)
+    _text(root, 10, 38, merged.divergence or "")
+    for place, (rank, some) in enumerate(marks.items()):
+        y = top + row * place
+        blamed = merged.finding is not None and rank in merged.finding.ranks
+        _text(root, 10, y + row // 2, f"rank {rank}", bold=blamed, fill="#b00020" if blamed else "#222")
+        for mark in some:
+            x, end = x_of(mark.entered), right if mark.left is None else x_of(mark.left)
+            fill = "#ff9aa6" if mark.left is None else "#9db8dd" if mark.kind == "island" else "#dbe6f6"
+            box = ElementTree.SubElement(
+                root, "rect", x=f"{x:.1f}", y=str(y), width=f"{max(end - x, 1):.1f}", height=str(row - 12), fill=fill
+            )
+            about = (
+                f"step {mark.step} of sizes {mark.sizes}, piece {mark.piece} '{mark.name}' ({mark.kind}) {mark.calls}"
+            )
+            ElementTree.SubElement(box, "title").text = about
+    span = f"{(moving - first) * 1e3:.1f} ms to the last mark; red: not complete when the journals were written"
+    _text(root, left, top + row * max(len(marks), 1) + 14, span)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _last_steps(marks: Sequence[Mark]) -> list[Mark]:
+    last = max((m.step for m in marks), default=0)
+    return [m for m in marks if m.step > last - _DRAWN_STEPS]
+
+
+def _text(root: ElementTree.Element, x: int, y: int, words: str, bold: bool = False, fill: str = "#222") -> None:
+    weight = "bold" if bold else "normal"
+    text = ElementTree.SubElement(root, "text", {"x": str(x), "y": str(y), "fill": fill, "font-weight": weight})
+    text.text = words

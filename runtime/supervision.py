@@ -1,0 +1,219 @@
+"""What accompanies the steps of a runner: agreement before, and what follows when one breaks off."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+
+from .agree import GroupAgreement, PlanDigest
+from .channel import DEFAULT_SECONDS, open_channel
+from .errors import GroupFailureError, RankMismatchError
+from .groups import Group, ranks_of
+from .journal import CudaMarks, Journal
+from .watchdog import Deadlines, Health, Reaction, Watchdog, open_watchdog
+
+log = logging.getLogger(__name__)
+
+
+class Supervision:
+    """What a runner asks for. This one is for a rank on its own: nobody to agree with."""
+
+    def check(self) -> None:
+        """Before anything else of a call. Raises :class:`PoisonedError` where the ranks are out of step."""
+
+    def before_step(self, sizes: tuple[int, ...], how: str) -> None:
+        """Before each step."""
+
+    def before_capture(self, sizes: tuple[int, ...]) -> None:
+        """Before a size is captured. Raises :class:`RankMismatchError` where ranks would capture different things."""
+
+    def after_capture(self, failure: str | None) -> tuple[str, ...]:
+        """Why the captures of that step are not to be kept; empty where they are."""
+        return () if failure is None else (failure,)
+
+    def failed(self, error: BaseException) -> None:
+        """A step breaks off with ``error``. May raise another one in its place; called while the step is open."""
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around what is done between the agreement on a graph and its first step."""
+        yield
+
+
+class GroupSupervision(Supervision):
+    """For a rank of a group.
+
+    agreement: what the ranks agree on; None where they cannot be asked.
+    watchdog: None where the user asked for none. folder: where journals go when a step breaks off.
+    every_step: compare sizes and choice of graph before each step. raise_on_capture: a capture
+    that fails on one rank is an error on all of them, instead of a step down for all of them.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        health: Health,
+        agreement: GroupAgreement | None,
+        watchdog: Watchdog | None = None,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        every_step: bool = False,
+        raise_on_capture: bool = False,
+    ) -> None:
+        self._journal, self._health = journal, health
+        self._agreement, self._watchdog, self._folder = agreement, watchdog, folder
+        self._every_step, self._raise_on_capture = every_step, raise_on_capture
+        self._steps = 0
+
+    def check(self) -> None:
+        self._health.check()
+
+    def before_step(self, sizes: tuple[int, ...], how: str) -> None:
+        if self._agreement is None or not self._every_step:
+            return
+        agreement, step = self._agreement, self._steps
+        self._steps += 1
+        self._waiting("compares the step with the others", lambda: agreement.before_step(step, sizes, how))
+
+    def before_capture(self, sizes: tuple[int, ...]) -> None:
+        if self._agreement is not None:
+            agreement = self._agreement
+            self._waiting(f"is about to capture sizes {sizes}", lambda: agreement.before_capture(sizes))
+
+    def after_capture(self, failure: str | None) -> tuple[str, ...]:
+        if self._agreement is None:
+            return super().after_capture(failure)
+        failed: list[tuple[int, str]] = []
+        agreement = self._agreement
+        self._waiting("votes on a capture", lambda: failed.extend(agreement.after_capture(failure)))
+        if failed and self._raise_on_capture:
+            text = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed)
+            self._health.poisoned = text
+            self._write(text)
+            raise GroupFailureError(f"a capture failed: {text}", tuple(rank for rank, _ in failed))
+        return tuple(f"rank {rank}: {reason}" for rank, reason in failed)
+
+    def failed(self, error: BaseException) -> None:
+        if self._watchdog is None:
+            self._write(f"{type(error).__name__}: {error}")
+            return
+        instead = self._watchdog.failed(error)
+        if instead is not error:
+            raise instead from error
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if self._watchdog is not None:
+                self._watchdog.failed(error, "the compilation of a graph")
+            raise
+
+    def _waiting(self, doing: str, body: Callable[[], None]) -> None:
+        """Wait for the other ranks, and let them see for what."""
+        self._journal.doing = doing
+        try:
+            body()
+        except RankMismatchError as error:  # every rank raises it
+            self._health.poisoned = str(error)
+            self._write(str(error))
+            raise
+        finally:
+            self._journal.doing = ""
+
+    def _write(self, reason: str) -> None:
+        if self._folder is None:
+            return
+        try:
+            self._journal.dump(self._folder, reason)
+        except OSError as error:  # what is being raised matters more
+            log.error("ringfence: the journal of rank %d cannot be written: %s", self._journal.rank, error)
+
+
+class Overseer:
+    """One per backend: its journal, its watchdog, and the supervision of each graph that it compiles.
+
+    on_hang: what a hang is answered by; None watches nothing and starts no thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_hang: str | None = None,
+        deadlines: Deadlines | None = None,
+        agree_seconds: float = DEFAULT_SECONDS,
+        folder: str | None = None,
+        every_step: bool = False,
+        raise_on_capture: bool = False,
+    ) -> None:
+        self.journal, self.health = Journal(), Health()
+        self.watchdog: Watchdog | None = None
+        #: Name -> what returns JSON-ready values about the state of a device's memory, for the journal of a hang.
+        self.probes: dict[str, Callable[[], Any]] = {}
+        self._on_hang, self._deadlines, self._agree_seconds = on_hang, deadlines, agree_seconds
+        self._folder, self._every_step, self._raise_on_capture = folder, every_step, raise_on_capture
+        self._has_marks = False
+
+    def supervise(self, groups: Collection[Group], digest: PlanDigest, device: torch.device) -> Supervision:
+        """Agree on a compiled graph with the ranks of its groups, and watch over it from now on.
+
+        Raises :class:`RankMismatchError` and :class:`ChannelTimeoutError`.
+        """
+        real = sorted((g for g in groups if g.size > 1 and g.backend not in _WITHOUT_PEERS), key=lambda g: g.name)
+        if not real:
+            return Supervision()
+        import torch.distributed as dist
+
+        self.journal.rank = dist.get_rank()
+        if device.type == "cuda" and not self._has_marks:
+            self.journal.use(CudaMarks(device, self.journal.slots))
+            self._has_marks = True
+        if self._on_hang is not None and self.watchdog is None:
+            reaction = Reaction(self._on_hang, self._folder, self.probes, _abort_groups)
+            self.watchdog = open_watchdog(self.journal, reaction, self._deadlines, self.health)
+        for group in real:
+            ranks = ranks_of(group.name)
+            self.journal.name_group(group.name, ranks)
+            if self.watchdog is not None:
+                self.watchdog.join_group(group.name, ranks)
+        channels = [open_channel(g.name, seconds=self._agree_seconds) for g in real]
+        if self.watchdog is not None:
+            for channel in channels:
+                channel.interrupt = self.watchdog.interrupt
+        self.journal.doing = "waits for the others to agree on a compiled graph"
+        try:
+            agreement = GroupAgreement(channels, digest)
+        finally:
+            self.journal.doing = ""
+        return GroupSupervision(
+            self.journal,
+            self.health,
+            agreement,
+            self.watchdog,
+            folder=self._folder,
+            every_step=self._every_step,
+            raise_on_capture=self._raise_on_capture,
+        )
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self.watchdog is not None:
+            self.watchdog.close()
+
+
+#: Groups whose ranks are not processes of their own.
+_WITHOUT_PEERS = frozenset({"fake", "threaded"})
+
+
+def _abort_groups() -> None:
+    """Wake a main thread that waits in NCCL. gloo has no abort."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        group.abort()

@@ -1,0 +1,163 @@
+"""Who is to blame? From where each rank stands, which one do the others wait for.
+
+The rank that spins is usually the victim. A collective call completes nowhere until every rank
+of its group has entered it, so whoever has entered fewer calls than the others wait in is the
+one; and whoever has completed a call that others are still in left one out before.
+
+Used by the watchdog, on what ranks tell each other while they run, and by ``ringfence journal``,
+on what they wrote down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .channel import ranks_text
+from .journal import Calls, Position
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception that broke a step off on a rank.
+
+    victim: it came out of a collective, so another rank may be its cause.
+    """
+
+    rank: int
+    where: str
+    error: str
+    victim: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """ranks: to blame. waiting: for them. sentence: both, and where."""
+
+    ranks: tuple[int, ...]
+    waiting: tuple[int, ...]
+    sentence: str
+
+
+def where(position: Position) -> str:
+    """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``."""
+    if position.step < 0:
+        return "no step yet"
+    text = f"step {position.step} of sizes {position.sizes}"
+    if position.piece is not None:
+        text += f", piece {position.piece} '{position.name}' ({position.kind})"
+    if position.calls:
+        text += ", " + ", ".join(str(c) for c in position.calls)
+    return text
+
+
+def find_culprit(
+    positions: Mapping[int, Position],
+    silent: Mapping[int, str],
+    failures: Sequence[Failure] = (),
+    members: Mapping[str, Sequence[int]] | None = None,
+) -> Finding | None:
+    """The ranks that the others wait for; None where nobody waits.
+
+    positions: by rank, the last that is known. silent: ranks that no longer answer, and how
+    that shows. failures: in the order in which they were reported. members: the ranks of each
+    group; a group that is not in it is taken to hold all.
+    """
+    waiting = tuple(sorted(r for r, p in positions.items() if p.stuck_in_piece and r not in silent))
+    first = next((f for f in failures if not f.victim), None)
+    if first is not None:
+        others = tuple(r for r in waiting if r != first.rank)
+        return Finding((first.rank,), others, f"rank {first.rank} failed in {first.where}: {first.error}")
+    if silent:
+        gone = tuple(sorted(silent))
+        said = "; ".join(f"rank {r} {silent[r]}" for r in gone)
+        last = "; ".join(f"rank {r} was last heard of in {where(positions[r])}" for r in gone if r in positions)
+        return Finding(gone, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting), last])))
+    stuck = sorted((c.first, r, c) for r in waiting for c in positions[r].calls)
+    for _, rank, call in stuck:
+        finding = _behind_or_past(positions, rank, call, (members or {}).get(call.group) or tuple(positions))
+        if finding is not None:
+            return finding
+    alone = tuple(r for r in waiting if not positions[r].calls)
+    if alone:
+        rank = alone[0]
+        others = tuple(r for r in waiting if r not in alone)
+        return Finding(
+            alone, others, f"{ranks_text(alone)} does not get on in {where(positions[rank])}, which holds no call"
+        )
+    if stuck:
+        together = tuple(dict.fromkeys(r for _, r, _ in stuck))
+        places = _who_waits(positions, together)
+        return Finding(together, together, f"every rank has entered the call and none gets on: {places}")
+    if failures:
+        f = failures[0]
+        return Finding((f.rank,), waiting, f"rank {f.rank} failed in {f.where}: {f.error}")
+    return None
+
+
+def _behind_or_past(
+    positions: Mapping[int, Position], rank: int, call: Calls, members: Sequence[int]
+) -> Finding | None:
+    """Who keeps ``rank`` waiting in ``call``?"""
+    known = [r for r in members if r in positions]
+    inside = tuple(r for r in known if any(c.group == call.group and c.first == call.first for c in positions[r].calls))
+    behind = [r for r in known if positions[r].submitted.get(call.group, 0) <= call.first]
+    if behind:
+        least = min(positions[r].submitted.get(call.group, 0) for r in behind)
+        culprits = tuple(r for r in behind if positions[r].submitted.get(call.group, 0) == least)
+        did = "; ".join(f"rank {r} {_what_it_does(positions[r])}" for r in culprits)
+        return Finding(
+            culprits,
+            tuple(r for r in inside if r not in culprits),
+            f"{ranks_text(culprits)} did not come to call {call.first} of group '{call.group}' "
+            f"({where(positions[rank])} on rank {rank}), in which {ranks_text(inside)} "
+            f"wait{'s' * (len(inside) == 1)}: {did}",
+        )
+    # Of a device only whole steps are known, so this may be a range of calls that a host is still working through.
+    within = [r for r in known if positions[r].submitted.get(call.group, 0) <= call.last]
+    if within:
+        r = min(within, key=lambda r: positions[r].submitted.get(call.group, 0))
+        entered = positions[r].submitted.get(call.group, 0)
+        return Finding(
+            (r,),
+            tuple(w for w in inside if w != r),
+            f"rank {r} has entered calls before {entered} of group '{call.group}', and rank {rank} all of its step "
+            f"({where(positions[rank])}): rank {r} {_what_it_does(positions[r])}",
+        )
+    past = tuple(r for r in known if positions[r].completed.get(call.group, 0) > call.last)
+    if past and len(past) <= len(inside):
+        return Finding(
+            past,
+            inside,
+            f"{ranks_text(past)} left out a call of group '{call.group}': {'they have' if len(past) > 1 else 'it has'} "
+            f"completed call {call.last}, in which {ranks_text(inside)} still wait{'s' * (len(inside) == 1)} "
+            f"({where(positions[rank])})",
+        )
+    if past:
+        return Finding(
+            inside,
+            past,
+            f"{ranks_text(inside)} made a call more than the others: still in {where(positions[rank])}, which "
+            f"{ranks_text(past)} have completed",
+        )
+    return None
+
+
+def _what_it_does(position: Position) -> str:
+    if position.doing:
+        return f"{position.doing}, after {where(position)}"
+    if position.phase == "compile":
+        return f"compiles since {position.still:.1f} s, after {where(position)}"
+    if position.stuck_in_piece:
+        return f"is in {where(position)}"
+    if position.step < 0:
+        return "has not called the model"
+    return f"is outside of the model since {position.still:.1f} s, after {where(position)}"
+
+
+def _who_waits(positions: Mapping[int, Position], waiting: Sequence[int]) -> str:
+    """``ranks 0, 2 wait in step ...``: the same sentence once."""
+    places: dict[str, list[int]] = {}
+    for rank in waiting:
+        places.setdefault(where(positions[rank]), []).append(rank)
+    return "; ".join(f"{ranks_text(r)} wait{'s' * (len(r) == 1)} in {place}" for place, r in places.items())

@@ -1,0 +1,348 @@
+"""Ranks that go wrong on purpose: real processes over gloo, a small model, simulated graphs.
+
+:func:`run_fault` starts the ranks of a :class:`Fault`, lets one of them misbehave, and says how and when each ended.
+Used by the tests and by ``benchmarks/soak.py``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HIDDEN, LAYERS = 16, 2
+#: Token counts of the steps, again and again. 3 is not captured.
+SIZES = (4, 8, 3, 8, 4)
+#: How long a step may stand still.
+DEADLINE = 2.0
+#: What the watchdog may take beyond it.
+MARGIN = 2.0
+#: When a run is broken off by force.
+HARD_END = 60.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to go wrong, and what the other ranks have to say about it.
+
+    says: a pattern that the error of every rank but ``rank`` must match. None: nothing may go wrong.
+    """
+
+    name: str
+    rank: int
+    says: str | None
+    on_hang: str = "raise"
+    ranks: int = 3
+    steps: int = 12
+    sizes: tuple[int, ...] = SIZES
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Ending:
+    """How a rank ended: ``error`` is what it raised, or wrote before its process ended."""
+
+    rank: int
+    exit_code: int | None = None
+    error: str = ""
+    kind: str = ""
+    culprits: tuple[int, ...] = ()
+    steps: int = 0
+    seconds: float = 0.0  # after the fault
+
+
+@dataclass
+class Outcome:
+    fault: Fault
+    endings: list[Ending]
+    journal: str = ""
+    left_running: bool = False
+
+    @property
+    def others(self) -> list[Ending]:
+        return [e for e in self.endings if e.rank != self.fault.rank]
+
+    def problems(self) -> list[str]:
+        """What is not as it must be; empty where all is."""
+        problems = ["a process is left running"] if self.left_running else []
+        if self.fault.says is None:
+            return problems + [
+                f"rank {e.rank} ended with {e.exit_code} after {e.steps} steps: {e.error}"
+                for e in self.endings
+                if e.exit_code != 0 or e.error or e.steps != self.fault.steps
+            ]
+        for e in self.others:
+            if not e.error:
+                problems.append(f"rank {e.rank} ended with {e.exit_code} and says nothing")
+            elif not re.search(self.fault.says, e.error):
+                problems.append(f"rank {e.rank} does not say /{self.fault.says}/: {e.error}")
+            if e.seconds > DEADLINE + MARGIN:
+                problems.append(f"rank {e.rank} ended {e.seconds:.1f} s after the fault")
+        return problems
+
+
+def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
+    """A tensor-parallel model by hand, with an island before each all-reduce where ``fault`` strikes."""
+    from ringfence.runtime import reference
+
+    calls = {"pause": 0, "work": 0, "all_reduce": 0}
+    mine = rank == fault.rank
+
+    @torch.library.custom_op("ringfence_faults::pause", mutates_args=())
+    def pause(x: Tensor) -> Tensor:
+        calls["pause"] += 1
+        if mine and calls["pause"] == 7 * LAYERS + 1:  # the first layer of the eighth step
+            if fault.name in ("killed", "stopped"):
+                say("fault")
+                os.kill(os.getpid(), signal.SIGKILL if fault.name == "killed" else signal.SIGSTOP)
+            if fault.name == "throws":
+                say("fault")
+                raise ValueError("the island was told to throw")
+            if fault.name == "stuck":
+                say("fault")
+                time.sleep(3600)
+        if fault.name == "slow":  # each step of one rank takes longer than the deadline, and five times the others'
+            time.sleep(DEADLINE * 0.65 if mine else DEADLINE * 0.13)
+        return x.clone()
+
+    @pause.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @torch.library.custom_op("ringfence_faults::work", mutates_args=())
+    def work(x: Tensor) -> Tensor:
+        calls["work"] += 1
+        # Size 4 is captured in the first step, twice for each layer; size 8 in the second.
+        if mine and fault.name == "capture" and calls["work"] == 2 * LAYERS + 2:
+            say("fault")
+            raise ValueError("the capture was told to throw")
+        return x.clone()
+
+    @work.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    if mine and fault.name == "skipped call":
+        original = reference.all_reduce
+
+        def all_reduce(x: Tensor, group: str) -> Tensor:
+            calls["all_reduce"] += 1
+            if calls["all_reduce"] == 7 * LAYERS + 1:
+                say("fault")
+                return x.clone()
+            return original(x, group)
+
+        reference.all_reduce = all_reduce
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm = nn.Linear(HIDDEN, HIDDEN, bias=False), nn.RMSNorm(HIDDEN, eps=1e-5)
+
+        def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.ops.ringfence_faults.work(F.silu(self.up(x)))
+            y = torch.ops.ringfence_faults.pause(y) * 1.0
+            dist.all_reduce(y)
+            residual = residual + y
+            return self.norm(residual), residual
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+
+        def forward(self, x: Tensor) -> Tensor:
+            residual = x
+            for layer in self.layers:
+                x, residual = layer(x, residual)
+            return x
+
+    torch.manual_seed(0)
+    return Model()
+
+
+def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection) -> None:
+    def say(*message: Any) -> None:
+        pipe.send((message[0], time.monotonic(), *message[1:]))
+
+    errors = os.open(os.path.join(folder, f"stderr-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(errors, 2)
+    try:
+        _run(fault, rank, port, folder, say)
+    except BaseException as error:
+        inner = getattr(error, "inner_exception", error)
+        say("error", type(inner).__name__, str(inner), getattr(inner, "ranks", ()))
+        time.sleep(0.5)  # as a server would, between an error and its end: the watchdogs talk on
+        os._exit(1)
+    os._exit(0)  # a process group whose peers are gone must not be waited for
+
+
+def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., None]) -> None:
+    import ringfence
+    from ringfence.runtime import agree
+    from ringfence.runtime.channel import open_channel
+    from ringfence.runtime.errors import WorkspaceError
+
+    mine = rank == fault.rank
+    torch.set_num_threads(2 + rank if fault.name == "other thread count" else 1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=fault.ranks)
+    sizes = (4,) if mine and fault.name == "other option" else (4, 8)
+    backend = ringfence.Backend(
+        piece_compiler="eager",
+        capture_sizes=sizes,
+        split_ops=["ringfence_faults::pause"],
+        on_hang=fault.on_hang,
+        step_seconds=DEADLINE,
+        warm_up_seconds=5 * DEADLINE,
+        agree_seconds=5 * DEADLINE,
+        journal_dir=folder,
+        **fault.options,
+    )
+    model = torch.compile(_model(fault, rank, say), backend=backend, fullgraph=True, dynamic=True)
+    x = {n: torch.randn(n, HIDDEN) for n in set(fault.sizes)}
+    if fault.name == "workspace":
+        say("fault")
+        failure = "cuMemCreate: out of memory" if mine else None
+        failed = agree.vote(
+            open_channel(dist.group.WORLD.group_name, seconds=DEADLINE), "create the workspace", failure
+        )
+        if failed:
+            raise WorkspaceError("; ".join(f"rank {r} has no workspace: {why}" for r, why in failed))
+    if fault.name == "other option":  # time counts from when the last rank has come to compare
+        compare = agree.agree
+
+        def agree_later(*args: Any, **options: Any) -> None:
+            say("fault")
+            compare(*args, **options)
+
+        agree.agree = agree_later
+    with torch.no_grad():
+        for step in range(fault.steps):
+            if mine and fault.name == "skipped step" and step == 7:
+                say("fault")
+                continue
+            model(x[fault.sizes[step % len(fault.sizes)]])
+            say("step", step)
+    if fault.says is None:
+        dist.barrier()
+    for _ in range(400):  # idle, as a server without requests
+        if fault.says is not None:
+            backend.overseer.health.check()
+            time.sleep(0.05)
+
+
+def run_fault(fault: Fault, context: Any = None) -> Outcome:
+    """Run it to its end; whatever still runs at the hard end is killed, and so is a stopped rank."""
+    context = context if context is not None else fork_server()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(fault.ranks)]
+        processes = [
+            context.Process(target=_rank_main, args=(fault, rank, port, folder, pipes[rank][1]), daemon=True)
+            for rank in range(fault.ranks)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            outcome = _follow(fault, processes, [receiver for receiver, _ in pipes], folder)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        outcome.left_running = any(process.is_alive() for process in processes)
+        outcome.journal = _merged(folder)
+        return outcome
+
+
+def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder: str) -> Outcome:
+    endings = [Ending(rank) for rank in range(fault.ranks)]
+    struck, ended = None, dict[int, float]()
+    end = time.monotonic() + HARD_END
+    waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
+    watched = set(range(fault.ranks))
+    if fault.name == "stopped":  # it never ends by itself
+        del waiting[processes[fault.rank].sentinel]
+        watched.discard(fault.rank)
+    while waiting and time.monotonic() < end:
+        for sentinel in wait(list(waiting), timeout=0.05):
+            ended.setdefault(waiting.pop(sentinel), time.monotonic())
+        for rank, pipe in enumerate(pipes):
+            while pipe.poll():
+                what, at, *more = pipe.recv()
+                if what == "fault":
+                    struck = at if struck is None else max(struck, at)
+                elif what == "step":
+                    endings[rank].steps += 1
+                elif what == "error":
+                    endings[rank].kind, endings[rank].error, endings[rank].culprits = more
+                    ended.setdefault(rank, at)  # what counts is when the error was raised
+    for rank, ending in enumerate(endings):
+        ending.exit_code = processes[rank].exitcode
+        written = Path(folder, f"stderr-{rank}").read_text(errors="replace")
+        said = [line for line in written.splitlines() if "ends with exit code" in line]
+        if not ending.error and said:
+            ending.error, ending.kind = said[-1], "exit"
+        ending.seconds = ended.get(rank, time.monotonic()) - (struck if struck is not None else time.monotonic())
+    return Outcome(fault, endings)
+
+
+def _merged(folder: str) -> str:
+    from ringfence.runtime.journals import merge, read_folder
+
+    try:
+        return merge(read_folder(Path(folder))).sentence
+    except ValueError as error:
+        return str(error)
+
+
+def fork_server() -> Any:
+    """Processes that start with torch already imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "ringfence.backend", "torch._inductor.compile_fx"])
+    return context
+
+
+#: What the issue lists, and a rank that does not come back.
+FAULTS = (
+    Fault("killed", 1, r"rank 1 has not been heard of.*; ranks 0, 2 wait in step 7 .*call 14 "),
+    Fault("killed", 0, r"rank 0 serves the store.*; .*rank.* waits? in step 7 .*call 14 "),
+    Fault("stopped", 1, r"rank 1 has not been heard of.*; ranks 0, 2 wait in step 7 .*call 14 "),
+    Fault("stopped", 0, r"rank 0 serves the store.*; .*rank.* waits? in step 7 .*call 14 ", on_hang="abort"),
+    Fault("stuck", 1, r"rank 1 did not come to call 14 .*step 7", on_hang="abort"),
+    # Of one size, because gloo ends a process that receives more than it expects. Kernels would go on spinning.
+    Fault("skipped call", 2, r"rank 2 left out a call of .*call 23, in which ranks 0, 1 .*step 11", sizes=(4,)),
+    Fault("skipped step", 1, r"rank 1 did not come to call 22 .*step 11.*ranks 0, 2 wait: .*step 10", sizes=(4,)),
+    Fault(
+        "skipped step",
+        1,
+        r"ranks 0, 2: step 7 of sizes \(3,\), uncaptured; rank 1: step 7 of sizes \(8,\), replay",
+        options={"check_every_step": True},
+    ),
+    Fault("throws", 1, r"rank 1 failed in step 7 .*the island was told to throw"),
+    Fault(
+        "capture",
+        2,
+        r"rank 2: capture of 'submod_\d+' at sizes \(8,\) failed .*told to throw",
+        options={"on_capture_failure": "raise"},
+    ),
+    Fault("workspace", 1, r"rank 1 has no workspace: cuMemCreate"),
+    Fault("other option", 1, r"option capture_sizes differs: ranks 0, 2: \[4, 8\]; rank 1: \[4\]"),
+    Fault("other thread count", 1, None),
+    Fault("slow", 1, None, steps=5),
+)

@@ -1,0 +1,18 @@
+"""One rank goes wrong: all others end in time and say which one, in which call."""
+
+from __future__ import annotations
+
+import pytest
+from faults.ranks import FAULTS, Fault, run_fault
+
+
+def _name(fault: Fault) -> str:
+    checked = ", every step checked" if "check_every_step" in fault.options else ""
+    return f"{fault.name} on rank {fault.rank}{checked}"
+
+
+@pytest.mark.xdist_group("faults")  # one at a time: each runs three processes
+@pytest.mark.parametrize("fault", FAULTS, ids=_name)
+def test_all_other_ranks_end_in_time_and_name_it(fault: Fault) -> None:
+    outcome = run_fault(fault)
+    assert not outcome.problems()

@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from ringfence.cli import main
+from ringfence.runtime import journals
+from ringfence.runtime.errors import JournalError
+from ringfence.runtime.journal import (
+    CAPTURE,
+    REPLAY,
+    UNCAPTURED,
+    Calls,
+    Journal,
+    Marks,
+    PieceNote,
+    Position,
+    ProgramNote,
+)
+from ringfence.runtime.suspects import find_culprit
+
+#: A compute piece, an island with one call, a piece with two calls.
+NOTE = ProgramNote(
+    (PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",)), PieceNote("submod_2", False, ("tp", "tp"))),
+    "reference",
+)
+
+
+def journal(rank: int = 0, **places: int) -> Journal:
+    j = Journal(rank, **places)
+    j.register(NOTE)
+    j.name_group("tp", (0, 1))
+    return j
+
+
+def step(j: Journal, how: str = REPLAY, sizes: tuple[int, ...] = (4,), enter: int = 3, leave: int = 3) -> Marks:
+    """A step that enters and leaves so many pieces; it is ended where it left all."""
+    marks = j.begin(0, sizes, how)
+    for i in range(enter):
+        marks.enter()
+        if i < leave:
+            marks.leave()
+    if leave == 3:
+        marks.end()
+    return marks
+
+
+# -- where is this rank? -----------------------------------------------------------------
+
+
+def test_an_idle_rank_has_completed_what_it_submitted() -> None:
+    j = journal()
+    assert j.position().phase == "idle" and j.position().step == -1
+    step(j)
+    step(j)
+    position = j.position()
+    assert (position.phase, position.step, position.stuck_in_piece) == ("idle", 1, False)
+    assert position.submitted == position.completed == {"tp": 6}
+
+
+def test_a_rank_inside_a_call() -> None:
+    j = journal()
+    step(j)
+    step(j, enter=2, leave=1)
+    position = j.position()
+    assert (position.phase, position.step, position.piece, position.name) == ("step", 1, 1, "submod_1")
+    assert (position.kind, position.sizes, position.strategy) == ("island", (4,), "reference")
+    assert position.calls == (Calls("tp", 3, 3),)
+    assert (position.submitted, position.completed) == ({"tp": 4}, {"tp": 3})
+
+
+def test_a_captured_piece_holds_several_calls() -> None:
+    j = journal()
+    step(j)
+    step(j, enter=3, leave=2)
+    position = j.position()
+    assert position.kind == "graph" and position.calls == (Calls("tp", 4, 5),)
+    assert str(position.calls[0]) == "calls 4 to 5 of group 'tp'"
+
+
+def test_between_two_pieces_no_call_is_waited_for() -> None:
+    j = journal()
+    step(j, enter=2, leave=2)
+    assert j.position().calls == () and j.position().completed == {"tp": 1}
+
+
+def test_first_steps_and_captures_are_warm_up() -> None:
+    j = journal()
+    for how, phase in ((UNCAPTURED, "warm-up"), (CAPTURE, "warm-up"), (REPLAY, "step")):
+        marks = step(j, how, leave=0)
+        assert j.position().phase == phase
+        marks.end()
+    j.compiling(True)
+    assert j.position().phase == "compile"
+    j.compiling(False)
+    assert j.position().phase == "idle"
+
+
+def test_a_step_that_failed_counts_what_it_entered() -> None:
+    j = journal()
+    step(j, enter=2, leave=1).fail()
+    assert j.position().phase == "idle" and j.position().submitted == {"tp": 1}
+    (written,) = j.to_dict()["steps"]
+    assert written["ended_ns"] is None and [left is None for _, left in written["pieces"]] == [False, True]
+    step(j)
+    assert j.position().submitted == {"tp": 4}
+
+
+def test_a_nested_step_is_counted_and_not_written_down() -> None:
+    j = journal()
+    marks = step(j, enter=1, leave=0)
+    step(j)
+    assert j.missed == 1 and j.position().piece == 0
+    marks.leave()
+    marks.end()
+    assert len(j.to_dict()["steps"]) == 1
+
+
+def test_a_position_survives_json() -> None:
+    j = journal()
+    step(j, enter=2, leave=1)
+    position = j.position()
+    assert Position.from_dict(json.loads(json.dumps(position.to_dict()))) == position
+
+
+class Device:
+    """Completion as a test wants it."""
+
+    def __init__(self) -> None:
+        self.pending: set[int] = set()
+
+    def record(self, slot: int) -> bool:
+        self.pending.add(slot)
+        return True
+
+    def done(self, slot: int) -> bool:
+        return slot not in self.pending
+
+    def watch_from_here(self) -> None:
+        pass
+
+
+def test_on_a_device_a_step_is_outstanding_until_its_mark() -> None:
+    j, device = journal(), Device()
+    j.use(device)
+    step(j)
+    step(j)
+    position = j.position()
+    assert (position.phase, position.step, position.stuck_in_piece) == ("step", 0, True)
+    assert position.calls == (Calls("tp", 0, 2),) and position.completed == {"tp": 0}
+    assert position.submitted == {"tp": 6}  # the host has run ahead
+    before = position.moved
+    device.pending.clear()
+    position = j.position()
+    assert position.phase == "idle" and position.completed == {"tp": 6} and position.moved != before
+
+
+def test_a_host_that_stopped_within_a_step_is_told_from_the_devices_that_wait() -> None:
+    ahead, stopped = journal(0), journal(1)
+    for j in (ahead, stopped):
+        j.use(Device())
+    step(ahead)  # its host has left the model; its device waits somewhere in the step
+    step(stopped, enter=2, leave=1)
+    finding = find_culprit({0: ahead.position(), 1: stopped.position()}, {})
+    assert finding is not None and (finding.ranks, finding.waiting) == ((1,), (0,))
+    assert finding.sentence.startswith("rank 1 has entered calls before 1 of group 'tp', and rank 0 all of its step")
+
+
+# -- the ring ------------------------------------------------------------------------------
+
+
+def test_the_ring_keeps_the_last_steps_whole() -> None:
+    j = journal(pieces=16, steps=8)
+    for n in range(50):
+        step(j, sizes=(n,))
+    written = j.to_dict()["steps"]
+    assert [s["step"] for s in written] == [45, 46, 47, 48, 49]  # 16 places hold five steps of three pieces
+    assert [s["sizes"] for s in written] == [[45], [46], [47], [48], [49]]
+    assert written[0]["calls_before"] == {"tp": 135}
+    assert all(entered <= left for s in written for entered, left in s["pieces"])
+
+
+def test_a_ring_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        Journal(pieces=100)
+
+
+def test_nothing_is_allocated_per_step() -> None:
+    j, sizes = journal(pieces=64, steps=16), (4,)
+    for _ in range(100):
+        step(j, sizes=sizes)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.take_snapshot()
+        for _ in range(1000):
+            step(j, sizes=sizes)
+        after = tracemalloc.take_snapshot()
+    finally:
+        tracemalloc.stop()
+    grown = sum(d.size_diff for d in after.compare_to(before, "filename") if "journal.py" in str(d.traceback))
+    assert grown < 2000  # the counters' last values
+
+
+def test_positions_are_read_while_another_thread_writes() -> None:
+    j = journal(pieces=64, steps=16)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            step(j)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(2000):
+            position = j.position()
+            assert 0 <= position.completed.get("tp", 0) <= position.submitted.get("tp", 0)
+    finally:
+        stop.set()
+        writer.join()
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def dumped(folder: Path, *ranks: Journal, **more: Any) -> Path:
+    for j in ranks:
+        j.dump(folder, "test", **more)
+    return folder
+
+
+def test_the_rank_that_did_not_come_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ahead, behind = journal(0), journal(1)
+    for j in (ahead, behind):
+        step(j)
+    step(ahead, enter=2, leave=1)
+    step(behind, enter=1, leave=0)
+    dumped(tmp_path, ahead, behind)
+    assert main(["journal", str(tmp_path), "--svg", str(tmp_path / "ranks.svg")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (
+        "rank 1 did not come to call 3 of group 'tp' (step 1 of sizes (4,), piece 1 'submod_1' (island), "
+        "call 3 of group 'tp' on rank 0), in which rank 0 waits: "
+        "rank 1 is in step 1 of sizes (4,), piece 0 'submod_0' (graph)"
+    )
+    assert said[1].startswith("rank 0: step 1") and said[2].startswith("rank 1: step 1")
+    picture = ElementTree.parse(tmp_path / "ranks.svg")
+    assert len(picture.findall(".//{*}rect")) == 1 + 5 + 4
+    assert main(["journal", str(tmp_path), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["format"], value["ranks"], value["waiting"], value["missing"]) == (1, [1], [0], [])
+
+
+def test_a_rank_without_a_journal_is_to_blame(tmp_path: Path) -> None:
+    waits = journal(0)
+    step(waits, enter=2, leave=1)
+    merged = journals.merge(journals.read_folder(dumped(tmp_path, waits)))
+    assert merged.missing == (1,)
+    assert merged.sentence == (
+        "rank 1 left no journal; "
+        "rank 0 waits in step 0 of sizes (4,), piece 1 'submod_1' (island), call 0 of group 'tp'"
+    )
+
+
+def test_a_rank_that_left_out_a_call_is_told_from_its_victims(tmp_path: Path) -> None:
+    ranks = [journal(r) for r in range(3)]
+    for j in ranks:
+        j.name_group("tp", (0, 1, 2))
+        step(j)
+    step(ranks[1])  # it has completed call 3, which nobody can complete alone
+    for j in (ranks[0], ranks[2]):
+        step(j, enter=2, leave=1)
+    merged = journals.merge(journals.read_folder(dumped(tmp_path, *ranks)))
+    assert merged.finding is not None and (merged.finding.ranks, merged.finding.waiting) == ((1,), (0, 2))
+    assert merged.sentence.startswith("rank 1 left out a call of group 'tp'")
+
+
+def test_the_first_step_in_which_ranks_diverge(tmp_path: Path) -> None:
+    a, b = journal(0), journal(1)
+    for j, sizes in ((a, (4, 8, 4)), (b, (4, 4, 4))):
+        for n in sizes:
+            step(j, sizes=(n,))
+    merged = journals.merge(journals.read_folder(dumped(tmp_path, a, b)))
+    assert merged.sentence == ("the ranks diverge at step 1: rank 0: sizes (8,), replay; rank 1: sizes (4,), replay")
+
+
+def test_ranks_that_wait_for_nothing(tmp_path: Path) -> None:
+    a, b = journal(0), journal(1)
+    step(a), step(b)
+    assert "no rank waits" in str(journals.merge(journals.read_folder(dumped(tmp_path, a, b))))
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def test_bad_folders_are_refused_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = json.dumps(journal(0).to_dict())
+
+    def refused(folder: Path) -> str:
+        assert main(["journal", str(folder)]) == 2
+        return capsys.readouterr().err
+
+    assert "is no folder" in refused(tmp_path / "nowhere")
+    assert "holds no journal-rank*.json" in refused(tmp_path)
+    cases: Sequence[tuple[str, str]] = (
+        ("{", "cannot be read"),
+        ("[1]", "no journal of format 1"),
+        (json.dumps({"format": 2}), "no journal of format 1"),
+        (json.dumps({"format": 1, "rank": 0}), "is damaged: KeyError"),
+        (json.dumps(json.loads(good) | {"steps": [{"step": 0}]}), "is damaged"),
+        (json.dumps(json.loads(good) | {"position": 7}), "is damaged"),
+    )
+    for text, message in cases:
+        write(tmp_path / "journal-rank0.json", text)
+        said = refused(tmp_path)
+        assert message in said and "journal-rank0.json" in said
+    (tmp_path / "journal-rank0.json").write_bytes(b"\xff\xfe")
+    assert "cannot be read" in refused(tmp_path)
+    write(tmp_path / "journal-rank0.json", good)
+    write(tmp_path / "journal-rank1.json", good)
+    assert "are both of rank 0" in refused(tmp_path)
+    (tmp_path / "journal-rank1.json").unlink()
+    with pytest.raises(JournalError, match="no folder"):
+        journals.read_folder(tmp_path / "journal-rank0.json")
+    assert main(["journal", str(tmp_path), "--svg", str(tmp_path / "no" / "x.svg")]) == 2
+
+
+def test_a_dump_on_a_signal_that_the_user_chose(tmp_path: Path) -> None:
+    j = journal(3)
+    step(j)
+    before = signal.getsignal(signal.SIGUSR2)
+    undo = j.dump_on_signal(signal.SIGUSR2, tmp_path)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        value = json.loads((tmp_path / "journal-rank3.json").read_text())
+        assert value["reason"] == "signal SIGUSR2" and any(
+            "test_journal" in "".join(s) for s in value["stacks"].values()
+        )
+    finally:
+        undo()
+    assert signal.getsignal(signal.SIGUSR2) is before

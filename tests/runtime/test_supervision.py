@@ -1,0 +1,121 @@
+"""A runner among ranks: what they agree on before a capture, and what one failed capture means for all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringfence.runtime.agree import GroupAgreement, PlanDigest
+from ringfence.runtime.capture import SimulatedGraphs
+from ringfence.runtime.channel import open_channel
+from ringfence.runtime.errors import CaptureFailedWarning, GroupFailureError, PoisonedError, RankMismatchError
+from ringfence.runtime.groups import Group
+from ringfence.runtime.journal import Journal
+from ringfence.runtime.program import Program, SizeRule, Step
+from ringfence.runtime.runner import PiecewiseRunner
+from ringfence.runtime.supervision import GroupSupervision, Overseer, Supervision
+from ringfence.runtime.watchdog import Health
+from support import run_threaded
+
+SIZES = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])
+
+
+class Graphs(SimulatedGraphs):
+    """Captures that fail where they are told to."""
+
+    def __init__(self, fail: bool) -> None:
+        super().__init__()
+        self.fail = fail
+
+    def capture(self, call: Any, args: Sequence[Any]) -> Any:
+        if self.fail:
+            raise RuntimeError("no memory for the graph")
+        return super().capture(call, args)
+
+
+def runner(rank: int, *, fail: bool = False, folder: Path | None = None, **options: Any) -> PiecewiseRunner:
+    """One piece that doubles; sizes 2 and 4 are captured."""
+    step = Step("submod_0", lambda x: (x * 2,), (0,), (1,), False)
+    program = Program((step,), ("x",), (1,), 2, (), frozenset())
+    channel = open_channel(dist.group.WORLD.group_name, seconds=10)
+    agreement = GroupAgreement([channel], PlanDigest((("plan", "the same"),)))
+    supervision = GroupSupervision(Journal(rank), Health(), agreement, folder=folder, **options)
+    return PiecewiseRunner(program, SIZES, Graphs(fail), [2, 4], supervision=supervision)
+
+
+def twos(n: int) -> Tensor:
+    return torch.full((n, 3), 2.0)
+
+
+def test_a_capture_that_fails_on_one_rank_is_dropped_on_all() -> None:
+    def body(rank: int) -> Any:
+        run = runner(rank, fail=rank == 1)
+        values = [run(twos(4))[0].sum().item() for _ in range(2)]
+        return values, run.captured_sizes
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        results = run_threaded(3, body)
+    assert results == [([48.0, 48.0], [])] * 3
+    texts = [str(w.message) for w in said if w.category is CaptureFailedWarning]
+    assert len(texts) == 3 and all("rank 1: capture of 'submod_0' at sizes (4,) failed" in text for text in texts)
+
+
+def test_or_it_is_an_error_on_all(tmp_path: Path) -> None:
+    def body(rank: int) -> None:
+        run = runner(rank, fail=rank == 1, raise_on_capture=True, folder=tmp_path)
+        with pytest.raises(GroupFailureError, match=r"rank 1: capture of 'submod_0'.*no memory for") as caught:
+            run(twos(4))
+        assert caught.value.ranks == (1,)
+        with pytest.raises(PoisonedError, match="no memory for the graph"):
+            run(twos(2))
+
+    run_threaded(3, body)
+    assert len(list(tmp_path.glob("journal-rank*.json"))) == 3
+
+
+def test_ranks_that_would_capture_different_sizes_do_not() -> None:
+    def body(rank: int) -> list[tuple[int, ...]]:
+        run = runner(rank)
+        run(twos(4))
+        with pytest.raises(RankMismatchError, match=r"rank 0: sizes \(2,\) of graph .*; rank 1: sizes \(4,\)"):
+            run._supervision.before_capture((4,)) if rank else run(twos(2))
+        return run.captured_sizes
+
+    assert run_threaded(2, body) == [[(4,)], [(4,)]]
+
+
+def test_steps_are_compared_where_asked_for() -> None:
+    def body(rank: int) -> None:
+        run = runner(rank, every_step=True)
+        run(twos(3))
+        with pytest.raises(
+            RankMismatchError, match=r"step 1 of sizes \(3,\), uncaptured; rank 1: step 1 of sizes \(5,\)"
+        ):
+            run(twos(5 if rank else 3))
+
+    run_threaded(2, body)
+
+
+def test_an_error_in_a_step_without_a_watchdog_stays_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "file"):
+        supervision = GroupSupervision(Journal(0), Health(), None, folder=folder)
+        supervision.failed(ValueError("mine"))
+        supervision.check()
+    assert (tmp_path / "journal-rank0.json").exists()
+
+
+def test_a_rank_on_its_own_agrees_with_nobody_and_starts_no_thread() -> None:
+    overseer = Overseer(on_hang="abort")
+    groups = [Group("0", "fake", 2, 0), Group("1", "gloo", 1, 0)]
+    assert type(overseer.supervise(groups, PlanDigest(()), torch.device("cpu"))) is Supervision
+    assert overseer.watchdog is None
+    overseer.close()

@@ -1,0 +1,378 @@
+"""Watchdogs of several ranks in one process: their threads are not started, the tests do what those would do."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ringfence.runtime.errors import GroupFailureError, HangError, PoisonedError
+from ringfence.runtime.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
+from ringfence.runtime.watchdog import EXIT_CODE, Deadlines, Reaction, Watchdog
+from support import run_python
+
+NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",))))
+SHORT = Deadlines(steady=0.15, warm_up=0.6, beat=0.02, silence=0.1, grace=0.05)
+
+
+class Rank:
+    """A journal, a watchdog that is never started, and what the end of its process would have been."""
+
+    def __init__(self, rank: int, store: Any, ranks: int = 2, on_hang: str = "raise", **reaction: Any) -> None:
+        self.ended: list[int] = []
+        self.journal = Journal(rank)
+        self.journal.register(NOTE)
+        self.watchdog = Watchdog(
+            self.journal, store, Reaction(on_hang, end=self.ended.append, **reaction), SHORT, host=None
+        )
+        self.watchdog.join_group("tp", tuple(range(ranks)))
+
+    def step(self, enter: int = 2, leave: int = 2, how: str = REPLAY) -> None:
+        marks = self.journal.begin(0, (4,), how)
+        for i in range(enter):
+            marks.enter()
+            if i < leave:
+                marks.leave()
+        if leave == 2:
+            marks.end()
+
+
+def ranks(count: int = 2, **options: Any) -> list[Rank]:
+    store = dist.HashStore()
+    made = [Rank(rank, store, count, **options) for rank in range(count)]
+    for rank in made:
+        rank.step()  # so that the next one is no warm-up
+    return made
+
+
+def look(some: list[Rank], seconds: float, between: Callable[[], object] = lambda: None) -> None:
+    """What the threads would do for a while."""
+    done = threading.Event()
+
+    def talk() -> None:
+        while not done.wait(SHORT.beat):
+            for rank in some:
+                rank.watchdog.talk()
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for rank in some:
+            rank.watchdog.watch()
+        between()
+        time.sleep(SHORT.beat)
+    done.set()
+    talker.join()
+
+
+def test_who_did_not_come_is_named_on_all_ranks(tmp_path: Path) -> None:
+    waits, absent = both = ranks(on_hang="raise", folder=str(tmp_path), probes={"flags": lambda: [1, 2], "bad": _throw})
+    waits.step(enter=2, leave=1)
+    absent.step(enter=1, leave=0)
+    look(both, 0.5)
+    said = [r.watchdog.report for r in both]
+    assert said[0] is not None and said[1] is not None
+    assert said[0].kind == "hang" and said[0].ranks == said[1].ranks == (1,)
+    assert "rank 1 did not come to call 1 of group 'tp'" in said[0].sentence and said[0].sentence == said[1].sentence
+    assert waits.ended == absent.ended == [EXIT_CODE]  # neither main thread came back
+    for rank in both:
+        with pytest.raises(PoisonedError, match="rank 1 did not come to call 1"):
+            rank.watchdog.health.check()
+    value = json.loads((tmp_path / "journal-rank0.json").read_text())
+    assert value["probes"] == {"flags": [1, 2], "bad": "RuntimeError: no such memory"}
+    assert value["reason"].startswith("hang: rank 1") and value["stacks"]
+    assert (tmp_path / "journal-rank1.json").exists()
+
+
+def _throw() -> None:
+    raise RuntimeError("no such memory")
+
+
+def test_slow_but_progressing_ranks_are_left_alone() -> None:
+    waits, slow = both = ranks()
+    waits.step(enter=2, leave=1)
+    long = slow.journal.register(ProgramNote((PieceNote("compute", False),) * 1000))
+    slow.journal.begin(long, (4,), REPLAY).end()
+    marks = slow.journal.begin(long, (4,), REPLAY)
+    look(both, 3 * SHORT.steady, between=lambda: (marks.enter(), marks.leave()))
+    assert waits.watchdog.report is None and not waits.ended
+
+
+def test_a_rank_that_compiles_has_more_time_and_not_for_ever() -> None:
+    waits, busy = both = ranks()
+    waits.step(enter=2, leave=1)
+    busy.journal.compiling(True)
+    look(both, 2 * SHORT.steady)
+    assert waits.watchdog.report is None
+    look(both, SHORT.warm_up)
+    assert waits.watchdog.report is not None and "rank 1 compiles since" in waits.watchdog.report.sentence
+
+
+def test_a_rank_that_waits_for_an_agreement_is_not_busy() -> None:
+    waits, agrees = both = ranks()
+    waits.step(enter=2, leave=1)
+    agrees.journal.compiling(True)
+    agrees.journal.doing = "waits for the others to agree"
+    look(both, 3 * SHORT.steady)
+    assert waits.watchdog.report is not None and "rank 1 waits for the others" in waits.watchdog.report.sentence
+    with pytest.raises(HangError, match="rank 1 waits for the others"):
+        agrees.watchdog.interrupt()
+
+
+def test_captures_have_the_deadline_of_warm_up() -> None:
+    waits, absent = both = ranks()
+    waits.step(enter=2, leave=1, how=CAPTURE)
+    absent.step(enter=1, leave=0, how=CAPTURE)
+    look(both, 2 * SHORT.steady)
+    assert waits.watchdog.report is None
+
+
+def test_idle_ranks_have_no_deadline() -> None:
+    both = ranks()
+    look(both, 3 * SHORT.steady)
+    assert all(r.watchdog.report is None for r in both)
+
+
+def test_a_rank_that_no_longer_answers_is_named() -> None:
+    first, second, gone = three = ranks(3)
+    look(three, 0.1)
+    first.step(enter=2, leave=1)
+    second.step(enter=2, leave=1)
+    look([first, second], 0.4)
+    for rank in (first, second):
+        assert rank.watchdog.report is not None and rank.watchdog.report.ranks == (2,)
+        assert "rank 2 has not been heard of" in rank.watchdog.report.sentence
+        assert "ranks 0, 1 wait in step 1" in rank.watchdog.report.sentence
+    assert gone.watchdog.report is None
+
+
+def test_time_in_which_this_process_was_stopped_does_not_count() -> None:
+    waits, other = both = ranks()
+    waits.step(enter=2, leave=1)
+    other.step(enter=1, leave=0)
+    look(both, 0.05)
+    time.sleep(3 * SHORT.steady)  # nobody looked
+    look(both, 0.05)
+    assert waits.watchdog.report is None
+    look(both, 2 * SHORT.steady)
+    assert waits.watchdog.report is not None
+
+
+def test_report_goes_on_waiting() -> None:
+    waits, absent = both = ranks(on_hang="report")
+    waits.step(enter=2, leave=1)
+    look(both, 0.4)
+    assert waits.watchdog.report is not None and not waits.ended and not absent.ended
+    waits.watchdog.health.check()
+    error = RuntimeError("its own")
+    waits.watchdog.interrupt()
+    absent.step()  # it was slow, and goes on; a second time is reported again
+    waits.journal.leave(), waits.journal.end()
+    waits.step(enter=2, leave=1)
+    look(both, 0.05)
+    assert waits.watchdog.report is None
+    look(both, 0.4)
+    assert waits.watchdog.report is not None and "call 2" in waits.watchdog.report.sentence
+    assert waits.watchdog.failed(error) is error
+
+
+def test_abort_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+    waits, absent = both = ranks(on_hang="abort")
+    waits.step(enter=2, leave=1)
+    look(both, 0.5)
+    assert waits.ended == absent.ended == [EXIT_CODE]
+    assert "ringfence: rank 0 ends with exit code 85: the ranks hang: rank 1 did not come" in capfd.readouterr().err
+
+
+def test_raise_lets_an_idle_main_thread_live_and_refuses_its_next_call() -> None:
+    waits, idle = both = ranks()
+    waits.step(enter=2, leave=1)
+    look(both, 0.5)
+    assert idle.ended == [] and idle.watchdog.health.poisoned is not None
+
+
+def test_raise_wakes_a_main_thread_that_can_be_woken() -> None:
+    waits, absent = both = ranks()
+    woken: list[BaseException] = []
+    aborted = RuntimeError("NCCL communicator was aborted")  # what the main thread gets, and brings here
+    waits.watchdog.reaction = Reaction(
+        "raise", abort_groups=lambda: woken.append(waits.watchdog.failed(aborted)), end=waits.ended.append
+    )
+    waits.step(enter=2, leave=1)
+    absent.step(enter=1, leave=0)
+    look(both, 0.4)
+    assert waits.ended == []
+    assert isinstance(woken[0], HangError) and woken[0].ranks == (1,)
+
+
+# -- exceptions ------------------------------------------------------------------------------
+
+
+def test_an_exception_on_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
+    waits, throws = both = ranks(folder=str(tmp_path))
+    waits.step(enter=2, leave=1)
+    throws.step(enter=1, leave=0)
+    error = ValueError("no such expert\nsecond line")
+    talker = threading.Thread(target=look, args=([throws], 0.3))
+    talker.start()
+    assert throws.watchdog.failed(error) is error
+    talker.join()
+    look(both, 0.1)
+    report = waits.watchdog.report
+    assert report is not None and report.sentence == (
+        "rank 1 failed in step 1 of sizes (4,), piece 0 'submod_0' (graph): ValueError: no such expert second line"
+    )
+    assert isinstance(waits.watchdog.failed(RuntimeError("connection closed by peer")), GroupFailureError)
+    with pytest.raises(PoisonedError, match="no such expert"):
+        throws.watchdog.health.check()
+    assert {p.name for p in tmp_path.iterdir()} == {"journal-rank0.json", "journal-rank1.json"}
+
+
+def test_the_victim_of_another_rank_names_that_one() -> None:
+    victim, throws = both = ranks()
+    victim.step(enter=2, leave=1)
+    throws.step(enter=1, leave=0)
+    found: list[BaseException] = []
+    main = threading.Thread(
+        target=lambda: found.append(victim.watchdog.failed(RuntimeError("Connection closed by peer")))
+    )
+    main.start()
+    other = threading.Thread(target=throws.watchdog.failed, args=(ValueError("mine"),))
+    other.start()
+    look(both, 0.5)
+    main.join(), other.join()
+    assert isinstance(found[0], GroupFailureError) and "ValueError: mine" in str(found[0])
+
+
+def test_an_error_of_a_collective_whose_cause_nobody_knows_stays_what_it_is() -> None:
+    victim, other = both = ranks()
+    victim.step(enter=2, leave=1)
+    error = RuntimeError("gloo: timed out")
+    found: list[BaseException] = []
+    main = threading.Thread(target=lambda: found.append(victim.watchdog.failed(error)))
+    main.start()
+    look(both, 0.4)
+    main.join()
+    assert found == [error]
+    assert other.watchdog.report is not None and "gloo: timed out" in other.watchdog.report.sentence
+
+
+# -- the store ---------------------------------------------------------------------------------
+
+
+class BrokenStore:
+    """The store of a host that is gone, from the second request on."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def add(self, key: str, amount: int) -> int:
+        return 1
+
+    def __getattr__(self, name: str) -> Any:
+        def request(*_: Any) -> Any:
+            raise ConnectionError("Broken pipe")
+
+        return request
+
+
+def test_a_store_that_is_gone_points_at_its_host() -> None:
+    rank = Rank(1, BrokenStore())
+    rank.watchdog._host = 0
+    rank.step()
+    rank.step(enter=2, leave=1)
+    look([rank], 0.4)
+    report = rank.watchdog.report
+    assert report is not None and report.ranks == (0,)
+    assert "rank 0 serves the store, which does not answer (ConnectionError: Broken pipe)" in report.sentence
+
+
+def test_a_store_of_the_launcher_is_nobodys_fault() -> None:
+    rank = Rank(0, BrokenStore(), ranks=1)
+    rank.step()
+    rank.step(enter=2, leave=1)
+    look([rank], 0.4)
+    report = rank.watchdog.report
+    assert report is not None and report.ranks == ()
+    assert report.sentence.endswith("the store does not answer, so for whom is not known")
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    waits, absent = both = ranks(on_hang="abort", folder=str(tmp_path / "file" / "journals"))
+    waits.step(enter=2, leave=1)
+    look(both, 0.5)
+    assert waits.ended == absent.ended == [EXIT_CODE]
+
+
+# -- threads -------------------------------------------------------------------------------------
+
+
+def _threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("ringfence-")]
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_threads_end_with_their_owner(how: str) -> None:
+    rank = Rank(0, dist.HashStore(), ranks=1)
+    rank.watchdog.start()
+    alive = weakref.ref(rank.watchdog)
+    assert len(_threads()) == 2
+    if how == "close":
+        rank.watchdog.close()
+    else:
+        del rank
+        gc.collect()
+        assert alive() is None
+    until = time.monotonic() + 5
+    while _threads() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not _threads()
+
+
+_ENDS = """
+import torch.distributed as dist
+from ringfence.runtime.journal import Journal
+from ringfence.runtime.watchdog import Deadlines, Reaction, Watchdog
+store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+watchdog = Watchdog(Journal(0), store, Reaction("abort"), Deadlines(beat=0.001))
+watchdog.join_group("tp", (0, 1))
+watchdog.start()
+"""
+
+
+def test_a_process_ends_normally_while_it_talks() -> None:
+    result = run_python("-c", _ENDS, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+_IN_A_CALL = """
+import ctypes, sys, torch.distributed as dist
+from ringfence.runtime.journal import Journal, PieceNote, ProgramNote, REPLAY
+from ringfence.runtime.watchdog import Deadlines, Reaction, Watchdog
+journal = Journal(0)
+journal.register(ProgramNote((PieceNote("submod_0", True, ("tp",)),)))
+marks = journal.begin(0, (4,), REPLAY); marks.enter(); marks.leave(); marks.end()
+watchdog = Watchdog(journal, dist.HashStore(), Reaction("abort"), Deadlines(0.3, 1, 0.05, 0.2, 0.1), host=None)
+watchdog.join_group("tp", (0,))
+watchdog.start()
+journal.begin(0, (4,), REPLAY).enter()
+ctypes.CDLL(None).sleep(60)
+"""
+
+
+def test_it_works_while_the_main_thread_sits_in_a_c_call() -> None:
+    start = time.monotonic()
+    result: subprocess.CompletedProcess[str] = run_python("-c", _IN_A_CALL, timeout=60)
+    assert result.returncode == EXIT_CODE and time.monotonic() - start < 30
+    assert "call 1 of group 'tp'" in result.stderr
