@@ -42,7 +42,6 @@ from .compile_passes.verify import verify
 from .options import Options
 from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
-from .runtime.channel import DEFAULT_SECONDS
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
 from .runtime.groups import Group, describe_group
 from .runtime.runner import PiecewiseRunner
@@ -236,7 +235,7 @@ class Backend:
         )
         # Real memory and real launches, in the midst of a trace with fake tensors.
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
-            return name, prepare(group, device, wanted, seconds=DEFAULT_SECONDS)
+            return name, prepare(group, device, wanted, seconds=options.agree_seconds)
 
     def _judge(
         self,

@@ -182,6 +182,8 @@ def _situation(choice: Choice, ranks: Sequence[RankFacts], group: Group, wanted:
     assert choice.row is not None
     one_strategy = choice.row.one_shot >= choice.row.fused
     facts = set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE}
+    if choice.collective is Collective.MNNVL:
+        facts.add(Fact.PDL)
     if len(wanted.sizes) > 1:
         facts.add(Fact.GRAPHS_DIFFER_IN_SIZE)
     if group.size < torch.distributed.get_world_size():
