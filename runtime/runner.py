@@ -201,6 +201,7 @@ class PiecewiseRunner:
             self._step(target, how, run, entry, sizes, args)
             if how is CAPTURE:
                 self._keep_or_drop(entry)
+            self._write_back(entry, sizes, args)
             return self._outputs(entry, sizes, args)
         finally:
             self._forget_parameters(entry)
@@ -299,6 +300,12 @@ class PiecewiseRunner:
         """Keep no parameter alive: a module that is dropped takes its memory with it."""
         for i in self._static:
             entry.slots[i] = None
+
+    def _write_back(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+        """Give the caller's inputs what was written into our copies of them."""
+        grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
+        for i in self._program.written:
+            copy_into(args[i], narrow(entry.slots[i], grown[i], sizes[0]) if i in grown else entry.slots[i])
 
     def _outputs(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         grown = self._padding.outputs if self._padding is not None and sizes != entry.sizes else {}
