@@ -1,4 +1,4 @@
-"""The command line: ``ringfence explain``, ``ringfence check`` and ``ringfence hazards``."""
+"""The command line: ``ringfence explain``, ``check``, ``hazards`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -116,10 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = hazards.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
     form.add_argument("--markdown", action="store_true", help="print docs/hazards.md")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is here, what collective='auto' would choose, and which hazards apply",
+        description="Look at this machine, with or without GPUs: exit 0 when it is healthy, 1 when a hazard that "
+        "decides against capture applies, 2 on bad usage.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
     arguments = parser.parse_args(argv)
     if arguments.command == "hazards" and arguments.id and arguments.markdown:
         hazards.error("--markdown prints the whole table; leave the id out")
-    run = {"explain": _explain, "check": _check, "hazards": _hazards}[arguments.command]
+    run = {"explain": _explain, "check": _check, "hazards": _hazards, "doctor": _doctor}[arguments.command]
     try:
         text, code = run(arguments)
         print(text, flush=True)
@@ -140,6 +147,15 @@ def _hazards(arguments: argparse.Namespace) -> tuple[str, int]:
     if arguments.markdown:
         return as_markdown().rstrip("\n"), OK
     return as_text(rows[0]) if arguments.id else summary_table(rows), OK
+
+
+def _doctor(arguments: argparse.Namespace) -> tuple[str, int]:
+    from .runtime.doctor import as_dict, as_text, gather
+
+    with _stage("looking at this machine"):
+        facts = gather()
+    text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts)
+    return text, OK if facts.healthy else FAILED
 
 
 def _check(arguments: argparse.Namespace) -> tuple[str, int]:
