@@ -145,6 +145,30 @@ def test_a_device_that_fails_to_answer_is_a_reason(monkeypatch: pytest.MonkeyPat
     assert as_text(facts)
 
 
+def test_a_machine_with_gpus_is_read_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made up as far as torch can tell; here without a driver to ask about multicast, and without NVML."""
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 << 30, uuid="a")
+    properties.multi_processor_count = 132
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_properties": lambda index: properties,
+        "can_device_access_peer": lambda index, other: True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: 100))
+    monkeypatch.setattr(doctor, "_nvml", lambda: 1 / 0)
+    facts = gather()
+    assert facts.devices.value is not None
+    assert [d.peers.value for d in facts.devices.value] == [(None, True), (True, None)]
+    assert facts.devices.value[0].multicast.why == "cuInit returned 100"
+    assert facts.links.why == "ZeroDivisionError: division by zero"
+    assert [a.not_here for a in facts.advice] == [None, "not here: 2 devices", "not here: 2 devices"]
+    text = as_text(facts)
+    assert "unknown (cuInit returned 100)" in text and "NVLinks: unknown (Zero" in text and "2 ranks: " in text
+
+
 class FakeNvml:
     """Two GPUs: three links between them, two to a switch, one that is down, one whose end is hidden."""
 
