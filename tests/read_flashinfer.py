@@ -26,7 +26,6 @@ import torch.distributed as dist
 from ringfence.runtime import flashinfer as adapter
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.errors import RingfenceError
-from ringfence.runtime.situation import Strategy
 
 GRANULE = 2 << 20
 TOKENS, HIDDEN = 8, 256

@@ -79,7 +79,7 @@ def test_requirements_of_trtllm_alone() -> None:
 
 def test_a_lamport_buffer_of_a_gibibyte_is_refused() -> None:
     adapter._check_buffer(WRAPPING_BUFFER - 32)
-    with pytest.raises(WorkspaceError, match="1073741824 bytes .* lower max_tokens"):
+    with pytest.raises(WorkspaceError, match=r"1073741824 bytes .* lower max_tokens"):
         adapter._check_buffer(WRAPPING_BUFFER)
 
 
@@ -458,7 +458,7 @@ def test_lamport_buffers_of_an_odd_size_are_refused(no_device: None) -> None:
     api.create_allreduce_fusion_workspace = lambda **n: SimpleNamespace(  # type: ignore[method-assign]
         **vars(create(**n)) | {"buffer_size_bytes": 4096 + 16}
     )
-    with pytest.raises(WorkspaceError, match="4112 bytes .hazard M7"):
+    with pytest.raises(WorkspaceError, match=r"4112 bytes .hazard M7"):
         flashinfer(api)[0].mnnvl_multicast(of_size(4), 64, 4096, torch.bfloat16)
 
 
