@@ -32,7 +32,7 @@ def key(row: SizeRow) -> tuple[object, ...]:
 @pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r.collective}-{r.transport}-{r.capability[0]}-{r.world_size}")
 def test_built_in_rows_are_well_formed(row: SizeRow) -> None:
     assert row.collective in (MNNVL, TRTLLM) and row.transport in TRANSPORTS and row.source
-    assert 0 < row.one_shot <= row.fused and 0 <= row.all_reduce
+    assert 0 < row.one_shot <= row.fused and row.all_reduce >= 0
     assert row.world_size in (2, 4, 8, 16)
     # Three Lamport buffers of ranks x size each: below the size where the kernel's offset wraps.
     assert row.world_size * row.fused < 1 << 30 or row.transport == "multicast"
