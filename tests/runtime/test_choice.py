@@ -383,6 +383,26 @@ def test_a_multicast_workspace_that_fails_is_followed_by_none_that_needs_one(mon
     )
 
 
+def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(rank: int) -> list[Any]:
+        name = dist.group.WORLD.group_name
+        packages[rank] = FakeFlashInfer(name)
+        group, seen = Group(name, "nccl", 2, rank), []
+        for hidden in (100, 256, 100):
+            wish = Wanted("auto", "auto", hidden, torch.float32, max_tokens=4)
+            ready = prepare(group, torch.device("cpu"), wish, seconds=20)
+            seen.append((ready.collective, [str(c) for c in ready.candidates][-2]))
+        close_workspaces(name)
+        return seen
+
+    packages: dict[int, FakeFlashInfer] = {}
+    monkeypatch.setattr(carrier, "load", lambda: packages[dist.get_rank()])
+    monkeypatch.setattr(carrier, "probe", lambda device: replace(H200, flashinfer="0.6.18"))
+    for small, fits, again in run_threaded(2, body):
+        assert small == again and small[0] is REFERENCE and "trtllm/peer: hidden size 100 of torch.float32" in small[1]
+        assert fits[0] is MNNVL
+
+
 def test_one_strategy_for_every_size_of_a_forced_peer_transport() -> None:
     row = choose([replace(H200, capability=(8, 0))] * 2, wanted="mnnvl").row
     assert row is not None and row.one_shot == row.fused
