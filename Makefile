@@ -3,6 +3,10 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# For the contract tests of tests/runtime/test_flashinfer.py, which read the real package without a GPU. Without its
+# dependencies: they are gigabytes of CUDA. These are what an import needs beside what is installed already.
+FLASHINFER := flashinfer-python apache-tvm-ffi charset-normalizer cuda-bindings cuda-pathfinder nvidia-ml-py requests urllib3
+
 .PHONY: demo test gpu-test lint package bench clean
 
 demo: $(VENV)/.ready
@@ -32,6 +36,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps $(FLASHINFER)
 	touch $@
 
 clean:

@@ -86,6 +86,7 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
     channel = open_channel(group.name, seconds=seconds)
     ranks: list[RankFacts] = channel.exchange("facts", probe(device))
     workspaces = workspaces_of(group.name)
+    unfit: dict[tuple[Collective, str], str] = {}  # of these sites, and not of the group
     while True:
         choice = choose(
             ranks,
@@ -93,14 +94,14 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
             transport=wanted.transport,
             deterministic=wanted.deterministic,
             table=wanted.table,
-            failed=workspaces.failed,
+            failed=unfit | workspaces.failed,
         )
         if choice.row is None:
             return replace(reference_carrier(group.size), candidates=choice.candidates)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
         if requirement := unmet(choice.collective, call):
-            workspaces.failed[choice.collective, choice.transport or ""] = (
+            unfit[choice.collective, choice.transport or ""] = (
                 f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
             )
             continue

@@ -92,7 +92,13 @@ _ALL = (
 
 def opt_outs(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The variables that forbid multicast in this process."""
-    return tuple(f"{name}={value}" for name, value in MULTICAST_OPT_OUTS.items() if environment.get(name) == value)
+    found = []
+    for name, value in MULTICAST_OPT_OUTS.items():
+        given = environment.get(name, "").strip()
+        # What turns it off has many spellings ("1", "true", "y"): whatever does not say the contrary.
+        if given == value or (value == "1" and given.lower() not in ("", "0", "false", "no", "n", "off")):
+            found.append(f"{name}={given}")
+    return tuple(found)
 
 
 def probe(device: torch.device) -> RankFacts:

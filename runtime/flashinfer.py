@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .channel import Channel
-from .errors import WorkspaceError
+from .errors import VersionError, WorkspaceError
 from .situation import Collective, Strategy
 from .versions import in_range
 
@@ -44,6 +44,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         *("enable_multicast", "allocate_signal_pads"),
     ),
     "flashinfer.comm.trtllm_mnnvl_ar:get_trtllm_mnnvl_comm_module": (),
+    "flashinfer.comm.allreduce:is_confidential_compute": (),
+    "flashinfer.comm.trtllm_ar:trtllm_destroy_ipc_workspace_for_all_reduce_fusion": ("workspace",),
 }
 _PATTERNS = {"kAllReduce": 0, "kARResidualRMSNorm": 1}
 
@@ -55,6 +57,10 @@ _SENTINEL = -(2**31)  # 0x80000000
 STAGE_ALIGNMENT = 32
 #: A clear offset of two buffers is a signed 32-bit product (trtllm_allreduce_fusion.cuh), which wraps from here on.
 WRAPPING_BUFFER = 2**30
+
+#: Two-shot writes 2 x tokens x hidden elements into a buffer of ranks x tokens x hidden x 2 bytes, whatever the
+#: dtype: float32 on two ranks overruns it. From this release on the buffer has room for 4-byte elements.
+_FP32_TWO_SHOT_FIXED = "0.7.2"
 
 #: Programmatic dependent launch is never asked for of trtllm: it reads the residual before it waits for
 #: the kernel that may still write it (FI#5081). ``trigger_completion_at_end`` stays True for the same reason.
@@ -192,10 +198,12 @@ def load() -> FlashInfer | Unavailable:
         import flashinfer
         import flashinfer.comm.allreduce
         import flashinfer.comm.mnnvl
+        import flashinfer.comm.trtllm_ar
         import flashinfer.comm.trtllm_mnnvl_ar
 
+        comm = flashinfer.comm
         modules: dict[str, ModuleType] = {
-            m.__name__: m for m in (flashinfer.comm.allreduce, flashinfer.comm.mnnvl, flashinfer.comm.trtllm_mnnvl_ar)
+            m.__name__: m for m in (comm.allreduce, comm.mnnvl, comm.trtllm_ar, comm.trtllm_mnnvl_ar)
         }
         version = str(flashinfer.__version__)
     except ModuleNotFoundError as error:
@@ -204,10 +212,15 @@ def load() -> FlashInfer | Unavailable:
         return Unavailable(f"FlashInfer cannot be imported: {error}")
     except Exception as error:  # 0.6.13 raises AssertionError without a CUDA runtime
         return Unavailable(f"FlashInfer cannot be imported: {type(error).__name__}: {error}")
-    if not in_range(version, *SUPPORTED):
-        low, high = SUPPORTED
+    low, high = SUPPORTED
+    try:
+        supported = in_range(version, low, high)
+        broken = contract_breaks(modules) if supported else []
+    except (VersionError, TypeError, ValueError) as error:  # a build without a version, a function without a signature
+        return Unavailable(f"FlashInfer {version} cannot be read: {error}")
+    if not supported:
         return Unavailable(f"FlashInfer {version} is not supported; install {low} or later, before {high}")
-    if broken := contract_breaks(modules):
+    if broken:
         return Unavailable(f"FlashInfer {version} has another API: {'; '.join(broken)}")
     return FlashInfer(version, modules)
 
@@ -242,9 +255,15 @@ class FlashInfer:
         self, channel: Channel, group: dist.ProcessGroup, max_tokens: int, hidden: int, dtype: torch.dtype
     ) -> Kernels:
         """The peer-to-peer kernels. Every rank must call. Raises :class:`WorkspaceError`, or what FlashInfer raises."""
-        element = 4 if dtype == torch.float32 else 2
-        _check_buffer(channel.size * max_tokens * hidden * element)
         api = self.modules["flashinfer.comm.allreduce"]
+        if api.is_confidential_compute():  # also where FLASHINFER_CONFIDENTIAL_COMPUTE=1 says so
+            raise WorkspaceError(
+                "under confidential computing FlashInfer allocates through torch symmetric memory, "
+                "which makes a multicast object wherever the device has multicast"
+            )
+        if dtype == torch.float32 and in_range(self.version, None, _FP32_TWO_SHOT_FIXED):
+            max_tokens = max(max_tokens, -(-4 * max_tokens // channel.size))
+        _check_buffer(channel.size * max_tokens * hidden * (4 if dtype == torch.float32 else 2))
         workspace = api.create_allreduce_fusion_workspace(
             backend="trtllm",
             world_size=channel.size,
@@ -255,7 +274,8 @@ class FlashInfer:
             comm_backend=ChannelBackend(channel),
             group=group,
         )
-        return _Trtllm(api, workspace)
+        release = self.modules["flashinfer.comm.trtllm_ar"].trtllm_destroy_ipc_workspace_for_all_reduce_fusion
+        return _Trtllm(api, workspace, release)
 
     def mnnvl_peer(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> Kernels:
         """The MNNVL one-shot kernel of two ranks, with the peer's own pointer where a multicast pointer would be.
@@ -349,8 +369,9 @@ class ChannelBackend:
 class _Trtllm:
     strategies = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
 
-    def __init__(self, api: ModuleType, workspace: Any) -> None:
-        self._api, self._workspace = api, workspace
+    def __init__(self, api: ModuleType, workspace: Any, release: Callable[[Any], None]) -> None:
+        self._call: Callable[..., Any] = api.allreduce_fusion
+        self._workspace, self._release = workspace, release
         self._pattern = api.AllReduceFusionPattern
         self._words = _device_words(int(workspace.metadata["control_flag_ptr"]), 5)
         self.buffer_bytes = int(workspace.metadata["lamport_comm_size"])
@@ -366,7 +387,7 @@ class _Trtllm:
         norm_out: Tensor,
         residual_out: Tensor,
     ) -> None:
-        self._api.allreduce_fusion(
+        self._call(
             x,
             self._workspace,
             self._pattern.kARResidualRMSNorm,
@@ -384,7 +405,7 @@ class _Trtllm:
         )
 
     def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
-        self._api.allreduce_fusion(
+        self._call(
             x,
             self._workspace,
             self._pattern.kAllReduce,
@@ -399,7 +420,12 @@ class _Trtllm:
         return tuple(self._words.tolist())
 
     def close(self) -> None:
+        if self._workspace is None:
+            return
+        handles = self._workspace.ipc_handles
         self._workspace.destroy()
+        self._release(handles)  # FlashInfer keeps the memory in a table of its own, which destroy() leaves alone
+        self._workspace, self._call = None, _closed
 
 
 class _Mnnvl:
@@ -451,7 +477,7 @@ def _pdl(x: Tensor) -> bool:
     return x.numel() * x.element_size() <= _MNNVL_PDL_UP_TO
 
 
-def _closed(*_: object) -> None:
+def _closed(*_: object, **__: object) -> None:
     raise WorkspaceError("this workspace was closed")
 
 

@@ -126,7 +126,10 @@ def _eager(calls: Sequence[_Call], device: torch.device) -> tuple[str | None, by
         for i, call in enumerate(calls):
             call.fill(1000 * turn + i, pattern)
         for call in calls:
-            call.run()
+            try:
+                call.run()
+            except Exception as error:
+                failures.append(f"eager, payload {pattern}: a call raised {type(error).__name__}: {error}")
         _wait(device)
         failures += _check(calls, f"eager, payload {pattern}", digest)
     return next(iter(failures), None), digest.digest()

@@ -126,11 +126,15 @@ def _row(path: str | Path, index: int, given: Any) -> SizeRow:
         raise SizeTableError(f"{where} is about {collective!r}; only mnnvl and trtllm have sizes")
     if transport not in TRANSPORTS:
         raise SizeTableError(f"{where} has transport {transport!r}, which is not one of {list(TRANSPORTS)}")
-    if not isinstance(capability, list) or len(capability) != 2 or not all(isinstance(n, int) for n in capability):
+    if not isinstance(capability, list) or len(capability) != 2 or any(type(n) is not int for n in capability):
         raise SizeTableError(f"{where} has capability {capability!r}; write it as [9, 0]")
     for name in ("world_size", "one_shot", "fused", "all_reduce"):
-        if not isinstance(given[name], int) or given[name] < 0:
+        least = 2 if name == "world_size" else 0
+        if type(given[name]) is not int or given[name] < least:
             raise SizeTableError(f"{where} has {name} {given[name]!r}, which is no size")
+    for name, kind in (("source", str), ("bitwise", bool)):
+        if name in given and type(given[name]) is not kind:
+            raise SizeTableError(f"{where} has {name} {given[name]!r}, which is no {kind.__name__}")
     if given["one_shot"] > given["fused"]:
         raise SizeTableError(f"{where}: one_shot is larger than fused")
     return SizeRow(**given | {"collective": Collective(collective), "capability": tuple(capability)})

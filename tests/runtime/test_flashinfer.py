@@ -1,0 +1,637 @@
+"""The adapter: with modules made for the test, and with the real FlashInfer, whose Python side needs no GPU."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringfence.runtime import flashinfer as adapter
+from ringfence.runtime.channel import Channel
+from ringfence.runtime.errors import WorkspaceError
+from ringfence.runtime.flashinfer import (
+    CONTRACT,
+    REQUIREMENTS,
+    SUPPORTED,
+    WRAPPING_BUFFER,
+    ChannelBackend,
+    FlashInfer,
+    KernelCall,
+    Unavailable,
+    load,
+    unmet,
+)
+from ringfence.runtime.situation import Collective, Strategy
+from support import NO_MULTICAST, run_threaded
+
+ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
+TRTLLM, MNNVL = Collective.TRTLLM, Collective.MNNVL
+
+
+# -- what a call must look like
+
+
+def call(**other: Any) -> KernelCall:
+    return KernelCall(
+        **{"tokens": 16, "hidden": 4096, "dtype": torch.bfloat16, "world_size": 2, "strategy": ONE} | other
+    )
+
+
+#: Calls that break a requirement and no other one before it, and their neighbours that are served.
+EDGES: dict[str, tuple[Collective, dict[str, Any], dict[str, Any]]] = {
+    "dtype": (MNNVL, {"dtype": torch.float64, "hidden": 64}, {"dtype": torch.float32}),
+    "world_size": (TRTLLM, {"world_size": 3}, {"world_size": 16}),
+    "hidden": (MNNVL, {"hidden": 4100}, {"hidden": 4096}),
+    "cluster": (MNNVL, {"hidden": 65536 + 256}, {"hidden": 65536}),
+    "warp": (TRTLLM, {"hidden": 4096 + 8}, {"hidden": 4096 + 256}),
+    "two_shot_tokens": (TRTLLM, {"strategy": TWO, "tokens": 2}, {"strategy": TWO, "tokens": 3}),
+}
+
+
+def test_every_requirement_has_its_edge() -> None:
+    assert [r.id for r in REQUIREMENTS] == list(EDGES)
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.id)
+def test_a_call_at_the_edge_of_a_requirement(requirement: adapter.Requirement) -> None:
+    collective, broken, fine = EDGES[requirement.id]
+    assert unmet(collective, call(**broken)) is requirement
+    assert unmet(collective, call(**fine)) is None
+    if requirement.id != "hidden":  # a whole warp is a multiple of 16 bytes too
+        assert [r.id for r in REQUIREMENTS if not r.met(call(**broken))] == [requirement.id]
+
+
+def test_requirements_of_trtllm_alone() -> None:
+    assert unmet(MNNVL, call(world_size=3)) is None
+    assert unmet(MNNVL, call(strategy=TWO, tokens=1)) is None
+    assert unmet(TRTLLM, call(strategy=ONE, tokens=1)) is None
+
+
+def test_a_lamport_buffer_of_a_gibibyte_is_refused() -> None:
+    adapter._check_buffer(WRAPPING_BUFFER - 32)
+    with pytest.raises(WorkspaceError, match=r"1073741824 bytes .* lower max_tokens"):
+        adapter._check_buffer(WRAPPING_BUFFER)
+
+
+# -- the package, made for the test
+
+ALLREDUCE = """
+class AllReduceFusionPattern:
+    kAllReduce, kARResidualRMSNorm = 0, 1
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FlashInfer | Unavailable]]:
+    """Install a FlashInfer with this version and these texts in place of a module's, and load it."""
+    original = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "flashinfer"}
+
+    def forget() -> None:
+        for name in [n for n in sys.modules if n.split(".")[0] == "flashinfer"]:
+            del sys.modules[name]
+
+    def install(version: str = "0.6.18", **texts: Callable[[str], str]) -> FlashInfer | Unavailable:
+        modules: dict[str, str] = {"flashinfer": f"__version__ = {version!r}\n", "flashinfer.comm": ""}
+        for name, parameters in CONTRACT.items():
+            module, _, function = name.partition(":")
+            text = modules.setdefault(module, ALLREDUCE if module.endswith(".allreduce") else "")
+            modules[module] = text + f"def {function}({', '.join(parameters)}): ...\n"
+        for module, text in modules.items():
+            path = tmp_path / module.replace(".", "/")
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "__init__.py").write_text(texts.get(module.rpartition(".")[2], str)(text))
+        return load()
+
+    forget()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield install
+    forget()
+    sys.modules.update(original)
+
+
+Install = Callable[..., FlashInfer | Unavailable]
+
+
+def reason(found: FlashInfer | Unavailable) -> str:
+    assert isinstance(found, Unavailable), found
+    return found.reason
+
+
+def test_a_package_that_keeps_the_contract_is_loaded(package: Install) -> None:
+    found = package()
+    assert isinstance(found, FlashInfer) and found.version == "0.6.18"
+    assert {name.partition(":")[0] for name in CONTRACT} <= {*found.modules}
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    assert reason(load()) == "FlashInfer is not installed: pip install 'ringfence[flashinfer]'"
+
+
+def test_a_package_that_lacks_a_dependency(package: Install) -> None:
+    said = reason(package(mnnvl=lambda text: "import surely_nobody_has_this\n"))
+    assert said == "FlashInfer cannot be imported: No module named 'surely_nobody_has_this'"
+
+
+@pytest.mark.parametrize("error", ["AssertionError('no CUDA runtime')", "OSError('libcuda.so.1')"])
+def test_a_package_that_fails_to_import(package: Install, error: str) -> None:
+    said = reason(package(flashinfer=lambda text: f"raise {error}\n"))
+    assert said.startswith("FlashInfer cannot be imported: ") and error.split("'")[1] in said
+
+
+@pytest.mark.parametrize("version", ["0.6.17.post2", "0.8.0", "0.6.18rc1"])
+def test_releases_that_were_not_read_are_refused(package: Install, version: str) -> None:
+    assert reason(package(version)) == f"FlashInfer {version} is not supported; install 0.6.18 or later, before 0.8"
+
+
+@pytest.mark.parametrize("version", ["0.6.18", "0.6.18.post1+cu130", "0.7.2.post1"])
+def test_releases_that_were_read_are_taken(package: Install, version: str) -> None:
+    assert isinstance(package(version), FlashInfer)
+
+
+def test_a_build_without_a_version(package: Install) -> None:
+    assert reason(package("unknown")).startswith("FlashInfer unknown cannot be read: 'unknown' is not a version")
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_a_function_that_is_gone(package: Install, name: str) -> None:
+    module, _, function = name.partition(":")
+    said = reason(package(**{module.rpartition(".")[2]: lambda text: text.replace(f"def {function}(", "def other(")}))
+    assert said == f"FlashInfer 0.6.18 has another API: {name} is gone"
+
+
+@pytest.mark.parametrize(("name", "parameter"), [(n, p) for n, parameters in CONTRACT.items() for p in parameters])
+def test_a_parameter_that_is_gone(package: Install, name: str, parameter: str) -> None:
+    module, _, function = name.partition(":")
+    before = f"def {function}({', '.join(CONTRACT[name])})"
+    after = f"def {function}({', '.join(p for p in CONTRACT[name] if p != parameter)})"
+    said = reason(package(**{module.rpartition(".")[2]: lambda text: text.replace(before, after)}))
+    assert said == f"FlashInfer 0.6.18 has another API: {name} has no parameter {parameter}"
+
+
+def test_a_pattern_with_another_code(package: Install) -> None:
+    said = reason(package(allreduce=lambda text: text.replace("= 0, 1", "= 0, 2")))
+    assert said == "FlashInfer 0.6.18 has another API: AllReduceFusionPattern.kARResidualRMSNorm is not 1"
+
+
+def test_patterns_that_are_gone(package: Install) -> None:
+    said = reason(package(allreduce=lambda text: text.replace("class AllReduceFusionPattern", "class Other")))
+    assert "kAllReduce is not 0; AllReduceFusionPattern.kARResidualRMSNorm is not 1" in said
+
+
+def test_a_function_without_a_signature(package: Install) -> None:
+    broken = "SymmDeviceMemory = type\n"  # inspect.signature(type) raises ValueError
+    assert reason(package(mnnvl=lambda text: broken)).startswith("FlashInfer 0.6.18 cannot be read: ")
+
+
+# -- the channel that handles travel over
+
+
+def test_a_channel_is_a_comm_backend() -> None:
+    store = dist.HashStore()
+
+    def body(rank: int) -> list[Any]:
+        backend = ChannelBackend(Channel(store, rank, 3, seconds=20))
+        return [
+            (backend.Get_rank(), backend.Get_size()),
+            backend.allgather(f"handle {rank}"),
+            backend.bcast(f"from {rank}", 2),
+            backend.bcast(rank, root=0),
+            backend.barrier(),
+        ]
+
+    handles = ("handle 0", "handle 1", "handle 2")
+    assert run_threaded(3, body) == [[(rank, 3), handles, "from 2", 0, None] for rank in range(3)]
+
+
+def test_a_workspace_of_part_of_a_group_is_refused() -> None:
+    with pytest.raises(WorkspaceError, match="split the group"):
+        ChannelBackend(Channel(dist.HashStore(), 0, 1)).Split(0, 0)
+
+
+# -- what reaches the kernels
+
+
+class Calls:
+    """Notes what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        self.calls.append((arguments, named))
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.zeros(4, 256) for _ in range(5)]
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.tensor
+    monkeypatch.setattr(adapter, "_device_words", lambda pointer, words: torch.zeros(words, dtype=torch.int32))
+    monkeypatch.setattr(torch, "tensor", lambda data, dtype, device: real(data, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+class Allreduce(ModuleType):
+    """``flashinfer.comm.allreduce``, with a workspace that says what it was asked for."""
+
+    AllReduceFusionPattern = SimpleNamespace(kAllReduce=0, kARResidualRMSNorm=1)
+
+    def __init__(self, confidential: bool = False) -> None:
+        super().__init__("flashinfer.comm.allreduce")
+        self.allreduce_fusion = Calls()
+        self.asked = Calls()
+        self.destroyed = 0
+        self.is_confidential_compute = lambda: confidential
+
+    def create_allreduce_fusion_workspace(self, **named: Any) -> Any:
+        self.asked(**named)
+        return SimpleNamespace(
+            metadata={"control_flag_ptr": 64, "lamport_comm_size": 4096},
+            ipc_handles=["handles"],
+            destroy=lambda: setattr(self, "destroyed", self.destroyed + 1),
+            buffer_size_bytes=4096,
+            mc_ptr=1,
+            uc_ptrs_dev=2,
+            uc_ptr_local=3,
+            buffer_flags=torch.zeros(9, dtype=torch.int32),
+        )
+
+
+def flashinfer(api: Allreduce, version: str = "0.6.18", **modules: Any) -> tuple[FlashInfer, Calls, Calls]:
+    """The package, the released handles and the MNNVL kernel."""
+    released, launch = Calls(), Calls()
+    built = SimpleNamespace(trtllm_mnnvl_allreduce_fusion=launch)
+    found = {
+        "allreduce": api,
+        "trtllm_ar": SimpleNamespace(trtllm_destroy_ipc_workspace_for_all_reduce_fusion=released),
+        "trtllm_mnnvl_ar": SimpleNamespace(get_trtllm_mnnvl_comm_module=lambda: built),
+        **modules,
+    }
+    return FlashInfer(version, {f"flashinfer.comm.{k}": m for k, m in found.items()}), released, launch
+
+
+def one_rank() -> Channel:
+    return Channel(dist.HashStore(), 0, 1, seconds=1)
+
+
+def of_size(size: int) -> Channel:
+    """A channel that nobody is asked over."""
+    channel = Channel(dist.HashStore(), 0, size, seconds=0.1)
+    channel.barrier = lambda topic: None  # type: ignore[method-assign]
+    return channel
+
+
+def test_what_a_trtllm_workspace_is_asked_for(no_device: None) -> None:
+    api, channel, group = Allreduce(), of_size(4), object()
+    flashinfer(api)[0].trtllm(channel, group, 64, 4096, torch.bfloat16)  # type: ignore[arg-type]
+    ((_, asked),) = api.asked.calls
+    backend = asked.pop("comm_backend")
+    assert isinstance(backend, ChannelBackend) and backend._channel is channel
+    assert asked == {
+        "backend": "trtllm",
+        "world_size": 4,
+        "rank": 0,
+        "max_token_num": 64,
+        "hidden_dim": 4096,
+        "dtype": torch.bfloat16,
+        "group": group,
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "ranks", "dtype", "tokens"),
+    [
+        ("0.6.18.post1", 2, torch.float32, 128),
+        ("0.7.1", 2, torch.float32, 128),
+        ("0.7.2.post1", 2, torch.float32, 64),
+        ("0.6.18", 4, torch.float32, 64),
+        ("0.6.18", 2, torch.float16, 64),
+    ],
+)
+def test_two_shot_in_float32_has_room(
+    no_device: None, version: str, ranks: int, dtype: torch.dtype, tokens: int
+) -> None:
+    api = Allreduce()
+    flashinfer(api, version)[0].trtllm(of_size(ranks), None, 64, 4096, dtype)  # type: ignore[arg-type]
+    ((_, asked),) = api.asked.calls
+    assert asked["max_token_num"] == tokens
+    element = 2 if version < "0.7.2" else dtype.itemsize
+    assert ranks * asked["max_token_num"] * element >= 2 * 64 * dtype.itemsize, "two-shot writes this much"
+
+
+def test_confidential_computing_would_go_through_torch_symmetric_memory(no_device: None) -> None:
+    api = Allreduce(confidential=True)
+    with pytest.raises(WorkspaceError, match="makes a multicast object"):
+        flashinfer(api)[0].trtllm(of_size(2), None, 64, 4096, torch.bfloat16)  # type: ignore[arg-type]
+    assert not api.asked.calls
+
+
+@pytest.mark.parametrize("strategy", [ONE, TWO])
+def test_what_reaches_trtllm(no_device: None, strategy: Strategy) -> None:
+    api = Allreduce()
+    kernels = flashinfer(api)[0].trtllm(one_rank(), None, 64, 256, torch.float32)  # type: ignore[arg-type]
+    x, residual, norm, out, _ = tensors()
+    weight = torch.ones(256)
+    kernels.fused(x, residual, weight, 1e-5, 1.0, strategy, norm, out)
+    kernels.all_reduce(x, out, strategy)
+    (fused, named), (plain, plain_named) = api.allreduce_fusion.calls
+    assert fused[0] is x and fused[2] == 1 and plain[0] is x and plain[2] == 0 and len(fused) == len(plain) == 3
+    assert fused[1] is plain[1] and fused[1].ipc_handles == ["handles"]
+    for given in (named, plain_named):
+        assert given.pop("launch_with_pdl") is False
+        assert given.pop("trigger_completion_at_end") is True
+        assert given.pop("fp32_acc") is True
+        assert given.pop("use_oneshot") is (strategy is ONE)
+    expected = {
+        "output": norm,
+        "residual_out": out,
+        "norm_out": norm,
+        "residual_in": residual,
+        "rms_gamma": weight,
+        "rms_eps": 1e-5,
+        "weight_bias": 1.0,
+    }
+    assert named.keys() == expected.keys() and all(named[key] is value for key, value in expected.items())
+    assert plain_named.keys() == {"output"} and plain_named["output"] is out
+
+
+def test_a_closed_trtllm_workspace_gives_its_memory_back_and_serves_nothing(no_device: None) -> None:
+    api = Allreduce()
+    package, released, _ = flashinfer(api)
+    kernels = package.trtllm(one_rank(), None, 64, 256, torch.float32)  # type: ignore[arg-type]
+    assert kernels.buffer_bytes == 4096 and kernels.control_words() == (0,) * 5
+    kernels.close()
+    kernels.close()
+    assert api.destroyed == 1 and released.calls == [((["handles"],), {})]
+    x, residual, norm, out, weight = tensors()
+    with pytest.raises(WorkspaceError, match="closed"):
+        kernels.fused(x, residual, weight, 1e-5, 0.0, ONE, norm, out)
+    with pytest.raises(WorkspaceError, match="closed"):
+        kernels.all_reduce(x, out, ONE)
+
+
+class Memory:
+    """``SymmDeviceMemory``: rank r's part is at 1000 + r."""
+
+    asked = Calls()
+
+    def __init__(self, **named: Any) -> None:
+        Memory.asked.calls.append(((), named))
+
+    def get_buffer_ptrs_host(self) -> list[int]:
+        return [1000, 1001]
+
+    def get_buffer_ptrs_dev(self) -> int:
+        return 77
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mnnvl_of_two_ranks_stores_to_the_peer(no_device: None, rank: int) -> None:
+    Memory.asked = Calls()
+    package, _, launch = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
+    channel = of_size(2)
+    channel.rank = rank
+    kernels = package.mnnvl_peer(channel, 33, 264, torch.float16)
+    ((_, asked),) = Memory.asked.calls
+    assert isinstance(asked.pop("comm_backend_for_handle_transfer"), ChannelBackend)
+    size = 2 * 33 * 264 * 2
+    size += -size % 32
+    assert asked == {
+        "buf_size": 3 * size,
+        "group_size": 2,
+        "group_rank": rank,
+        "device_idx": 0,
+        "enable_multicast": False,
+        "allocate_signal_pads": False,
+    }
+    assert kernels.buffer_bytes == size and kernels.strategies == (ONE,)
+    assert kernels.control_words() == (0, 2, size, 0, 0, 0, 0, 0, 0)
+    x, residual, norm, out, weight = tensors()
+    kernels.fused(x, residual, weight, 1e-5, 1.0, ONE, norm, out)
+    kernels.all_reduce(x, out, ONE)
+    (fused, none), (plain, none_either) = launch.calls
+    assert none == none_either == {}
+    for given in (fused, plain):
+        assert given[0] is x and given[1:4] == (1001 - rank, 77, 1000 + rank), "the peer, the table, this rank"
+        assert given[5:7] == (2, rank)
+        assert given[8:10] == (False, True), "no PDL, one-shot"
+    assert fused[7] is True and plain[7] is False, "with a norm, and without"
+    assert all(a is b for a, b in zip(fused[10:], (norm, out, residual, weight, 1e-5, 1.0), strict=True))
+    assert plain[10] is out and plain[11:] == (None,) * 5
+    kernels.close()
+    with pytest.raises(WorkspaceError, match="closed"):
+        kernels.all_reduce(x, out, ONE)
+
+
+def test_mnnvl_over_multicast_uses_the_pointers_of_its_workspace(no_device: None) -> None:
+    api = Allreduce()
+    package, _, launch = flashinfer(api)
+    kernels = package.mnnvl_multicast(of_size(4), 64, 4096, torch.bfloat16)
+    ((_, asked),) = api.asked.calls
+    assert asked["backend"] == "mnnvl" and asked["force_oneshot_support"] is True and asked["world_size"] == 4
+    assert isinstance(asked["comm_backend"], ChannelBackend) and "group" not in asked
+    x, residual, norm, out, weight = tensors()
+    kernels.fused(x, residual, weight, 1e-5, 1.0, TWO, norm, out)
+    ((given, _),) = launch.calls
+    assert given[1:4] == (1, 2, 3) and given[5:10] == (4, 0, True, False, False)
+    kernels.close()
+    assert api.destroyed == 1
+
+
+def test_lamport_buffers_of_an_odd_size_are_refused(no_device: None) -> None:
+    api = Allreduce()
+    create = api.create_allreduce_fusion_workspace
+    api.create_allreduce_fusion_workspace = lambda **n: SimpleNamespace(  # type: ignore[method-assign]
+        **vars(create(**n)) | {"buffer_size_bytes": 4096 + 16}
+    )
+    with pytest.raises(WorkspaceError, match=r"4112 bytes .hazard M7"):
+        flashinfer(api)[0].mnnvl_multicast(of_size(4), 64, 4096, torch.bfloat16)
+
+
+def test_four_ranks_have_no_single_peer() -> None:
+    Memory.asked = Calls()
+    package, *_ = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
+    with pytest.raises(WorkspaceError, match="serves two ranks, not 4"):
+        package.mnnvl_peer(of_size(4), 64, 4096, torch.bfloat16)
+    assert not Memory.asked.calls
+
+
+@pytest.mark.parametrize("make", ["trtllm", "mnnvl_peer", "mnnvl_multicast"])
+def test_no_memory_is_asked_for_where_the_buffer_is_too_large(no_device: None, make: str) -> None:
+    Memory.asked, api = Calls(), Allreduce()
+    package, *_ = flashinfer(api, mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
+    tokens = WRAPPING_BUFFER // (2 * 4096 * 2)
+    group = (None,) if make == "trtllm" else ()
+    with pytest.raises(WorkspaceError, match="1 GiB or more"):
+        getattr(package, make)(of_size(2), *group, tokens, 4096, torch.bfloat16)
+    assert not api.asked.calls and not Memory.asked.calls
+    getattr(package, make)(of_size(2), *group, tokens - 1, 4096, torch.bfloat16)
+
+
+# -- the contract with the real package
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the real FlashInfer did over a driver that writes down (``read_flashinfer.py``)."""
+    cache = tmp_path_factory.mktemp("flashinfer")
+    environment = os.environ | NO_MULTICAST | {"FLASHINFER_WORKSPACE_BASE": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("FLASHINFER_CONFIDENTIAL_COMPUTE", None)
+    program = Path(__file__).parent.parent / "read_flashinfer.py"
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert facts["load"] == "FlashInfer", f"{facts['said']} (`make` installs what this test reads)"
+    return facts
+
+
+pytestmark = pytest.mark.xdist_group("flashinfer")  # one import of it
+
+#: What the kernel's wrapper calls the arguments that _Mnnvl passes by position.
+MNNVL_PARAMETERS = [
+    *("input", "multicast_buffer_ptr", "buffer_ptrs_dev", "buffer_ptr_local", "buffer_flags_mnnvl", "nranks", "rank"),
+    *("rmsnorm_fusion", "launch_with_pdl", "use_oneshot", "output", "residual_out", "residual_in", "gamma"),
+    *("epsilon", "weight_bias"),
+]
+MADE = ["trtllm", "trtllm float32", "mnnvl peer", "mnnvl multicast"]
+MULTICAST = {"cuMulticastCreate", "cuMulticastAddDevice", "cuMulticastBindMem"}
+
+
+def test_the_real_package_is_a_release_that_was_read(real: dict[str, Any]) -> None:
+    low, high = SUPPORTED
+    assert adapter.in_range(real["version"], low, high)
+
+
+def test_the_real_mnnvl_kernel_takes_its_arguments_in_this_order(real: dict[str, Any]) -> None:
+    assert real["mnnvl parameters"][: len(MNNVL_PARAMETERS)] == MNNVL_PARAMETERS
+
+
+@pytest.mark.parametrize("name", ["mnnvl peer", "mnnvl multicast"])
+def test_what_reaches_the_real_mnnvl_kernel(real: dict[str, Any], name: str) -> None:
+    seen, calls = real[name], real[name]["kernel calls"]
+    own, peer = seen["own memory"]
+    multicast = peer if name == "mnnvl peer" else seen["multicast pointer"]
+    assert multicast
+    assert [rank[0] for rank in seen["pointers"]][1] != multicast
+    strategies = [True] if name == "mnnvl peer" else [True, False]
+    assert len(calls) == 2 * len(strategies)
+    for one_shot, fused, plain in zip(strategies, calls[::2], calls[1::2], strict=True):
+        for kernel, given, named in (fused, plain):
+            assert kernel == "trtllm_mnnvl_allreduce_fusion" and not named
+            parameters = dict(zip(MNNVL_PARAMETERS, given, strict=False))
+            assert parameters | {"buffer_ptrs_dev": 0} == {
+                "input": "input",
+                "multicast_buffer_ptr": multicast,
+                "buffer_ptrs_dev": 0,
+                "buffer_ptr_local": own,
+                "buffer_flags_mnnvl": "another tensor",
+                "nranks": 2,
+                "rank": 0,
+                "launch_with_pdl": False,
+                "use_oneshot": one_shot,
+                **(
+                    {
+                        "rmsnorm_fusion": True,
+                        "output": "norm",
+                        "residual_out": "out",
+                        "residual_in": "residual",
+                        "gamma": "weight",
+                        "epsilon": 1e-5,
+                        "weight_bias": 1.0,
+                    }
+                    if given is fused[1]
+                    else {
+                        "rmsnorm_fusion": False,
+                        "output": "out",
+                        **dict.fromkeys(("residual_out", "residual_in", "gamma", "epsilon", "weight_bias")),
+                    }
+                ),
+            }
+            assert parameters["buffer_ptrs_dev"] == 0xDE0, "the table of rank 0"
+    assert seen["flags"] == [0, 2, seen["buffer_bytes"][0], 0, 0, 0, 0, 0, 0]
+    assert seen["control_words"] == [9, 9]
+
+
+@pytest.mark.parametrize("name", ["trtllm", "trtllm float32"])
+def test_what_reaches_the_real_trtllm_kernel(real: dict[str, Any], name: str) -> None:
+    seen = real[name]
+    calls = seen["kernel calls"]
+    assert [named["use_oneshot"] for _, _, named in calls] == [True, True, False, False]
+    for i, (kernel, given, named) in enumerate(calls):
+        assert kernel == "trtllm_allreduce_fusion" and not given
+        fixed = {
+            "launch_with_pdl": False,
+            "trigger_completion_at_end": True,
+            "fp32_acc": True,
+            "world_size": 2,
+            "world_rank": 0,
+            "token_num": 8,
+            "hidden_dim": 256,
+            "allreduce_in": "input",
+        }
+        fused = {
+            "pattern_code": 1,
+            "residual_in": "residual",
+            "residual_out": "out",
+            "norm_out": "norm",
+            "rms_gamma": "weight",
+            "rms_eps": 1e-5,
+            "weight_bias": 1.0,
+        }
+        plain = {"pattern_code": 0, "allreduce_out": "out", "norm_out": None, "residual_out": None, "rms_gamma": None}
+        expected = fixed | (plain if i % 2 else fused)
+        assert {key: named[key] for key in expected} == expected
+    assert seen["words at"] == [[0xF000, 5]] * 2 and seen["control_words"] == [5, 5]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_real_package_makes_multicast_objects_for_mnnvl_over_multicast_alone(
+    real: dict[str, Any], name: str
+) -> None:
+    assert real[name]["allocations"] == 6 if name.startswith("trtllm") else 2
+    made = MULTICAST & {*real[name]["driver"]}
+    assert made == (MULTICAST if name == "mnnvl multicast" else set())
+    others = {call for call in real[name]["driver"] if "Multicast" in call}
+    assert name == "mnnvl multicast" or not others
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_real_package_gives_the_memory_back_when_a_workspace_is_closed(real: dict[str, Any], name: str) -> None:
+    seen = real[name]
+    assert seen["kept"] == (2 if name.startswith("trtllm") else 0), "tables that destroy() leaves alone"
+    assert seen["kept after close"] == 0
+    # Each rank releases its own memory and what it imported of the other's.
+    assert seen["released"] >= 2 * seen["allocations"]
+    assert seen["after close"] == "this workspace was closed"
+
+
+def test_the_real_two_shot_in_float32_has_room(real: dict[str, Any]) -> None:
+    assert real["trtllm"]["two-shot bytes"] == 2 * 8 * 256 * 2
+    assert real["trtllm float32"]["two-shot bytes"] >= 2 * 8 * 256 * 4
+
+
+def test_under_confidential_computing_the_real_package_allocates_nothing(real: dict[str, Any]) -> None:
+    assert "multicast" in real["confidential"] and real["confidential allocations"] == 0
+
+
+def test_the_adapter_implements_what_it_declares() -> None:
+    for kernels in (adapter._Trtllm, adapter._Mnnvl):
+        for name in ("fused", "all_reduce", "control_words", "close"):
+            declared = inspect.signature(getattr(adapter.Kernels, name)).parameters
+            assert list(inspect.signature(getattr(kernels, name)).parameters) == list(declared)

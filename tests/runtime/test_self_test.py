@@ -1,0 +1,378 @@
+"""What the start-up self-test sees, on two threads whose kernels meet at a barrier."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringfence.runtime import reference
+from ringfence.runtime import self_test as module
+from ringfence.runtime.channel import Channel
+from ringfence.runtime.errors import SelfTestHungError
+from ringfence.runtime.self_test import SelfTest, self_test
+from ringfence.runtime.situation import Collective, Strategy
+from ringfence.runtime.size_table import SizeRow
+from ringfence.runtime.workspace import Workspace
+
+ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
+H, RANKS = 256, 2
+TOKENS = (1, 4, 8)
+#: 1 by one-shot, 4 and 8 by both, and down again: 4 and 1.
+SHAPES = 1 + 2 + 2 + 2 + 1
+ROW = SizeRow(Collective.TRTLLM, "peer", (9, 0), RANKS, 1 << 20, 1 << 20, 0, "a test")
+
+
+class Meeting:
+    """Where the ranks bring their inputs. Who waits for a rank that does not come gets an error in its place."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(RANKS, timeout=3)
+        self.inputs: list[Tensor | None] = [None] * RANKS
+
+    def total(self, rank: int, x: Tensor) -> Tensor:
+        self.inputs[rank] = x.clone()
+        self.barrier.wait()
+        total = torch.stack([t.float() for t in self.inputs if t is not None]).sum(0)
+        self.barrier.wait()
+        return total
+
+
+Fault = Callable[[int, Strategy, Tensor, Tensor, Tensor], None]
+
+
+@dataclass
+class Kernels:
+    """Of one rank. ``fault`` is given the number of the call, and what was read and written."""
+
+    meeting: Meeting
+    rank: int
+    fault: Fault | None = None
+    strategies: tuple[Strategy, ...] = (ONE, TWO)
+    buffer_bytes: int = 0
+    words: tuple[int, ...] = (0, 0)
+    calls: list[tuple[int, Strategy]] = field(default_factory=list)
+    recorded: list[Callable[[], None]] | None = None
+
+    def fused(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        strategy: Strategy,
+        norm_out: Tensor,
+        residual_out: Tensor,
+    ) -> None:
+        def run() -> None:
+            self.calls.append((x.shape[0], strategy))
+            total = self.meeting.total(self.rank, x) + residual.float()
+            residual_out.copy_(total)
+            norm_out.copy_(reference.rms_norm(total, weight.float(), eps, weight_bias))
+            if self.fault is not None:
+                self.fault(len(self.calls) - 1, strategy, x, norm_out, residual_out)
+
+        if self.recorded is None:
+            run()
+        else:
+            self.recorded.append(run)
+
+    def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
+        raise AssertionError("not tested")
+
+    def control_words(self) -> tuple[int, ...]:
+        return self.words
+
+    def close(self) -> None:
+        raise AssertionError("not the self-test's to close")
+
+
+def workspace(kernels: Kernels, row: SizeRow = ROW) -> Workspace:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return Workspace(Collective.TRTLLM, "peer", row, kernels, torch.device("cpu"), RANKS, 1 << 20, dtypes)
+
+
+def on_ranks(body: Callable[[Kernels, Channel], Any], faults: dict[int, Fault], **other: Any) -> list[Any]:
+    """Run on threads; no rank may be left waiting for another."""
+    meeting, store = Meeting(), dist.HashStore()
+
+    def run(rank: int) -> Any:
+        channel = Channel(store, rank, RANKS, seconds=6)
+        result = body(Kernels(meeting, rank, faults.get(rank), **other), channel)
+        channel.barrier("and the channel goes on")
+        return result
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        return list(pool.map(run, range(RANKS)))
+
+
+def tested(
+    faults: dict[int, Fault] | None = None, dtype: torch.dtype = torch.bfloat16, **other: Any
+) -> tuple[SelfTest, list[tuple[int, Strategy]]]:
+    """The result, which is the same on all ranks, and the calls, which are too."""
+
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        return self_test(workspace(kernels), channel, H, dtype, TOKENS, capture=False), kernels.calls
+
+    (first, calls), *others = on_ranks(body, faults or {}, **other)
+    assert all(o == (first, calls) for o in others)
+    return first, calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_kernels_that_are_right(dtype: torch.dtype) -> None:
+    result, calls = tested(dtype=dtype)
+    assert result == SelfTest(None, None, SHAPES)
+    once = [(1, ONE), (4, ONE), (4, TWO), (8, ONE), (8, TWO), (4, ONE), (4, TWO), (1, ONE)]
+    assert calls == once * 3, "sizes up and down, strategies in turn, for each kind of payload"
+
+
+def test_only_what_the_workspace_serves_is_called() -> None:
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        row = SizeRow(Collective.TRTLLM, "peer", (9, 0), RANKS, 1024, 2048, 0, "a test")
+        small = workspace(kernels, row)
+        return self_test(small, channel, H, torch.bfloat16, (4, 1, 5, 100), capture=False).calls, kernels.calls[:4]
+
+    assert on_ranks(body, {}) == [(4, [(1, ONE), (4, ONE), (4, TWO), (1, ONE)])] * RANKS
+
+
+def test_kernels_of_one_strategy() -> None:
+    result, calls = tested(strategies=(ONE,))
+    assert result == SelfTest(None, None, 5) and {s for _, s in calls} == {ONE}
+
+
+def off_by(amount: float, which: str, at: int | None = None) -> Fault:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        if at is None or number == at:
+            target = norm if which == "norm" else out
+            target[-1, -1] += amount
+
+    return fault
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("which", ["norm", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_wrong_element_of_one_call(dtype: torch.dtype, which: str, rank: int) -> None:
+    result, calls = tested({rank: off_by(0.5, which, at=SHAPES)}, dtype)
+    assert result.eager is not None and result.captured is None
+    assert result.eager.startswith(
+        f"rank {rank}: eager, payload subnormal: {which} of 1 x {H} {dtype} one-shot is off by"
+    )
+    assert len(calls) == 3 * SHAPES
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_element_that_is_not_written(which: int) -> None:
+    """Outputs are poisoned before each run, so what an earlier run wrote does not count."""
+
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        (norm, out)[which][0, 0] = float("nan")
+
+    result, _ = tested({1: fault})
+    assert result.eager is not None and "is off by inf" in result.eager
+
+
+def test_a_call_that_writes_nothing() -> None:
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        def lazy(*arguments: Any) -> None:
+            kernels.calls.append((0, ONE))
+            if len(kernels.calls) <= SHAPES:  # right for the first payload
+                kernels.calls.pop()
+                usual(*arguments)
+
+        usual = kernels.fused
+        kernels.fused = lazy  # type: ignore[method-assign]
+        return self_test(workspace(kernels), channel, H, torch.bfloat16, TOKENS, capture=False).eager
+
+    for said in on_ranks(body, {}):
+        assert "payload subnormal: norm of 1 x 256 torch.bfloat16 one-shot is off by inf" in said
+
+
+WORDS = {"subnormal": -(2**31) + 0x50005, "negative zero": -(2**31)}
+
+
+@pytest.mark.parametrize("pattern", WORDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_kernel_that_stumbles_over_a_payload(pattern: str, dtype: torch.dtype) -> None:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        if bool((x.view(torch.int32) == WORDS[pattern]).any()):
+            out[0, 0] = 0
+
+    result, _ = tested(dict.fromkeys(range(RANKS), fault), dtype)
+    assert result.eager is not None and f"rank 0: eager, payload {pattern}: sum of" in result.eager
+    assert "; rank 1: " in result.eager
+
+
+def test_a_strategy_that_is_wrong() -> None:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        if strategy is TWO:
+            norm.neg_()
+
+    result, _ = tested({0: fault})
+    assert result.eager is not None and "norm of 4 x 256 torch.bfloat16 two-shot" in result.eager
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("at", [0, 3 * SHAPES - 1])
+def test_ranks_that_hold_different_bits(which: int, at: int) -> None:
+    """Each is right within the rounding, and a model over them would drift apart."""
+
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        if number == at:
+            (norm, out)[which].view(torch.int16)[-1, -1] ^= 1
+
+    assert tested({1: fault})[0].eager == "the ranks hold different bits"
+    assert tested(dict.fromkeys(range(RANKS), fault))[0].eager is None, "the same bits on both"
+
+
+def test_ranks_that_hold_the_same_bits_in_another_order() -> None:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        words = out.view(torch.int32)
+        near = out[0].float()
+        order = near.argsort()  # two words next to each other, swapped, are off by little
+        for i, j in zip(order[:-1].tolist(), order[1:].tolist(), strict=True):
+            if i // 2 != j // 2 and near[i] != near[j] and abs(near[i] - near[j]) < 0.004:
+                out[0, i], out[0, j] = near[j], near[i]
+                break
+        assert words.shape
+
+    said = tested({1: fault})[0].eager
+    assert said == "the ranks hold different bits", said
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_failure_on_one_rank_leaves_no_other_waiting(rank: int) -> None:
+    """The rank that fails makes all its calls: an early return would leave the others in theirs."""
+    result, calls = tested({rank: off_by(9.0, "norm", at=0)})
+    assert result.eager is not None and result.eager.startswith(f"rank {rank}: eager, payload ordinary")
+    assert len(calls) == 3 * SHAPES
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_a_call_that_raises_is_a_failure_of_its_rank(ranks: list[int]) -> None:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        if number == 1:
+            raise ValueError("no kernel image")
+
+    result, calls = tested(dict.fromkeys(ranks, fault))
+    assert result.eager == "; ".join(
+        f"rank {rank}: eager, payload ordinary: a call raised ValueError: no kernel image" for rank in ranks
+    )
+    assert len(calls) == 3 * SHAPES
+
+
+# -- captured
+
+
+class Graph:
+    """A capture on the CPU: calls are recorded, and run by ``replay``."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for call in self.calls:
+            call()
+
+    def reset(self) -> None:
+        self.calls.clear()
+
+
+def captured(
+    monkeypatch: pytest.MonkeyPatch, faults: dict[int, Fault] | None = None, **trouble: Callable[[Kernels], None]
+) -> tuple[str | None, list[int]]:
+    """What is said of the capture, on every rank, and how often each rank replayed."""
+    here = threading.local()
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, *, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "another thread may use the device meanwhile"
+        here.graph, here.kernels.recorded = graph, graph.calls
+        trouble.get("inside", lambda kernels: None)(here.kernels)
+        yield
+        here.kernels.recorded = None
+
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        here.kernels = kernels
+        one = workspace(kernels)
+        shapes = [module._Shape(n, H, torch.bfloat16, ONE) for n in TOKENS]
+        calls = [module._Call(one, shape, channel.rank) for shape in shapes]
+        why, digest = module._captured(calls, one, channel)
+        return module._voted(channel, "self-test, captured", why, digest), here.graph.replays
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    results = on_ranks(body, faults or {})
+    (said,) = {why for why, _ in results}
+    return said, [replays for _, replays in results]
+
+
+def test_a_capture_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert captured(monkeypatch) == (None, [2, 2])
+
+
+def test_a_replay_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, replays = captured(monkeypatch, {1: off_by(9.0, "norm", at=len(TOKENS))})
+    assert (
+        said is not None and said.startswith("rank 1: replay 2, payload subnormal: norm of 1 x") and replays == [2, 2]
+    )
+
+
+def test_replays_that_differ_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        out.view(torch.int16)[0, 0] ^= 1
+
+    assert captured(monkeypatch, {0: fault}) == ("the ranks hold different bits", [2, 2])
+
+
+def on_rank(wanted: int, action: Callable[[Kernels], None]) -> Callable[[Kernels], None]:
+    return lambda kernels: action(kernels) if kernels.rank == wanted else None
+
+
+def test_a_capture_that_changes_the_control_words_is_not_replayed_by_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, replays = captured(monkeypatch, inside=on_rank(1, lambda kernels: setattr(kernels, "words", (1, 0))))
+    assert said == "rank 1: the capture changed the control words from (0, 0) to (1, 0)" and replays == [0, 0]
+
+
+def test_a_capture_that_fails_on_one_rank_is_not_replayed_by_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(kernels: Kernels) -> None:
+        raise RuntimeError("operation not permitted")
+
+    said, replays = captured(monkeypatch, inside=on_rank(0, fail))
+    assert said == "rank 0: capture raised RuntimeError: operation not permitted" and replays == [0, 0]
+
+
+# -- kernels that do not come back
+
+
+class Event:
+    polls = 0
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        Event.polls += 1
+        return Event.polls > 3
+
+
+def test_a_kernel_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "polls", 0)
+    module._wait(torch.device("cuda", 0))
+    assert Event.polls == 4
+    monkeypatch.setattr(Event, "query", lambda self: False)
+    monkeypatch.setattr(module, "_SECONDS", 0.05)
+    with pytest.raises(SelfTestHungError, match=r"within 0.05 s .* start with collective='reference'"):
+        module._wait(torch.device("cuda", 0))

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringfence.runtime import workspace as module
+from ringfence.runtime.channel import Channel
+from ringfence.runtime.errors import WorkspaceError
+from ringfence.runtime.situation import Collective, Strategy
+from ringfence.runtime.size_table import SizeRow
+from ringfence.runtime.workspace import Workspace, Workspaces, close_workspaces, workspaces_of
+from support import run_threaded
+
+ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
+TRTLLM, MNNVL = Collective.TRTLLM, Collective.MNNVL
+CPU = torch.device("cpu")
+HALF = (torch.float16, torch.bfloat16)
+
+#: Of 512-byte rows: one-shot up to 8, two-shot up to 16, all-reduces up to 4.
+ROW = SizeRow(TRTLLM, "peer", (9, 0), 2, 8 * 512, 16 * 512, 4 * 512, "a test")
+
+
+class Kernels:
+    buffer_bytes = 0
+
+    def __init__(self, strategies: tuple[Strategy, ...] = (ONE, TWO), words: int = 0) -> None:
+        self.strategies, self.words, self.closed = strategies, words, 0
+
+    def control_words(self) -> tuple[int, ...]:
+        return (self.words, self.words + 1)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def workspace(capacity: int = 16 * 512, **other: Any) -> Workspace:
+    given: dict[str, Any] = {
+        "collective": TRTLLM,
+        "transport": "peer",
+        "row": ROW,
+        "kernels": Kernels(),
+        "device": CPU,
+        "world_size": 2,
+        "capacity": capacity,
+        "dtypes": HALF,
+    }
+    return Workspace(**given | other)
+
+
+def alone() -> Channel:
+    return Channel(dist.HashStore(), 0, 1, seconds=5)
+
+
+def opened(*made: Workspace) -> Workspaces:
+    found = Workspaces()
+    for one in made:
+        assert found.create(alone(), lambda one=one: one, one.collective, one.transport) == (one, None)  # type: ignore[misc]
+    return found
+
+
+# -- which calls one serves
+
+
+@pytest.mark.parametrize(("tokens", "strategy"), [(1, ONE), (8, ONE), (9, TWO), (16, TWO), (17, None)])
+def test_the_row_says_how_a_call_is_carried_out(tokens: int, strategy: Strategy | None) -> None:
+    assert workspace(1 << 20).strategy(tokens, 256, torch.bfloat16) is strategy
+
+
+def test_what_a_workspace_does_not_serve() -> None:
+    assert workspace(4 * 512).strategy(4, 256, torch.bfloat16) is ONE
+    assert workspace(4 * 512).strategy(5, 256, torch.bfloat16) is None, "too large for the memory"
+    assert workspace().strategy(4, 128, torch.float32) is None, "another dtype"
+    one_shot = workspace(kernels=Kernels((ONE,)))
+    assert one_shot.strategy(8, 256, torch.bfloat16) is ONE and one_shot.strategy(9, 256, torch.bfloat16) is None
+    assert workspace().strategy(4, 260, torch.bfloat16) is None, "no whole warps"
+    assert workspace(world_size=16, row=ROW).strategy(16, 256, torch.bfloat16) is None, "two-shot of too few tokens"
+
+
+def test_an_all_reduce_alone_has_a_border_of_its_own() -> None:
+    assert workspace().all_reduce_strategy(4, 256, torch.bfloat16) is ONE
+    assert workspace().all_reduce_strategy(5, 256, torch.bfloat16) is None
+    assert workspace().all_reduce_strategy(4, 128, torch.float32) is None
+
+
+def test_workspaces_are_found_by_collective_device_dtype_and_size() -> None:
+    small, large = workspace(512), workspace(4096)
+    full = workspace(4096, dtypes=(torch.float32,))
+    other = workspace(512, collective=MNNVL)
+    found = opened(small, large, full, other)
+    assert found.open == (small, large, full, other)
+    assert found.find("trtllm", CPU, torch.bfloat16, 512) is small
+    assert found.find("trtllm", CPU, torch.float16, 513) is large
+    assert found.find("trtllm", CPU, torch.float32, 1) is full
+    assert found.find("mnnvl", CPU, torch.bfloat16, 512) is other
+    assert found.find("trtllm", CPU, torch.bfloat16, 4097) is None
+    assert found.find("trtllm", torch.device("cuda", 0), torch.bfloat16, 1) is None
+    assert found.find("trtllm", CPU, torch.float64, 1) is None
+    assert found.find("nccl", CPU, torch.bfloat16, 1) is None
+
+
+# -- made by all or by none
+
+
+@pytest.mark.parametrize("failing", [[0], [1], [0, 2], [0, 1, 2], []])
+def test_one_is_made_on_every_rank_or_on_none(failing: list[int]) -> None:
+    def body(rank: int) -> Any:
+        found, kernels = Workspaces(), Kernels()
+        channel = Channel(store, rank, 3, seconds=20)
+
+        def make() -> Workspace:
+            channel.exchange("handles", rank)
+            if rank in failing:
+                raise MemoryError(f"of rank {rank}")
+            return workspace(kernels=kernels)
+
+        made = found.create(channel, make, TRTLLM, "peer")
+        channel.barrier("and the channel goes on")
+        return made.workspace is not None, made.failure, kernels.closed, found.failed, len(found.open)
+
+    store = dist.HashStore()
+    why = "; ".join(f"rank {rank}: MemoryError: of rank {rank}" for rank in failing)
+    said = f"its workspace could not be created ({why})"
+    for rank, (made, failure, closed, failed, count) in enumerate(run_threaded(3, body)):
+        if failing:
+            assert not made and count == 0 and failure == said
+            assert closed == (rank not in failing), "what was made is given back"
+            assert failed == {(TRTLLM, "peer"): said}, "and not tried again"
+        else:
+            assert made and count == 1 and failure is None and closed == 0 and failed == {}
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    yield
+
+
+@pytest.mark.usefixtures("capturing")
+def test_none_is_made_inside_a_capture() -> None:
+    found = Workspaces()
+    with pytest.raises(WorkspaceError, match="inside a capture"):
+        found.create(alone(), lambda: pytest.fail("made"), TRTLLM, "peer")
+    assert found.failed == {} and found.open == ()
+
+
+# -- generations
+
+
+def test_a_generation_counts_closings(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first, second = workspace(512), workspace(1024)
+    found = opened(first, second)
+    assert found.generation == 0
+    monkeypatch.setattr(
+        torch.cuda,
+        "synchronize",
+        lambda: waited.append(first.kernels.closed + second.kernels.closed),  # type: ignore[attr-defined]
+    )
+    found.close()
+    assert waited == [0], "the device is waited for before the memory goes"
+    assert (first.kernels.closed, second.kernels.closed) == (1, 1)  # type: ignore[attr-defined]
+    assert found.generation == 1 and found.open == ()
+    assert found.find("trtllm", CPU, torch.bfloat16, 1) is None
+    found.close()
+    assert found.generation == 1 and len(waited) == 1, "nothing was closed"
+    third = workspace()
+    assert found.create(alone(), lambda: third, TRTLLM, "peer").workspace is third
+    assert found.generation == 1, "one more workspace moves none"
+    found.close()
+    assert found.generation == 2
+
+
+def test_a_retired_workspace_is_closed_when_every_rank_is_there_and_not_made_again() -> None:
+    kernels = [Kernels(), Kernels()]
+    closed_before: list[int] = []
+    store = dist.HashStore()
+
+    def body(rank: int) -> Any:
+        channel = Channel(store, rank, 2, seconds=20)
+        bad, good = workspace(kernels=kernels[rank]), workspace(1 << 20)
+        found = Workspaces()
+        for one in (bad, good):
+            found.create(channel, lambda one=one: one, TRTLLM, "peer")  # type: ignore[misc]
+        if rank == 1:
+            closed_before.append(kernels[0].closed)
+        found.retire(bad, channel, "it is wrong")
+        return found.open == (good,), found.generation, found.failed, kernels[rank].closed
+
+    for result in run_threaded(2, body):
+        assert result == (True, 1, {(TRTLLM, "peer"): "it is wrong"}, 1)
+    assert closed_before == [0]
+
+
+def test_control_words_of_all() -> None:
+    assert opened(workspace(kernels=Kernels(words=3)), workspace(kernels=Kernels(words=7))).control_words() == (
+        (3, 4),
+        (7, 8),
+    )
+
+
+# -- whose they are
+
+
+def test_workspaces_die_with_their_group() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    name = dist.group.WORLD.group_name
+    found = workspaces_of(name)
+    assert workspaces_of(name) is found and len(module._of_group) >= 1
+    kernels = Kernels()
+    found.create(alone(), lambda: workspace(kernels=kernels), TRTLLM, "peer")
+    close_workspaces(name)
+    assert kernels.closed == 1
+    dead, before = weakref.ref(found), len(module._of_group)
+    del found
+    dist.destroy_process_group()
+    gc.collect()
+    assert dead() is None and len(module._of_group) == before - 1
+
+
+def test_groups_have_workspaces_of_their_own() -> None:
+    def body(rank: int) -> Any:
+        name = dist.group.WORLD.group_name
+        one = workspace()
+        workspaces_of(name).create(Channel(dist.HashStore(), 0, 1), lambda: one, TRTLLM, "peer")
+        return workspaces_of(name).open == (one,)
+
+    assert run_threaded(2, body) == [True, True]
+
+
+def test_a_group_that_does_not_exist() -> None:
+    with pytest.raises(RuntimeError, match="resolve"):
+        workspaces_of("no such group")
+
+
+# -- constants
+
+
+def test_constants_are_allocated_once() -> None:
+    one, like = workspace(), torch.zeros(2, 256, dtype=torch.bfloat16)
+    ones = one.constant("ones", like, 256)
+    assert ones.tolist() == [1.0] * 256 and ones.dtype == torch.bfloat16
+    assert one.constant("ones", like, 256) is ones
+    assert one.constant("zeros", like, 256).tolist() == [0.0] * 256
+    assert one.constant("ones", like, 128) is not ones and one.constant("ones", like.half(), 256) is not ones
+    with torch.inference_mode():
+        assert not one.constant("ones", like, 64).is_inference(), "a capture outside may read it too"
+
+
+@pytest.mark.usefixtures("capturing")
+def test_constants_are_not_allocated_inside_a_capture() -> None:
+    like = torch.zeros(2, 256)
+    one = workspace(device=torch.device("cuda", 0))
+    with pytest.raises(WorkspaceError, match="ones of 256 elements would be allocated inside a capture"):
+        one.constant("ones", like, 256)
+    one.device = CPU
+    ready = one.constant("ones", like, 256)
+    one.device = torch.device("cuda", 0)
+    assert one.constant("ones", like, 256) is ready, "what is there already may be used"
