@@ -65,8 +65,8 @@ _FP32_TWO_SHOT_FIXED = "0.7.2"
 #: Programmatic dependent launch is never asked for of trtllm: it reads the residual before it waits for
 #: the kernel that may still write it (FI#5081). ``trigger_completion_at_end`` stays True for the same reason.
 _PDL = False
-#: MNNVL waits for the kernel before it before it reads anything, and every one of a chain waits; so it is
-#: launched so where that is faster: up to this many bytes of input (measured, docs/measurements.md).
+#: MNNVL waits for the kernel before it before it reads anything, and every one of a chain waits; so its
+#: one-shot is launched so where that is faster: up to this many bytes of input (measured, docs/measurements.md).
 _MNNVL_PDL_UP_TO = 1 << 20
 
 
@@ -455,13 +455,15 @@ class _Mnnvl:
     ) -> None:
         one_shot = strategy is Strategy.ONE_SHOT
         self._launch(
-            x, *self._pointers, *self._ranks, True, _pdl(x), one_shot,
+            x, *self._pointers, *self._ranks, True, _pdl(x, strategy), one_shot,
             norm_out, residual_out, residual, weight, eps, weight_bias,
         )  # fmt: skip
 
     def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
         one_shot = strategy is Strategy.ONE_SHOT
-        self._launch(x, *self._pointers, *self._ranks, False, _pdl(x), one_shot, out, None, None, None, None, None)
+        self._launch(
+            x, *self._pointers, *self._ranks, False, _pdl(x, strategy), one_shot, out, None, None, None, None, None
+        )
 
     def control_words(self) -> tuple[int, ...]:
         return tuple(self._pointers[3].tolist())
@@ -473,8 +475,8 @@ class _Mnnvl:
         self._launch = _closed
 
 
-def _pdl(x: Tensor) -> bool:
-    return x.numel() * x.element_size() <= _MNNVL_PDL_UP_TO
+def _pdl(x: Tensor, strategy: Strategy) -> bool:
+    return strategy is Strategy.ONE_SHOT and x.numel() * x.element_size() <= _MNNVL_PDL_UP_TO
 
 
 def _closed(*_: object, **__: object) -> None:

@@ -428,10 +428,13 @@ def test_mnnvl_of_two_ranks_stores_to_the_peer(no_device: None, rank: int) -> No
     for given in (fused, plain):
         assert given[0] is x and given[1:4] == (1001 - rank, 77, 1000 + rank), "the peer, the table, this rank"
         assert given[5:7] == (2, rank)
-        assert given[8:10] == (False, True), "no PDL, one-shot"
+        assert given[8:10] == (True, True), "PDL, one-shot"
     assert fused[7] is True and plain[7] is False, "with a norm, and without"
     assert all(a is b for a, b in zip(fused[10:], (norm, out, residual, weight, 1e-5, 1.0), strict=True))
     assert plain[10] is out and plain[11:] == (None,) * 5
+    for tokens, pdl in ((64, True), (65, False)):  # up to 1 MiB
+        kernels.all_reduce(torch.empty(tokens, 8192, dtype=torch.bfloat16), out, ONE)
+        assert launch.calls[-1][0][8] is pdl
     kernels.close()
     with pytest.raises(WorkspaceError, match="closed"):
         kernels.all_reduce(x, out, ONE)
@@ -543,7 +546,7 @@ def test_what_reaches_the_real_mnnvl_kernel(real: dict[str, Any], name: str) -> 
                 "buffer_flags_mnnvl": "another tensor",
                 "nranks": 2,
                 "rank": 0,
-                "launch_with_pdl": False,
+                "launch_with_pdl": one_shot,
                 "use_oneshot": one_shot,
                 **(
                     {
