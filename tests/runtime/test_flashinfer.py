@@ -37,6 +37,8 @@ from support import NO_MULTICAST, run_threaded
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 TRTLLM, MNNVL = Collective.TRTLLM, Collective.MNNVL
 
+pytestmark = pytest.mark.xdist_group("flashinfer")  # one import of the real package
+
 
 # -- what a call must look like
 
@@ -239,7 +241,7 @@ def tensors() -> list[torch.Tensor]:
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.tensor
-    monkeypatch.setattr(adapter, "_device_words", lambda pointer, words: torch.zeros(words, dtype=torch.int32))
+    monkeypatch.setattr(adapter, "_device_words", lambda pointer, words: torch.zeros(min(words, 9), dtype=torch.int32))
     monkeypatch.setattr(torch, "tensor", lambda data, dtype, device: real(data, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -500,8 +502,6 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert facts["load"] == "FlashInfer", f"{facts['said']} (`make` installs what this test reads)"
     return facts
 
-
-pytestmark = pytest.mark.xdist_group("flashinfer")  # one import of it
 
 #: What the kernel's wrapper calls the arguments that _Mnnvl passes by position.
 MNNVL_PARAMETERS = [
