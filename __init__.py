@@ -17,8 +17,18 @@ if TYPE_CHECKING:
     from .compile_passes.report import CompileReport, assert_fused
     from .options import Options
     from .runtime.errors import HangError, RankMismatch, RingfenceError
+    from .runtime.workspace import close_workspaces
 
-__all__ = ["Backend", "CompileReport", "HangError", "Options", "RankMismatch", "RingfenceError", "assert_fused"]
+__all__ = [
+    "Backend",
+    "CompileReport",
+    "HangError",
+    "Options",
+    "RankMismatch",
+    "RingfenceError",
+    "assert_fused",
+    "close_workspaces",
+]
 __version__ = "0.1.0"
 
 
@@ -32,6 +42,7 @@ def __getattr__(name: str) -> Any:
         "RankMismatch": ".runtime.errors",
         "RingfenceError": ".runtime.errors",
         "assert_fused": ".compile_passes.report",
+        "close_workspaces": ".runtime.workspace",
     }
     if name not in homes:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -33,6 +33,7 @@ from .compile_passes.find import Candidate, find
 from .compile_passes.fuse import fuse
 from .compile_passes.judge import Verdict, groups_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
+from .compile_passes.mutations import hoist_writes, read_in_place
 from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names
 from .compile_passes.report import CompileReport
@@ -42,7 +43,6 @@ from .compile_passes.verify import verify
 from .options import Options
 from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
-from .runtime.channel import DEFAULT_SECONDS
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
 from .runtime.groups import Group, describe_group
 from .runtime.runner import PiecewiseRunner
@@ -103,6 +103,7 @@ class Backend:
         compiler = aot_autograd(
             fw_compiler=compile_graph,
             inference_compiler=compile_graph,
+            keep_inference_input_mutations=True,  # a copy of the whole cache after each step otherwise
             decompositions=_inductor_decompositions() if inductor else {},
         )
         return compiler(gm, example_inputs)
@@ -116,6 +117,7 @@ class Backend:
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)
 
+        written = hoist_writes(gm)
         candidates = find(
             gm,
             strict=options.numerics == "strict",
@@ -162,6 +164,7 @@ class Backend:
         proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
         if options.on_hazard == "raise" and proof.failed:
             raise HazardError(f"the plan can fail: {proof.message}")
+        read_in_place(whole)
         dump_graph("split", whole)
 
         agreed = digest(
@@ -179,7 +182,7 @@ class Backend:
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
         with supervision.compiling():
-            program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs)
+            program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs, written)
         runner = PiecewiseRunner(
             program,
             sizes,
@@ -236,7 +239,7 @@ class Backend:
         )
         # Real memory and real launches, in the midst of a trace with fake tensors.
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
-            return name, prepare(group, device, wanted, seconds=DEFAULT_SECONDS)
+            return name, prepare(group, device, wanted, seconds=options.agree_seconds)
 
     def _judge(
         self,

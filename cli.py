@@ -1,4 +1,4 @@
-"""The command line: ``ringfence explain``, ``check``, ``hazards`` and ``journal``."""
+"""The command line: ``ringfence explain``, ``check``, ``hazards``, ``journal``, ``doctor`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -125,13 +125,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     journal.add_argument("folder", type=Path, help="the folder with journal-rank0.json, journal-rank1.json, ...")
     journal.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
     journal.add_argument("--svg", type=Path, metavar="FILE", help="draw the last steps of the ranks")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is here, what collective='auto' would choose, and which hazards apply",
+        description="Look at this machine, with or without GPUs: exit 0 when it is healthy, 1 when a hazard that "
+        "decides against capture applies, 2 on bad usage.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    bench = commands.add_parser(
+        "bench",
+        help="measure up to which size each fused collective is worth using here",
+        description="Measure the fused collectives against NCCL on this machine and write a size table, the backend's "
+        "option size_table. Start one process for each GPU: torchrun --nproc-per-node N -m ringfence bench ...",
+    )
+    bench.add_argument("--write-table", type=Path, required=True, metavar="FILE", help="where to write the table")
+    bench.add_argument("--hidden", type=_count, nargs="+", default=[8192], metavar="N", help="(default 8192)")
+    bench.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    bench.add_argument(
+        "--sizes",
+        type=_bytes,
+        nargs="+",
+        metavar="SIZE",
+        help="bytes that a rank reduces, as 65536, 64K or 8M (default: the powers of two from 8K to 32M)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.command == "hazards" and arguments.id and arguments.markdown:
         hazards.error("--markdown prints the whole table; leave the id out")
-    run = {"explain": _explain, "check": _check, "hazards": _hazards, "journal": _journal}[arguments.command]
+    run = {
+        "explain": _explain,
+        "check": _check,
+        "hazards": _hazards,
+        "journal": _journal,
+        "doctor": _doctor,
+        "bench": _bench,
+    }[arguments.command]
     try:
         text, code = run(arguments)
-        print(text, flush=True)
+        if text:  # of the ranks of a bench, one has something to say
+            print(text, flush=True)
     except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RingfenceError as error:
@@ -158,6 +189,24 @@ def _journal(arguments: argparse.Namespace) -> tuple[str, int]:
     if arguments.svg is not None:
         _write(arguments.svg, journals.svg(merged))
     return json.dumps(merged.to_dict(), indent=2) if arguments.json else str(merged), OK
+
+
+def _doctor(arguments: argparse.Namespace) -> tuple[str, int]:
+    from .runtime.doctor import as_dict, as_text, gather
+
+    with _stage("looking at this machine"):
+        facts = gather()
+    text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts)
+    return text, OK if facts.healthy else FAILED
+
+
+def _bench(arguments: argparse.Namespace) -> tuple[str, int]:
+    import torch
+
+    from .runtime.measure import SIZES, bench
+
+    dtype = getattr(torch, arguments.dtype)
+    return bench(arguments.write_table, arguments.sizes or SIZES, arguments.hidden, dtype), OK
 
 
 def _check(arguments: argparse.Namespace) -> tuple[str, int]:
@@ -278,6 +327,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M") else (text, "")
+    if not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write it as 65536, 64K or 8M")
+    return int(number) * {"": 1, "K": 1 << 10, "M": 1 << 20}[unit]
 
 
 def _compile(arguments: argparse.Namespace) -> CompileReport:

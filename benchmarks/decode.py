@@ -246,6 +246,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     found.append(Job(f"{NO_COLLECTIVE}, one graph by hand", by_hand, inline, reduces=False))
     if not inline:  # Inductor may do better where it sees into the attention
         found.append(Job(f"{PEER}, attention inlined", by_hand, inline=True))
+        found += [Job(f"ringfence {c}, attention inlined", by_ringfence(c), inline=True) for c in options.collectives]
     between = ("bench::attention",)
     found += [Job(f"ringfence {c}, attention between pieces", by_ringfence(c, between)) for c in options.collectives]
     found.append(Job("Inductor reduce-overhead", reduce_overhead, inline))

@@ -125,7 +125,10 @@ def bare(
             norm, total = norm_out, total_out
         return norm, total
 
-    with mock.patch.object(flashinfer, "_PDL", pdl):  # the product never asks for it: see there
+    with (  # the product asks for it of mnnvl only, up to a size: see there
+        mock.patch.object(flashinfer, "_PDL", pdl),
+        mock.patch.object(flashinfer, "_MNNVL_PDL_UP_TO", 1 << 30 if pdl else 0),
+    ):
         graph, outputs = r.captured(run)
     return Contender(bare_name(collective, pdl), graph.replay, outputs, (workspace, run, chain))
 

@@ -31,6 +31,7 @@ def lower(
     compile_piece: PieceCompiler,
     names: Sequence[str],
     static_inputs: frozenset[int],
+    written: frozenset[int] = frozenset(),
 ) -> Program:
     """A :class:`Program` of compiled pieces and eager islands, in the plan's order.
 
@@ -79,6 +80,7 @@ def lower(
         slots=slots,
         constants=tuple(constants),
         static_inputs=static_inputs,
+        written=written - static_inputs,
     )
 
 

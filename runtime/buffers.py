@@ -21,7 +21,10 @@ def static_like(tensor: Tensor) -> Tensor:
 
 def copy_into(buffer: Tensor, value: Tensor) -> None:
     """Copy between two tensors of one layout, which may be expanded (stride 0)."""
-    _first_of_repeats(buffer).copy_(_first_of_repeats(value))
+    if buffer.is_contiguous():  # the usual case, and this runs for every input and island of every step
+        buffer.copy_(value)
+    else:
+        _first_of_repeats(buffer).copy_(_first_of_repeats(value))
 
 
 def narrow(tensor: Tensor, dims: tuple[int, ...], size: int) -> Tensor:

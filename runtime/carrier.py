@@ -122,7 +122,9 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
             continue
         return Carrier(
             choice.collective,
-            _situation(choice, ranks, group, wanted),
+            situation_of(
+                choice, ranks, sizes=wanted.sizes, part_of_world=group.size < torch.distributed.get_world_size()
+            ),
             choice.candidates,
             workspace,
             f"its self-test failed: {result.captured}" if result.captured else None,
@@ -178,19 +180,24 @@ def _make(
     return Workspace(choice.collective, choice.transport, choice.row, kernels, device, group.size, limit, dtypes)
 
 
-def _situation(choice: Choice, ranks: Sequence[RankFacts], group: Group, wanted: Wanted) -> Situation:
-    """The plan in the words of the hazard table."""
-    assert choice.row is not None
+def situation_of(
+    choice: Choice, ranks: Sequence[RankFacts], *, sizes: Sequence[int] = (), part_of_world: bool = False
+) -> Situation:
+    """The plan in the words of the hazard table. sizes: those to capture. part_of_world: there are other ranks."""
+    if choice.row is None:
+        return Situation(choice.collective, world_size=len(ranks))
     one_strategy = choice.row.one_shot >= choice.row.fused
     facts = set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE}
-    if len(wanted.sizes) > 1:
+    if choice.collective is Collective.MNNVL:
+        facts.add(Fact.PDL)
+    if len(sizes) > 1:
         facts.add(Fact.GRAPHS_DIFFER_IN_SIZE)
-    if group.size < torch.distributed.get_world_size():
+    if part_of_world:
         facts.add(Fact.GROUP_IS_NOT_WORLD)
     return Situation(
         choice.collective,
         ranks[0].flashinfer,
-        group.size,
+        len(ranks),
         nodes=len({facts.host for facts in ranks}),
         capability=ranks[0].capability,
         # The peer transport uses no multicast, so whether there is any does not matter.

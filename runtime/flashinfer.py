@@ -62,10 +62,12 @@ WRAPPING_BUFFER = 2**30
 #: dtype: float32 on two ranks overruns it. From this release on the buffer has room for 4-byte elements.
 _FP32_TWO_SHOT_FIXED = "0.7.2"
 
-#: Programmatic dependent launch saves 0.2 to 0.4 us a call and is never asked for: trtllm reads
-#: the residual before it waits for the kernel that may still write it (FI#5081), and waits of a
-#: chain are not transitive (V#45448). ``trigger_completion_at_end`` stays True for the same reason.
+#: Programmatic dependent launch is never asked for of trtllm: it reads the residual before it waits for
+#: the kernel that may still write it (FI#5081). ``trigger_completion_at_end`` stays True for the same reason.
 _PDL = False
+#: MNNVL waits for the kernel before it before it reads anything, and every one of a chain waits; so it is
+#: launched so where that is faster: up to this many bytes of input (measured, docs/measurements.md).
+_MNNVL_PDL_UP_TO = 1 << 20
 
 
 # -- what a call must look like ------------------------------------------------------
@@ -453,13 +455,13 @@ class _Mnnvl:
     ) -> None:
         one_shot = strategy is Strategy.ONE_SHOT
         self._launch(
-            x, *self._pointers, *self._ranks, True, _PDL, one_shot,
+            x, *self._pointers, *self._ranks, True, _pdl(x), one_shot,
             norm_out, residual_out, residual, weight, eps, weight_bias,
         )  # fmt: skip
 
     def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
         one_shot = strategy is Strategy.ONE_SHOT
-        self._launch(x, *self._pointers, *self._ranks, False, _PDL, one_shot, out, None, None, None, None, None)
+        self._launch(x, *self._pointers, *self._ranks, False, _pdl(x), one_shot, out, None, None, None, None, None)
 
     def control_words(self) -> tuple[int, ...]:
         return tuple(self._pointers[3].tolist())
@@ -469,6 +471,10 @@ class _Mnnvl:
             self._memory.destroy()
         self._memory = None
         self._launch = _closed
+
+
+def _pdl(x: Tensor) -> bool:
+    return x.numel() * x.element_size() <= _MNNVL_PDL_UP_TO
 
 
 def _closed(*_: object, **__: object) -> None:

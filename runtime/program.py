@@ -12,8 +12,8 @@ from typing import Any
 class Step:
     """Call ``call(*slots[inputs])`` and put what it returns into ``slots[outputs]``.
 
-    ``island`` steps run eagerly, always. A step may write into static inputs only, and what
-    it returns is no alias of another argument: AOT traces graphs so, and captures rely on it.
+    ``island`` steps run eagerly, always. A step may write into arguments of the program only, and
+    what it returns is no alias of another argument: AOT traces graphs so, and captures rely on it.
     ``frees`` are the slots that nothing reads after this step; ``calls`` the process groups
     of the collectives in it, in order.
     """
@@ -33,7 +33,8 @@ class Program:
 
     The first ``len(inputs)`` slots are the arguments, named by ``inputs``; ``constants``
     are put into their slots before the first step. ``static_inputs`` are the arguments
-    that stay where they are between calls: parameters and buffers.
+    that stay where they are between calls: parameters and buffers. ``written`` are those of
+    the others that the program writes into.
     """
 
     steps: tuple[Step, ...]
@@ -42,6 +43,7 @@ class Program:
     slots: int
     constants: tuple[tuple[int, Any], ...]
     static_inputs: frozenset[int]
+    written: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

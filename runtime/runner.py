@@ -201,6 +201,7 @@ class PiecewiseRunner:
             self._step(target, how, run, entry, sizes, args)
             if how is CAPTURE:
                 self._keep_or_drop(entry)
+            self._write_back(entry, sizes, args)
             return self._outputs(entry, sizes, args)
         finally:
             self._forget_parameters(entry)
@@ -299,6 +300,12 @@ class PiecewiseRunner:
         """Keep no parameter alive: a module that is dropped takes its memory with it."""
         for i in self._static:
             entry.slots[i] = None
+
+    def _write_back(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+        """Give the caller's inputs what was written into our copies of them."""
+        grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
+        for i in self._program.written:
+            copy_into(args[i], narrow(entry.slots[i], grown[i], sizes[0]) if i in grown else entry.slots[i])
 
     def _outputs(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         grown = self._padding.outputs if self._padding is not None and sizes != entry.sizes else {}
@@ -410,32 +417,31 @@ class PiecewiseRunner:
         size each time.
         """
         call, inputs, slots = step.call, step.inputs, entry.slots
-        landed = [slot in self._read_by_pieces for slot in step.outputs]
-        for slot, lands, value in zip(step.outputs, landed, call(*[slots[i] for i in inputs]), strict=True):
+        # Where each output lands, and what the host would else ask the landing buffer in every replay.
+        landings: list[tuple[int, bool, Any, Any, Any]] = []
+        for slot, value in zip(step.outputs, call(*[slots[i] for i in inputs]), strict=True):
+            lands = slot in self._read_by_pieces
             slots[slot] = static_like(value) if lands and isinstance(value, Tensor) else value
+            shape, dtype = (value.shape, value.dtype) if isinstance(value, Tensor) else (None, None)
             if slots[slot] is not value:
                 copy_into(slots[slot], value)
+            landings.append((slot, lands, slots[slot] if lands else None, shape, dtype))
 
         def run() -> None:
-            for slot, lands, value in zip(step.outputs, landed, call(*[slots[i] for i in inputs]), strict=True):
+            values = call(*[slots[i] for i in inputs])
+            for (slot, lands, landing, shape, dtype), value in zip(landings, values, strict=True):
                 if not lands:
                     slots[slot] = value
-                elif _alike(slots[slot], value):
-                    copy_into(slots[slot], value)
-                elif isinstance(value, Tensor) or isinstance(slots[slot], Tensor) or slots[slot] != value:
-                    seen, now = (_describe(v) for v in (slots[slot], value))
+                elif shape is not None and isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype:
+                    copy_into(landing, value)
+                elif isinstance(value, Tensor) or isinstance(landing, Tensor) or landing != value:
+                    seen, now = (_describe(v) for v in (landing, value))
                     raise DataDependentValueError(
                         f"island '{step.name}' returned {now}, and a captured piece was given {seen}; "
                         "add the ops that read it to split_ops"
                     )
 
         return run
-
-
-def _alike(landing: Any, value: Any) -> bool:
-    """Whether ``value`` is a tensor that may be copied to where the last one landed."""
-    both = isinstance(landing, Tensor) and isinstance(value, Tensor)
-    return both and landing.shape == value.shape and landing.dtype == value.dtype
 
 
 def _describe(value: Any) -> str:

@@ -61,7 +61,7 @@ _HALF = MIB // 2
 TABLE: tuple[SizeRow, ...] = (
     SizeRow(_MNNVL, "peer", (9, 0), 2, 8 * MIB, 8 * MIB, 8 * MIB, _OURS, bitwise=True),
     SizeRow(_TRTLLM, "peer", (9, 0), 2, 8 * MIB, 32 * MIB, 8 * MIB, _OURS, bitwise=True),
-    SizeRow(_TRTLLM, "peer", (9, 0), 4, 2 * MIB, 8 * MIB, 2 * MIB, _OURS),
+    SizeRow(_TRTLLM, "peer", (9, 0), 4, 2 * MIB, 8 * MIB, 2 * MIB, _OURS, bitwise=True),
     SizeRow(_TRTLLM, "peer", (9, 0), 8, _HALF, _HALF, 0, _VLLM),
     SizeRow(_TRTLLM, "peer", (10, 0), 2, 32 * MIB, 64 * MIB, 0, _VLLM),
     SizeRow(_TRTLLM, "peer", (10, 0), 4, 4 * MIB, 32 * MIB, 0, _VLLM),

@@ -120,6 +120,17 @@ def test_two_ranks_serve_mixed_sizes(collective: str) -> None:
     assert results[0]["words"] == results[1]["words"]
 
 
+@pytest.mark.skipif(GPUS < 4, reason=f"needs four CUDA devices, {GPUS} here")
+def test_four_ranks_serve_mixed_sizes() -> None:
+    results = run_ranks(4, serve, {"collective": "auto"}, backend="nccl", timeout=150)
+    for result in results:
+        check(result, "trtllm")
+        assert result["report"]["candidates"][1].startswith(
+            "mnnvl/peer: one-shot over the peer's own pointer is for two"
+        )
+        assert result["words"] == results[0]["words"]
+
+
 def demotions(rank: int) -> dict[str, Any]:
     """What becomes of a kernel that is wrong on one rank, that cannot be captured there, or has no memory."""
     from ringfence.runtime import flashinfer
@@ -223,7 +234,7 @@ def bits(rank: int) -> dict[str, bool]:
     residual = torch.randn(512, hidden, generator=generator, device="cuda").to(DTYPE)
     weight = torch.randn(hidden, generator=generator, device="cuda").to(DTYPE)
     seen = {}
-    for collective in (*COLLECTIVES, "reference"):
+    for collective in (*(COLLECTIVES if group.size == 2 else ("trtllm",)), "reference"):
         if collective != "reference":
             prepare(group, device, Wanted(collective, "auto", hidden, DTYPE), seconds=60)
         rows: dict[str, list[Tensor]] = {"norm": [], "sum": []}
@@ -235,15 +246,19 @@ def bits(rank: int) -> dict[str, bool]:
     return seen
 
 
-def test_which_collectives_return_the_same_bits_whatever_the_token_count() -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_which_collectives_return_the_same_bits_whatever_the_token_count(ranks: int) -> None:
     """What the size table's column ``bitwise`` rests on."""
     from ringfence.runtime.situation import Collective
     from ringfence.runtime.size_table import TABLE, find_row
 
-    first, second = run_ranks(2, bits, backend="nccl", timeout=120)
-    assert first == second
-    for collective in COLLECTIVES:
-        row = find_row(TABLE, Collective(collective), "peer", (9, 0), 2)
+    if ranks > GPUS:
+        pytest.skip(f"needs {ranks} CUDA devices, {GPUS} here")
+    first, *others = run_ranks(ranks, bits, backend="nccl", timeout=120)
+    assert all(first == other for other in others)
+    print(f"the same bits on {ranks} ranks:", first)
+    for collective in COLLECTIVES if ranks == 2 else ("trtllm",):
+        row = find_row(TABLE, Collective(collective), "peer", (9, 0), ranks)
         assert row is not None
         if torch.cuda.get_device_capability() == row.capability and row.bitwise:
             assert first[f"{collective} norm"] and first[f"{collective} sum"]

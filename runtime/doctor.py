@@ -1,0 +1,406 @@
+"""Doctor: what is here, what ``collective="auto"`` would choose here and why, and which hazards apply.
+
+Runs on any machine: without a GPU, without FlashInfer, outside of any process group. What
+cannot be read is a :class:`Probe` with a reason, never an error. Devices are asked for their
+attributes and nothing else: no memory, no CUDA context, and above all no multicast object.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import importlib.metadata
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from .carrier import reference_carrier, situation_of
+from .choice import RankFacts, choose, opt_outs, probe
+from .errors import VersionError
+from .flashinfer import Unavailable, load
+from .hazard_table import Action, Hazard
+from .hazards import applicable
+from .situation import Collective, Situation
+from .versions import parse_version
+
+T = TypeVar("T")
+
+#: Version of the JSON; docs/report.md describes it.
+SCHEMA = 1
+
+WORLD_SIZES = (2, 4, 8)
+
+#: What keeps a call out of a captured piece.
+AGAINST_CAPTURE = (Action.SPLIT, Action.REFUSE)
+
+#: ``CUdevice_attribute`` in cuda.h.
+_MULTICAST_SUPPORTED = 132
+
+
+@dataclass(frozen=True)
+class Probe(Generic[T]):
+    """A value, or why there is none."""
+
+    value: T | None
+    why: str | None = None
+
+    def __str__(self) -> str:
+        return f"unknown ({self.why})" if self.value is None else str(self.value)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA device that this process sees. memory: bytes. multicast: what the driver says, whatever is opted out of.
+
+    peers: for each device, whether this one can address its memory; None for itself.
+    """
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    multicast: Probe[bool]
+    peers: Probe[tuple[bool | None, ...]]
+
+
+@dataclass(frozen=True)
+class Links:
+    """Active NVLinks of one device: to each device that this process sees, and to a switch or any other."""
+
+    to: tuple[int, ...]
+    elsewhere: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What "auto" chooses for a world size. not_here: why that is about a machine like this one, only larger."""
+
+    world_size: int
+    not_here: str | None
+    collective: Collective
+    transport: str | None
+    one_shot: int
+    fused: int
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the hazard table that applies, and to what."""
+
+    id: str
+    title: str
+    decides: Action
+    against_capture: bool
+    remedy: str
+    applies_to: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """flashinfer: the installed version. flashinfer_unusable: why ringfence does not use it."""
+
+    ringfence: str
+    python: str
+    torch: str
+    cuda: Probe[str]
+    nccl: Probe[str]
+    flashinfer: Probe[str]
+    flashinfer_unusable: str | None
+    driver: Probe[str]
+    devices: Probe[tuple[Device, ...]]
+    links: Probe[tuple[Links, ...]]
+    opt_outs: tuple[str, ...]
+    advice: tuple[Advice, ...]
+    hazards: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing speaks against capture."""
+        return not any(hazard.against_capture for hazard in self.hazards)
+
+
+# -- gathering -------------------------------------------------------------------------
+
+
+def gather() -> Facts:
+    """Look at this machine. Never raises."""
+    devices = _probe(_devices)
+    found = devices.value or ()
+    version = flashinfer_version()
+    package = _probe(load)
+    unusable = package.why or (package.value.reason if isinstance(package.value, Unavailable) else None)
+    ranks = _probe(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
+    advice, hazards = advise(ranks.value or (), ranks.why or devices.why)
+    return Facts(
+        ringfence=importlib.metadata.version("ringfence"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=Probe(torch.version.cuda, None if torch.version.cuda else "this torch is built without CUDA"),
+        nccl=_probe(_nccl),
+        flashinfer=version,
+        flashinfer_unusable=unusable,
+        driver=_probe(_driver),
+        devices=devices,
+        links=_probe(_links) if found else Probe(None, devices.why),
+        opt_outs=opt_outs(),
+        advice=advice,
+        hazards=_merged([*hazards_of_version(version.value), *hazards]),
+    )
+
+
+def advise(
+    ranks: Sequence[RankFacts], why_none: str | None = None
+) -> tuple[tuple[Advice, ...], list[tuple[Hazard, str]]]:
+    """What "auto" chooses for each world size, and the hazards of that. ``ranks``: the facts of each device here.
+
+    A world larger than that is made of more devices like these; without any (``why_none``), it is the reference.
+    """
+    advice: list[Advice] = []
+    hazards: list[tuple[Hazard, str]] = []
+    for size in WORLD_SIZES:
+        not_here = f"not here: {len(ranks)} device{'' if len(ranks) == 1 else 's'}" if size > len(ranks) else None
+        if not ranks:
+            carrier = reference_carrier(size, why_none or "there is no CUDA device")
+            collective, candidates = carrier.collective, tuple(map(str, carrier.candidates))
+            advice.append(Advice(size, not_here, collective, None, 0, 0, candidates))
+            continue
+        world = [ranks[i % len(ranks)] for i in range(size)]
+        choice = choose(world)
+        row = choice.row
+        sizes = (row.one_shot, row.fused) if row is not None else (0, 0)
+        advice.append(Advice(size, not_here, choice.collective, choice.transport, *sizes, choice.reasons))
+        name = f"{choice.collective}/{choice.transport}" if choice.transport else str(choice.collective)
+        hazards += [(hazard, f"{name}, {size} ranks") for hazard in applicable(situation_of(choice, world))]
+    return tuple(advice), hazards
+
+
+def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
+    """What the installed FlashInfer is known for, used by whomever: ringfence would pass an old one over."""
+    try:
+        parse_version(version or "")
+    except VersionError:
+        return []
+    return [
+        (hazard, f"{collective} of FlashInfer {version}")
+        for collective in (Collective.MNNVL, Collective.TRTLLM)
+        for hazard in applicable(Situation(collective, version))
+    ]
+
+
+def flashinfer_version() -> Probe[str]:
+    """What is installed, without an import: that fails where it is too old for this torch."""
+    for name in ("flashinfer-python", "flashinfer"):
+        try:
+            return Probe(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Probe(None, "FlashInfer is not installed")
+
+
+def _merged(found: Sequence[tuple[Hazard, str]]) -> tuple[Finding, ...]:
+    """One finding for each hazard."""
+    applies_to: dict[Hazard, list[str]] = {}
+    for hazard, what in found:
+        applies_to.setdefault(hazard, []).append(what)
+    return tuple(
+        Finding(h.id, h.title, h.decides, h.decides in AGAINST_CAPTURE, h.remedy, tuple(what))
+        for h, what in applies_to.items()
+    )
+
+
+def _probe(read: Callable[[], T]) -> Probe[T]:
+    try:
+        return Probe(read())
+    except Exception as error:  # torch, NVML and the driver raise what they like
+        text = " ".join(str(error).split())
+        return Probe(None, text if isinstance(error, _Reason) else f"{type(error).__name__}: {text}")
+
+
+class _Reason(Exception):
+    """A probe found that there is nothing to read; the message says why."""
+
+
+def _nccl() -> str:
+    if not torch.distributed.is_nccl_available():
+        raise _Reason("this torch is built without NCCL")
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _devices() -> tuple[Device, ...]:
+    if torch.version.cuda is None:
+        raise _Reason("this torch is built without CUDA")
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or count == 0:
+        raise _Reason("torch sees no CUDA device")
+    found = []
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        multicast = _probe(lambda index=index: _driver_offers_multicast(index))  # type: ignore[misc]
+        peers = _probe(lambda index=index: _peers(index, count))  # type: ignore[misc]
+        found.append(Device(index, properties.name, capability, properties.total_memory, multicast, peers))
+    return tuple(found)
+
+
+def _peers(index: int, count: int) -> tuple[bool | None, ...]:
+    return tuple(None if i == index else bool(torch.cuda.can_device_access_peer(index, i)) for i in range(count))
+
+
+def _driver_offers_multicast(index: int) -> bool:
+    """The driver's own attribute; torch answers no where a variable turns multicast off."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, value = ctypes.c_int(), ctypes.c_int()
+    for name, *arguments in (
+        ("cuInit", 0),
+        ("cuDeviceGet", ctypes.byref(device), index),
+        ("cuDeviceGetAttribute", ctypes.byref(value), _MULTICAST_SUPPORTED, device),
+    ):
+        if status := getattr(driver, name)(*arguments):
+            raise _Reason(f"{name} returned {status}")
+    return bool(value.value)
+
+
+def _driver() -> str:
+    path = Path("/proc/driver/nvidia/version")
+    if not path.exists():
+        raise _Reason(f"{path} is absent: the NVIDIA driver is not loaded")
+    found = re.search(r"\d+\.\d+(\.\d+)*", text := path.read_text())
+    return found[0] if found else text.strip()
+
+
+def _links() -> tuple[Links, ...]:
+    # NVML counts all devices of the machine, torch those that CUDA_VISIBLE_DEVICES leaves: the UUID is common.
+    return links(_nvml(), [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())])
+
+
+def links(nvml: Any, uuids: Sequence[str]) -> tuple[Links, ...]:
+    """The active NVLinks of these devices, by ``pynvml``."""
+    nvml.nvmlInit()
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+        places = [_text(nvml.nvmlDeviceGetPciInfo(handle).busId) for handle in handles]
+        found = []
+        for handle in handles:
+            ends = list(_ends(nvml, handle))
+            to = tuple(ends.count(place) for place in places)
+            found.append(Links(to, len(ends) - sum(to)))
+        return tuple(found)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _ends(nvml: Any, handle: Any) -> list[str]:
+    """The PCI address at the other end of each active NVLink of a device."""
+    ends = []
+    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if nvml.nvmlDeviceGetNvLinkState(handle, link) != nvml.NVML_FEATURE_ENABLED:
+                continue
+        except nvml.NVMLError:  # this device has fewer links, or none
+            break
+        try:
+            ends.append(_text(nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId))
+        except nvml.NVMLError:  # a virtual machine hides the switch
+            ends.append("hidden")
+    return ends
+
+
+def _text(value: str | bytes) -> str:
+    """NVML's strings are bytes in some releases of its binding."""
+    return (value.decode() if isinstance(value, bytes) else value).lower()
+
+
+def _nvml() -> Any:
+    try:
+        return importlib.import_module("pynvml")
+    except ImportError as error:
+        raise _Reason("pynvml cannot be imported: pip install nvidia-ml-py") from error
+
+
+# -- rendering -------------------------------------------------------------------------
+
+
+def as_dict(facts: Facts) -> dict[str, Any]:
+    """JSON-ready."""
+    return {"schema": SCHEMA, "healthy": facts.healthy} | dataclasses.asdict(facts)
+
+
+def as_text(facts: Facts) -> str:
+    """For a terminal."""
+    from tabulate import tabulate
+
+    unusable = (
+        f" (not used: {facts.flashinfer_unusable})" if facts.flashinfer.value and facts.flashinfer_unusable else ""
+    )
+    turned_off = ", ".join(facts.opt_outs)
+    versions = [
+        ("ringfence", facts.ringfence),
+        ("python", facts.python),
+        ("torch", facts.torch),
+        ("CUDA of torch", facts.cuda),
+        ("NCCL", facts.nccl),
+        ("FlashInfer", f"{facts.flashinfer}{unusable}" if facts.flashinfer.value else facts.flashinfer_unusable),
+        ("driver", facts.driver),
+        ("multicast", f"turned off by {turned_off}" if turned_off else "no variable turns it off"),
+    ]
+    lines = [tabulate(versions, tablefmt="plain", disable_numparse=True), ""]
+    if facts.devices.value is None:
+        lines.append(f"devices: none ({facts.devices.why})")
+    else:
+        lines.append(tabulate(_device_rows(facts), headers="keys", disable_numparse=True))
+        if facts.links.value is None:
+            lines.append(f"NVLinks: {facts.links}")
+    lines += ["", 'collective="auto" would choose']
+    for advice in facts.advice:
+        where = f" ({advice.not_here})" if advice.not_here else ""
+        lines.append(f"  {advice.world_size} ranks{where}: {_chosen(advice)}")
+        lines += [f"    {candidate}" for candidate in advice.candidates[:-1]]
+    for title, against in (("hazards that decide against capture", True), ("other hazards", False)):
+        found = [hazard for hazard in facts.hazards if hazard.against_capture is against]
+        lines += ["", f"{title}: {'' if found else 'none'}".rstrip()]
+        for hazard in found:
+            lines.append(f"  {hazard.id} {hazard.title} ({hazard.decides})")
+            lines += [f"    applies to: {'; '.join(hazard.applies_to)}", f"    remedy: {hazard.remedy}"]
+    return "\n".join(lines)
+
+
+def _device_rows(facts: Facts) -> list[dict[str, Any]]:
+    rows = []
+    devices = facts.devices.value or ()
+    for device in devices:
+        row: dict[str, Any] = {
+            "device": device.index,
+            "name": device.name,
+            "capability": "SM{}{}".format(*device.capability),
+            "memory": f"{device.memory / 2**30:.0f} GiB",
+            "multicast": device.multicast if device.multicast.value is None else _yes(device.multicast.value),
+        }
+        mine = facts.links.value[device.index] if facts.links.value else None
+        for other in devices:
+            peer = device.peers.value[other.index] if device.peers.value else None
+            cell = "unknown" if device.peers.value is None else "peer" if peer else "no peer"
+            if mine is not None and mine.to[other.index]:
+                cell += f", {mine.to[other.index]} NVLinks"
+            row[f"to {other.index}"] = "-" if other is device else cell
+        if mine is not None:
+            row["to a switch or others"] = f"{mine.elsewhere} NVLinks"
+        rows.append(row)
+    return rows
+
+
+def _yes(value: bool | None) -> str:
+    return "yes" if value else "no"
+
+
+def _chosen(advice: Advice) -> str:
+    if advice.transport is None:
+        return str(advice.collective)
+    mib = [f"{size / 2**20:g} MiB" for size in (advice.one_shot, advice.fused)]
+    return f"{advice.collective}/{advice.transport}, one-shot up to {mib[0]}, fused up to {mib[1]}"

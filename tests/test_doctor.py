@@ -1,0 +1,212 @@
+"""``ringfence doctor``: on a machine without a GPU, and on machines that are made up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_flashinfer import FACTS
+
+from ringfence.cli import FAILED, OK, USAGE, main
+from ringfence.runtime import doctor
+from ringfence.runtime.doctor import Device, Facts, Links, Probe, advise, as_dict, as_text, gather, hazards_of_version
+from ringfence.runtime.situation import Collective
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    found = Probe(version) if version else Probe[str](None, "FlashInfer is not installed")
+    monkeypatch.setattr(doctor, "flashinfer_version", lambda: found)
+
+
+@WITHOUT_GPU
+def test_a_machine_without_a_gpu_is_healthy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pretend(monkeypatch, None)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    assert main(["doctor"]) == OK
+    out, err = capsys.readouterr()
+    assert not err and torch.__version__ in out and "devices: none (" in out
+    assert "turned off by NCCL_NVLS_ENABLE=0" in out
+    for size in (2, 4, 8):
+        assert f"{size} ranks (not here: 0 devices): reference" in out
+    assert "hazards that decide against capture: none" in out
+
+
+@WITHOUT_GPU
+def test_json_says_why_a_value_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _pretend(monkeypatch, None)
+    assert main(["doctor", "--json"]) == OK
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["schema"] == 1 and facts["healthy"] and facts["hazards"] == []
+    for name in ("nccl", "flashinfer", "driver", "devices", "links"):
+        assert facts[name]["value"] is not None or facts[name]["why"], name
+    assert [a["collective"] for a in facts["advice"]] == ["reference"] * 3
+    assert facts["advice"][0]["candidates"][-1] == "reference: chosen"
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "ids"),
+    [
+        ("0.6.10", FAILED, ["M1", "M2", "M3"]),
+        ("0.6.12", OK, ["M2", "M3"]),  # these two warn
+        ("0.6.18", OK, []),
+        ("no version", OK, []),
+    ],
+)
+def test_hazards_of_an_installed_flashinfer_count_though_it_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str, code: int, ids: list[str]
+) -> None:
+    _pretend(monkeypatch, version)
+    monkeypatch.setattr(doctor, "_devices", lambda: ())
+    assert main(["doctor", "--json"]) == code
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["flashinfer"]["value"] == version
+    assert [h["id"] for h in facts["hazards"]] == ids
+    assert main(["doctor"]) == code
+    out = capsys.readouterr().out
+    assert f"FlashInfer     {version}" in out
+    if version == "0.6.10":
+        before, _, after = out.partition("other hazards")
+        assert "  M1 A negative subnormal word" in before and "mnnvl of FlashInfer 0.6.10" in before
+        assert "remedy: Upgrade" in before and "  M2 " in after
+
+
+@pytest.mark.parametrize("arguments", [["--yaml"], ["now"]])
+def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *arguments])
+    assert ended.value.code == USAGE and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_what_auto_would_choose_on_two_h200s() -> None:
+    advice, hazards = advise([replace(FACTS, peers=True)] * 2)
+    assert [(a.world_size, a.not_here, a.collective, a.transport) for a in advice] == [
+        (2, None, Collective.MNNVL, "peer"),
+        (4, "not here: 2 devices", Collective.TRTLLM, "peer"),
+        (8, "not here: 2 devices", Collective.TRTLLM, "peer"),
+    ]
+    assert advice[0].candidates[0].startswith("mnnvl/multicast: multicast is turned off (NCCL_NVLS_ENABLE=0")
+    assert advice[0].one_shot == advice[0].fused > 0
+    # Only with four ranks do both strategies share a workspace.
+    assert [(h.id, what) for h, what in hazards] == [("M12", "trtllm/peer, 4 ranks")]
+
+
+def test_advice_is_about_the_devices_that_are_here() -> None:
+    other = replace(FACTS, device="NVIDIA H100", multiprocessors=114)
+    advice, _ = advise([FACTS, other])
+    assert advice[0].collective is Collective.REFERENCE
+    assert "ranks differ in multiprocessors" in advice[0].candidates[0]
+    (two, *_), hazards = advise([replace(FACTS, flashinfer=None, flashinfer_missing="it is too old")])
+    assert two.not_here == "not here: 1 device" and two.collective is Collective.REFERENCE and not hazards
+
+
+def test_no_version_has_no_hazards() -> None:
+    assert hazards_of_version(None) == []
+    assert {h.id for h, _ in hazards_of_version("0.6.10")} == {"M1", "M2", "M3"}
+
+
+def _made_up() -> Facts:
+    advice, _ = advise([FACTS] * 2)
+    devices = tuple(
+        Device(i, "NVIDIA H200", (9, 0), 141 << 30, Probe(True), Probe((None, True) if i == 0 else (True, None)))
+        for i in range(2)
+    )
+    links = Probe((Links((0, 6), 12), Links((6, 0), 12)))
+    return replace(gather(), devices=Probe(devices), links=links, advice=advice, hazards=())
+
+
+def test_devices_and_links_are_shown() -> None:
+    facts = _made_up()
+    text = as_text(facts)
+    assert "141 GiB" in text and "SM90" in text and "peer, 6 NVLinks" in text and "12 NVLinks" in text
+    assert "2 ranks: mnnvl/peer, one-shot up to 8 MiB, fused up to 8 MiB" in text
+    assert json.loads(json.dumps(as_dict(facts)))["links"]["value"][0] == {"to": [0, 6], "elsewhere": 12}
+    text = as_text(replace(facts, links=Probe(None, "no pynvml")))
+    assert "NVLinks: unknown (no pynvml)" in text and "peer" in text and "to 1" in text
+
+
+def test_a_device_that_fails_to_answer_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("CUDA driver\n initialization failed")
+
+    _pretend(monkeypatch, None)
+    monkeypatch.setattr(doctor, "_devices", broken)
+    monkeypatch.setattr(doctor, "load", broken)
+    facts = gather()
+    assert facts.devices.why == facts.flashinfer_unusable == "RuntimeError: CUDA driver initialization failed"
+    assert facts.advice[0].candidates[0] == f"mnnvl: {facts.devices.why}" and facts.healthy
+    assert as_text(facts)
+
+
+def test_a_machine_with_gpus_is_read_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made up as far as torch can tell; here without a driver to ask about multicast, and without NVML."""
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 << 30, uuid="a")
+    properties.multi_processor_count = 132
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_properties": lambda index: properties,
+        "can_device_access_peer": lambda index, other: True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: 100))
+    monkeypatch.setattr(doctor, "_nvml", lambda: 1 / 0)
+    facts = gather()
+    assert facts.devices.value is not None
+    assert [d.peers.value for d in facts.devices.value] == [(None, True), (True, None)]
+    assert facts.devices.value[0].multicast.why == "cuInit returned 100"
+    assert facts.links.why == "ZeroDivisionError: division by zero"
+    assert [a.not_here for a in facts.advice] == [None, "not here: 2 devices", "not here: 2 devices"]
+    text = as_text(facts)
+    assert "unknown (cuInit returned 100)" in text and "NVLinks: unknown (Zero" in text and "2 ranks: " in text
+
+
+class FakeNvml:
+    """Two GPUs: three links between them, two to a switch, one that is down, one whose end is hidden."""
+
+    NVML_NVLINK_MAX_LINKS, NVML_FEATURE_ENABLED = 18, 1
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return {"GPU-a": 0, "GPU-b": 1}[uuid]
+
+    def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
+        return SimpleNamespace(busId=(b"00000000:3B:00.0", b"00000000:5E:00.0")[handle])
+
+    def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
+        if link > 6:
+            raise self.NVMLError
+        return int(link != 5)
+
+    def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: int, link: int) -> Any:
+        if link == 6:
+            raise self.NVMLError
+        return SimpleNamespace(busId=("00000000:5e:00.0", "00000000:3b:00.0")[handle] if link < 3 else "switch")
+
+
+def test_links_are_counted_by_their_other_end() -> None:
+    nvml = FakeNvml()
+    assert doctor.links(nvml, ["GPU-a", "GPU-b"]) == (Links((0, 3), 3), Links((3, 0), 3))
+    assert doctor.links(nvml, ["GPU-b"]) == (Links((0,), 6),)
+    with pytest.raises(KeyError):
+        doctor.links(nvml, ["GPU-c"])
+    assert nvml.open == 0
