@@ -208,8 +208,8 @@ def multicast_barred(ranks: Sequence[RankFacts]) -> str | None:
 
 def _device_has_multicast(index: int) -> bool:
     """What the driver says of the device. Asking creates nothing."""
-    from torch._C import _distributed_c10d  # type: ignore[attr-defined]
-    from torch._C._autograd import DeviceType  # type: ignore[attr-defined]
+    from torch._C import _distributed_c10d
+    from torch._C._autograd import DeviceType
 
     try:
         return bool(_distributed_c10d._SymmetricMemory.has_multicast_support(DeviceType.CUDA, index))

@@ -367,7 +367,7 @@ class ChannelBackend:
 
 
 class _Trtllm:
-    strategies = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
+    strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
 
     def __init__(self, api: ModuleType, workspace: Any, release: Callable[[Any], None]) -> None:
         self._call: Callable[..., Any] = api.allreduce_fusion

@@ -90,7 +90,7 @@ def _all_reduce_add_rms_norm(
     workspace = _workspace(input, group, collective)
     if workspace is not None:
         x = _rows(input)
-        strategy = workspace.strategy(*x.shape, x.dtype)
+        strategy = workspace.strategy(x.shape[0], x.shape[1], x.dtype)
         if strategy is not None:
             return _fused(workspace, strategy, x, _rows(residual), weight, eps, weight_bias, input.shape)
     return reference.add_rms_norm(reference.all_reduce(input, group), residual, weight, eps, weight_bias)
@@ -103,7 +103,7 @@ def _all_reduce_rms_norm(
     workspace = _workspace(input, group, collective)
     if workspace is not None:
         x = _rows(input)
-        strategy = workspace.strategy(*x.shape, x.dtype)
+        strategy = workspace.strategy(x.shape[0], x.shape[1], x.dtype)
         if strategy is not None:  # the kernels have no form without a residual
             zeros = workspace.constant("zeros", x, x.numel()).view_as(x)
             return _fused(workspace, strategy, x, zeros, weight, eps, weight_bias, input.shape)
@@ -116,7 +116,7 @@ def _all_reduce(input: Tensor, group: str, collective: str) -> Tensor:
     workspace = _workspace(input, group, collective)
     if workspace is not None and input.dim():
         x = _rows(input)
-        strategy = workspace.all_reduce_strategy(*x.shape, x.dtype)
+        strategy = workspace.all_reduce_strategy(x.shape[0], x.shape[1], x.dtype)
         if strategy is not None:
             out = torch.empty_like(x)
             workspace.kernels.all_reduce(x, out, strategy)
