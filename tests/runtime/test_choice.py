@@ -169,7 +169,7 @@ REASONS: dict[str, tuple[list[RankFacts], Collective, str, dict[str, Any], str]]
         "FlashInfer 0.6.12 polls a rank's own slot; 0.6.13 is needed",
     ),
     "not bitwise": (
-        [H200] * 4,
+        [H200] * 8,
         TRTLLM,
         "peer",
         {"deterministic": True},
@@ -225,7 +225,7 @@ def test_deterministic_takes_what_is_shown_and_never_the_reference() -> None:
     assert chosen([H200] * 2, deterministic=True, wanted="trtllm") == (TRTLLM, "peer")
     for wanted in ("auto", "reference"):
         with pytest.raises(CollectiveUnavailableError, match=r"deterministic=True cannot be had .*reference: not"):
-            choose([H200] * 4, wanted=wanted, deterministic=True)
+            choose([H200] * 8, wanted=wanted, deterministic=True)
 
 
 def test_a_size_that_no_row_knows_is_for_those_who_insist() -> None:
