@@ -37,6 +37,8 @@ from support import NO_MULTICAST, run_threaded
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 TRTLLM, MNNVL = Collective.TRTLLM, Collective.MNNVL
 
+pytestmark = pytest.mark.xdist_group("flashinfer")  # one import of the real package
+
 
 # -- what a call must look like
 
@@ -239,7 +241,7 @@ def tensors() -> list[torch.Tensor]:
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.tensor
-    monkeypatch.setattr(adapter, "_device_words", lambda pointer, words: torch.zeros(words, dtype=torch.int32))
+    monkeypatch.setattr(adapter, "_device_words", lambda pointer, words: torch.zeros(min(words, 9), dtype=torch.int32))
     monkeypatch.setattr(torch, "tensor", lambda data, dtype, device: real(data, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -428,7 +430,7 @@ def test_mnnvl_of_two_ranks_stores_to_the_peer(no_device: None, rank: int) -> No
     for given in (fused, plain):
         assert given[0] is x and given[1:4] == (1001 - rank, 77, 1000 + rank), "the peer, the table, this rank"
         assert given[5:7] == (2, rank)
-        assert given[8:10] == (True, True), "PDL, one-shot"
+        assert given[8:10] == (True, True), "PDL for a small message, one-shot"
     assert fused[7] is True and plain[7] is False, "with a norm, and without"
     assert all(a is b for a, b in zip(fused[10:], (norm, out, residual, weight, 1e-5, 1.0), strict=True))
     assert plain[10] is out and plain[11:] == (None,) * 5
@@ -453,6 +455,16 @@ def test_mnnvl_over_multicast_uses_the_pointers_of_its_workspace(no_device: None
     assert given[1:4] == (1, 2, 3) and given[5:10] == (4, 0, True, False, False)
     kernels.close()
     assert api.destroyed == 1
+
+
+@pytest.mark.parametrize(("tokens", "pdl"), [(1, True), (1024, True), (1025, False)])
+def test_mnnvl_is_launched_early_for_small_messages_alone(no_device: None, tokens: int, pdl: bool) -> None:
+    package, _, launch = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
+    kernels = package.mnnvl_peer(of_size(2), 2048, 256, torch.float32)
+    x, residual, norm, out = (torch.zeros(tokens, 256) for _ in range(4))
+    kernels.fused(x, residual, torch.ones(256), 1e-5, 0.0, ONE, norm, out)
+    kernels.all_reduce(x, out, ONE)
+    assert [given[8] for given, _ in launch.calls] == [pdl, pdl]
 
 
 def test_lamport_buffers_of_an_odd_size_are_refused(no_device: None) -> None:
@@ -503,8 +515,6 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert facts["load"] == "FlashInfer", f"{facts['said']} (`make` installs what this test reads)"
     return facts
 
-
-pytestmark = pytest.mark.xdist_group("flashinfer")  # one import of it
 
 #: What the kernel's wrapper calls the arguments that _Mnnvl passes by position.
 MNNVL_PARAMETERS = [

@@ -115,7 +115,7 @@ def on_ranks(body: Callable[[Kernels, Channel], Any], faults: dict[int, Fault], 
         return list(pool.map(run, range(RANKS)))
 
 
-def tested(
+def outcome(
     faults: dict[int, Fault] | None = None, dtype: torch.dtype = torch.bfloat16, **other: Any
 ) -> tuple[SelfTest, list[tuple[int, Strategy]]]:
     """The result, which is the same on all ranks, and the calls, which are too."""
@@ -130,7 +130,7 @@ def tested(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_kernels_that_are_right(dtype: torch.dtype) -> None:
-    result, calls = tested(dtype=dtype)
+    result, calls = outcome(dtype=dtype)
     assert result == SelfTest(None, None, SHAPES)
     once = [(1, ONE), (4, ONE), (4, TWO), (8, ONE), (8, TWO), (4, ONE), (4, TWO), (1, ONE)]
     assert calls == once * 3, "sizes up and down, strategies in turn, for each kind of payload"
@@ -146,7 +146,7 @@ def test_only_what_the_workspace_serves_is_called() -> None:
 
 
 def test_kernels_of_one_strategy() -> None:
-    result, calls = tested(strategies=(ONE,))
+    result, calls = outcome(strategies=(ONE,))
     assert result == SelfTest(None, None, 5) and {s for _, s in calls} == {ONE}
 
 
@@ -163,7 +163,7 @@ def off_by(amount: float, which: str, at: int | None = None) -> Fault:
 @pytest.mark.parametrize("which", ["norm", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_one_wrong_element_of_one_call(dtype: torch.dtype, which: str, rank: int) -> None:
-    result, calls = tested({rank: off_by(0.5, which, at=SHAPES)}, dtype)
+    result, calls = outcome({rank: off_by(0.5, which, at=SHAPES)}, dtype)
     assert result.eager is not None and result.captured is None
     assert result.eager.startswith(
         f"rank {rank}: eager, payload subnormal: {which} of 1 x {H} {dtype} one-shot is off by"
@@ -178,7 +178,7 @@ def test_an_element_that_is_not_written(which: int) -> None:
     def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
         (norm, out)[which][0, 0] = float("nan")
 
-    result, _ = tested({1: fault})
+    result, _ = outcome({1: fault})
     assert result.eager is not None and "is off by inf" in result.eager
 
 
@@ -208,7 +208,7 @@ def test_a_kernel_that_stumbles_over_a_payload(pattern: str, dtype: torch.dtype)
         if bool((x.view(torch.int32) == WORDS[pattern]).any()):
             out[0, 0] = 0
 
-    result, _ = tested(dict.fromkeys(range(RANKS), fault), dtype)
+    result, _ = outcome(dict.fromkeys(range(RANKS), fault), dtype)
     assert result.eager is not None and f"rank 0: eager, payload {pattern}: sum of" in result.eager
     assert "; rank 1: " in result.eager
 
@@ -218,7 +218,7 @@ def test_a_strategy_that_is_wrong() -> None:
         if strategy is TWO:
             norm.neg_()
 
-    result, _ = tested({0: fault})
+    result, _ = outcome({0: fault})
     assert result.eager is not None and "norm of 4 x 256 torch.bfloat16 two-shot" in result.eager
 
 
@@ -231,8 +231,8 @@ def test_ranks_that_hold_different_bits(which: int, at: int) -> None:
         if number == at:
             (norm, out)[which].view(torch.int16)[-1, -1] ^= 1
 
-    assert tested({1: fault})[0].eager == "the ranks hold different bits"
-    assert tested(dict.fromkeys(range(RANKS), fault))[0].eager is None, "the same bits on both"
+    assert outcome({1: fault})[0].eager == "the ranks hold different bits"
+    assert outcome(dict.fromkeys(range(RANKS), fault))[0].eager is None, "the same bits on both"
 
 
 def test_the_same_bits_in_another_order_are_different_bits() -> None:
@@ -251,7 +251,7 @@ def test_the_same_bits_in_another_order_are_different_bits() -> None:
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_a_failure_on_one_rank_leaves_no_other_waiting(rank: int) -> None:
     """The rank that fails makes all its calls: an early return would leave the others in theirs."""
-    result, calls = tested({rank: off_by(9.0, "norm", at=0)})
+    result, calls = outcome({rank: off_by(9.0, "norm", at=0)})
     assert result.eager is not None and result.eager.startswith(f"rank {rank}: eager, payload ordinary")
     assert len(calls) == 3 * SHAPES
 
@@ -262,7 +262,7 @@ def test_a_call_that_raises_is_a_failure_of_its_rank(ranks: list[int]) -> None:
         if number == 1:
             raise ValueError("no kernel image")
 
-    result, calls = tested(dict.fromkeys(ranks, fault))
+    result, calls = outcome(dict.fromkeys(ranks, fault))
     assert result.eager == "; ".join(
         f"rank {rank}: eager, payload ordinary: a call raised ValueError: no kernel image" for rank in ranks
     )
