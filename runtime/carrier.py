@@ -7,15 +7,17 @@ A candidate that fails is passed over for the next, on every rank, and is not tr
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed import distributed_c10d
 
-from .channel import Channel, open_channel
+from .channel import Channel, by_value, open_channel
 from .choice import Candidate, Choice, RankFacts, choose, probe
-from .errors import CollectiveUnavailableError, WorkspaceError
+from .errors import CollectiveUnavailableError, RankMismatchError, WorkspaceError
 from .flashinfer import KernelCall, Kernels, Unavailable, load, unmet
 from .groups import Group
 from .self_test import SelfTest, self_test
@@ -44,6 +46,13 @@ class Wanted:
     max_tokens: int | None = None
     deterministic: bool = False
     table: tuple[SizeRow, ...] = TABLE
+
+    @property
+    def text(self) -> str:
+        """What must be equal on all ranks, for people."""
+        rows = hashlib.sha256(repr(self.table).encode()).hexdigest()[:8]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"table": rows}
+        return ", ".join(f"{name}={value}" for name, value in fields.items())
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,18 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
     Raises :class:`CollectiveUnavailableError` where the user insists on one that cannot be had.
     """
     channel = open_channel(group.name, seconds=seconds)
-    ranks: list[RankFacts] = channel.exchange("facts", probe(device))
+    answers, failures = channel.attempt(
+        "look at this rank", lambda: channel.exchange("facts", (probe(device), wanted.text))
+    )
+    if answers is None or failures:
+        why = "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
+        if wanted.collective != "auto" or wanted.deterministic:
+            raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {why}")
+        return reference_carrier(group.size, why)
+    ranks: list[RankFacts] = [facts for facts, _ in answers]
+    asked = [text for _, text in answers]
+    if len(set(asked)) > 1:
+        raise RankMismatchError(f"the ranks want different collectives: {by_value(asked)}")
     workspaces = workspaces_of(group.name)
     unfit: dict[tuple[Collective, str], str] = {}  # of these sites, and not of the group
     while True:
@@ -98,6 +118,12 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
         )
         if choice.row is None:
             return replace(reference_carrier(group.size), candidates=choice.candidates)
+        for other in workspaces.open:
+            if other.collective is choice.collective and other.transport != choice.transport:
+                raise CollectiveUnavailableError(  # a graph names the collective, not how it travels
+                    f"{choice.collective} over {choice.transport} was asked for, and the group uses it over "
+                    f"{other.transport}; close that first: ringfence.close_workspaces('{group.name}')"
+                )
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
         if requirement := unmet(choice.collective, call):

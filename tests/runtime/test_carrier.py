@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +16,9 @@ from fake_flashinfer import FACTS, FakeFlashInfer, installed
 from torch import Tensor, nn
 
 import ringfence
-from ringfence.runtime import ops
+from ringfence.runtime import carrier, ops
 from ringfence.runtime.carrier import Wanted, prepare
-from ringfence.runtime.errors import CollectiveUnavailableError, InputError, WorkspaceReplacedError
+from ringfence.runtime.errors import CollectiveUnavailableError, InputError, RingfenceError, WorkspaceReplacedError
 from ringfence.runtime.groups import describe_group
 from ringfence.runtime.situation import Collective
 from ringfence.runtime.size_table import SizeRow
@@ -203,6 +206,52 @@ def test_sizes_and_shapes_go_where_the_table_says() -> None:
             "tested once": True,
             "another dtype": True,
         }
+
+
+def _unlike(rank: int, what: str) -> str:
+    """Ranks that ask for different things, and a rank that cannot even look at itself."""
+    name = dist.group.WORLD.group_name
+    group = describe_group(name, CPU)
+    sizes = (4, 8) if what == "sizes" and rank == 1 else (4,)
+    collective = {"forced": "trtllm"}.get(what, "auto")
+    with installed(FakeFlashInfer(name)):
+        broken = mock.patch.object(carrier, "probe", side_effect=RuntimeError("no driver"))
+        with broken if rank == 1 and what != "sizes" else contextlib.nullcontext():
+            try:
+                wanted = Wanted(collective, "auto", H, torch.float32, sizes=sizes, max_tokens=8)
+                return str(prepare(group, CPU, wanted, seconds=20).candidates[0])
+            except RingfenceError as error:
+                return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("sizes", "RankMismatchError: the ranks want different collectives: rank 0: collective=auto"),
+        ("auto", "mnnvl: rank 1: RuntimeError: no driver"),
+        ("forced", "CollectiveUnavailableError: collective='trtllm' cannot be had: rank 1: RuntimeError: no driver"),
+    ],
+)
+def test_ranks_that_are_unlike_end_alike(what: str, said: str) -> None:
+    for answer in run_ranks(2, _unlike, what):
+        assert answer.startswith(said)
+
+
+def _transports(rank: int) -> str:
+    name = dist.group.WORLD.group_name
+    facts = dataclasses.replace(FACTS, capability=(10, 0), multicast=True, opt_outs=())
+    with installed(FakeFlashInfer(name), facts):
+        wanted = Wanted("mnnvl", "peer", H, torch.float32, max_tokens=8)
+        prepare(describe_group(name, CPU), CPU, wanted, seconds=20)
+        with pytest.raises(CollectiveUnavailableError, match=r"close_workspaces") as caught:
+            wanted = dataclasses.replace(wanted, transport="multicast")
+            prepare(describe_group(name, CPU), CPU, wanted, seconds=20)
+    return str(caught.value)
+
+
+def test_a_group_does_not_mix_transports() -> None:
+    for message in run_ranks(2, _transports):
+        assert message.startswith("mnnvl over multicast was asked for, and the group uses it over peer")
 
 
 def _facts(rank: int) -> str:
