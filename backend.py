@@ -129,6 +129,9 @@ class Backend:
                 "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
                 "as from a backward hook (ringfence.hugging_face.remove_backward_hooks)"
             )
+        there = {c.site.group for c in candidates}
+        if candidates and (unknown := sorted(set(options.groups or ()) - there)):
+            notes.append(f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}")
         _check_not_empty(gm, candidates)
         if options.verify:
             candidates = verify(candidates, device)
@@ -222,8 +225,13 @@ class Backend:
         group = describe_group(name, device)
         reference_only = why_reference_only(group, device)
         if options.collective == "reference" or self.judge_as is not None or reference_only is not None:
-            if options.collective in ("trtllm", "mnnvl") or (options.deterministic and reference_only is not None):
-                raise CollectiveUnavailableError(f"collective='{options.collective}' cannot be had: {reference_only}")
+            if options.collective in ("trtllm", "mnnvl"):
+                raise CollectiveUnavailableError(
+                    f"collective='{options.collective}' cannot be had: {reference_only}; leave it 'auto' to fall back"
+                )
+            if options.deterministic and self.judge_as is None:
+                why = reference_only or "collective='reference' is not shown to return the same bits"
+                raise CollectiveUnavailableError(f"deterministic=True needs a fused kernel: {why}; leave it out")
             return name, reference_carrier(group.size, reference_only)
         mine = [site for site in fused if site.group == name]
         table = read_table(options.size_table) if options.size_table is not None else ()

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,6 +150,7 @@ class Options:
             if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
                 raise OptionsError(f"journal_dir={folder!r} is not a folder")
             checked["journal_dir"] = os.fspath(folder)
+            _check_can_be_written(checked["journal_dir"])
         callback = checked.get("on_report")
         if callback is not None and not callable(callback):
             raise OptionsError(f"on_report={callback!r} is not callable")
@@ -156,9 +158,11 @@ class Options:
         if options.pad_to_capture_size and not options.capture_sizes:
             raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
         if options.deterministic and options.max_tokens is None:
-            raise OptionsError("deterministic=True needs max_tokens: every call up to it must be one kernel's")
+            raise OptionsError("deterministic=True needs max_tokens: the largest token count that you will send")
         if options.transport != "auto" and options.collective not in ("auto", "mnnvl"):
-            raise OptionsError(f"transport='{options.transport}' is for collective='mnnvl'")
+            raise OptionsError(
+                f"transport='{options.transport}' is for collective='mnnvl', not '{options.collective}'; leave it out"
+            )
         if options.size_table is not None:
             if not isinstance(options.size_table, str | os.PathLike):
                 raise OptionsError(f"size_table={options.size_table!r} is not a path")
@@ -194,6 +198,15 @@ def _strings(key: str, value: object) -> tuple[str, ...]:
     if wrong:
         raise OptionsError(f"{key} holds {wrong[0]!r}, which is not a string")
     return tuple(value)
+
+
+def _check_can_be_written(folder: str) -> None:
+    """A folder that exists, or that can be made, and takes files: a hang is too late to find out."""
+    there = Path(folder)
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OptionsError(f"journal_dir='{folder}' cannot be written: '{there}' takes no files; name another folder")
 
 
 def _check_op_name(key: str, name: str) -> None:

@@ -120,7 +120,9 @@ def _row(path: str | Path, index: int, given: Any) -> SizeRow:
         raise SizeTableError(f"{where} is no object")
     needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
     if wrong := sorted({*given} - {*fields}) or [name for name in needed if name not in given]:
-        raise SizeTableError(f"{where} has unknown or missing fields: {', '.join(wrong)}")
+        raise SizeTableError(
+            f"{where} has unknown or missing fields: {', '.join(wrong)}; `ringfence bench` writes them all"
+        )
     collective, transport, capability = given["collective"], given["transport"], given["capability"]
     if collective not in (_MNNVL, _TRTLLM):
         raise SizeTableError(f"{where} is about {collective!r}; only mnnvl and trtllm have sizes")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from .channel import Channel
-from .errors import WorkspaceError
+from .errors import GroupError, WorkspaceError
 from .flashinfer import KernelCall, Kernels, unmet
 from .situation import Collective, Strategy
 from .size_table import SizeRow
@@ -159,6 +159,17 @@ def workspaces_of(group_name: str) -> Workspaces:
     return found
 
 
-def close_workspaces(group_name: str) -> None:
-    """Close the workspaces of a group, before it is destroyed. Every rank must call."""
-    workspaces_of(group_name).close()
+def close_workspaces(group: dist.ProcessGroup | str) -> None:
+    """Close the workspaces of a group (or of the group with this name), before it is destroyed.
+
+    Every rank must call, outside of calls of the model. Graphs captured over them are refused from
+    then on. Raises :class:`GroupError`.
+    """
+    try:
+        found = workspaces_of(group if isinstance(group, str) else group.group_name)
+    except (RuntimeError, AttributeError) as error:
+        raise GroupError(
+            f"{group!r} is no process group of this process, nor the name of one; pass the group that the model "
+            "reduces over (dist.group.WORLD, say), before dist.destroy_process_group"
+        ) from error
+    found.close()

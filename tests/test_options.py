@@ -62,6 +62,7 @@ def test_bad_option_is_refused_by_name(options: dict[str, object], names: list[s
         ({"transport": "nvlink"}, "is not one of"),
         ({"plain_all_reduce": 1}, "is not a bool"),
         ({"size_table": 3}, "is not a path"),
+        ({"journal_dir": "/dev/null/journals"}, "cannot be written"),
         ({"size_table": "/nowhere/table.json"}, "cannot be read"),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_bad_row_is_named_by_its_number(tmp_path: Path, case: str) -> None:
 def test_every_field_is_needed(tmp_path: Path, field: str) -> None:
     given = dataclasses.asdict(ROW)
     del given[field]
-    with pytest.raises(SizeTableError, match=rf"row 0 .*unknown or missing fields: {field}$"):
+    with pytest.raises(SizeTableError, match=rf"row 0 .*unknown or missing fields: {field};"):
         read(tmp_path, given)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ringfence.runtime import workspace as module
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.errors import WorkspaceError
+from ringfence.runtime.errors import GroupError, WorkspaceError
 from ringfence.runtime.situation import Collective, Strategy
 from ringfence.runtime.size_table import SizeRow
 from ringfence.runtime.workspace import Workspace, Workspaces, close_workspaces, workspaces_of
@@ -265,3 +265,11 @@ def test_constants_are_not_allocated_inside_a_capture() -> None:
     ready = one.constant("ones", like, 256)
     one.device = torch.device("cuda", 0)
     assert one.constant("ones", like, 256) is ready, "what is there already may be used"
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("wrong", ["no such group", None, 3])
+def test_what_is_no_group_has_no_workspaces_to_close(wrong: Any) -> None:
+    with pytest.raises(GroupError, match="is no process group of this process"):
+        close_workspaces(wrong)
+    close_workspaces(dist.group.WORLD)  # nothing is open: nothing to do
