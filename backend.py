@@ -5,6 +5,7 @@ Dynamo graph -> AOT -> find -> prepare (who carries it out) -> fuse -> judge -> 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import logging
@@ -29,9 +30,10 @@ from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
 from .compile_passes.digest import digest
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
-from .compile_passes.find import Candidate, find
+from .compile_passes.find import Candidate, Site, find
 from .compile_passes.fuse import fuse
-from .compile_passes.judge import Verdict, groups_of, judge
+from .compile_passes.host import op_names
+from .compile_passes.judge import Decision, Verdict, groups_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.mutations import hoist_writes, read_in_place
 from .compile_passes.prove import prove
@@ -117,7 +119,6 @@ class Backend:
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)
 
-        written = hoist_writes(gm)
         candidates = find(
             gm,
             strict=options.numerics == "strict",
@@ -142,7 +143,9 @@ class Backend:
         collectives = {carried: str(carrier.collective)} if carried is not None else {}
         sites = fuse(gm, candidates, collectives=collectives)
         if options.plain_all_reduce and carried is not None and carrier.workspace is not None:
-            replace_plain_all_reduces(gm, carried, str(carrier.collective))
+            keep = {n.name for n in gm.graph.nodes if set(op_names(n)) & set(options.split_ops)}
+            replace_plain_all_reduces(gm, carried, str(carrier.collective), keep)
+        written = hoist_writes(gm)
         groups = {name: describe_group(name, device) for name in groups_of(gm)}
         dump_graph("fused", gm)
 
@@ -159,9 +162,15 @@ class Backend:
         verdicts, situation = self._judge(gm, situation, groups, carrier.capture_failure, capture=graphs is not None)
         refuse_sites(gm, verdicts)
         clean_payload(gm, {v.site for v in verdicts if v.clean and v.site is not None})
-        pads = padding(gm, sizes) if options.pad_to_capture_size else None
+        if options.deterministic:
+            _check_deterministic(sites, verdicts, carried, carrier)
+        pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
         if options.pad_to_capture_size and pads is None:
-            notes.append("not padded: the graph has no single dynamic size that all its dynamic dimensions equal")
+            notes.append(
+                "not padded: the graph writes into its inputs, where padded rows would land too"
+                if written
+                else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
+            )
         plan, whole = split(gm, verdicts)
         captured = options.capture_sizes if graphs is not None else ()
         proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
@@ -192,7 +201,7 @@ class Backend:
             graphs if self.judge_as is None else None,  # what was judged is a plan for another machine
             options.capture_sizes,
             padding=pads,
-            generation=(lambda: workspaces.generation) if workspaces is not None else (lambda: 0),
+            closed=lambda: carrier.workspace is not None and carrier.workspace.closed,
             max_tokens=options.max_tokens if options.deterministic else None,
             static_outputs=options.static_outputs,
             journal=self.overseer.journal,
@@ -246,7 +255,8 @@ class Backend:
             table=(*table, *TABLE),
         )
         # Real memory and real launches, in the midst of a trace with fake tensors.
-        with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
+        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
             return name, prepare(group, device, wanted, seconds=options.agree_seconds)
 
     def _judge(
@@ -333,6 +343,23 @@ def _check_devices(example_inputs: Sequence[Any]) -> None:
     devices = {str(t.device) for t in tensors}
     if len(devices) > 1:
         raise InputError(f"the inputs are on several devices: {sorted(devices)}; move model and inputs to one")
+
+
+def _check_deterministic(
+    sites: Sequence[Site], verdicts: Sequence[Verdict], carried: str | None, carrier: Carrier
+) -> None:
+    """Raises :class:`CollectiveUnavailableError` for a fused site that another kernel would carry out."""
+    refused = {v.site for v in verdicts if v.decision is Decision.REFUSE}
+    for site in sites:
+        if not site.fused or carrier.workspace is None:
+            continue
+        tokens, hidden, dtype = 1, site.hidden_size or 0, getattr(torch, site.dtype)
+        if site.group != carried or site.index in refused or not carrier.workspace.strategy(tokens, hidden, dtype):
+            raise CollectiveUnavailableError(
+                f"deterministic=True: {carrier.collective} does not carry out site {site.index} "
+                f"({site.source or site.node}; group {site.group}, hidden size {hidden}, {site.dtype}), and the "
+                "reference is not shown to return the same bits; leave deterministic out"
+            )
 
 
 def _check_not_empty(gm: GraphModule, candidates: Sequence[Candidate]) -> None:

@@ -8,7 +8,6 @@ from torch.fx import GraphModule, Node
 
 from ..runtime import ops
 from ..runtime.situation import Collective
-from .fuse import SITE
 from .judge import Decision, Verdict
 from .roles import arguments, bound_arguments, c10d, calls, tensor
 
@@ -20,8 +19,8 @@ _DTYPES = ("float16", "bfloat16", "float32")
 
 def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
     """Give the sites that are refused to the reference collective; how many."""
-    refused = {v.node for v in verdicts if v.decision is Decision.REFUSE and v.site is not None}
-    nodes = [n for n in gm.graph.nodes if n.name in refused and SITE in n.meta]
+    refused = {v.node for v in verdicts if v.decision is Decision.REFUSE}
+    nodes = [n for n in gm.graph.nodes if n.name in refused and calls(n, ops.all_reduce, *_FUSED)]
     for node in nodes:
         node.args = (*node.args[:-1], str(Collective.REFERENCE))
     return len(nodes)

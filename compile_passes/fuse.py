@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 # The ops must be registered before a graph can call them.
 from ..runtime import ops
 from ..runtime.errors import GraphMetadataError
 from .find import Candidate, Match, Site
-from .roles import aten, cast_input, same_shape, tensor
+from .roles import aten, cast_input, first_node, same_shape, tensor
 
 #: Key of ``node.meta`` under which a fused op keeps the index of its site.
 SITE = "ringfence_site"
@@ -103,12 +104,14 @@ class _Rewriter:
     def _through(self, views: Iterable[Node], node: Node) -> Node:
         """``node`` seen through copies of ``views``."""
         for view in views:
-            if not is_contiguous_or_false(tensor(node)):  # the views were taken of a contiguous value
+            if not is_contiguous_or_false(tensor(node)):  # not every view can be taken of every layout
                 node = self._contiguous_copy(node)
             moved = {view.args[0]: node}
             seen, node = node, self.graph.node_copy(view, lambda n, moved=moved: moved.get(n, n))  # type: ignore[misc]
-            if tensor(node).dtype != tensor(seen).dtype:  # the view stood behind a cast
-                node.meta["val"] = torch.empty_like(tensor(node), dtype=tensor(seen).dtype)
+            before = tensor(first_node(view) or view)
+            if tensor(seen).dtype != before.dtype or tensor(seen).stride() != before.stride():
+                # The view stood behind a cast, or saw another layout: its value has another dtype or other strides.
+                node.meta["val"] = view.target(*map_arg(node.args, lambda n: n.meta["val"]))  # type: ignore[operator]
         return node
 
     def _contiguous_copy(self, node: Node) -> Node:

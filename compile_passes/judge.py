@@ -228,7 +228,7 @@ def judge(
             backend=facts.backend, carrier=facts.carrier, capture_failure=facts.capture_failure
         )
         verdict = Verdict(node.name, facts.op, rule.decision, rule.id, message, rule.source, node.meta.get(SITE), None)
-        if verdict.site is not None and situation is not None:
+        if facts.carrier is not None and situation is not None:  # an all-reduce without a norm too
             source = first_node(node)
             assert source is not None, "a fused op takes its input first"
             mine = replace(situation, dtype=dtype_text(tensor(source).dtype), capture=capture)

@@ -20,14 +20,16 @@ from .roles import arguments, aten, calls
 def hoist_writes(gm: GraphModule) -> frozenset[int]:
     """Move every copy into an input to where the input is last read; the indices of those inputs."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     written = []
     for copy in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
         target, value = arguments(copy)[:2]
         if target not in placeholders:
             continue
         written.append(placeholders.index(target))
-        last = max((value, *(reader for reader in _readers(target) if reader is not copy)), key=order.__getitem__)
+        last = value
+        for reader in _readers(target):
+            if reader is not copy and last < reader:
+                last = reader
         if last.op == "call_function":  # not an output that looks at the old value, nor an input
             last.append(copy)
     return frozenset(written)

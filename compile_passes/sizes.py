@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -65,14 +65,15 @@ def _row_counts(
             yield tensor(node).shape[0]
 
 
-def padding(gm: GraphModule, rule: SizeRule) -> Padding | None:
+def padding(gm: GraphModule, rule: SizeRule, written: Collection[int] = ()) -> Padding | None:
     """Which dimensions to pad, or None when the graph cannot be padded.
 
     Padding needs exactly one size symbol, and every dynamic dimension of an input or
     an output to be that symbol itself: of a dimension like ``2 * s`` nobody knows which
-    rows are the caller's.
+    rows are the caller's. A graph that writes into an input (``written``), such as a cache, is not padded:
+    the padded rows would be written too, at the position that zero stands for.
     """
-    if len(rule.bindings) != 1:
+    if len(rule.bindings) != 1 or written:
         return None
     (output,) = gm.graph.find_nodes(op="output")
     outputs = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)

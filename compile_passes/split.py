@@ -65,10 +65,10 @@ class SplitPlan:
 def split(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, GraphModule]:
     """The plan, and a module that calls ``submod_0``, ``submod_1``, ... in its order.
 
-    Raises :class:`RefusedError` for an op that is refused and is no fused site.
+    Raises :class:`RefusedError` for an op that is refused and that the reference cannot carry out instead.
     """
     for verdict in verdicts:
-        if verdict.decision is Decision.REFUSE and verdict.site is None:
+        if verdict.decision is Decision.REFUSE and not verdict.op.startswith("ringfence::"):
             raise RefusedError(f"'{verdict.node}' ({verdict.op}) is refused: {verdict.message} ({verdict.source})")
     # A refused site falls back to the reference collective, of which nothing is known under capture here.
     eager = {v.node: v.op for v in verdicts if v.decision is not Decision.IN_GRAPH}

@@ -118,11 +118,12 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
         )
         if choice.row is None:
             return replace(reference_carrier(group.size), candidates=choice.candidates)
-        for other in workspaces.open:
-            if other.collective is choice.collective and other.transport != choice.transport:
-                raise CollectiveUnavailableError(  # a graph names the collective, not how it travels
+        for other in workspaces.open:  # a graph names the collective, not how it travels and up to which size
+            if other.collective is choice.collective and other.row != choice.row:
+                raise CollectiveUnavailableError(
                     f"{choice.collective} over {choice.transport} was asked for, and the group uses it over "
-                    f"{other.transport}; close that first: ringfence.close_workspaces('{group.name}')"
+                    f"{other.transport}{', by another size table' if other.transport == choice.transport else ''}; "
+                    f"close that first: ringfence.close_workspaces('{group.name}')"
                 )
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
@@ -132,6 +133,7 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
             )
             continue
         workspace = workspaces.find(choice.collective, device, wanted.dtype, limit)
+        shared = workspace is not None
         if workspace is None:
             made = workspaces.create(
                 channel,
@@ -144,7 +146,11 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
             workspace = made.workspace
         result = _tested(workspace, channel, wanted, limit)
         if result.eager is not None:
-            workspaces.retire(workspace, channel, f"its self-test failed: {result.eager}")
+            why_not = f"its self-test failed: {result.eager}"
+            if shared:  # with graphs that were captured over it, and for whose calls it passed
+                unfit[choice.collective, choice.transport or ""] = why_not
+            else:
+                workspaces.retire(workspace, channel, why_not)
             continue
         return Carrier(
             choice.collective,

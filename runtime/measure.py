@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d
 
 from .carrier import Wanted, prepare
 from .channel import DEFAULT_SECONDS, Channel, open_channel
+from .choice import opt_outs
 from .doctor import flashinfer_version
 from .errors import CollectiveUnavailableError, OptionsError
 from .flashinfer import KernelCall, unmet
@@ -267,6 +268,10 @@ def bench(path: Path, sizes: Sequence[int], hiddens: Sequence[int], dtype: torch
         raise OptionsError(
             "bench measures two or more ranks; start it with "
             "torchrun --nproc-per-node N -m ringfence bench --write-table FILE"
+        )
+    if (off := opt_outs()) and "NCCL_NVLS_ENABLE=0" not in off:
+        raise OptionsError(
+            f"{off[0]} forbids NVLink multicast, and NCCL, which bench starts, would use it; set NCCL_NVLS_ENABLE=0 too"
         )
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= devices:

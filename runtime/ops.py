@@ -50,8 +50,14 @@ def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """``[tokens, hidden]``, contiguous: the kernels check neither."""
-    return tensor.contiguous().view(-1, tensor.shape[-1])
+    """``[tokens, hidden]``, contiguous."""
+    return _readable(tensor).view(-1, tensor.shape[-1])
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, as the kernels take for granted."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _fused(
@@ -73,7 +79,7 @@ def _fused(
                 f"and the input is {x.dtype} {list(x.shape)} on {x.device}"
             )
     norm, out = torch.empty_like(x), torch.empty_like(x)
-    workspace.kernels.fused(x, residual, weight.contiguous(), eps, weight_bias, strategy, norm, out)
+    workspace.kernels.fused(x, residual, _readable(weight), eps, weight_bias, strategy, norm, out)
     return norm.view(shape), out.view(shape)
 
 

@@ -85,7 +85,6 @@ class _Entry:
     pieces: list[CapturedPiece]
     addresses: tuple[int, ...]
     parameters: list[_Parameter]
-    generation: int
     failed: str | None = None
 
     def release(self) -> None:
@@ -99,8 +98,8 @@ class PiecewiseRunner:
     graphs: what captures; None never captures.
     capture_sizes: token counts to capture.
     padding: serve a size below a captured one by that one; None does not pad.
-    generation: how often a workspace of the collectives was closed; a graph captured before the last
-        time is refused (:class:`WorkspaceReplacedError`).
+    closed: whether the workspace of the collectives was closed; graphs captured over it are refused
+        from then on (:class:`WorkspaceReplacedError`).
     max_tokens: the largest token count that is served at all; None serves any.
     static_outputs: return the captured buffers themselves, valid until the next call,
         instead of copies that the caller owns.
@@ -116,7 +115,7 @@ class PiecewiseRunner:
         capture_sizes: Collection[int] = (),
         *,
         padding: Padding | None = None,
-        generation: Callable[[], int] = lambda: 0,
+        closed: Callable[[], bool] = lambda: False,
         max_tokens: int | None = None,
         static_outputs: bool = False,
         journal: Journal | None = None,
@@ -133,7 +132,7 @@ class PiecewiseRunner:
         self._in_use = threading.Lock()
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding
-        self._generation = generation
+        self._closed = closed
         self._max_tokens = max_tokens
         self._static_outputs = static_outputs
         self._failed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
@@ -188,9 +187,9 @@ class PiecewiseRunner:
                 return self._run(args, sizes)
             self._supervision.before_capture(target)
             parameters = [_Parameter(args[i]) for i in self._static]
-            entry = _Entry(target, [], [], [], addresses, parameters, self._generation())
+            entry = _Entry(target, [], [], [], addresses, parameters)
             run, how = self._capture, CAPTURE
-        elif entry.generation != self._generation():
+        elif self._closed():
             raise WorkspaceReplacedError(
                 f"the workspace of the collectives was closed since sizes {target} were captured, and the graph holds "
                 "its addresses; start over with torch._dynamo.reset()"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .channel import Channel
+from .channel import Channel, Failures
 from .errors import SelfTestHungError
 from .situation import Strategy
 from .workspace import Workspace
@@ -108,8 +108,13 @@ def self_test(
         for strategy in workspace.kernels.strategies
         if strategy is Strategy.ONE_SHOT or n > workspace.world_size
     ]
-    calls = [_Call(workspace, shape, channel.rank) for shape in shapes]
-    eager, digest = _eager(calls, workspace.device)
+    made, failures = channel.attempt(
+        "self-test: memory", lambda: [_Call(workspace, shape, channel.rank) for shape in shapes]
+    )
+    if made is None or failures:
+        return SelfTest(_said(failures), None, 0)
+    calls = made
+    eager, digest = _eager(calls, workspace.device, channel)
     failure = _voted(channel, "self-test, eager", eager, digest)
     captured = None
     if failure is None and capture and calls and workspace.device.type == "cuda":
@@ -118,13 +123,13 @@ def self_test(
     return SelfTest(failure, captured, len(calls))
 
 
-def _eager(calls: Sequence[_Call], device: torch.device) -> tuple[str | None, bytes]:
+def _eager(calls: Sequence[_Call], device: torch.device, channel: Channel) -> tuple[str | None, bytes]:
     """The first failure. The rest is run all the same: the other ranks wait for this one's part."""
     failures: list[str] = []
     digest = hashlib.sha256()
     for turn, pattern in enumerate(_PATTERNS):
-        for i, call in enumerate(calls):
-            call.fill(1000 * turn + i, pattern)
+        if unfilled := _fill(calls, 1000 * turn, pattern, channel):
+            return unfilled, digest.digest()
         for call in calls:
             try:
                 call.run()
@@ -155,8 +160,8 @@ def _captured(calls: Sequence[_Call], workspace: Workspace, channel: Channel) ->
         return failure, digest.digest()  # no rank replays what another could not capture
     failures: list[str] = []
     for turn, pattern in enumerate(_PATTERNS[:2]):
-        for i, call in enumerate(calls):
-            call.fill(5000 + 1000 * turn + i, pattern)
+        if unfilled := _fill(calls, 5000 + 1000 * turn, pattern, channel):
+            return unfilled, digest.digest()
         graph.replay()
         _wait(workspace.device)
         failures += _check(calls, f"replay {turn + 1}, payload {pattern}", digest)
@@ -164,11 +169,29 @@ def _captured(calls: Sequence[_Call], workspace: Workspace, channel: Channel) ->
     return next(iter(failures), None), digest.digest()
 
 
+def _fill(calls: Sequence[_Call], seed: int, pattern: str, channel: Channel) -> str | None:
+    """New inputs on every rank, before any rank launches: one that has no memory left would be waited for in vain."""
+
+    def fill() -> None:
+        for i, call in enumerate(calls):
+            call.fill(seed + i, pattern)
+
+    return _said(channel.attempt("self-test: inputs", fill)[1])
+
+
+def _said(failures: Failures) -> str | None:
+    return "; ".join(f"rank {rank}: {reason}" for rank, reason in failures) or None
+
+
 def _check(calls: Sequence[_Call], when: str, digest: Any) -> list[str]:
     failures = []
     for call in calls:
-        digest.update(call.digest())
-        if failure := call.failure():
+        try:
+            digest.update(call.digest())
+            failure = call.failure()
+        except Exception as error:  # the vote follows, and every rank must come to it
+            failure = f"{type(error).__name__}: {error}"
+        if failure:
             failures.append(f"{when}: {failure}")
     return failures
 

@@ -7,8 +7,7 @@ outlives a call.
 
 A workspace is created by all ranks or by none, while a graph is compiled and never while one is
 captured, and stays where it is. One that is too small for another model is joined by a larger
-one. ``generation`` counts closings: a captured graph that finds another number than at its
-capture holds addresses of memory that may be gone.
+one. A captured graph that finds its workspace ``closed`` holds addresses of memory that is gone.
 """
 
 from __future__ import annotations
@@ -43,7 +42,8 @@ class Workspace:
     capacity: int
     dtypes: tuple[torch.dtype, ...]
     tested: dict[Any, Any] = field(default_factory=dict)
-    _constants: dict[tuple[str, torch.dtype, int], Tensor] = field(default_factory=dict)
+    closed: bool = False
+    _constants: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
     def strategy(self, tokens: int, hidden: int, dtype: torch.dtype) -> Strategy | None:
         """How a fused call of this shape is carried out; None: by the reference collective."""
@@ -65,14 +65,15 @@ class Workspace:
         )
 
     def constant(self, name: str, like: Tensor, numel: int) -> Tensor:
-        """A residual of zeros or a weight of ones, for sites that have none. Allocated once."""
-        key = (name, like.dtype, numel)
+        """A residual of zeros or a weight of ones, for sites that have none: the first elements of one buffer."""
+        key = (name, like.dtype)
         if key not in self._constants:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise WorkspaceError(f"{name} of {numel} elements would be allocated inside a capture")
+                raise WorkspaceError(f"{name} for sites that have none would be allocated inside a capture")
+            elements = self.capacity // like.dtype.itemsize  # no call is larger, and no weight
             with torch.inference_mode(False):
-                self._constants[key] = getattr(torch, name)(numel, dtype=like.dtype, device=like.device)
-        return self._constants[key]
+                self._constants[key] = getattr(torch, name)(elements, dtype=like.dtype, device=like.device)
+        return self._constants[key][:numel]
 
 
 class Creation(NamedTuple):
@@ -86,7 +87,6 @@ class Workspaces:
     """The workspaces of one process group."""
 
     def __init__(self) -> None:
-        self.generation = 0
         #: What failed, so that it is not tried again: every try may leave the group waiting.
         self.failed: dict[tuple[Collective, str], str] = {}
         self._open: list[Workspace] = []
@@ -124,7 +124,7 @@ class Workspaces:
         """Close one that failed its test, and do not make another. Every rank must call."""
         self.failed[workspace.collective, workspace.transport] = reason
         self._open.remove(workspace)
-        self.generation += 1
+        workspace.closed = True
         channel.barrier("workspace retired")
         workspace.kernels.close()
 
@@ -134,9 +134,11 @@ class Workspaces:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.generation += 1
+        self.failed.clear()
         while self._open:
-            self._open.pop().kernels.close()
+            workspace = self._open.pop()
+            workspace.closed = True
+            workspace.kernels.close()
 
     @property
     def open(self) -> tuple[Workspace, ...]:

@@ -202,10 +202,14 @@ def test_refused_sites_go_to_the_reference_and_keep_their_other_arguments(fused:
     assert refuse_sites(fused, []) == 0
 
 
-def test_ops_that_are_no_site_are_not_touched(fused: GraphModule) -> None:
-    (last,) = [n for n in sites(fused) if n.target is ops.all_reduce_rms_norm]
+def test_ops_that_are_not_ours_are_not_touched(fused: GraphModule) -> None:
     other = next(n for n in fused.graph.nodes if n.op == "call_function" and SITE not in n.meta)
     before = other.args
-    verdicts = [verdict(last, Decision.REFUSE, None), verdict(other, Decision.REFUSE, None)]
-    assert refuse_sites(fused, verdicts) == 0
+    assert refuse_sites(fused, [verdict(other, Decision.REFUSE, None)]) == 0
     assert other.args == before and named(fused) == ["trtllm"] * 4
+
+
+def test_an_op_of_ours_is_refused_whether_or_not_it_is_a_site(fused: GraphModule) -> None:
+    (last,) = [n for n in sites(fused) if n.target is ops.all_reduce_rms_norm]
+    assert refuse_sites(fused, [verdict(last, Decision.REFUSE, None)]) == 1
+    assert sorted(named(fused)) == ["reference", *["trtllm"] * 3]

@@ -104,6 +104,31 @@ def test_later_parts_read_the_cache_itself(monkeypatch: pytest.MonkeyPatch) -> N
             assert copy.args[1] not in output.args[0]
 
 
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(SLOTS, H))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        self.cache.index_copy_(0, position, x.sin())
+        dist.all_reduce(x)
+        return F.rms_norm(x, (H,), None, 1e-5) + self.cache.sum()
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_a_graph_that_writes_into_its_inputs_is_not_padded() -> None:
+    """A padded row would be written at the position that its zero stands for."""
+    model, twin = Rows(), Rows()
+    backend = ringfence.Backend(capture_sizes=[4], pad_to_capture_size=True, piece_compiler="eager")
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for rows in (4, 3, 3, 2):
+            x, position = torch.randn(rows, H), torch.arange(1, rows + 1)
+            torch.testing.assert_close(compiled(x.clone(), position), twin(x.clone(), position))
+            torch.testing.assert_close(model.cache, twin.cache)
+    assert any("writes into its inputs" in note for note in backend.reports[-1].notes)
+
+
 def test_a_value_that_is_read_after_the_write_is_not_written_early() -> None:
     graph = torch.fx.Graph()
     cache, x = graph.placeholder("cache"), graph.placeholder("x")

@@ -28,7 +28,7 @@ from support import run_ranks
 H = 256
 CPU = torch.device("cpu")
 #: One-shot up to 8 tokens of 256 float32, two-shot up to 16, all-reduces up to 4.
-SMALL = SizeRow(Collective.TRTLLM, "peer", (9, 0), 2, 8 << 10, 16 << 10, 4 << 10, "a test")
+SMALL = SizeRow(Collective.TRTLLM, "peer", (9, 0), 2, 8 << 10, 16 << 10, 4 << 10, "a test", bitwise=True)
 
 
 #: Simulated graphs replay by calling, and refuse what the host carries out.
@@ -169,15 +169,16 @@ def _sizes(rank: int) -> dict[str, Any]:
         for bad in (weight.double(), torch.ones(H // 2)):
             with pytest.raises(InputError, match="weight is"):
                 ops.all_reduce_add_rms_norm(torch.randn(2, H), torch.randn(2, H), bad, 1e-6, 0.0, name, "trtllm")
+        calls = len(package.calls)
         again = prepare(group, CPU, wanted, seconds=20)
+        seen["tested once"] = tested > 0 and len(package.calls) == calls
         seen["shared"] = again.workspace is carrier.workspace and len(package.made) == 1
-        seen["tested once"] = tested > 0 and len([c for c in package.calls if c[0] == "trtllm"]) == len(package.calls)
         larger = prepare(group, CPU, Wanted("trtllm", "auto", H, torch.bfloat16, table=(SMALL,)), seconds=20)
         seen["another dtype"] = larger.workspace is not carrier.workspace and len(package.made) == 2
         for limit, expected in ((4, True), (9, False)):
             deterministic = Wanted(
                 "trtllm", "auto", H, torch.float32, max_tokens=limit, deterministic=True,
-                table=(SizeRow(**(vars(SMALL) | {"bitwise": True})),),
+                table=(SMALL,),
             )  # fmt: skip
             if expected:
                 assert prepare(group, CPU, deterministic, seconds=20).collective == "trtllm"
@@ -235,6 +236,54 @@ def _unlike(rank: int, what: str) -> str:
 def test_ranks_that_are_unlike_end_alike(what: str, said: str) -> None:
     for answer in run_ranks(2, _unlike, what):
         assert answer.startswith(said)
+
+
+def _conservative(rank: int) -> list[tuple[str, str]]:
+    """The rule of the field is about every call over the collective, with a norm or without."""
+    backend = ringfence.Backend(profile="conservative", capture_sizes=[4], max_tokens=64, piece_compiler="eager")
+    package = FakeFlashInfer(dist.group.WORLD.group_name)
+    with installed(package), torch.no_grad():
+        torch.compile(Layers(), backend=backend)(torch.randn(4, H))
+        close_workspaces(package.group)
+    (report,) = backend.reports
+    return sorted({(v.op, str(v.decision)) for v in report.verdicts if v.op.startswith("ringfence")})
+
+
+def test_plain_all_reduces_are_judged_as_fused_ones_are() -> None:
+    names = ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_rms_norm")
+    assert run_ranks(2, _conservative) == [[(f"ringfence::{name}", "SPLIT") for name in names]] * 2
+
+
+def _deterministic(rank: int) -> str:
+    """A site that the kernel cannot carry out, among those that it can."""
+
+    class Mixed(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            y = x[:, : H // 2].contiguous() * 2
+            dist.all_reduce(y)
+            return F.rms_norm(y, (H // 2,), None, 1e-6) + F.rms_norm(y[:, ::2].contiguous(), (H // 4,)).sum()
+
+    class Narrow(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            y = x[:, :36].contiguous()
+            dist.all_reduce(y)
+            return F.rms_norm(y, (36,), None, 1e-6)
+
+    package = FakeFlashInfer(dist.group.WORLD.group_name)
+    with installed(package), torch.no_grad():
+        options = {"deterministic": True, "max_tokens": 64, "piece_compiler": "eager"}
+        torch.compile(Mixed(), backend=ringfence.Backend(**options))(torch.randn(4, H))
+        with pytest.raises(Exception, match="does not carry out site 3") as caught:
+            torch.compile(Narrow(), backend=ringfence.Backend(**options))(torch.randn(4, H))
+        close_workspaces(package.group)
+    return str(getattr(caught.value, "inner_exception", caught.value))
+
+
+def test_deterministic_refuses_a_site_that_another_kernel_would_carry_out() -> None:
+    for message in run_ranks(2, _deterministic):
+        assert message.startswith("deterministic=True: mnnvl does not carry out site 3")
 
 
 def _transports(rank: int) -> str:

@@ -617,7 +617,7 @@ def test_what_reaches_the_real_trtllm_kernel(real: dict[str, Any], name: str) ->
 def test_the_real_package_makes_multicast_objects_for_mnnvl_over_multicast_alone(
     real: dict[str, Any], name: str
 ) -> None:
-    assert real[name]["allocations"] == 6 if name.startswith("trtllm") else 2
+    assert real[name]["allocations"] == (6 if name.startswith("trtllm") else 2)
     made = MULTICAST & {*real[name]["driver"]}
     assert made == (MULTICAST if name == "mnnvl multicast" else set())
     others = {call for call in real[name]["driver"] if "Multicast" in call}
