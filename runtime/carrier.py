@@ -118,13 +118,6 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
         )
         if choice.row is None:
             return replace(reference_carrier(group.size), candidates=choice.candidates)
-        for other in workspaces.open:  # a graph names the collective, not how it travels and up to which size
-            if other.collective is choice.collective and other.row != choice.row:
-                raise CollectiveUnavailableError(
-                    f"{choice.collective} over {choice.transport} was asked for, and the group uses it over "
-                    f"{other.transport}{', by another size table' if other.transport == choice.transport else ''}; "
-                    f"close that first: ringfence.close_workspaces('{group.name}')"
-                )
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
         if requirement := unmet(choice.collective, call):
@@ -132,6 +125,13 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
                 f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
             )
             continue
+        for other in workspaces.open:  # a graph names the collective, not how it travels and up to which size
+            if other.collective is choice.collective and other.row != choice.row:
+                raise CollectiveUnavailableError(
+                    f"{choice.collective} over {choice.transport} was asked for, and the group uses it over "
+                    f"{other.transport}{', by another size table' if other.transport == choice.transport else ''}; "
+                    f"close that first: ringfence.close_workspaces('{group.name}')"
+                )
         workspace = workspaces.find(choice.collective, device, wanted.dtype, limit)
         shared = workspace is not None
         if workspace is None:
