@@ -17,8 +17,11 @@ from .judge import Verdict, collectives_of, group_of
 from .roles import dtype_text
 from .split import SplitPlan
 
-#: Options that may differ between ranks: whom they tell, how long they wait; and names of groups, which do differ.
-_OWN = frozenset({"on_report", "on_hang", "step_seconds", "warm_up_seconds", "agree_seconds", "journal_dir", "groups"})
+#: Options that may differ between ranks: whom they tell, how long they wait; names of groups, which do differ; and
+#: the path of a size table, whose rows were compared when the collective was chosen.
+_OWN = frozenset(
+    {"on_report", "on_hang", "step_seconds", "warm_up_seconds", "agree_seconds", "journal_dir", "groups", "size_table"}
+)
 _PACKAGES = ("torch", "ringfence", "flashinfer-python")
 
 #: Where a rule for the token count is tried: rules that agree here are taken for equal.

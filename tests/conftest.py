@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-seconds", type=float, default=40.0, help="how long tests/faults/test_soak.py runs")
+    parser.addoption("--soak-seconds", type=float, default=120.0, help="how long tests/faults/test_soak.py runs")
 
 
 @pytest.fixture
