@@ -17,7 +17,7 @@ test: $(VENV)/.ready
 
 # On a machine with a GPU. RINGFENCE_KERNELS: the folder that tests/gpu/build_kernels.py wrote to.
 gpu-test: $(VENV)/.ready
-	$(PYTHON) -m pytest tests/gpu tests/runtime/test_cuda.py -rs
+	$(PYTHON) -m pytest tests/gpu tests/runtime/test_cuda.py tests/runtime/test_journal_cuda.py -rs
 
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check .
