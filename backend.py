@@ -33,7 +33,7 @@ from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, Site, find
 from .compile_passes.fuse import fuse
 from .compile_passes.host import op_names
-from .compile_passes.judge import Decision, Verdict, groups_of, judge
+from .compile_passes.judge import Decision, Verdict, collectives_of, groups_of, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.mutations import hoist_writes, read_in_place
 from .compile_passes.prove import prove
@@ -143,7 +143,7 @@ class Backend:
         collectives = {carried: str(carrier.collective)} if carried is not None else {}
         sites = fuse(gm, candidates, collectives=collectives)
         if options.plain_all_reduce and carried is not None and carrier.workspace is not None:
-            keep = {n.name for n in gm.graph.nodes if set(op_names(n)) & set(options.split_ops)}
+            keep = {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(options.split_ops)}
             replace_plain_all_reduces(gm, carried, str(carrier.collective), keep)
         written = hoist_writes(gm)
         groups = {name: describe_group(name, device) for name in groups_of(gm)}
@@ -179,6 +179,7 @@ class Backend:
         read_in_place(whole)
         dump_graph("split", whole)
 
+        chosen, versions = options.as_dict(), _versions()
         agreed = digest(
             gm,
             plan,
@@ -186,8 +187,8 @@ class Backend:
             sizes,
             groups,
             collective=str(situation.collective),
-            options=options.as_dict(),
-            versions=_versions(),
+            options=chosen,
+            versions=versions,
             device=device,
         )
         supervision = self.overseer.supervise(groups.values(), agreed, device)  # before compiling takes minutes
@@ -213,8 +214,8 @@ class Backend:
                 sites=tuple(sites),
                 pieces=plan.pieces,
                 verdicts=tuple(verdicts),
-                options=options.as_dict(),
-                versions=_versions(),
+                options=chosen,
+                versions=versions,
                 collective=str(carrier.collective),
                 graphs=graphs.name if graphs is not None else None,
                 candidates=tuple(map(str, carrier.candidates)),

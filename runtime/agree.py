@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from .channel import Channel, by_value
+from .channel import Channel, Failures, by_value
 from .errors import RankMismatchError
 
 _NOTHING = "nothing"
@@ -63,7 +63,7 @@ def first_difference(digests: Sequence[tuple[tuple[str, str], ...]]) -> str:
     return "no part differs"
 
 
-def vote(channel: Channel, topic: str, failure: str | None) -> tuple[tuple[int, str], ...]:
+def vote(channel: Channel, topic: str, failure: str | None) -> Failures:
     """Did everybody succeed? ``(rank, reason)`` of each that did not, the same on all ranks; empty where all did.
 
     Every rank must vote, those that failed most of all: pass what went wrong instead of raising it.
@@ -91,12 +91,12 @@ class GroupAgreement:
                 said = [f"sizes {s} of graph {short}" for s, short in answers]
                 raise RankMismatchError(f"the ranks are about to capture different things: {by_value(said)}")
 
-    def after_capture(self, failure: str | None) -> tuple[tuple[int, str], ...]:
+    def after_capture(self, failure: str | None) -> Failures:
         """Whose capture failed, as ``(rank, reason)``: where one did, no rank may keep its own.
 
         What a rank hears in one group it tells the next, so that the ranks of a mesh hear of it too.
         """
-        failed: tuple[tuple[int, str], ...] = ()
+        failed: Failures = ()
         for channel in self._channels:
             heard = vote(channel, "capture", failure)
             failed = failed or heard

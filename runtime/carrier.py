@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed import distributed_c10d
 
-from .channel import Channel, by_value, open_channel
+from .channel import Channel, by_value, failures_text, open_channel
 from .choice import Candidate, Choice, RankFacts, choose, probe
-from .errors import CollectiveUnavailableError, RankMismatchError, WorkspaceError
+from .errors import CollectiveUnavailableError, PeerFailedError, RankMismatchError, WorkspaceError
 from .flashinfer import KernelCall, Kernels, Unavailable, load, unmet
 from .groups import Group
 from .self_test import SelfTest, self_test
 from .situation import Collective, Fact, Situation, Strategy
 from .size_table import TABLE, SizeRow
-from .workspace import Workspace, workspaces_of
+from .workspace import Workspace, Workspaces, workspaces_of
 
 #: Token counts of the self-test, beside those that will be captured.
 _TESTED_TOKENS = (1, 4, 32)
@@ -68,7 +68,6 @@ class Carrier:
     candidates: tuple[Candidate, ...] = ()
     workspace: Workspace | None = None
     capture_failure: str | None = None
-    self_test: SelfTest | None = None
 
 
 def reference_carrier(world_size: int, why_no_other: str | None = None) -> Carrier:
@@ -93,18 +92,12 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
     Raises :class:`CollectiveUnavailableError` where the user insists on one that cannot be had.
     """
     channel = open_channel(group.name, seconds=seconds)
-    answers, failures = channel.attempt(
-        "look at this rank", lambda: channel.exchange("facts", (probe(device), wanted.text))
-    )
-    if answers is None or failures:
-        why = "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
+    try:
+        ranks = _facts_of_all(channel, device, wanted)
+    except PeerFailedError as error:
         if wanted.collective != "auto" or wanted.deterministic:
-            raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {why}")
-        return reference_carrier(group.size, why)
-    ranks: list[RankFacts] = [facts for facts, _ in answers]
-    asked = [text for _, text in answers]
-    if len(set(asked)) > 1:
-        raise RankMismatchError(f"the ranks want different collectives: {by_value(asked)}")
+            raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
+        return reference_carrier(group.size, str(error))
     workspaces = workspaces_of(group.name)
     unfit: dict[tuple[Collective, str], str] = {}  # of these sites, and not of the group
     while True:
@@ -116,30 +109,22 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
             table=wanted.table,
             failed=unfit | workspaces.failed,
         )
-        if choice.row is None:
+        if choice.row is None or choice.transport is None:
             return replace(reference_carrier(group.size), candidates=choice.candidates)
+        way = (choice.collective, choice.transport)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
         if requirement := unmet(choice.collective, call):
-            unfit[choice.collective, choice.transport or ""] = (
-                f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
-            )
+            unfit[way] = f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
             continue
-        for other in workspaces.open:  # a graph names the collective, not how it travels and up to which size
-            if other.collective is choice.collective and other.row != choice.row:
-                raise CollectiveUnavailableError(
-                    f"{choice.collective} over {choice.transport} was asked for, and the group uses it over "
-                    f"{other.transport}{', by another size table' if other.transport == choice.transport else ''}; "
-                    f"close that first: ringfence.close_workspaces('{group.name}')"
-                )
+        _check_alone(workspaces, choice, group)
         workspace = workspaces.find(choice.collective, device, wanted.dtype, limit)
         shared = workspace is not None
         if workspace is None:
             made = workspaces.create(
                 channel,
                 lambda choice=choice, limit=limit: _make(group, channel, device, choice, wanted, limit),  # type: ignore[misc]
-                choice.collective,
-                choice.transport or "",
+                *way,
             )
             if made.workspace is None:
                 continue
@@ -148,7 +133,7 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
         if result.eager is not None:
             why_not = f"its self-test failed: {result.eager}"
             if shared:  # with graphs that were captured over it, and for whose calls it passed
-                unfit[choice.collective, choice.transport or ""] = why_not
+                unfit[way] = why_not
             else:
                 workspaces.retire(workspace, channel, why_not)
             continue
@@ -160,8 +145,34 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
             choice.candidates,
             workspace,
             f"its self-test failed: {result.captured}" if result.captured else None,
-            result,
         )
+
+
+def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted) -> list[RankFacts]:
+    """What every rank knows of itself, by rank.
+
+    Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatchError` where they want different things.
+    """
+    answers, failures = channel.attempt(
+        "look at this rank", lambda: channel.exchange("facts", (probe(device), wanted.text))
+    )
+    if answers is None or failures:
+        raise PeerFailedError(failures_text(failures), failures)
+    asked = [text for _, text in answers]
+    if len(set(asked)) > 1:
+        raise RankMismatchError(f"the ranks want different collectives: {by_value(asked)}")
+    return [facts for facts, _ in answers]
+
+
+def _check_alone(workspaces: Workspaces, choice: Choice, group: Group) -> None:
+    """A graph names the collective, not how it travels and up to which size: a group has one way for each."""
+    for other in workspaces.open:
+        if other.collective is choice.collective and other.row != choice.row:
+            raise CollectiveUnavailableError(
+                f"{choice.collective} over {choice.transport} was asked for, and the group uses it over "
+                f"{other.transport}{', by another size table' if other.transport == choice.transport else ''}; "
+                f"close that first: ringfence.close_workspaces('{group.name}')"
+            )
 
 
 def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, limit: int) -> SelfTest:

@@ -75,7 +75,7 @@ class Channel:
             self._store.delete_key(f"{self._opened}/{self._exchanges - 1}/{self.rank}")
         self._exchanges += 1
         if failures := tuple((rank, v.reason) for rank, (_, v) in enumerate(answers) if isinstance(v, _Failed)):
-            raise PeerFailedError(failures)
+            raise PeerFailedError(failures_text(failures), failures)
         topics = [t for t, _ in answers]
         if len(set(topics)) > 1:
             raise RankMismatchError(f"ranks do different things: {by_value(topics)}")
@@ -139,6 +139,11 @@ def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS) -> Channe
     prefix = f"ringfence/{group_name}/{'-'.join(map(str, ranks))}"
     store = dist.PrefixStore(prefix, distributed_c10d._get_default_store())  # type: ignore[attr-defined]
     return Channel(store, group.rank(), group.size(), seconds=seconds)
+
+
+def failures_text(failures: Failures) -> str:
+    """Who failed, and why: ``rank 0: a; rank 2: b``."""
+    return "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
 
 
 def by_value(values: Sequence[Any]) -> str:

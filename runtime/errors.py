@@ -72,8 +72,8 @@ class PeerFailedError(RingfenceError):
     failures: which, and why.
     """
 
-    def __init__(self, failures: tuple[tuple[int, str], ...]) -> None:
-        super().__init__("; ".join(f"rank {rank}: {reason}" for rank, reason in failures))
+    def __init__(self, message: str, failures: tuple[tuple[int, str], ...]) -> None:
+        super().__init__(message)
         self.failures = failures
 
 

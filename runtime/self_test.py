@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .channel import Channel, Failures
+from .channel import Channel, failures_text
 from .errors import SelfTestHungError
 from .situation import Strategy
 from .workspace import Workspace
@@ -112,7 +112,7 @@ def self_test(
         "self-test: memory", lambda: [_Call(workspace, shape, channel.rank) for shape in shapes]
     )
     if made is None or failures:
-        return SelfTest(_said(failures), None, 0)
+        return SelfTest(failures_text(failures), None, 0)
     calls = made
     eager, digest = _eager(calls, workspace.device, channel)
     failure = _voted(channel, "self-test, eager", eager, digest)
@@ -176,11 +176,7 @@ def _fill(calls: Sequence[_Call], seed: int, pattern: str, channel: Channel) -> 
         for i, call in enumerate(calls):
             call.fill(seed + i, pattern)
 
-    return _said(channel.attempt("self-test: inputs", fill)[1])
-
-
-def _said(failures: Failures) -> str | None:
-    return "; ".join(f"rank {rank}: {reason}" for rank, reason in failures) or None
+    return failures_text(channel.attempt("self-test: inputs", fill)[1]) or None
 
 
 def _check(calls: Sequence[_Call], when: str, digest: Any) -> list[str]:
@@ -198,9 +194,8 @@ def _check(calls: Sequence[_Call], when: str, digest: Any) -> list[str]:
 
 def _voted(channel: Channel, topic: str, failure: str | None, digest: bytes) -> str | None:
     answers = channel.exchange(topic, (failure, digest))
-    failures = [f"rank {rank}: {why}" for rank, (why, _) in enumerate(answers) if why]
-    if failures:
-        return "; ".join(failures)
+    if failures := tuple((rank, why) for rank, (why, _) in enumerate(answers) if why):
+        return failures_text(failures)
     return None if len({d for _, d in answers}) == 1 else "the ranks hold different bits"
 
 

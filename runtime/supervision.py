@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .agree import GroupAgreement, PlanDigest
-from .channel import DEFAULT_SECONDS, open_channel
+from .channel import DEFAULT_SECONDS, failures_text, open_channel
 from .errors import GroupFailureError, RankMismatchError
 from .groups import Group, ranks_of
 from .journal import CudaMarks, Journal
@@ -92,7 +92,7 @@ class GroupSupervision(Supervision):
         agreement = self._agreement
         self._waiting("votes on a capture", lambda: failed.extend(agreement.after_capture(failure)))
         if failed and self._raise_on_capture:
-            text = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed)
+            text = failures_text(tuple(failed))
             self._health.poisoned = text
             self._write(text)
             raise GroupFailureError(f"a capture failed: {text}", tuple(rank for rank, _ in failed))

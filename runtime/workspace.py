@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .channel import Channel
+from .channel import Channel, failures_text
 from .errors import GroupError, WorkspaceError
 from .flashinfer import KernelCall, Kernels, unmet
 from .situation import Collective, Strategy
@@ -113,8 +113,7 @@ class Workspaces:
         if failures:
             if workspace is not None:
                 workspace.kernels.close()
-            reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
-            self.failed[collective, transport] = f"its workspace could not be created ({reasons})"
+            self.failed[collective, transport] = f"its workspace could not be created ({failures_text(failures)})"
             return Creation(None, self.failed[collective, transport])
         assert workspace is not None
         self._open.append(workspace)

@@ -29,7 +29,8 @@ def raises_on_every_rank(ranks: int, body: Any) -> set[str]:
 
 
 def test_equal_digests_agree() -> None:
-    run_threaded(3, lambda rank: agree(channel(), digest(torch="2.13", ops="a b")))
+    agreed = run_threaded(3, lambda rank: agree(channel(), digest(torch="2.13", ops="a b")) or "agreed")
+    assert agreed == ["agreed"] * 3
 
 
 def test_the_first_difference_is_named_with_both_sides_on_every_rank() -> None:
