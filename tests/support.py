@@ -123,6 +123,8 @@ def _rank_main(
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers puts models on a GPU where it sees one
         dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
         out.send((True, body(rank, *args)))
+        if rank == 0:  # it serves the store, which others may still read; the parent ends it when all have answered
+            time.sleep(60)
         dist.destroy_process_group()
     except BaseException:
         out.send((False, traceback.format_exc()))
