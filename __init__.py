@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .backend import Backend
     from .compile_passes.report import CompileReport, assert_fused
     from .options import Options
+    from .runtime.collectives.workspace import close_workspaces
     from .runtime.errors import HangError, RankMismatch, RingfenceError
-    from .runtime.workspace import close_workspaces
 
 __all__ = [
     "Backend",
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
         "RankMismatch": ".runtime.errors",
         "RingfenceError": ".runtime.errors",
         "assert_fused": ".compile_passes.report",
-        "close_workspaces": ".runtime.workspace",
+        "close_workspaces": ".runtime.collectives.workspace",
     }
     if name not in homes:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

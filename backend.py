@@ -43,16 +43,16 @@ from .compile_passes.sizes import padding, size_rule
 from .compile_passes.split import split
 from .compile_passes.verify import verify
 from .options import Options
-from .runtime.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
+from .runtime.collectives.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
+from .runtime.collectives.size_table import TABLE, read_table
+from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
 from .runtime.groups import Group, describe_group
-from .runtime.runner import PiecewiseRunner
-from .runtime.situation import Situation
-from .runtime.size_table import TABLE, read_table
-from .runtime.supervision import Overseer
-from .runtime.watchdog import Deadlines
-from .runtime.workspace import Workspaces, workspaces_of
+from .runtime.hazards.situation import Situation
+from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
+from .runtime.replay.runner import PiecewiseRunner
+from .runtime.watch.supervision import Overseer
+from .runtime.watch.watchdog import Deadlines
 
 log = logging.getLogger(__name__)
 

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _hazards(arguments: argparse.Namespace) -> tuple[str, int]:
-    from .runtime.hazards import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
+    from .runtime.hazards.catalogue import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
 
     rows = (find_hazard(arguments.id),) if arguments.id else HAZARDS
     if arguments.json:
@@ -183,7 +183,7 @@ def _hazards(arguments: argparse.Namespace) -> tuple[str, int]:
 
 
 def _journal(arguments: argparse.Namespace) -> tuple[str, int]:
-    from .runtime import journals
+    from .runtime.watch import journals
 
     merged = journals.merge(journals.read_folder(arguments.folder))
     if arguments.svg is not None:
@@ -192,7 +192,7 @@ def _journal(arguments: argparse.Namespace) -> tuple[str, int]:
 
 
 def _doctor(arguments: argparse.Namespace) -> tuple[str, int]:
-    from .runtime.doctor import as_dict, as_text, gather
+    from .doctor import as_dict, as_text, gather
 
     with _stage("looking at this machine"):
         facts = gather()
@@ -203,7 +203,7 @@ def _doctor(arguments: argparse.Namespace) -> tuple[str, int]:
 def _bench(arguments: argparse.Namespace) -> tuple[str, int]:
     import torch
 
-    from .runtime.measure import SIZES, bench
+    from .runtime.collectives.measure import SIZES, bench
 
     dtype = getattr(torch, arguments.dtype)
     return bench(arguments.write_table, arguments.sizes or SIZES, arguments.hidden, dtype), OK
@@ -247,9 +247,9 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
 
 
 def _ask(arguments: argparse.Namespace) -> Answer:
+    from .runtime.hazards.situation import Collective, Payload, Situation, Strategy
     from .runtime.protocol import calls, plan
     from .runtime.protocol.answer import ask
-    from .runtime.situation import Collective, Payload, Situation, Strategy
 
     missing = [name for name in ("collective", "flashinfer", "tp") if getattr(arguments, name) is None]
     if missing:
@@ -344,7 +344,7 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from .backend import Backend
-    from .runtime.situation import Collective, Situation
+    from .runtime.hazards.situation import Collective, Situation
 
     backend = Backend(**{"piece_compiler": "eager", **_options(arguments.option)})
     if arguments.flashinfer is not None and arguments.collective is None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .runtime.collectives.size_table import read_table
 from .runtime.errors import OptionsError
-from .runtime.size_table import read_table
 
 if TYPE_CHECKING:
     from .compile_passes.report import CompileReport

@@ -26,8 +26,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import ringfence
-from ringfence.runtime import flashinfer
-from ringfence.runtime.carrier import Wanted, prepare
+from ringfence.runtime.collectives import flashinfer
+from ringfence.runtime.collectives.carrier import Wanted, prepare
 from ringfence.runtime.groups import describe_group
 
 EPS = 1e-6

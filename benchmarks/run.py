@@ -30,17 +30,17 @@ from ringfence.compile_passes import find, fuse
 from ringfence.compile_passes.judge import judge
 from ringfence.compile_passes.lower import eager_piece, lower
 from ringfence.compile_passes.split import split
-from ringfence.runtime import ops
-from ringfence.runtime.capture import SimulatedGraphs
-from ringfence.runtime.journal import REPLAY, Journal, PieceNote, ProgramNote
-from ringfence.runtime.program import Program, SizeRule, Step
+from ringfence.runtime.collectives import ops
+from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol import plan
 from ringfence.runtime.protocol.calls import program
 from ringfence.runtime.protocol.explore import explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.rules import mnnvl_rules
-from ringfence.runtime.runner import PiecewiseRunner
-from ringfence.runtime.situation import Strategy
+from ringfence.runtime.replay.capture import SimulatedGraphs
+from ringfence.runtime.replay.program import Program, SizeRule, Step
+from ringfence.runtime.replay.runner import PiecewiseRunner
+from ringfence.runtime.watch.journal import REPLAY, Journal, PieceNote, ProgramNote
 
 LAYERS, HIDDEN, TOKENS = 80, 64, 4
 PIECES = 161  # two sites per layer, each an island

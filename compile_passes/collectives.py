@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch.fx import GraphModule, Node
 
-from ..runtime import ops
-from ..runtime.situation import Collective
+from ..runtime.collectives import ops
+from ..runtime.hazards.situation import Collective
 from .judge import Decision, Verdict
 from .roles import arguments, bound_arguments, c10d, calls, tensor
 
@@ -30,7 +30,7 @@ def replace_plain_all_reduces(gm: GraphModule, group: str, collective: str, keep
     """Let ``collective`` carry out the sums over ``group`` that no norm was fused with; the new nodes' names.
 
     The op falls back to torch's own all-reduce for sizes where that is faster
-    (:class:`~ringfence.runtime.size_table.SizeRow`). ``keep`` names nodes to leave alone.
+    (:class:`~ringfence.runtime.collectives.size_table.SizeRow`). ``keep`` names nodes to leave alone.
     """
     replaced = []
     for wait in gm.graph.find_nodes(op="call_function", target=c10d.wait_tensor.default):

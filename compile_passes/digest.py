@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..runtime.agree import PlanDigest
 from ..runtime.groups import Group
-from ..runtime.program import SizeRule
+from ..runtime.replay.program import SizeRule
+from ..runtime.watch.agree import PlanDigest
 from .host import op_names
 from .judge import Verdict, collectives_of, group_of
 from .roles import dtype_text

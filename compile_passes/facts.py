@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from ..runtime.flashinfer import STAGE_ALIGNMENT, WRAPPING_BUFFER
-from ..runtime.situation import Fact
+from ..runtime.collectives.flashinfer import STAGE_ALIGNMENT, WRAPPING_BUFFER
+from ..runtime.hazards.situation import Fact
 from .fuse import SITE
 from .host import op_names, reads_data, sizes_given_as_data, stream_of, touches_host, waits_for_device
 from .judge import KNOWN_UNSAFE

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 # The ops must be registered before a graph can call them.
-from ..runtime import ops
+from ..runtime.collectives import ops
 from ..runtime.errors import GraphMetadataError
 from .find import Candidate, Match, Site
 from .roles import aten, cast_input, first_node, same_shape, tensor
@@ -38,7 +38,7 @@ def fuse(
 ) -> list[Site]:
     """Rewrite ``gm`` in place; return the sites, fused or declined, in their order.
 
-    ``collectives`` maps groups to what carries out their sums (:mod:`ringfence.runtime.ops`); those of
+    ``collectives`` maps groups to what carries out their sums (:mod:`ringfence.runtime.collectives.ops`); those of
     other groups are the reference's. Raises :class:`GraphMetadataError` for candidates of another graph.
     """
     sites: list[Site] = []

@@ -2,7 +2,7 @@
 
 Two tables are read, both data. :data:`RULES` is about any op: the first row that
 applies decides, and its verdict says what it rests on. For a fused site the hazard table
-(:mod:`ringfence.runtime.hazards`) is asked as well: which known mechanisms does this
+(:mod:`ringfence.runtime.hazards.catalogue`) is asked as well: which known mechanisms does this
 collective meet, in this version, on this machine? The stricter answer holds.
 """
 
@@ -15,12 +15,12 @@ from enum import StrEnum
 import torch
 from torch.fx import GraphModule, Node
 
+from ..runtime.collectives.ops import all_reduce
 from ..runtime.errors import HazardError
-from ..runtime.field_rule import field_rule
-from ..runtime.hazard_table import Action, Hazard
-from ..runtime.hazards import applicable
-from ..runtime.ops import all_reduce
-from ..runtime.situation import Collective, Fact, Situation, Strategy
+from ..runtime.hazards.catalogue import applicable
+from ..runtime.hazards.field_rule import field_rule
+from ..runtime.hazards.situation import Collective, Fact, Situation, Strategy
+from ..runtime.hazards.table import Action, Hazard
 from .all_reduce import is_all_reduce
 from .fuse import SITE
 from .host import op_names, reads_data, sizes_given_as_data, touches_host, waits_for_device
@@ -210,7 +210,7 @@ def judge(
     - "clean": clean the payload if that avoids it (one-shot only), else as "split".
 
     ``profile="conservative"`` decides fused sites by the rule of the field instead
-    (:mod:`ringfence.runtime.field_rule`).
+    (:mod:`ringfence.runtime.hazards.field_rule`).
     """
     given = sizes_given_as_data(gm)
     verdicts = []

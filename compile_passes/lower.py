@@ -14,7 +14,7 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
-from ..runtime.program import Program, Step
+from ..runtime.replay.program import Program, Step
 from .judge import collectives_of, group_of
 from .roles import arguments
 from .split import SplitPlan

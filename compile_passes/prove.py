@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime.errors import PlanError, TooManyStatesError, VersionError
+from ..runtime.hazards.situation import Payload, Situation
 from ..runtime.protocol import plan as model
 from ..runtime.protocol.answer import ask
-from ..runtime.situation import Payload, Situation
 from .judge import Decision, Verdict
 from .split import SplitPlan
 

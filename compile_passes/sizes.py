@@ -10,7 +10,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import GraphModule, Node
 
-from ..runtime.program import Padding, SizeRule
+from ..runtime.replay.program import Padding, SizeRule
 from .find import Candidate
 from .roles import is_tensor, tensor
 

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..runtime import reference
+from ..runtime.collectives import reference
 from .find import Candidate, Match
 from .reasons import Decline, Reason
 from .roles import tensor

@@ -1,1 +1,4 @@
-"""What runs: the fused ops, process groups, capture and replay. Never imports compile_passes."""
+"""What runs: process groups, and what their ranks tell each other; packages hold the rest.
+
+Never imports compile_passes.
+"""

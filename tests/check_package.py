@@ -13,11 +13,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".", "compile_passes", "runtime", "runtime/protocol")
 
 
 def modules_in_tree() -> set[str]:
-    files = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    folders = [ROOT / top for top in ("compile_passes", "runtime")]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     return {f"ringfence/{path.relative_to(ROOT)}" for path in files} | {"ringfence/py.typed"}
 
 

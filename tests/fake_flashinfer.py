@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ringfence.runtime import carrier, reference
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.choice import RankFacts
+from ringfence.runtime.collectives import carrier, reference
+from ringfence.runtime.collectives.choice import RankFacts
 from ringfence.runtime.errors import WorkspaceError
-from ringfence.runtime.situation import Strategy
+from ringfence.runtime.hazards.situation import Strategy
 
 FACTS = RankFacts(
     host="node0",

@@ -23,8 +23,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ringfence.runtime import flashinfer as adapter
 from ringfence.runtime.channel import Channel
+from ringfence.runtime.collectives import flashinfer as adapter
 from ringfence.runtime.errors import RingfenceError
 
 GRANULE = 2 << 20

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from fake_flashinfer import FakeFlashInfer, installed
 
 from ringfence.cli import USAGE, main
+from ringfence.runtime.collectives.measure import Timing, as_text, measure, row_of, worth_up_to
+from ringfence.runtime.collectives.size_table import read_table, write_table
+from ringfence.runtime.collectives.workspace import workspaces_of
 from ringfence.runtime.groups import describe_group
-from ringfence.runtime.measure import Timing, as_text, measure, row_of, worth_up_to
-from ringfence.runtime.situation import Collective
-from ringfence.runtime.size_table import read_table, write_table
-from ringfence.runtime.workspace import workspaces_of
+from ringfence.runtime.hazards.situation import Collective
 from support import run_python, run_ranks
 
 CPU = torch.device("cpu")

@@ -11,17 +11,17 @@ import pytest
 import torch
 from fake_flashinfer import FACTS
 
+from ringfence import doctor
 from ringfence.cli import FAILED, OK, USAGE, main
-from ringfence.runtime import doctor
-from ringfence.runtime.doctor import Device, Facts, Links, Probe, advise, as_dict, as_text, gather, hazards_of_version
-from ringfence.runtime.situation import Collective
+from ringfence.doctor import Device, Facts, Links, Probe, advise, as_dict, as_text, gather, hazards_of_version
+from ringfence.runtime.hazards.situation import Collective
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     found = Probe(version) if version else Probe[str](None, "FlashInfer is not installed")
-    monkeypatch.setattr(doctor, "flashinfer_version", lambda: found)
+    monkeypatch.setattr(doctor, "_flashinfer_version", lambda: found)
 
 
 @WITHOUT_GPU

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PlanError
-from ..hazard_table import Action, Hazard
-from ..hazards import applicable
-from ..situation import Fact, Payload, Situation, Strategy
+from ..hazards.catalogue import applicable
+from ..hazards.situation import Fact, Payload, Situation, Strategy
+from ..hazards.table import Action, Hazard
 from .calls import Program, changed
 from .explore import Failure, Result
 from .machine import State

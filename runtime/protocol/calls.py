@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ..situation import Payload, Strategy
+from ..hazards.situation import Payload, Strategy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ that the call before it used.
 
 from __future__ import annotations
 
-from ..situation import Payload
+from ..hazards.situation import Payload
 from .calls import Call
 from .machine import EMPTY, UNSEEN, Action, Memory, Op, tag
 from .rules import LamportRules, Sentinel

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..situation import Strategy
+from ..hazards.situation import Strategy
 from .calls import Call, Program
 from .lamport import Mailbox, part, total
 from .machine import Action, Launch, Machine, Memory, Op, tag

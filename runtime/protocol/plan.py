@@ -2,7 +2,7 @@
 
 A split plan is a row of pieces, captured and replayed, and of islands, run eagerly. What a
 rank's device sees of it is its sequence of collective calls, which the runner makes like this
-(:mod:`ringfence.runtime.runner`): in the first step of a captured size each piece runs
+(:mod:`ringfence.runtime.replay.runner`): in the first step of a captured size each piece runs
 eagerly once and is then recorded, which launches nothing. Later steps of that size replay.
 So the device cannot tell them apart. A step is padded to the next captured size; a larger
 one runs eagerly. So a rank that pads differently, or lacks a call, makes
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PlanError
-from ..situation import Collective, Payload, Strategy
+from ..hazards.situation import Collective, Payload, Strategy
 from .calls import Call, Program
 from .decide import decide
 from .explore import Result

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringfence.compile_passes.clean import LARGEST_CHANGE, clean_payload
 from ringfence.compile_passes.fuse import SITE
-from ringfence.runtime import reference
+from ringfence.runtime.collectives import reference
 from support import aot_graph, fuse_graph
 
 H = 16

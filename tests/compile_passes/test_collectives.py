@@ -17,7 +17,7 @@ from ringfence.compile_passes.find import find
 from ringfence.compile_passes.fuse import SITE, fuse
 from ringfence.compile_passes.judge import Decision, Verdict
 from ringfence.compile_passes.roles import c10d
-from ringfence.runtime import ops
+from ringfence.runtime.collectives import ops
 from support import aot_graph
 
 H = 16

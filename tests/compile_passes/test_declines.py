@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringfence.compile_passes import Reason, find, fuse
-from ringfence.runtime import ops
+from ringfence.runtime.collectives import ops
 from ringfence.runtime.errors import GraphMetadataError
 from support import aot_graph, fuse_graph
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ringfence
-from ringfence.runtime.agree import PlanDigest, first_difference
-from ringfence.runtime.supervision import Supervision
+from ringfence.runtime.watch.agree import PlanDigest, first_difference
+from ringfence.runtime.watch.supervision import Supervision
 
 
 def model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:

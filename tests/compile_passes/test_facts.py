@@ -17,7 +17,7 @@ from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict, judge
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
-from ringfence.runtime.situation import Fact
+from ringfence.runtime.hazards.situation import Fact
 from support import aot_graph, fuse_graph
 
 H = 16

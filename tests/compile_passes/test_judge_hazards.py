@@ -14,7 +14,7 @@ from ringfence.compile_passes.judge import Decision, Verdict, judge
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.errors import HazardError, VersionError
-from ringfence.runtime.situation import Collective, Fact, Payload, Situation, Strategy
+from ringfence.runtime.hazards.situation import Collective, Fact, Payload, Situation, Strategy
 from support import aot_graph, fuse_graph
 
 H = 16

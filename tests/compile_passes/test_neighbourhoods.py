@@ -35,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_leaves
 
 from ringfence.compile_passes import Candidate, Reason, Site, find, fuse
-from ringfence.runtime import ops, reference
+from ringfence.runtime.collectives import ops, reference
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

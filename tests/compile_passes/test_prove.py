@@ -16,7 +16,7 @@ from ringfence.compile_passes.prove import PlanVerdict, prove
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.errors import HazardError
-from ringfence.runtime.situation import Collective, Payload, Situation, Strategy
+from ringfence.runtime.hazards.situation import Collective, Payload, Situation, Strategy
 from support import aot_graph, fuse_graph
 
 pytestmark = pytest.mark.usefixtures("fake_group")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringfence.compile_passes import Kind, find
-from ringfence.runtime import ops
+from ringfence.runtime.collectives import ops
 from support import TOLERANCE, aot_graph, fuse_graph, relative_error
 
 H = 16

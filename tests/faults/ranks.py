@@ -97,7 +97,7 @@ class Outcome:
 
 def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
     """A tensor-parallel model by hand, with an island before each all-reduce where ``fault`` strikes."""
-    from ringfence.runtime import reference
+    from ringfence.runtime.collectives import reference
 
     calls = {"pause": 0, "work": 0, "all_reduce": 0}
     mine = rank == fault.rank
@@ -193,9 +193,9 @@ def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection
 
 def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., None]) -> None:
     import ringfence
-    from ringfence.runtime import agree
     from ringfence.runtime.channel import open_channel
     from ringfence.runtime.errors import WorkspaceError
+    from ringfence.runtime.watch import agree
 
     mine = rank == fault.rank
     torch.set_num_threads(2 + rank if fault.name == "other thread count" else 1)
@@ -303,7 +303,7 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
 
 
 def _merged(folder: str) -> str:
-    from ringfence.runtime.journals import merge, read_folder
+    from ringfence.runtime.watch.journals import merge, read_folder
 
     try:
         return merge(read_folder(Path(folder))).sentence

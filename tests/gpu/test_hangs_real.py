@@ -18,11 +18,11 @@ import pytest
 from gpu import emulate
 from gpu.cases import NEVER, RETURNED, WRONG, Case
 from gpu.children import run_child
+from ringfence.runtime.hazards.situation import Payload, Strategy
 from ringfence.runtime.protocol import mnnvl, trtllm
 from ringfence.runtime.protocol.calls import Call, Program, changed, program, swapped, until, without
 from ringfence.runtime.protocol.explore import Failure
 from ringfence.runtime.protocol.plan import check
-from ringfence.runtime.situation import Payload, Strategy
 
 pytestmark = pytest.mark.xdist_group("gpu")
 

@@ -64,7 +64,7 @@ def error(actual: Tensor, reference: Tensor) -> float:
 def serve(rank: int, options: dict[str, Any], steps: int = 18) -> dict[str, Any]:
     """Steps of mixed sizes; the same numbers on every rank. Worst error against eager, and the report."""
     import ringfence
-    from ringfence.runtime.workspace import workspaces_of
+    from ringfence.runtime.collectives.workspace import workspaces_of
 
     model = make_model(rank)
     backend = ringfence.Backend(**{"capture_sizes": [4, 8, 64], **options})
@@ -133,8 +133,8 @@ def test_four_ranks_serve_mixed_sizes() -> None:
 
 def demotions(rank: int) -> dict[str, Any]:
     """What becomes of a kernel that is wrong on one rank, that cannot be captured there, or has no memory."""
-    from ringfence.runtime import flashinfer
-    from ringfence.runtime.workspace import close_workspaces, workspaces_of
+    from ringfence.runtime.collectives import flashinfer
+    from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 
     results = {}
 
@@ -195,8 +195,8 @@ def test_a_collective_that_fails_on_one_rank_is_passed_over_on_all() -> None:
 
 def closed(rank: int) -> str:
     import ringfence
+    from ringfence.runtime.collectives.workspace import close_workspaces
     from ringfence.runtime.errors import WorkspaceReplacedError
-    from ringfence.runtime.workspace import close_workspaces
 
     model = make_model(rank)
     compiled = torch.compile(model, backend=ringfence.Backend(capture_sizes=[4], piece_compiler="eager"))
@@ -221,8 +221,8 @@ def test_a_graph_over_a_closed_workspace_is_refused() -> None:
 
 def bits(rank: int) -> dict[str, bool]:
     """Is row 0 of a call the same, bit by bit, whatever the token count, eager or replayed, run after run?"""
-    from ringfence.runtime import ops
-    from ringfence.runtime.carrier import Wanted, prepare
+    from ringfence.runtime.collectives import ops
+    from ringfence.runtime.collectives.carrier import Wanted, prepare
     from ringfence.runtime.groups import describe_group
 
     hidden = 8192
@@ -249,8 +249,8 @@ def bits(rank: int) -> dict[str, bool]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_which_collectives_return_the_same_bits_whatever_the_token_count(ranks: int) -> None:
     """What the size table's column ``bitwise`` rests on."""
-    from ringfence.runtime.situation import Collective
-    from ringfence.runtime.size_table import TABLE, find_row
+    from ringfence.runtime.collectives.size_table import TABLE, find_row
+    from ringfence.runtime.hazards.situation import Collective
 
     if ranks > GPUS:
         pytest.skip(f"needs {ranks} CUDA devices, {GPUS} here")
@@ -271,8 +271,8 @@ PER_GRAPH = 25
 
 def soak(rank: int, collective: str) -> dict[str, Any]:
     """Calls in graphs and between them, three sizes, every one compared on the device with what it should give."""
-    from ringfence.runtime import ops
-    from ringfence.runtime.carrier import Wanted, prepare
+    from ringfence.runtime.collectives import ops
+    from ringfence.runtime.collectives.carrier import Wanted, prepare
     from ringfence.runtime.groups import describe_group
 
     hidden = 2048

@@ -6,9 +6,9 @@ import pytest
 
 from gpu import emulate, soak
 from gpu.children import run_child
+from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol import mnnvl, trtllm
 from ringfence.runtime.protocol.calls import Call
-from ringfence.runtime.situation import Strategy
 
 pytestmark = pytest.mark.xdist_group("gpu")
 RELEASE = "0.6.18.post1"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ringfence.runtime.errors import PlanError, VersionError
+from ringfence.runtime.hazards.situation import Collective, Payload, Situation, Strategy
 from ringfence.runtime.protocol.answer import ask
 from ringfence.runtime.protocol.calls import Program, changed, program, swapped, without
 from ringfence.runtime.protocol.explore import Failure
-from ringfence.runtime.situation import Collective, Payload, Situation, Strategy
 
 MNNVL, TRTLLM = Collective.MNNVL, Collective.TRTLLM
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringfence.runtime.buffers import copy_into
-from ringfence.runtime.capture import SimulatedGraphs
+from ringfence.runtime.replay.buffers import copy_into
+from ringfence.runtime.replay.capture import SimulatedGraphs
 
 
 def rows() -> Tensor:

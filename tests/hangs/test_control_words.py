@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol import mnnvl, trtllm
 from ringfence.runtime.protocol.calls import Call, changed, program
-from ringfence.runtime.situation import Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 

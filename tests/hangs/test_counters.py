@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol.arrival import Arrival
 from ringfence.runtime.protocol.calls import program
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op, flag
 from ringfence.runtime.protocol.rules import trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.situation import Strategy
 
 
 @pytest.mark.parametrize(("after", "failure"), [(0, Failure.STALE_READ), (0b11, Failure.DEADLOCK)])

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ringfence.runtime.errors import TooManyStatesError
+from ringfence.runtime.hazards.situation import Payload, Strategy
 from ringfence.runtime.protocol.calls import Call, Program, changed, program, rounds, swapped, until, without
 from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, Result, explore
@@ -20,7 +21,6 @@ from ringfence.runtime.protocol.moe_a2a import moe_a2a
 from ringfence.runtime.protocol.plan import Rank, check, even_pieces, machine_for, programs, reduced
 from ringfence.runtime.protocol.rules import Clear, LamportRules, MoeRules, Sentinel, Words, mnnvl_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.situation import Payload, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import pytest
 
+from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol.calls import Program, changed, program, swapped, until, without
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.plan import Rank, check, even_pieces, programs
 from ringfence.runtime.protocol.rules import Epoch, mnnvl_rules, trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.situation import Strategy
 
 RANK = Rank(even_pieces(2, 2, 2), steps=(4, 4, 4), capture_sizes=(4, 8))
 COLLECTIVES = ["mnnvl", "trtllm"]

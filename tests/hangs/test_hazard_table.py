@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.runtime.errors import OptionsError, UnknownHazardError, VersionError
-from ringfence.runtime.field_rule import FIELD_RULES, field_rule
-from ringfence.runtime.hazard_table import REPOSITORIES
-from ringfence.runtime.hazards import (
+from ringfence.runtime.hazards.catalogue import (
     HAZARDS,
     Action,
     Certainty,
@@ -31,6 +29,8 @@ from ringfence.runtime.hazards import (
     as_markdown,
     find_hazard,
 )
+from ringfence.runtime.hazards.field_rule import FIELD_RULES, field_rule
+from ringfence.runtime.hazards.table import REPOSITORIES
 from ringfence.runtime.versions import parse_version
 from support import run_python
 
@@ -303,7 +303,7 @@ def test_the_story_of_hangs_sends_to_most_rows() -> None:
 
 
 def test_the_table_needs_no_torch() -> None:
-    result = run_python("-c", "import sys, ringfence.runtime.hazards; assert 'torch' not in sys.modules")
+    result = run_python("-c", "import sys, ringfence.runtime.hazards.catalogue; assert 'torch' not in sys.modules")
     assert result.returncode == 0, result.stderr
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ringfence.runtime.errors import PlanError, VersionError
+from ringfence.runtime.hazards.situation import Payload, Strategy
 from ringfence.runtime.protocol.calls import Call, Program, program, rounds
 from ringfence.runtime.protocol.plan import (
     WORLD_SIZES,
@@ -24,7 +25,6 @@ from ringfence.runtime.protocol.rules import (
     moe_rules,
     trtllm_rules,
 )
-from ringfence.runtime.situation import Payload, Strategy
 
 PIECES = (
     Piece("first", False, (Site("a"),)),

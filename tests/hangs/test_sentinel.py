@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from ringfence.runtime.hazards.situation import Payload, Strategy
 from ringfence.runtime.protocol.calls import Program, changed, program
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.rules import Clear, Sentinel, Words, mnnvl_rules, trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.situation import Payload, Strategy
 
 BOTH = [Strategy.ONE_SHOT, Strategy.TWO_SHOT]
 

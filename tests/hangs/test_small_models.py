@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ringfence.runtime.errors import TooManyStatesError
+from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol.calls import Call, Program, changed, program, swapped, without
 from ringfence.runtime.protocol.decide import decide
 from ringfence.runtime.protocol.explore import Failure, explore
@@ -15,7 +16,6 @@ from ringfence.runtime.protocol.machine import Machine
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.rules import Clear, LamportRules, mnnvl_rules, trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
-from ringfence.runtime.situation import Strategy
 
 UP_AND_DOWN = program([1, 2, 1, 2, 2, 1, 1])
 SHRINKING = program([2, 1, 1, 1, 1, 2, 2, 2])

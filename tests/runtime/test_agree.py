@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ringfence.runtime.agree import GroupAgreement, PlanDigest, agree, first_difference, vote
 from ringfence.runtime.channel import Channel, open_channel
 from ringfence.runtime.errors import ChannelTimeoutError, RankMismatchError
+from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest, agree, first_difference, vote
 from support import run_threaded
 
 

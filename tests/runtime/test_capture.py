@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringfence.runtime import ops
-from ringfence.runtime.capture import SimulatedGraphs
+from ringfence.runtime.collectives import ops
 from ringfence.runtime.errors import CaptureError
+from ringfence.runtime.replay.capture import SimulatedGraphs
 
 HIDDEN = 8
 

@@ -16,13 +16,13 @@ from fake_flashinfer import FACTS, FakeFlashInfer, installed
 from torch import Tensor, nn
 
 import ringfence
-from ringfence.runtime import carrier, ops
-from ringfence.runtime.carrier import Wanted, prepare
+from ringfence.runtime.collectives import carrier, ops
+from ringfence.runtime.collectives.carrier import Wanted, prepare
+from ringfence.runtime.collectives.size_table import SizeRow
+from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import CollectiveUnavailableError, InputError, RingfenceError, WorkspaceReplacedError
 from ringfence.runtime.groups import describe_group
-from ringfence.runtime.situation import Collective
-from ringfence.runtime.size_table import SizeRow
-from ringfence.runtime.workspace import close_workspaces, workspaces_of
+from ringfence.runtime.hazards.situation import Collective
 from support import run_ranks
 
 H = 256

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from fake_flashinfer import FACTS, FakeFlashInfer
 
-from ringfence.runtime import carrier, choice
-from ringfence.runtime.carrier import Wanted, prepare
-from ringfence.runtime.choice import Choice, RankFacts, choose, multicast_barred, opt_outs
+from ringfence.runtime.collectives import carrier, choice
+from ringfence.runtime.collectives.carrier import Wanted, prepare
+from ringfence.runtime.collectives.choice import Choice, RankFacts, choose, multicast_barred, opt_outs
+from ringfence.runtime.collectives.size_table import TABLE, SizeRow, forced_row
+from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import CollectiveUnavailableError
 from ringfence.runtime.groups import Group
-from ringfence.runtime.situation import Collective, Strategy
-from ringfence.runtime.size_table import TABLE, SizeRow, forced_row
-from ringfence.runtime.workspace import close_workspaces, workspaces_of
+from ringfence.runtime.hazards.situation import Collective, Strategy
 from support import run_threaded
 
 MNNVL, TRTLLM, REFERENCE = Collective.MNNVL, Collective.TRTLLM, Collective.REFERENCE

@@ -16,10 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringfence.runtime import flashinfer as adapter
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.errors import WorkspaceError
-from ringfence.runtime.flashinfer import (
+from ringfence.runtime.collectives import flashinfer as adapter
+from ringfence.runtime.collectives.flashinfer import (
     CONTRACT,
     REQUIREMENTS,
     SUPPORTED,
@@ -31,7 +30,8 @@ from ringfence.runtime.flashinfer import (
     load,
     unmet,
 )
-from ringfence.runtime.situation import Collective, Strategy
+from ringfence.runtime.errors import WorkspaceError
+from ringfence.runtime.hazards.situation import Collective, Strategy
 from support import NO_MULTICAST, run_threaded
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT

@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 import pytest
 
 from ringfence.cli import main
-from ringfence.runtime import journals
 from ringfence.runtime.errors import JournalError
-from ringfence.runtime.journal import (
+from ringfence.runtime.watch import journals
+from ringfence.runtime.watch.journal import (
     CAPTURE,
     REPLAY,
     UNCAPTURED,
@@ -26,7 +26,7 @@ from ringfence.runtime.journal import (
     Position,
     ProgramNote,
 )
-from ringfence.runtime.suspects import find_culprit
+from ringfence.runtime.watch.suspects import find_culprit
 
 #: A compute piece, an island with one call, a piece with two calls.
 NOTE = ProgramNote(

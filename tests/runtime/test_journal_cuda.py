@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from ringfence.runtime.journal import REPLAY, CudaMarks, Journal, PieceNote, ProgramNote
+from ringfence.runtime.watch.journal import REPLAY, CudaMarks, Journal, PieceNote, ProgramNote
 
 pytestmark = [
     pytest.mark.gpu,

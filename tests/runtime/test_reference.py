@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringfence.runtime import ops, reference
+from ringfence.runtime.collectives import ops, reference
 from ringfence.runtime.errors import CollectiveUnavailableError, InputError
 from support import relative_error, run_threaded, start_fake_group
 
@@ -243,7 +243,7 @@ def test_fused_ops_may_be_called_again_on_their_results() -> None:
 
 def test_fused_ops_are_registered_by_one_module() -> None:
     """A second copy of the package would take the ops over, and destroy those that graphs hold."""
-    assert [name for name in sys.modules if name.endswith("runtime.ops")] == [ops.__name__]
+    assert [name for name in sys.modules if name.endswith("collectives.ops")] == [ops.__name__]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

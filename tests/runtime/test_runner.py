@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringfence.runtime.buffers import static_like, weak_memory
-from ringfence.runtime.capture import GraphBackend, SimulatedGraphs
 from ringfence.runtime.errors import (
     AddressChangedError,
     CaptureFailedWarning,
@@ -20,8 +18,10 @@ from ringfence.runtime.errors import (
     GradModeError,
     NestedCaptureError,
 )
-from ringfence.runtime.program import Padding, Program, SizeRule, Step
-from ringfence.runtime.runner import PiecewiseRunner
+from ringfence.runtime.replay.buffers import static_like, weak_memory
+from ringfence.runtime.replay.capture import GraphBackend, SimulatedGraphs
+from ringfence.runtime.replay.program import Padding, Program, SizeRule, Step
+from ringfence.runtime.replay.runner import PiecewiseRunner
 
 HIDDEN = 8
 

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringfence.runtime import reference
-from ringfence.runtime import self_test as module
 from ringfence.runtime.channel import Channel
+from ringfence.runtime.collectives import reference
+from ringfence.runtime.collectives import self_test as module
+from ringfence.runtime.collectives.self_test import SelfTest, self_test
+from ringfence.runtime.collectives.size_table import SizeRow
+from ringfence.runtime.collectives.workspace import Workspace
 from ringfence.runtime.errors import SelfTestHungError
-from ringfence.runtime.self_test import SelfTest, self_test
-from ringfence.runtime.situation import Collective, Strategy
-from ringfence.runtime.size_table import SizeRow
-from ringfence.runtime.workspace import Workspace
+from ringfence.runtime.hazards.situation import Collective, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 H, RANKS = 256, 2

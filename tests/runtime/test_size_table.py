@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.runtime.errors import OptionsError, SizeTableError
-from ringfence.runtime.situation import Collective, Strategy
-from ringfence.runtime.size_table import (
+from ringfence.runtime.collectives.size_table import (
     MIB,
     SCHEMA,
     TABLE,
@@ -20,6 +18,8 @@ from ringfence.runtime.size_table import (
     read_table,
     write_table,
 )
+from ringfence.runtime.errors import OptionsError, SizeTableError
+from ringfence.runtime.hazards.situation import Collective, Strategy
 
 MNNVL, TRTLLM = Collective.MNNVL, Collective.TRTLLM
 ROW = SizeRow(TRTLLM, "peer", (9, 0), 2, 1000, 4000, 500, "a test", bitwise=True)

@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringfence.runtime.agree import GroupAgreement, PlanDigest
-from ringfence.runtime.capture import SimulatedGraphs
 from ringfence.runtime.channel import open_channel
 from ringfence.runtime.errors import CaptureFailedWarning, GroupFailureError, PoisonedError, RankMismatchError
 from ringfence.runtime.groups import Group
-from ringfence.runtime.journal import Journal
-from ringfence.runtime.program import Program, SizeRule, Step
-from ringfence.runtime.runner import PiecewiseRunner
-from ringfence.runtime.supervision import GroupSupervision, Overseer, Supervision
-from ringfence.runtime.watchdog import Health
+from ringfence.runtime.replay.capture import SimulatedGraphs
+from ringfence.runtime.replay.program import Program, SizeRule, Step
+from ringfence.runtime.replay.runner import PiecewiseRunner
+from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest
+from ringfence.runtime.watch.journal import Journal
+from ringfence.runtime.watch.supervision import GroupSupervision, Overseer, Supervision
+from ringfence.runtime.watch.watchdog import Health
 from support import run_threaded
 
 SIZES = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])

@@ -16,8 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from ringfence.runtime.errors import GroupFailureError, HangError, PoisonedError
-from ringfence.runtime.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
-from ringfence.runtime.watchdog import EXIT_CODE, Deadlines, Reaction, Watchdog
+from ringfence.runtime.watch.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
+from ringfence.runtime.watch.watchdog import EXIT_CODE, Deadlines, Reaction, Watchdog
 from support import run_python
 
 NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",))))
@@ -342,8 +342,8 @@ def test_threads_end_with_their_owner(how: str) -> None:
 
 _ENDS = """
 import torch.distributed as dist
-from ringfence.runtime.journal import Journal
-from ringfence.runtime.watchdog import Deadlines, Reaction, Watchdog
+from ringfence.runtime.watch.journal import Journal
+from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
 store = dist.TCPStore("127.0.0.1", 0, is_master=True)
 watchdog = Watchdog(Journal(0), store, Reaction("abort"), Deadlines(beat=0.001))
 watchdog.join_group("tp", (0, 1))
@@ -358,8 +358,8 @@ def test_a_process_ends_normally_while_it_talks() -> None:
 
 _IN_A_CALL = """
 import ctypes, sys, torch.distributed as dist
-from ringfence.runtime.journal import Journal, PieceNote, ProgramNote, REPLAY
-from ringfence.runtime.watchdog import Deadlines, Reaction, Watchdog
+from ringfence.runtime.watch.journal import Journal, PieceNote, ProgramNote, REPLAY
+from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
 journal = Journal(0)
 journal.register(ProgramNote((PieceNote("submod_0", True, ("tp",)),)))
 marks = journal.begin(0, (4,), REPLAY); marks.enter(); marks.leave(); marks.end()

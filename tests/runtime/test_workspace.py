@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringfence.runtime import workspace as module
 from ringfence.runtime.channel import Channel
+from ringfence.runtime.collectives import workspace as module
+from ringfence.runtime.collectives.size_table import SizeRow
+from ringfence.runtime.collectives.workspace import Workspace, Workspaces, close_workspaces, workspaces_of
 from ringfence.runtime.errors import GroupError, WorkspaceError
-from ringfence.runtime.situation import Collective, Strategy
-from ringfence.runtime.size_table import SizeRow
-from ringfence.runtime.workspace import Workspace, Workspaces, close_workspaces, workspaces_of
+from ringfence.runtime.hazards.situation import Collective, Strategy
 from support import run_threaded
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT

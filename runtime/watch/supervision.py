@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from ..channel import DEFAULT_SECONDS, failures_text, open_channel
+from ..errors import GroupFailureError, RankMismatchError
+from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
-from .channel import DEFAULT_SECONDS, failures_text, open_channel
-from .errors import GroupFailureError, RankMismatchError
-from .groups import Group, ranks_of
 from .journal import CudaMarks, Journal
 from .watchdog import Deadlines, Health, Reaction, Watchdog, open_watchdog
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from .channel import Channel, Failures, by_value
-from .errors import RankMismatchError
+from ..channel import Channel, Failures, by_value
+from ..errors import RankMismatchError
 
 _NOTHING = "nothing"
 

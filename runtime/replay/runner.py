@@ -36,9 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import copy_into, narrow, static_like, weak_memory
-from .capture import CapturedPiece, GraphBackend
-from .errors import (
+from ..errors import (
     AddressChangedError,
     CaptureFailedWarning,
     ConcurrentCallError,
@@ -48,9 +46,11 @@ from .errors import (
     NestedCaptureError,
     WorkspaceReplacedError,
 )
-from .journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote
+from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote
+from ..watch.supervision import Supervision
+from .buffers import copy_into, narrow, static_like, weak_memory
+from .capture import CapturedPiece, GraphBackend
 from .program import Padding, Program, SizeRule, Step
-from .supervision import Supervision
 
 #: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
 #: A size that grows in every step would otherwise fill the memory with graphs that are used once.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .channel import ranks_text
+from ..channel import ranks_text
 from .journal import Calls, Position
 
 

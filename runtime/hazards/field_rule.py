@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import OptionsError
-from .hazard_table import Action
+from ..errors import OptionsError
 from .situation import Collective
+from .table import Action
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import SizeTableError
-from .situation import Collective, Strategy
+from ..errors import SizeTableError
+from ..hazards.situation import Collective, Strategy
 
 MIB = 1 << 20
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..channel import Channel, failures_text
+from ..errors import SelfTestHungError
+from ..hazards.situation import Strategy
 from . import reference
-from .channel import Channel, failures_text
-from .errors import SelfTestHungError
-from .situation import Strategy
 from .workspace import Workspace
 
 #: Largest |out - reference| / (|reference| + rms of the row): the sum over the ranks, its sum with the

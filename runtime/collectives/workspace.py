@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .channel import Channel, failures_text
-from .errors import GroupError, WorkspaceError
+from ..channel import Channel, failures_text
+from ..errors import GroupError, WorkspaceError
+from ..hazards.situation import Collective, Strategy
 from .flashinfer import KernelCall, Kernels, unmet
-from .situation import Collective, Strategy
 from .size_table import SizeRow
 
 

@@ -11,9 +11,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import UnknownHazardError
-from .hazard_table import HAZARDS, REPOSITORIES, Action, Certainty, Hazard, Invariant
+from ..errors import UnknownHazardError
 from .situation import Collective, Fact, Payload, Situation, Strategy, Transport, When
+from .table import HAZARDS, REPOSITORIES, Action, Certainty, Hazard, Invariant
 
 __all__ = [
     "HAZARDS",
@@ -92,7 +92,7 @@ def as_markdown() -> str:
     lines = [
         "# Hazards",
         "",
-        "Generated from `runtime/hazard_table.py`: `ringfence hazards --markdown > docs/hazards.md`.",
+        "Generated from `runtime/hazards/table.py`: `ringfence hazards --markdown > docs/hazards.md`.",
         "For a job that is frozen right now: [hangs.md](hangs.md).",
         "",
         "A row applies where any of its conditions holds in full. What is not known of the plan (FlashInfer's version,",

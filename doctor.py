@@ -20,14 +20,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from .carrier import reference_carrier, situation_of
-from .choice import RankFacts, choose, opt_outs, probe
-from .errors import VersionError
-from .flashinfer import Unavailable, load
-from .hazard_table import Action, Hazard
-from .hazards import applicable
-from .situation import Collective, Situation
-from .versions import parse_version
+from .runtime.collectives.carrier import reference_carrier, situation_of
+from .runtime.collectives.choice import RankFacts, choose, opt_outs, probe
+from .runtime.collectives.flashinfer import Unavailable, load
+from .runtime.errors import VersionError
+from .runtime.hazards.catalogue import applicable
+from .runtime.hazards.situation import Collective, Situation
+from .runtime.hazards.table import Action, Hazard
+from .runtime.versions import parse_version
 
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ def gather() -> Facts:
     """Look at this machine. Never raises."""
     devices = _probe(_devices)
     found = devices.value or ()
-    version = flashinfer_version()
+    version = _flashinfer_version()
     package = _probe(load)
     unusable = package.why or (package.value.reason if isinstance(package.value, Unavailable) else None)
     ranks = _probe(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
@@ -194,7 +194,7 @@ def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
     ]
 
 
-def flashinfer_version() -> Probe[str]:
+def _flashinfer_version() -> Probe[str]:
     """What is installed, without an import: that fails where it is too old for this torch."""
     for name in ("flashinfer-python", "flashinfer"):
         try:

@@ -32,8 +32,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .channel import Store, ranks_text
-from .errors import GroupFailureError, HangError, PoisonedError
+from ..channel import Store, ranks_text
+from ..errors import GroupFailureError, HangError, PoisonedError
 from .journal import Journal, Position
 from .suspects import Failure, Finding, find_culprit, where
 

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .channel import Channel
-from .errors import VersionError, WorkspaceError
-from .situation import Collective, Strategy
-from .versions import in_range
+from ..channel import Channel
+from ..errors import VersionError, WorkspaceError
+from ..hazards.situation import Collective, Strategy
+from ..versions import in_range
 
 #: Releases whose Python side was read: what :data:`CONTRACT` lists is in all of them.
 SUPPORTED = ("0.6.18", "0.8")

@@ -26,9 +26,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import CollectiveUnavailableError, InputError
+from ..hazards.situation import Collective, Strategy
 from . import reference
-from .errors import CollectiveUnavailableError, InputError
-from .situation import Collective, Strategy
 from .workspace import Workspace, workspaces_of
 
 #: Who can be named in a graph.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from ..errors import CaptureError
 from .buffers import copy_into, static_like, weak_memory
-from .errors import CaptureError
 
 
 class CapturedPiece(Protocol):

@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from ..channel import DEFAULT_SECONDS, Channel, open_channel
+from ..errors import CollectiveUnavailableError, OptionsError
+from ..groups import Group, describe_group
+from ..hazards.situation import Collective, Strategy
 from .carrier import Wanted, prepare
-from .channel import DEFAULT_SECONDS, Channel, open_channel
 from .choice import opt_outs
-from .doctor import flashinfer_version
-from .errors import CollectiveUnavailableError, OptionsError
-from .flashinfer import KernelCall, unmet
-from .groups import Group, describe_group
-from .situation import Collective, Strategy
+from .flashinfer import FlashInfer, KernelCall, load, unmet
 from .size_table import SizeRow, write_table
 from .workspace import Workspace, close_workspaces
 
@@ -307,9 +306,11 @@ def bench(path: Path, sizes: Sequence[int], hiddens: Sequence[int], dtype: torch
 
 def _source(device: torch.device, world_size: int, hiddens: Sequence[int], dtype: torch.dtype) -> str:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    package = load()
+    flashinfer = package.version if isinstance(package, FlashInfer) else "not usable"
     return (
         f"ringfence bench, {datetime.date.today().isoformat()}: {world_size} x {torch.cuda.get_device_name(device)}, "
-        f"torch {torch.__version__}, NCCL {nccl}, FlashInfer {flashinfer_version()}, "
+        f"torch {torch.__version__}, NCCL {nccl}, FlashInfer {flashinfer}, "
         f"hidden {', '.join(map(str, hiddens))}, {str(dtype).removeprefix('torch.')}"
     )
 

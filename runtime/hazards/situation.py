@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Self
 
-from .versions import in_range, parse_version
+from ..versions import in_range, parse_version
 
 
 class Explained(StrEnum):

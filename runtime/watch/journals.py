@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .channel import ranks_text
-from .errors import JournalError
+from ..channel import ranks_text
+from ..errors import JournalError
 from .journal import FORMAT, REPLAY, Position
 from .suspects import Failure, Finding, find_culprit, where
 

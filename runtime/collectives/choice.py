@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .channel import by_value
-from .errors import CollectiveUnavailableError
+from ..channel import by_value
+from ..errors import CollectiveUnavailableError
+from ..hazards.catalogue import applicable
+from ..hazards.situation import Collective, Payload, Situation
+from ..hazards.table import Action
+from ..versions import in_range
 from .flashinfer import Unavailable, load
-from .hazard_table import Action
-from .hazards import applicable
-from .situation import Collective, Payload, Situation
 from .size_table import TABLE, SizeRow, find_row, forced_row
-from .versions import in_range
 
 #: Setting one of these to the value says: no NVLink multicast here. All three are respected by every path.
 MULTICAST_OPT_OUTS = {

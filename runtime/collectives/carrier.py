@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed import distributed_c10d
 
-from .channel import Channel, by_value, failures_text, open_channel
+from ..channel import Channel, by_value, failures_text, open_channel
+from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatchError, WorkspaceError
+from ..groups import Group
+from ..hazards.situation import Collective, Fact, Situation, Strategy
 from .choice import Candidate, Choice, RankFacts, choose, probe
-from .errors import CollectiveUnavailableError, PeerFailedError, RankMismatchError, WorkspaceError
 from .flashinfer import KernelCall, Kernels, Unavailable, load, unmet
-from .groups import Group
 from .self_test import SelfTest, self_test
-from .situation import Collective, Fact, Situation, Strategy
 from .size_table import TABLE, SizeRow
 from .workspace import Workspace, Workspaces, workspaces_of
 

@@ -1,0 +1,1 @@
+"""What is known of hangs, as data: the table, and the situations to which its rows apply."""

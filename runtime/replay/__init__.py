@@ -1,0 +1,1 @@
+"""The runner of a split graph: buffers, capture and replay."""
