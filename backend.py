@@ -6,7 +6,6 @@ Dynamo graph -> AOT -> find -> prepare (who carries it out) -> fuse -> judge -> 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import logging
 import platform
@@ -43,6 +42,7 @@ from .compile_passes.sizes import padding, size_rule
 from .compile_passes.split import split
 from .compile_passes.verify import verify
 from .options import Options
+from .runtime.channel import Channel
 from .runtime.collectives.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import Workspaces, workspaces_of
@@ -101,7 +101,11 @@ class Backend:
         _specialise_floats(gm)
         inductor = self.options.piece_compiler == "inductor"
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-        compile_graph = functools.partial(self._compile, dynamo_names=names)
+
+        def compile_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            with self.overseer.compilation():
+                return self._compile(gm, example_inputs, dynamo_names=names)
+
         compiler = aot_autograd(
             fw_compiler=compile_graph,
             inference_compiler=compile_graph,
@@ -116,6 +120,8 @@ class Backend:
         """Compile one functional ATen graph. Called by AOT, with fake tensors."""
         options, notes = self.options, []
         device = _device(example_inputs)
+        groups = {name: describe_group(name, device) for name in groups_of(gm)}
+        channels = self.overseer.open(groups.values(), device)
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)
 
@@ -139,14 +145,13 @@ class Backend:
         sizes = size_rule(gm, candidates, static_inputs)
         if options.deterministic and sizes.tokens is None:
             raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
-        carried, carrier = self._prepare(candidates, device)
+        carried, carrier = self._prepare(candidates, groups, channels, device)
         collectives = {carried: str(carrier.collective)} if carried is not None else {}
         sites = fuse(gm, candidates, collectives=collectives)
         if options.plain_all_reduce and carried is not None and carrier.workspace is not None:
             keep = {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(options.split_ops)}
             replace_plain_all_reduces(gm, carried, str(carrier.collective), keep)
         written = hoist_writes(gm)
-        groups = {name: describe_group(name, device) for name in groups_of(gm)}
         dump_graph("fused", gm)
 
         workspaces = workspaces_of(carried) if carried is not None and carrier.workspace is not None else None
@@ -191,11 +196,10 @@ class Backend:
             versions=versions,
             device=device,
         )
-        supervision = self.overseer.supervise(groups.values(), agreed, device)  # before compiling takes minutes
+        supervision = self.overseer.supervise(channels, agreed)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        with supervision.compiling():
-            program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs, written)
+        program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs, written)
         runner = PiecewiseRunner(
             program,
             sizes,
@@ -225,14 +229,20 @@ class Backend:
         )
         return _boxed(runner)
 
-    def _prepare(self, candidates: Sequence[Candidate], device: torch.device) -> tuple[str | None, Carrier]:
+    def _prepare(
+        self,
+        candidates: Sequence[Candidate],
+        groups: Mapping[str, Group],
+        channels: Mapping[str, Channel],
+        device: torch.device,
+    ) -> tuple[str | None, Carrier]:
         """The group with most sites, and who carries them out; those of other groups are the reference's."""
         options = self.options
         fused = [c.site for c in candidates if c.match is not None and c.site.group is not None]
         if not fused:
             return None, reference_carrier(1)
         name = Counter(str(site.group) for site in fused).most_common(1)[0][0]
-        group = describe_group(name, device)
+        group = groups[name]
         reference_only = why_reference_only(group, device)
         if options.collective == "reference" or self.judge_as is not None or reference_only is not None:
             if options.collective in ("trtllm", "mnnvl"):
@@ -255,10 +265,11 @@ class Backend:
             deterministic=options.deterministic,
             table=(*table, *TABLE),
         )
+        self.overseer.health.spoils(workspaces_of(name).spoil)
         # Real memory and real launches, in the midst of a trace with fake tensors.
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
-            return name, prepare(group, device, wanted, seconds=options.agree_seconds)
+            return name, prepare(channels[name], group, device, wanted)
 
     def _judge(
         self,

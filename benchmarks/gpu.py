@@ -26,6 +26,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import ringfence
+from ringfence.runtime.channel import open_channel
 from ringfence.runtime.collectives import flashinfer
 from ringfence.runtime.collectives.carrier import Wanted, prepare
 from ringfence.runtime.groups import describe_group
@@ -110,7 +111,7 @@ def bare(
     """The kernel's own calls in one graph: what is left of a site when nothing surrounds it."""
     group = describe_group(ranks.group_name, ranks.device)
     wanted = Wanted(collective, "auto", options.hidden, options.dtype, max_tokens=max(options.tokens))
-    workspace = prepare(group, ranks.device, wanted, seconds=60).workspace
+    workspace = prepare(open_channel(group.name, seconds=60), group, ranks.device, wanted).workspace
     strategy = workspace.strategy(*x.shape, x.dtype) if workspace is not None else None
     if workspace is None or strategy is None:
         raise RuntimeError(f"{collective} does not serve {list(x.shape)}")

@@ -12,9 +12,11 @@ opened it.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +61,8 @@ class Channel:
         self._store = store
         #: Called while waiting; raises what is known about why nobody comes.
         self.interrupt: Callable[[], None] = lambda: None
+        #: Entered, with the topic, around each wait for the other ranks.
+        self.waiting: Callable[[str], AbstractContextManager[None]] = lambda topic: contextlib.nullcontext()
         self._opened = store.add(f"opened/{rank}", 1)
         self._exchanges = 0
 
@@ -70,7 +74,8 @@ class Channel:
         """
         key = f"{self._opened}/{self._exchanges}"
         self._store.set(f"{key}/{self.rank}", pickle.dumps((topic, value)))
-        answers = self._collect(key, topic, self.seconds if seconds is None else seconds)
+        with self.waiting(topic):
+            answers = self._collect(key, topic, self.seconds if seconds is None else seconds)
         if self._exchanges:  # whoever is here has read the exchange before
             self._store.delete_key(f"{self._opened}/{self._exchanges - 1}/{self.rank}")
         self._exchanges += 1

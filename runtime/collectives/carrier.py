@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed import distributed_c10d
 
-from ..channel import Channel, by_value, failures_text, open_channel
+from ..channel import Channel, by_value, failures_text
 from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatchError, WorkspaceError
 from ..groups import Group
 from ..hazards.situation import Collective, Fact, Situation, Strategy
@@ -86,19 +86,20 @@ def why_reference_only(group: Group, device: torch.device) -> str | None:
     return f"the group has {group.size} rank" if group.size < 2 else None
 
 
-def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: float) -> Carrier:
+def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted) -> Carrier:
     """Choose, create and test a collective for a group of CUDA devices. Every rank must call.
 
-    Raises :class:`CollectiveUnavailableError` where the user insists on one that cannot be had.
+    channel: among the ranks of the group. Raises :class:`CollectiveUnavailableError` where the user
+    insists on one that cannot be had, :class:`RankMismatchError` where the ranks want different things,
+    and :class:`WorkspaceError` where workspaces that a failure left behind cannot be given back.
     """
-    channel = open_channel(group.name, seconds=seconds)
+    workspaces = workspaces_of(group.name)
     try:
-        ranks = _facts_of_all(channel, device, wanted)
+        ranks = _facts_of_all(channel, device, wanted, workspaces)
     except PeerFailedError as error:
         if wanted.collective != "auto" or wanted.deterministic:
             raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
         return reference_carrier(group.size, str(error))
-    workspaces = workspaces_of(group.name)
     unfit: dict[tuple[Collective, str], str] = {}  # of these sites, and not of the group
     while True:
         choice = choose(
@@ -148,20 +149,26 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
         )
 
 
-def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted) -> list[RankFacts]:
-    """What every rank knows of itself, by rank.
+def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, workspaces: Workspaces) -> list[RankFacts]:
+    """What every rank knows of itself, by rank; spoiled workspaces of the group are given back on the way.
 
     Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatchError` where they want different things.
     """
-    answers, failures = channel.attempt(
-        "look at this rank", lambda: channel.exchange("facts", (probe(device), wanted.text))
-    )
-    if answers is None or failures:
-        raise PeerFailedError(failures_text(failures), failures)
-    asked = [text for _, text in answers]
+    facts: RankFacts | str
+    try:
+        facts = probe(device)
+    except Exception as error:  # the others are told, instead of left waiting
+        facts = f"{type(error).__name__}: {error}"
+    answers = channel.exchange("facts of each rank", (facts, wanted.text, workspaces.spoiled))
+    asked = [text for _, text, _ in answers]
     if len(set(asked)) > 1:
         raise RankMismatchError(f"the ranks want different collectives: {by_value(asked)}")
-    return [facts for facts, _ in answers]
+    if spoiled := next((why for _, _, why in answers if why is not None), None):
+        workspaces.discard(channel, spoiled)
+    failures = tuple((rank, why) for rank, (why, _, _) in enumerate(answers) if isinstance(why, str))
+    if failures:
+        raise PeerFailedError(failures_text(failures), failures)
+    return [facts for facts, _, _ in answers]
 
 
 def _check_alone(workspaces: Workspaces, choice: Choice, group: Group) -> None:

@@ -144,7 +144,7 @@ def measure(
             row = SizeRow(collective, TRANSPORT, capability, group.size, limit, limit, limit, "to be measured")
             wanted = Wanted(str(collective), TRANSPORT, hidden, dtype, sizes=tokens, table=(row,))
             try:
-                carrier = prepare(group, device, wanted, seconds=seconds)
+                carrier = prepare(channel, group, device, wanted)
             except CollectiveUnavailableError as error:
                 missing[collective] = str(error)
                 continue

@@ -135,7 +135,7 @@ def _eager(calls: Sequence[_Call], device: torch.device, channel: Channel) -> tu
                 call.run()
             except Exception as error:
                 failures.append(f"eager, payload {pattern}: a call raised {type(error).__name__}: {error}")
-        _wait(device)
+        _wait(device, channel)
         failures += _check(calls, f"eager, payload {pattern}", digest)
     return next(iter(failures), None), digest.digest()
 
@@ -163,7 +163,7 @@ def _captured(calls: Sequence[_Call], workspace: Workspace, channel: Channel) ->
         if unfilled := _fill(calls, 5000 + 1000 * turn, pattern, channel):
             return unfilled, digest.digest()
         graph.replay()
-        _wait(workspace.device)
+        _wait(workspace.device, channel)
         failures += _check(calls, f"replay {turn + 1}, payload {pattern}", digest)
     graph.reset()
     return next(iter(failures), None), digest.digest()
@@ -199,20 +199,22 @@ def _voted(channel: Channel, topic: str, failure: str | None, digest: bytes) -> 
     return None if len({d for _, d in answers}) == 1 else "the ranks hold different bits"
 
 
-def _wait(device: torch.device) -> None:
-    """Wait for the device, but not for ever."""
+def _wait(device: torch.device, channel: Channel) -> None:
+    """Wait for the device, and with it for the other ranks, but not for ever."""
     if device.type != "cuda":
         return
     done = torch.cuda.Event()
     done.record()
     deadline = time.monotonic() + _SECONDS
-    while not done.query():
-        if time.monotonic() > deadline:
-            raise SelfTestHungError(
-                f"a fused collective did not come back within {_SECONDS:g} s in the start-up self-test; it spins on "
-                "the device until this process ends. End all ranks, and start with collective='reference'"
-            )
-        time.sleep(0.0005)
+    with channel.waiting("self-test: the device"):
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise SelfTestHungError(
+                    f"a fused collective did not come back within {_SECONDS:g} s in the start-up self-test; it spins "
+                    "on the device until this process ends. End all ranks, and start with collective='reference'"
+                )
+            channel.interrupt()
+            time.sleep(0.0005)
 
 
 def _draw(shape: _Shape, seed: int, rank: int, pattern: str, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ one. A captured graph that finds its workspace ``closed`` holds addresses of mem
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from ..errors import GroupError, WorkspaceError
 from ..hazards.situation import Collective, Strategy
 from .flashinfer import KernelCall, Kernels, unmet
 from .size_table import SizeRow
+
+#: How long work that was submitted before a failure may take to end.
+_SECONDS_TO_COME_BACK = 5.0
 
 
 @dataclass
@@ -89,6 +93,8 @@ class Workspaces:
     def __init__(self) -> None:
         #: What failed, so that it is not tried again: every try may leave the group waiting.
         self.failed: dict[tuple[Collective, str], str] = {}
+        #: Why the protocols' state is not known any more; None where it is. A call broke off on some rank.
+        self.spoiled: str | None = None
         self._open: list[Workspace] = []
 
     def find(self, collective: str, device: torch.device, dtype: torch.dtype, size: int) -> Workspace | None:
@@ -118,6 +124,35 @@ class Workspaces:
         assert workspace is not None
         self._open.append(workspace)
         return Creation(workspace, None)
+
+    def spoil(self, why: str) -> None:
+        """No new graph may use these workspaces. May be called from any thread."""
+        if self._open:
+            self.spoiled = why
+
+    def discard(self, channel: Channel, why: str) -> None:
+        """Give back what a failure left behind, so that new ones are made. Every rank must call.
+
+        Raises :class:`WorkspaceError` on all ranks where a device does not come back: a kernel still polls there.
+        """
+        _, failures = channel.attempt("give spoiled workspaces back", self._wait_for_device)
+        if failures:
+            raise WorkspaceError(
+                f"the workspaces of this group cannot be made anew after a failure ({why}): {failures_text(failures)}"
+            )
+        self.close()
+        channel.barrier("spoiled workspaces given back")
+        self.spoiled = None
+
+    def _wait_for_device(self) -> None:
+        for device in {workspace.device for workspace in self._open if workspace.device.type == "cuda"}:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            deadline = time.monotonic() + _SECONDS_TO_COME_BACK
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise WorkspaceError(f"{device} does not come back; end the process")
+                time.sleep(0.001)
 
     def retire(self, workspace: Workspace, channel: Channel, reason: str) -> None:
         """Close one that failed its test, and do not make another. Every rank must call."""

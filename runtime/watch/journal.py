@@ -15,6 +15,7 @@ counts as complete.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -80,7 +81,7 @@ class Position:
     step, piece, name, kind, sizes: of the oldest piece that is not complete; of the last one when idle.
     calls: the collective calls in that piece (where only whole steps are marked, in that step).
     submitted, completed: how many collective calls of each group the host has entered, and how many are done.
-    doing: what this rank does beside steps, such as waiting for the others to agree.
+    exchange: the topic of the exchange in which this rank waits for the others, beside steps; empty where it does not.
     still: seconds since anything moved.
     moved: pieces entered and left, ever: it changes when anything moves.
     """
@@ -96,7 +97,7 @@ class Position:
     calls: tuple[Calls, ...] = ()
     submitted: Mapping[str, int] = field(default_factory=dict)
     completed: Mapping[str, int] = field(default_factory=dict)
-    doing: str = ""
+    exchange: str = ""
     still: float = 0.0
     moved: int = 0
 
@@ -104,6 +105,11 @@ class Position:
     def stuck_in_piece(self) -> bool:
         """Whether a piece has been submitted that is not complete."""
         return self.phase in ("step", "warm-up") and self.piece is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether this rank may be waiting for another one: in a piece, or in an exchange."""
+        return self.stuck_in_piece or bool(self.exchange)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -208,8 +214,7 @@ class Journal(Marks):
         self._ranks_of: dict[str, tuple[int, ...]] = {}
         self._totals: list[int] = []  # calls of each group in all steps that have ended
         self._compiling = 0
-        #: What this rank does beside steps; empty where nothing is worth telling.
-        self.doing = ""
+        self._exchange = ""
         self._changes = 0
         # pieces
         self._entered, self._left = (array("q", bytes(8 * pieces)) for _ in range(2))
@@ -324,6 +329,17 @@ class Journal(Marks):
         self._compiling += 1 if begins else -1
         self._changes += 1
 
+    @contextlib.contextmanager
+    def waiting(self, topic: str) -> Iterator[None]:
+        """This rank waits for the others, beside steps."""
+        before, self._exchange = self._exchange, topic
+        self._changes += 1
+        try:
+            yield
+        finally:
+            self._exchange = before
+            self._changes += 1
+
     # -- where is this rank? ---------------------------------------------------------------
 
     def position(self) -> Position:
@@ -353,7 +369,7 @@ class Journal(Marks):
                 sizes,
                 submitted=submitted,
                 completed=dict(submitted),
-                doing=self.doing,
+                exchange=self._exchange,
                 still=still,
                 moved=self._moved(),
             )
@@ -384,7 +400,7 @@ class Journal(Marks):
             waits,
             submitted,
             completed,
-            self.doing,
+            self._exchange,
             (now - moved_at) / 1e9,
             self._moved(),
         )

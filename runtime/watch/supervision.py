@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 
-from ..channel import DEFAULT_SECONDS, failures_text, open_channel
-from ..errors import GroupFailureError, RankMismatchError
+from ..channel import DEFAULT_SECONDS, Channel, failures_text, open_channel
+from ..errors import GroupFailureError, PeerFailedError, RankMismatchError
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
 from .journal import CudaMarks, Journal
 from .watchdog import Deadlines, Health, Reaction, Watchdog, open_watchdog
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Supervision:
@@ -38,11 +40,6 @@ class Supervision:
 
     def failed(self, error: BaseException) -> None:
         """A step breaks off with ``error``. May raise another one in its place; called while the step is open."""
-
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Around what is done between the agreement on a graph and its first step."""
-        yield
 
 
 class GroupSupervision(Supervision):
@@ -78,22 +75,21 @@ class GroupSupervision(Supervision):
             return
         agreement, step = self._agreement, self._steps
         self._steps += 1
-        self._waiting("compares the step with the others", lambda: agreement.before_step(step, sizes, how))
+        self._agreed(lambda: agreement.before_step(step, sizes, how))
 
     def before_capture(self, sizes: tuple[int, ...]) -> None:
         if self._agreement is not None:
             agreement = self._agreement
-            self._waiting(f"is about to capture sizes {sizes}", lambda: agreement.before_capture(sizes))
+            self._agreed(lambda: agreement.before_capture(sizes))
 
     def after_capture(self, failure: str | None) -> tuple[str, ...]:
         if self._agreement is None:
             return super().after_capture(failure)
-        failed: list[tuple[int, str]] = []
         agreement = self._agreement
-        self._waiting("votes on a capture", lambda: failed.extend(agreement.after_capture(failure)))
+        failed = self._agreed(lambda: agreement.after_capture(failure))
         if failed and self._raise_on_capture:
-            text = failures_text(tuple(failed))
-            self._health.poisoned = text
+            text = failures_text(failed)
+            self._health.poison(text)
             self._write(text)
             raise GroupFailureError(f"a capture failed: {text}", tuple(rank for rank, _ in failed))
         return tuple(f"rank {rank}: {reason}" for rank, reason in failed)
@@ -106,34 +102,16 @@ class GroupSupervision(Supervision):
         if instead is not error:
             raise instead from error
 
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
+    def _agreed(self, body: Callable[[], T]) -> T:
         try:
-            yield
-        except BaseException as error:
-            if self._watchdog is not None:
-                self._watchdog.failed(error, "the compilation of a graph")
-            raise
-
-    def _waiting(self, doing: str, body: Callable[[], None]) -> None:
-        """Wait for the other ranks, and let them see for what."""
-        self._journal.doing = doing
-        try:
-            body()
+            return body()
         except RankMismatchError as error:  # every rank raises it
-            self._health.poisoned = str(error)
+            self._health.poison(str(error))
             self._write(str(error))
             raise
-        finally:
-            self._journal.doing = ""
 
     def _write(self, reason: str) -> None:
-        if self._folder is None:
-            return
-        try:
-            self._journal.dump(self._folder, reason)
-        except OSError as error:  # what is being raised matters more
-            log.error("ringfence: the journal of rank %d cannot be written: %s", self._journal.rank, error)
+        _dump(self._journal, self._folder, reason)
 
 
 class Overseer:
@@ -160,14 +138,14 @@ class Overseer:
         self._folder, self._every_step, self._raise_on_capture = folder, every_step, raise_on_capture
         self._has_marks = False
 
-    def supervise(self, groups: Collection[Group], digest: PlanDigest, device: torch.device) -> Supervision:
-        """Agree on a compiled graph with the ranks of its groups, and watch over it from now on.
+    def open(self, groups: Collection[Group], device: torch.device) -> dict[str, Channel]:
+        """Channels among the ranks of a graph's groups, by name; this rank is watched from now on.
 
-        Raises :class:`RankMismatchError` and :class:`ChannelTimeoutError`.
+        Empty where there is nobody to talk to. Every rank must open them for the same graphs.
         """
         real = sorted((g for g in groups if g.size > 1 and g.backend not in _WITHOUT_PEERS), key=lambda g: g.name)
         if not real:
-            return Supervision()
+            return {}
         import torch.distributed as dist
 
         self.journal.rank = dist.get_rank()
@@ -177,24 +155,44 @@ class Overseer:
         if self._on_hang is not None and self.watchdog is None:
             reaction = Reaction(self._on_hang, self._folder, self.probes, _abort_groups)
             self.watchdog = open_watchdog(self.journal, reaction, self._deadlines, self.health)
+        channels = {}
         for group in real:
             ranks = ranks_of(group.name)
             self.journal.name_group(group.name, ranks)
+            channel = channels[group.name] = open_channel(group.name, seconds=self._agree_seconds)
+            channel.waiting = self.journal.waiting
             if self.watchdog is not None:
                 self.watchdog.join_group(group.name, ranks)
-        channels = [open_channel(g.name, seconds=self._agree_seconds) for g in real]
-        if self.watchdog is not None:
-            for channel in channels:
                 channel.interrupt = self.watchdog.interrupt
-        self.journal.doing = "waits for the others to agree on a compiled graph"
+        return channels
+
+    @contextlib.contextmanager
+    def compilation(self) -> Iterator[None]:
+        """Around all that is done for one graph. What one rank raises, the others hear of instead of waiting for it."""
         try:
-            agreement = GroupAgreement(channels, digest)
-        finally:
-            self.journal.doing = ""
+            yield
+        except (GroupFailureError, RankMismatchError, PeerFailedError) as error:  # every rank raises it
+            self.health.poison(str(error))
+            _dump(self.journal, self._folder, str(error))
+            raise
+        except BaseException as error:
+            if self.watchdog is not None:
+                instead = self.watchdog.failed(error, "the compilation of a graph")
+                if instead is not error:
+                    raise instead from error
+            raise
+
+    def supervise(self, channels: Mapping[str, Channel], digest: PlanDigest) -> Supervision:
+        """Agree on a compiled graph with the ranks of its groups, and accompany its steps.
+
+        Raises :class:`RankMismatchError` and :class:`ChannelTimeoutError`.
+        """
+        if not channels:
+            return Supervision()
         return GroupSupervision(
             self.journal,
             self.health,
-            agreement,
+            GroupAgreement(tuple(channels.values()), digest),
             self.watchdog,
             folder=self._folder,
             every_step=self._every_step,
@@ -217,3 +215,12 @@ def _abort_groups() -> None:
 
     for group in list(distributed_c10d._world.pg_map):
         group.abort()
+
+
+def _dump(journal: Journal, folder: str | os.PathLike[str] | None, reason: str) -> None:
+    if folder is None:
+        return
+    try:
+        journal.dump(folder, reason)
+    except OSError as error:  # what is being raised matters more
+        log.error("ringfence: the journal of rank %d cannot be written: %s", journal.rank, error)

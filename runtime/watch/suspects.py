@@ -63,7 +63,7 @@ def find_culprit(
     that shows. failures: in the order in which they were reported. members: the ranks of each
     group; a group that is not in it is taken to hold all.
     """
-    waiting = tuple(sorted(r for r, p in positions.items() if p.stuck_in_piece and r not in silent))
+    waiting = tuple(sorted(r for r, p in positions.items() if p.waits and r not in silent))
     first = next((f for f in failures if not f.victim), None)
     if first is not None:
         others = tuple(r for r in waiting if r != first.rank)
@@ -71,14 +71,14 @@ def find_culprit(
     if silent:
         gone = tuple(sorted(silent))
         said = "; ".join(f"rank {r} {silent[r]}" for r in gone)
-        last = "; ".join(f"rank {r} was last heard of in {where(positions[r])}" for r in gone if r in positions)
+        last = "; ".join(f"rank {r} was last heard of {_when(positions[r], 'in')}" for r in gone if r in positions)
         return Finding(gone, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting), last])))
     stuck = sorted((c.first, r, c) for r in waiting for c in positions[r].calls)
     for _, rank, call in stuck:
         finding = _behind_or_past(positions, rank, call, (members or {}).get(call.group) or tuple(positions))
         if finding is not None:
             return finding
-    alone = tuple(r for r in waiting if not positions[r].calls)
+    alone = tuple(r for r in waiting if positions[r].stuck_in_piece and not positions[r].calls)
     if alone:
         rank = alone[0]
         others = tuple(r for r in waiting if r not in alone)
@@ -144,10 +144,10 @@ def _behind_or_past(
 
 
 def _what_it_does(position: Position) -> str:
-    if position.doing:
-        return f"{position.doing}, after {where(position)}"
+    if position.exchange:
+        return f"waits for the others in the exchange '{position.exchange}', {_when(position)}"
     if position.phase == "compile":
-        return f"compiles since {position.still:.1f} s, after {where(position)}"
+        return f"compiles since {position.still:.1f} s, {_when(position)}"
     if position.stuck_in_piece:
         return f"is in {where(position)}"
     if position.step < 0:
@@ -155,9 +155,15 @@ def _what_it_does(position: Position) -> str:
     return f"is outside of the model since {position.still:.1f} s, after {where(position)}"
 
 
+def _when(position: Position, word: str = "after") -> str:
+    return "before its first step" if position.step < 0 else f"{word} {where(position)}"
+
+
 def _who_waits(positions: Mapping[int, Position], waiting: Sequence[int]) -> str:
     """``ranks 0, 2 wait in step ...``: the same sentence once."""
     places: dict[str, list[int]] = {}
     for rank in waiting:
-        places.setdefault(where(positions[rank]), []).append(rank)
+        at = positions[rank]
+        place = where(at) if at.stuck_in_piece else f"the exchange '{at.exchange}', {_when(at)}"
+        places.setdefault(place, []).append(rank)
     return "; ".join(f"{ranks_text(r)} wait{'s' * (len(r) == 1)} in {place}" for place, r in places.items())

@@ -65,9 +65,25 @@ class Deadlines:
 
 @dataclass
 class Health:
-    """Whether the ranks are still in step. ``poisoned`` says why not; nothing heals it."""
+    """Whether the ranks are still in step. ``poisoned`` says why not; nothing heals it.
+
+    Whoever owns memory that the ranks share, and that is in no known state then, is told (:meth:`spoils`).
+    """
 
     poisoned: str | None = None
+    _owners: list[Callable[[str], None]] = field(default_factory=list)
+
+    def spoils(self, owner: Callable[[str], None]) -> None:
+        """Call ``owner`` with the reason when the ranks get out of step."""
+        if owner not in self._owners:
+            self._owners.append(owner)
+
+    def poison(self, why: str) -> None:
+        """The first reason stays."""
+        if self.poisoned is None:
+            self.poisoned = why
+            for owner in self._owners:
+                owner(why)
 
     def check(self) -> None:
         if self.poisoned is not None:
@@ -203,8 +219,7 @@ class Watchdog:
             return self._error(self.report)
         position = self.journal.position()
         text = f"{type(error).__name__}: {_first_lines(str(error))}"
-        in_a_call = place is None and bool(position.calls)
-        victim = in_a_call and isinstance(error, RuntimeError) and _OF_A_PEER.search(str(error)) is not None
+        victim = _is_of_a_peer(error) if place is None and position.calls else _is_of_the_store(error)
         failure = Failure(self._rank, place if place is not None else where(position), text, victim)
         if victim:
             found = self._cause(failure)
@@ -219,7 +234,7 @@ class Watchdog:
             "failure", self._rank, f"rank {self._rank} failed in {failure.where}: {text}", (self._rank,), failure
         )
         self.report = report
-        self.health.poisoned = report.sentence
+        self.health.poison(report.sentence)
         told = time.monotonic()
         self._tell(report)
         self._write(report)
@@ -339,10 +354,10 @@ class Watchdog:
         return next((r for r in others if r.conclusive), others[0] if others else None)
 
     def _expired(self, position: Position, now: float) -> bool:
-        return position.stuck_in_piece and now - self._moved_at > self._limit(position)
+        return position.waits and now - self._moved_at > self._limit(position)
 
     def _limit(self, position: Position) -> float:
-        patient = position.phase in ("warm-up", "compile") and not position.doing  # who waits for others is not busy
+        patient = position.phase in ("warm-up", "compile") and not position.exchange  # who waits for others is not busy
         return self.deadlines.warm_up if patient else self.deadlines.steady
 
     def _finding(self, position: Position, still: float) -> Finding | None:
@@ -353,6 +368,8 @@ class Watchdog:
             )
             return Finding((), (self._rank,), sentence)
         positions, silent = self._positions(), self._silent()
+        if not positions[self._rank].stuck_in_piece and not silent:
+            return None  # an exchange has a deadline of its own for ranks that are merely late
         failures = [r.failure for r in self._reports if r.failure is not None]
         finding = find_culprit(positions, silent, failures, self._members)
         if finding is None or still > self.deadlines.warm_up:
@@ -378,10 +395,11 @@ class Watchdog:
             how = f"({self._store_error})" if self._store_error is not None else f"for {now - self._talked:.1f} s"
             return {self._host: f"serves the store, which does not answer {how}: its process ended or is stopped"}
         why = "its process ended, is stopped, or holds Python's lock"
+        all_have_begun = self.journal.position().step >= 0  # before, a rank may still be reading its weights
         return {
             rank: f"has not been heard of for {now - peer.heard:.1f} s ({why})"
             for rank, peer in self._peers.items()
-            if now - peer.heard > self.deadlines.silence
+            if now - peer.heard > self.deadlines.silence and (all_have_begun or peer.position is not None)
         }
 
     def _store_is_gone(self) -> bool:
@@ -395,7 +413,7 @@ class Watchdog:
         self.report, self._reported_at = report, self._moved
         reaction = self.reaction
         if reaction.on_hang != "report" or report.kind == "failure":
-            self.health.poisoned = report.sentence
+            self.health.poison(report.sentence)
         _bounded(lambda: self._write(report), 1.0)
         _bounded(lambda: log.error("ringfence: rank %d: %s", self._rank, report.sentence), 0.2)
         self._acted.set()
@@ -403,14 +421,14 @@ class Watchdog:
             return
         stuck = self.journal.position()
         if reaction.on_hang == "raise":
-            if self._reached or not stuck.stuck_in_piece:
+            if self._reached or not stuck.waits:
                 return  # it raises now, or when the model is called next
-            if reaction.abort_groups is not None:
+            if stuck.stuck_in_piece and reaction.abort_groups is not None:
                 _bounded(reaction.abort_groups, self.deadlines.grace)
             until = time.monotonic() + self.deadlines.grace
             while time.monotonic() < until:
                 now = self.journal.position()
-                if self._reached or now.moved != stuck.moved or not now.stuck_in_piece:
+                if self._reached or now.moved != stuck.moved or not now.waits:
                     return
                 time.sleep(0.02)
         self._until_read(started)
@@ -499,6 +517,16 @@ def _probed(probe: Callable[[], Any]) -> Any:
         return probe()
     except Exception as error:  # a probe looks at memory that may be gone
         return f"{type(error).__name__}: {error}"
+
+
+def _is_of_a_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and _OF_A_PEER.search(str(error)) is not None
+
+
+def _is_of_the_store(error: BaseException) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError)
 
 
 def _first_lines(text: str) -> str:

@@ -221,6 +221,7 @@ def test_a_graph_over_a_closed_workspace_is_refused() -> None:
 
 def bits(rank: int) -> dict[str, bool]:
     """Is row 0 of a call the same, bit by bit, whatever the token count, eager or replayed, run after run?"""
+    from ringfence.runtime.channel import open_channel
     from ringfence.runtime.collectives import ops
     from ringfence.runtime.collectives.carrier import Wanted, prepare
     from ringfence.runtime.groups import describe_group
@@ -236,7 +237,7 @@ def bits(rank: int) -> dict[str, bool]:
     seen = {}
     for collective in (*(COLLECTIVES if group.size == 2 else ("trtllm",)), "reference"):
         if collective != "reference":
-            prepare(group, device, Wanted(collective, "auto", hidden, DTYPE), seconds=60)
+            prepare(open_channel(group.name, seconds=60), group, device, Wanted(collective, "auto", hidden, DTYPE))
         rows: dict[str, list[Tensor]] = {"norm": [], "sum": []}
         for tokens in (1, 2, 3, 16, 64, 100, 128, 256, 512, 1):
             out = ops.all_reduce_add_rms_norm(x[:tokens], residual[:tokens], weight, 1e-6, 0.0, GROUP, collective)
@@ -271,15 +272,16 @@ PER_GRAPH = 25
 
 def soak(rank: int, collective: str) -> dict[str, Any]:
     """Calls in graphs and between them, three sizes, every one compared on the device with what it should give."""
+    from ringfence.runtime.channel import open_channel
     from ringfence.runtime.collectives import ops
     from ringfence.runtime.collectives.carrier import Wanted, prepare
     from ringfence.runtime.groups import describe_group
 
     hidden = 2048
     device = torch.device("cuda", rank)
-    carrier = prepare(
-        describe_group(GROUP, device), device, Wanted(collective, "auto", hidden, DTYPE, sizes=SIZES), seconds=60
-    )
+    channel = open_channel(GROUP, seconds=60)
+    wanted = Wanted(collective, "auto", hidden, DTYPE, sizes=SIZES)
+    carrier = prepare(channel, describe_group(GROUP, device), device, wanted)
     assert carrier.workspace is not None
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     weight = torch.rand(hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(5)).to(DTYPE)

@@ -16,6 +16,7 @@ from fake_flashinfer import FACTS, FakeFlashInfer, installed
 from torch import Tensor, nn
 
 import ringfence
+from ringfence.runtime.channel import open_channel
 from ringfence.runtime.collectives import carrier, ops
 from ringfence.runtime.collectives.carrier import Wanted, prepare
 from ringfence.runtime.collectives.size_table import SizeRow
@@ -148,7 +149,7 @@ def _sizes(rank: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     with installed(package):
         wanted = Wanted("trtllm", "auto", H, torch.float32, table=(SMALL,))
-        carrier = prepare(group, CPU, wanted, seconds=20)
+        carrier = prepare(open_channel(group.name, seconds=20), group, CPU, wanted)
         tested = len(package.calls)
         weight = torch.ones(H)
         for tokens in (1, 8, 9, 16, 17):
@@ -170,10 +171,11 @@ def _sizes(rank: int) -> dict[str, Any]:
             with pytest.raises(InputError, match="weight is"):
                 ops.all_reduce_add_rms_norm(torch.randn(2, H), torch.randn(2, H), bad, 1e-6, 0.0, name, "trtllm")
         calls = len(package.calls)
-        again = prepare(group, CPU, wanted, seconds=20)
+        again = prepare(open_channel(group.name, seconds=20), group, CPU, wanted)
         seen["tested once"] = tested > 0 and len(package.calls) == calls
         seen["shared"] = again.workspace is carrier.workspace and len(package.made) == 1
-        larger = prepare(group, CPU, Wanted("trtllm", "auto", H, torch.bfloat16, table=(SMALL,)), seconds=20)
+        more = Wanted("trtllm", "auto", H, torch.bfloat16, table=(SMALL,))
+        larger = prepare(open_channel(group.name, seconds=20), group, CPU, more)
         seen["another dtype"] = larger.workspace is not carrier.workspace and len(package.made) == 2
         for limit, expected in ((4, True), (9, False)):
             deterministic = Wanted(
@@ -181,12 +183,12 @@ def _sizes(rank: int) -> dict[str, Any]:
                 table=(SMALL,),
             )  # fmt: skip
             if expected:
-                assert prepare(group, CPU, deterministic, seconds=20).collective == "trtllm"
+                assert prepare(open_channel(group.name, seconds=20), group, CPU, deterministic).collective == "trtllm"
             else:
                 with pytest.raises(CollectiveUnavailableError, match="beyond the 8 tokens that one strategy"):
-                    prepare(group, CPU, deterministic, seconds=20)
+                    prepare(open_channel(group.name, seconds=20), group, CPU, deterministic)
         with pytest.raises(CollectiveUnavailableError, match="multiple of 512 bytes"):
-            prepare(group, CPU, Wanted("trtllm", "auto", 100, torch.float32), seconds=20)
+            prepare(open_channel(group.name, seconds=20), group, CPU, Wanted("trtllm", "auto", 100, torch.float32))
         close_workspaces(name)
     return seen
 
@@ -220,7 +222,7 @@ def _unlike(rank: int, what: str) -> str:
         with broken if rank == 1 and what != "sizes" else contextlib.nullcontext():
             try:
                 wanted = Wanted(collective, "auto", H, torch.float32, sizes=sizes, max_tokens=8)
-                return str(prepare(group, CPU, wanted, seconds=20).candidates[0])
+                return str(prepare(open_channel(group.name, seconds=20), group, CPU, wanted).candidates[0])
             except RingfenceError as error:
                 return f"{type(error).__name__}: {error}"
 
@@ -291,10 +293,10 @@ def _transports(rank: int) -> str:
     facts = dataclasses.replace(FACTS, capability=(10, 0), multicast=True, opt_outs=())
     with installed(FakeFlashInfer(name), facts):
         wanted = Wanted("mnnvl", "peer", H, torch.float32, max_tokens=8)
-        prepare(describe_group(name, CPU), CPU, wanted, seconds=20)
+        prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted)
         with pytest.raises(CollectiveUnavailableError, match=r"close_workspaces") as caught:
             wanted = dataclasses.replace(wanted, transport="multicast")
-            prepare(describe_group(name, CPU), CPU, wanted, seconds=20)
+            prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted)
     return str(caught.value)
 
 
@@ -307,9 +309,8 @@ def _facts(rank: int) -> str:
     name = dist.group.WORLD.group_name
     facts = FACTS if rank == 0 else type(FACTS)(**(vars(FACTS) | {"flashinfer": "0.7.0"}))
     with installed(FakeFlashInfer(name), facts):
-        return str(
-            prepare(describe_group(name, CPU), CPU, Wanted("auto", "auto", H, torch.float32), seconds=20).candidates[1]
-        )
+        wanted = Wanted("auto", "auto", H, torch.float32)
+        return str(prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted).candidates[1])
 
 
 def test_ranks_with_other_packages_do_not_share_a_kernel() -> None:

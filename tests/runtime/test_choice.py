@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from fake_flashinfer import FACTS, FakeFlashInfer
 
+from ringfence.runtime.channel import open_channel
 from ringfence.runtime.collectives import carrier, choice
 from ringfence.runtime.collectives.carrier import Wanted, prepare
 from ringfence.runtime.collectives.choice import Choice, RankFacts, choose, multicast_barred, opt_outs
@@ -330,7 +331,7 @@ def made(facts: list[RankFacts], wanted: str, transport: str, monkeypatch: pytes
         package = packages[rank] = FakeFlashInfer(name)
         wish = Wanted(wanted, transport, 256, torch.float32, max_tokens=4)
         try:
-            ready = prepare(Group(name, "nccl", count, rank), torch.device("cpu"), wish, seconds=20)
+            ready = prepare(open_channel(name, seconds=20), Group(name, "nccl", count, rank), torch.device("cpu"), wish)
         except CollectiveUnavailableError:
             return [m[0] for m in package.made]
         assert (ready.workspace is None) == (ready.collective is REFERENCE)
@@ -390,7 +391,7 @@ def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatc
         group, seen = Group(name, "nccl", 2, rank), []
         for hidden in (100, 256, 100):
             wish = Wanted("auto", "auto", hidden, torch.float32, max_tokens=4)
-            ready = prepare(group, torch.device("cpu"), wish, seconds=20)
+            ready = prepare(open_channel(group.name, seconds=20), group, torch.device("cpu"), wish)
             seen.append((ready.collective, [str(c) for c in ready.candidates][-2]))
         close_workspaces(name)
         return seen

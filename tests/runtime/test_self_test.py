@@ -20,7 +20,7 @@ from ringfence.runtime.collectives import self_test as module
 from ringfence.runtime.collectives.self_test import SelfTest, self_test
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import Workspace
-from ringfence.runtime.errors import SelfTestHungError
+from ringfence.runtime.errors import GroupFailureError, SelfTestHungError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
@@ -368,9 +368,26 @@ class Event:
 def test_a_kernel_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "polls", 0)
-    module._wait(torch.device("cuda", 0))
-    assert Event.polls == 4
+    channel = Channel(dist.HashStore(), 0, 2)
+    waits: list[str] = []
+
+    @contextlib.contextmanager
+    def waiting(topic: str) -> Iterator[None]:
+        waits.append(topic)
+        yield
+
+    channel.waiting = waiting
+    module._wait(torch.device("cuda", 0), channel)
+    assert Event.polls == 4 and waits == ["self-test: the device"]
     monkeypatch.setattr(Event, "query", lambda self: False)
     monkeypatch.setattr(module, "_SECONDS", 0.05)
     with pytest.raises(SelfTestHungError, match=r"within 0.05 s .* start with collective='reference'"):
-        module._wait(torch.device("cuda", 0))
+        module._wait(torch.device("cuda", 0), channel)
+
+    def interrupt() -> None:
+        raise GroupFailureError("rank 1 is gone", (1,))
+
+    channel.interrupt = interrupt
+    monkeypatch.setattr(module, "_SECONDS", 60.0)
+    with pytest.raises(GroupFailureError, match="rank 1 is gone"):
+        module._wait(torch.device("cuda", 0), channel)

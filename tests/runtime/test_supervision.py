@@ -116,6 +116,7 @@ def test_an_error_in_a_step_without_a_watchdog_stays_what_it_is(tmp_path: Path) 
 def test_a_rank_on_its_own_agrees_with_nobody_and_starts_no_thread() -> None:
     overseer = Overseer(on_hang="abort")
     groups = [Group("0", "fake", 2, 0), Group("1", "gloo", 1, 0)]
-    assert type(overseer.supervise(groups, PlanDigest(()), torch.device("cpu"))) is Supervision
+    channels = overseer.open(groups, torch.device("cpu"))
+    assert channels == {} and type(overseer.supervise(channels, PlanDigest(()))) is Supervision
     assert overseer.watchdog is None
     overseer.close()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ringfence.runtime.errors import GroupFailureError, HangError, PoisonedError
 from ringfence.runtime.watch.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
-from ringfence.runtime.watch.watchdog import EXIT_CODE, Deadlines, Reaction, Watchdog
+from ringfence.runtime.watch.watchdog import EXIT_CODE, Deadlines, Health, Reaction, Watchdog
 from support import run_python
 
 NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",))))
@@ -46,10 +46,10 @@ class Rank:
             marks.end()
 
 
-def ranks(count: int = 2, **options: Any) -> list[Rank]:
+def ranks(count: int = 2, *, begun: bool = True, **options: Any) -> list[Rank]:
     store = dist.HashStore()
     made = [Rank(rank, store, count, **options) for rank in range(count)]
-    for rank in made:
+    for rank in made if begun else ():
         rank.step()  # so that the next one is no warm-up
     return made
 
@@ -122,11 +122,68 @@ def test_a_rank_that_waits_for_an_agreement_is_not_busy() -> None:
     waits, agrees = both = ranks()
     waits.step(enter=2, leave=1)
     agrees.journal.compiling(True)
-    agrees.journal.doing = "waits for the others to agree"
-    look(both, 3 * SHORT.steady)
-    assert waits.watchdog.report is not None and "rank 1 waits for the others" in waits.watchdog.report.sentence
+    with agrees.journal.waiting("agree on a plan"):
+        look(both, 3 * SHORT.steady)
+    assert waits.watchdog.report is not None
+    assert "rank 1 waits for the others in the exchange 'agree on a plan'" in waits.watchdog.report.sentence
     with pytest.raises(HangError, match="rank 1 waits for the others"):
         agrees.watchdog.interrupt()
+
+
+def test_who_is_late_to_an_exchange_has_the_deadline_of_the_exchange() -> None:
+    waits, late = both = ranks()
+    with waits.journal.waiting("facts of each rank"):
+        look(both, 3 * SHORT.steady)
+    assert waits.watchdog.report is None and late.watchdog.report is None
+
+
+def test_a_rank_that_is_gone_is_named_by_those_who_wait_in_an_exchange() -> None:
+    first, second, gone = three = ranks(3, begun=False)
+    look(three, 0.1)
+    with first.journal.waiting("facts of each rank"), second.journal.waiting("facts of each rank"):
+        look([first, second], 0.5)
+    for rank in (first, second):
+        assert rank.watchdog.report is not None and rank.watchdog.report.ranks == (2,)
+        assert "ranks 0, 1 wait in the exchange 'facts of each rank', before its" in rank.watchdog.report.sentence
+    assert gone.watchdog.report is None
+    assert first.ended == second.ended == [EXIT_CODE]  # neither main thread came back: its store may not answer
+
+
+def test_a_rank_that_has_not_begun_to_talk_is_not_gone() -> None:
+    first, second, _ = ranks(3, begun=False)
+    with first.journal.waiting("facts of each rank"), second.journal.waiting("facts of each rank"):
+        look([first, second], 0.5)  # the third still reads its weights
+    assert first.watchdog.report is None and second.watchdog.report is None
+
+
+def test_what_broke_in_compilation_is_told_and_a_store_that_is_gone_is_nobodys_own_mistake() -> None:
+    fails, hears = both = ranks()
+    look(both, 0.1)
+    error = ValueError("no such op")
+    talking = threading.Thread(target=look, args=(both, 0.3))
+    talking.start()
+    assert fails.watchdog.failed(error, "the compilation of a graph") is error
+    talking.join()
+    assert hears.watchdog.report is not None
+    assert "rank 0 failed in the compilation of a graph: ValueError: no such op" in hears.watchdog.report.sentence
+
+    fails, _ = both = ranks()
+    look(both, 0.1)
+    talking = threading.Thread(target=look, args=([fails], 0.6))
+    talking.start()
+    instead = fails.watchdog.failed(dist.DistNetworkError("Broken pipe"), "the compilation of a graph")
+    talking.join()
+    assert isinstance(instead, GroupFailureError) and instead.ranks == (1,)
+
+
+def test_owners_of_shared_memory_hear_of_the_first_reason() -> None:
+    health = Health()
+    told: list[str] = []
+    for _ in range(2):
+        health.spoils(told.append)
+    health.poison("rank 1 failed")
+    health.poison("rank 2 failed")
+    assert told == ["rank 1 failed"] and health.poisoned == "rank 1 failed"
 
 
 def test_captures_have_the_deadline_of_warm_up() -> None:
