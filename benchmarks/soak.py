@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py --repetitions 50      every fault of tests/faults 50 times
     python benchmarks/soak.py --minutes 60          mixed sizes, captures and faults for an hour
+    python benchmarks/soak.py --repetitions 3 --collective mnnvl    on two GPUs, with that collective
 
 Prints a row per fault: runs, misses (a rank that did not end in time, or named no rank or the wrong one),
 false alarms, and how long the slowest rank took. Exits with 1 where there is a miss or a false alarm.
@@ -10,40 +11,48 @@ false alarms, and how long the slowest rank took. Exits with 1 where there is a 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from faults.ranks import FAULTS, Fault, Outcome, run_fault
+from faults.ranks import Fault, Outcome, faults, fork_server, run_fault
 
 
 def key(fault: Fault) -> str:
-    return f"{fault.name}, rank {fault.rank}" + (
-        ", every step checked" if fault.options.get("check_every_step") else ""
-    )
+    which = ", every step checked" if fault.options.get("check_every_step") else ""
+    return f"{fault.name}, rank {fault.rank}{which}{', others fall back' * ('fails' in fault.name and not fault.says)}"
 
 
-def in_turn(repetitions: int, only: list[str]) -> Iterator[Fault]:
+def in_turn(some: Sequence[Fault], repetitions: int) -> Iterator[Fault]:
     for _ in range(repetitions):
-        yield from (f for f in FAULTS if not only or f.name in only)
+        yield from some
 
 
-def at_random(seconds: float, seed: int) -> Iterator[Fault]:
+def at_random(some: Sequence[Fault], seconds: float, seed: int) -> Iterator[Fault]:
     """Faults, and between them runs of many steps of mixed sizes in which nothing may go wrong."""
     draw, end = random.Random(seed), time.monotonic() + seconds
     while time.monotonic() < end:
-        yield draw.choice(FAULTS)
+        yield draw.choice(some)
         sizes = tuple(draw.choice((1, 2, 3, 4, 5, 8, 13)) for _ in range(draw.randrange(3, 30)))
         steps, on_hang = draw.randrange(50, 400), draw.choice(("raise", "abort"))
         yield Fault("no fault", 0, None, on_hang=on_hang, steps=steps, sizes=sizes)
+
+
+def on_gpus(collective: str, first_device: int) -> tuple[Fault, ...]:
+    """The same on two GPUs. The reference makes no workspace, so it cannot fail at that."""
+    some = faults(2, "cuda", first_device, collective=collective)
+    return tuple(f for f in some if collective != "reference" or "preparing" not in f.name)
 
 
 def table(outcomes: dict[str, list[Outcome]]) -> tuple[str, int]:
@@ -72,25 +81,44 @@ def main() -> int:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float)
     length.add_argument("--repetitions", type=int)
-    parser.add_argument("--only", action="append", default=[], metavar="FAULT", help="with --repetitions")
+    parser.add_argument("--only", action="append", default=[], metavar="FAULT")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; on GPUs each takes two")
+    parser.add_argument("--collective", choices=("mnnvl", "trtllm", "reference"), help="on GPUs, two ranks")
     arguments = parser.parse_args()
-    if arguments.minutes is not None:
-        faults = at_random(60 * arguments.minutes, arguments.seed)
-    else:
-        faults = in_turn(arguments.repetitions, arguments.only)
+    if arguments.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    unknown = set(arguments.only) - {f.name for f in faults()}
+    if unknown:
+        parser.error(f"there is no fault {sorted(unknown)}; there are {sorted({f.name for f in faults()})}")
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts this in the background ignores SIGINT
         signal.signal(number, signal.default_int_handler)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
-    start = time.monotonic()
-    try:
-        for fault in faults:
-            outcome = run_fault(fault)
-            outcomes[key(fault)].append(outcome)
-            for problem in outcome.problems():
-                print(f"{time.monotonic() - start:.0f} s: {key(fault)}: {problem}", flush=True)
-    except KeyboardInterrupt:
-        print("interrupted")
+    start, context, stop, lock = time.monotonic(), fork_server(), threading.Event(), threading.Lock()
+
+    def work(job: int) -> None:
+        some = faults() if arguments.collective is None else on_gpus(arguments.collective, 2 * job)
+        some = tuple(f for f in some if not arguments.only or f.name in arguments.only)
+        if arguments.minutes is not None:
+            turns = at_random(some, 60 * arguments.minutes, arguments.seed + job)
+        else:
+            turns = itertools.islice(in_turn(some, arguments.repetitions), job, None, arguments.jobs)
+        for fault in turns:
+            if stop.is_set():
+                return
+            outcome = run_fault(fault, context)
+            with lock:
+                outcomes[key(fault)].append(outcome)
+                for problem in outcome.problems():
+                    print(f"{time.monotonic() - start:.0f} s: {key(fault)}: {problem}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            for done in [pool.submit(work, job) for job in range(arguments.jobs)]:
+                done.result()
+        except KeyboardInterrupt:
+            stop.set()
+            print("interrupted")
     text, bad = table(outcomes)
     runs = sum(map(len, outcomes.values()))
     print(f"{runs} runs in {(time.monotonic() - start) / 60:.1f} minutes, {bad} with a miss or a false alarm")

@@ -454,7 +454,9 @@ class Journal(Marks):
             "pid": os.getpid(),
             "time": time.time(),
             "clock_ns": self._clock(),
-            "groups": {name: list(self._ranks_of.get(name, ())) for name in self._groups},
+            "groups": {
+                name: list(self._ranks_of.get(name, ())) for name in dict.fromkeys([*self._groups, *self._ranks_of])
+            },
             "programs": [asdict(p) for p in self._programs],
             "steps": list(self._written_steps()),
             "missed": self.missed,

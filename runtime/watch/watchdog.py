@@ -148,13 +148,15 @@ class Reaction:
 class Watchdog:
     """Watches one rank and talks to the watchdogs of its peers.
 
-    store: shared by all ranks, under a prefix of this purpose. host: who serves it, for messages.
+    connect: called once, by the thread that talks: a store that all ranks share, under a prefix of
+    this purpose. Where its host is gone, that may take as long as the store's time-out. host: who serves
+    the store, for messages.
     """
 
     def __init__(
         self,
         journal: Journal,
-        store: Store,
+        connect: Callable[[], Store],
         reaction: Reaction,
         deadlines: Deadlines | None = None,
         *,
@@ -164,7 +166,8 @@ class Watchdog:
         self.journal, self.health = journal, health if health is not None else Health()
         self.reaction, self.deadlines = reaction, deadlines if deadlines is not None else Deadlines()
         self.report: _Report | None = None
-        self._store, self._host = store, host
+        self._connect, self._host = connect, host
+        self._store: Store | None = None
         self._rank = journal.rank
         self._peers: dict[int, _Peer] = {}
         self._members: dict[str, tuple[int, ...]] = {}
@@ -172,7 +175,7 @@ class Watchdog:
         self._outbox: list[_Report] = []
         self._read = 0  # reports before this one are done with
         self._reported_at = -1  # what the journal's counter was
-        self._prefix = str(store.add(f"opened/{self._rank}", 1))
+        self._prefix = ""
         self._beat = 0
         self._talked = time.monotonic()
         self._store_error: str | None = None
@@ -288,33 +291,37 @@ class Watchdog:
         if self._store_error is not None:
             return
         try:
-            self._say()
-            self._hear()
+            if self._store is None:
+                store = self._connect()
+                self._prefix = str(store.add(f"opened/{self._rank}", 1))
+                self._store = store
+            self._say(self._store)
+            self._hear(self._store)
             self._talked = time.monotonic()
         except Exception as error:  # whatever the store raises when its host is gone
             self._store_error = f"{type(error).__name__}: {_first_lines(str(error))}"
 
-    def _say(self) -> None:
+    def _say(self, store: Store) -> None:
         while self._outbox:
-            number = self._store.add(f"{self._prefix}/reports", 1)
-            self._store.set(f"{self._prefix}/report/{number}", self._outbox[0].to_bytes())
+            number = store.add(f"{self._prefix}/reports", 1)
+            store.set(f"{self._prefix}/report/{number}", self._outbox[0].to_bytes())
             self._outbox.pop(0)
         self._beat += 1
         said = {"beat": self._beat, "reports": len(self._reports), "position": self.journal.position().to_dict()}
-        self._store.set(f"{self._prefix}/at/{self._rank}", json.dumps(said).encode())
+        store.set(f"{self._prefix}/at/{self._rank}", json.dumps(said).encode())
 
-    def _hear(self) -> None:
+    def _hear(self, store: Store) -> None:
         for rank, peer in self._peers.items():
             key = f"{self._prefix}/at/{rank}"
-            if peer.position is None and not self._store.check([key]):
+            if peer.position is None and not store.check([key]):
                 continue
-            said = json.loads(self._store.get(key))
+            said = json.loads(store.get(key))
             if said["beat"] != peer.beat:
                 peer.position = Position.from_dict(said["position"])
                 peer.beat, peer.reports, peer.heard = said["beat"], said["reports"], time.monotonic()
         number = len(self._reports) + 1
-        while self._store.check([f"{self._prefix}/report/{number}"]):
-            report = _Report.from_bytes(self._store.get(f"{self._prefix}/report/{number}"))
+        while store.check([f"{self._prefix}/report/{number}"]):
+            report = _Report.from_bytes(store.get(f"{self._prefix}/report/{number}"))
             self._reports = [*self._reports, report]
             number += 1
 
@@ -471,10 +478,16 @@ def open_watchdog(
     from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
     store = distributed_c10d._get_default_store()
-    clone = getattr(store, "clone", None)  # a connection of our own: a blocking request locks its connection
-    store = PrefixStore("ringfence/watchdog", clone() if clone is not None else store)
+    clone = getattr(store, "clone", lambda: store)  # a connection of our own: a blocking request locks its connection
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    watchdog = Watchdog(journal, store, reaction, deadlines, host=None if by_launcher else 0, health=health)
+    watchdog = Watchdog(
+        journal,
+        lambda: PrefixStore("ringfence/watchdog", clone()),
+        reaction,
+        deadlines,
+        host=None if by_launcher else 0,
+        health=health,
+    )
     watchdog.start()
     return watchdog
 

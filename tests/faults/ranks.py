@@ -1,4 +1,4 @@
-"""Ranks that go wrong on purpose: real processes over gloo, a small model, simulated graphs.
+"""Ranks that go wrong on purpose: real processes, a small model; gloo and simulated graphs, or GPUs.
 
 :func:`run_fault` starts the ranks of a :class:`Fault`, lets one of them misbehave, and says how and when each ended.
 Used by the tests and by ``benchmarks/soak.py``.
@@ -6,6 +6,7 @@ Used by the tests and by ``benchmarks/soak.py``.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -24,7 +25,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HIDDEN, LAYERS = 16, 2
+LAYERS = 2
+#: 512 bytes: what the kernels ask of a row.
+HIDDEN = {"cpu": 128, "cuda": 256}
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 #: Token counts of the steps, again and again. 3 is not captured.
 SIZES = (4, 8, 3, 8, 4)
 #: How long a step may stand still.
@@ -40,13 +44,18 @@ class Fault:
     """One way to go wrong, and what the other ranks have to say about it.
 
     says: a pattern that the error of every rank but ``rank`` must match. None: nothing may go wrong.
+    journal: the same of what the merged journals say, where that is another sentence.
+    device: "cpu" or "cuda"; first_device: of rank 0.
     """
 
     name: str
     rank: int
     says: str | None
+    journal: str | None = None
     on_hang: str = "raise"
     ranks: int = 3
+    device: str = "cpu"
+    first_device: int = 0
     steps: int = 12
     sizes: tuple[int, ...] = SIZES
     options: dict[str, Any] = field(default_factory=dict)
@@ -90,16 +99,20 @@ class Outcome:
                 problems.append(f"rank {e.rank} ended with {e.exit_code} and says nothing")
             elif not re.search(self.fault.says, e.error):
                 problems.append(f"rank {e.rank} does not say /{self.fault.says}/: {e.error}")
+            if e.culprits and tuple(e.culprits) != (self.fault.rank,):
+                problems.append(f"rank {e.rank} blames {e.culprits}: {e.error}")
             if e.seconds > DEADLINE + MARGIN:
                 problems.append(f"rank {e.rank} ended {e.seconds:.1f} s after the fault")
+        sentence = self.fault.journal or self.fault.says
+        if not re.search(sentence, self.journal):
+            problems.append(f"the journals do not say /{sentence}/: {self.journal}")
         return problems
 
 
 def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
     """A tensor-parallel model by hand, with an island before each all-reduce where ``fault`` strikes."""
-    from ringfence.runtime.collectives import reference
-
-    calls = {"pause": 0, "work": 0, "all_reduce": 0}
+    calls = {"pause": 0, "work": 0}
+    hidden = HIDDEN[fault.device]
     mine = rank == fault.rank
 
     @torch.library.custom_op("ringfence_faults::pause", mutates_args=())
@@ -136,22 +149,10 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
     def _(x: Tensor) -> Tensor:
         return torch.empty_like(x)
 
-    if mine and fault.name == "skipped call":
-        original = reference.all_reduce
-
-        def all_reduce(x: Tensor, group: str) -> Tensor:
-            calls["all_reduce"] += 1
-            if calls["all_reduce"] == 7 * LAYERS + 1:
-                say("fault")
-                return x.clone()
-            return original(x, group)
-
-        reference.all_reduce = all_reduce
-
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.norm = nn.Linear(HIDDEN, HIDDEN, bias=False), nn.RMSNorm(HIDDEN, eps=1e-5)
+            self.up, self.norm = nn.Linear(hidden, hidden, bias=False), nn.RMSNorm(hidden, eps=1e-5)
 
         def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             y = torch.ops.ringfence_faults.work(F.silu(self.up(x)))
@@ -172,7 +173,42 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
             return x
 
     torch.manual_seed(0)
-    return Model()
+    return Model().to(fault.device, DTYPE[fault.device])
+
+
+def _leave_out_a_call(say: Callable[..., None]) -> None:
+    """The first collective of the eighth step does not reach the other ranks, on this one."""
+    from ringfence.runtime.collectives import ops, reference
+
+    calls = 0
+
+    def instead_of(original: Callable[..., Any], skipped: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 7 * LAYERS + 1:
+                say("fault")
+                return skipped(*args)
+            return original(*args)
+
+        return call
+
+    reference.all_reduce = instead_of(reference.all_reduce, lambda x, group: x.clone())
+    ops._fused = instead_of(ops._fused, lambda workspace, strategy, x, *_: (torch.empty_like(x), torch.empty_like(x)))
+
+
+def _while_a_workspace_is_made(strike: Callable[[], None]) -> None:
+    """Do that on this rank, where the others already wait for its handles."""
+    from fake_flashinfer import FakeFlashInfer
+
+    from ringfence.runtime.collectives.flashinfer import FlashInfer
+
+    def make(*args: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        strike()
+
+    for package in (FakeFlashInfer, FlashInfer):
+        package.mnnvl_peer = package.trtllm = make
 
 
 def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection) -> None:
@@ -192,14 +228,25 @@ def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection
 
 
 def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., None]) -> None:
+    from fake_flashinfer import FakeFlashInfer, installed
+
     import ringfence
-    from ringfence.runtime.channel import open_channel
-    from ringfence.runtime.errors import WorkspaceError
+    from ringfence import backend as backend_module
     from ringfence.runtime.watch import agree
 
     mine = rank == fault.rank
     torch.set_num_threads(2 + rank if fault.name == "other thread count" else 1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=fault.ranks)
+    address, device = f"tcp://127.0.0.1:{port}", None
+    if fault.device == "cuda":
+        device = torch.device("cuda", fault.first_device + rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device is not None else "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=fault.ranks,
+        device_id=device,
+    )
     sizes = (4,) if mine and fault.name == "other option" else (4, 8)
     backend = ringfence.Backend(
         piece_compiler="eager",
@@ -213,15 +260,28 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         **fault.options,
     )
     model = torch.compile(_model(fault, rank, say), backend=backend, fullgraph=True, dynamic=True)
-    x = {n: torch.randn(n, HIDDEN) for n in set(fault.sizes)}
-    if fault.name == "workspace":
-        say("fault")
-        failure = "cuMemCreate: out of memory" if mine else None
-        failed = agree.vote(
-            open_channel(dist.group.WORLD.group_name, seconds=DEADLINE), "create the workspace", failure
-        )
-        if failed:
-            raise WorkspaceError("; ".join(f"rank {r} has no workspace: {why}" for r, why in failed))
+    x = {n: torch.randn(n, HIDDEN[fault.device], device=device, dtype=DTYPE[fault.device]) for n in set(fault.sizes)}
+    pretended = contextlib.ExitStack()
+    if fault.device == "cpu" and "preparing" in fault.name:  # kernels by torch, over gloo
+        pretended.enter_context(installed(FakeFlashInfer(dist.group.WORLD.group_name)))
+    if mine and "preparing" in fault.name:
+
+        def strike() -> None:
+            say("fault")
+            if fault.name == "fails preparing":
+                raise RuntimeError("cuMemCreate: out of memory")
+            os.kill(os.getpid(), signal.SIGKILL if fault.name == "killed preparing" else signal.SIGSTOP)
+
+        _while_a_workspace_is_made(strike)
+    if mine and fault.name == "throws compiling":
+
+        def lower(*args: Any) -> Any:
+            say("fault")
+            raise ValueError("the compiler was told to throw")
+
+        backend_module.lower = lower
+    if mine and fault.name == "skipped call":
+        _leave_out_a_call(say)
     if fault.name == "other option":  # time counts from when the last rank has come to compare
         compare = agree.agree
 
@@ -235,7 +295,9 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
             if mine and fault.name == "skipped step" and step == 7:
                 say("fault")
                 continue
-            model(x[fault.sizes[step % len(fault.sizes)]])
+            out = model(x[fault.sizes[step % len(fault.sizes)]])
+            if fault.device == "cuda":
+                out.sum().item()  # the main thread sits in a call of the device
             say("step", step)
     if fault.says is None:
         dist.barrier()
@@ -318,31 +380,68 @@ def fork_server() -> Any:
     return context
 
 
-#: What the issue lists, and a rank that does not come back.
-FAULTS = (
-    Fault("killed", 1, r"rank 1 has not been heard of.*; ranks 0, 2 wait in step 7 .*call 14 "),
-    Fault("killed", 0, r"rank 0 serves the store.*; .*rank.* waits? in step 7 .*call 14 "),
-    Fault("stopped", 1, r"rank 1 has not been heard of.*; ranks 0, 2 wait in step 7 .*call 14 "),
-    Fault("stopped", 0, r"rank 0 serves the store.*; .*rank.* waits? in step 7 .*call 14 ", on_hang="abort"),
-    Fault("stuck", 1, r"rank 1 did not come to call 14 .*step 7", on_hang="abort"),
-    # Of one size, because gloo ends a process that receives more than it expects. Kernels would go on spinning.
-    Fault("skipped call", 2, r"rank 2 left out a call of .*call 23, in which ranks 0, 1 .*step 11", sizes=(4,)),
-    Fault("skipped step", 1, r"rank 1 did not come to call 22 .*step 11.*ranks 0, 2 wait: .*step 10", sizes=(4,)),
-    Fault(
-        "skipped step",
-        1,
-        r"ranks 0, 2: step 7 of sizes \(3,\), uncaptured; rank 1: step 7 of sizes \(8,\), replay",
-        options={"check_every_step": True},
-    ),
-    Fault("throws", 1, r"rank 1 failed in step 7 .*the island was told to throw"),
-    Fault(
-        "capture",
-        2,
-        r"rank 2: capture of 'submod_\d+' at sizes \(8,\) failed .*told to throw",
-        options={"on_capture_failure": "raise"},
-    ),
-    Fault("workspace", 1, r"rank 1 has no workspace: cuMemCreate"),
-    Fault("other option", 1, r"option capture_sizes differs: ranks 0, 2: \[4, 8\]; rank 1: \[4\]"),
-    Fault("other thread count", 1, None),
-    Fault("slow", 1, None, steps=5),
-)
+def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options: Any) -> tuple[Fault, ...]:
+    """What can go wrong, and what the others have to say about it. options: of the backend."""
+
+    def wait(culprit: int, count: int = ranks) -> str:
+        others = [str(rank) for rank in range(count) if rank != culprit]
+        return f"ranks {', '.join(others)} wait" if len(others) > 1 else f"rank {others[0]} waits"
+
+    def fault(name: str, rank: int, says: str | None, journal: str | None = None, **more: Any) -> Fault:
+        more = {"ranks": ranks, **more, "options": {**options, **more.get("options", {})}}
+        return Fault(name, rank, says, journal, device=device, first_device=first_device, **more)
+
+    last = ranks - 1
+    named = {"options": {"collective": options.get("collective", "trtllm")}, "ranks": 2}  # no kernels are for three
+    not_there, host_not_there = r"^rank 1 (has not been heard of|left no journal)", r"^rank 0 serves the store"
+    gone = rf"rank 1 has not been heard of.*; {wait(1)} in step 7 .*calls? 14 "
+    host_gone = r"rank 0 serves the store.*; .*rank.* waits? in step 7 .*calls? 14 "
+    preparing = rf"rank 1 has not been heard of.*; {wait(1, 2)} in the exchange '.*', before its first step"
+    found = (
+        fault("killed", 1, gone, not_there),
+        fault("killed", 0, host_gone, host_not_there),
+        fault("stopped", 1, gone, not_there),
+        fault("stopped", 0, host_gone, host_not_there, on_hang="abort"),
+        fault("stuck", 1, r"rank 1 did not come to call 14 .*step 7", r"^rank 1 did not come", on_hang="abort"),
+        # Of one size, because gloo ends a process that receives more than it expects. Kernels would go on spinning.
+        fault(
+            "skipped call",
+            last,
+            rf"rank {last} left out a call of .*call 23, in which ranks? 0.*step 11",
+            rf"^rank {last} left out a call",
+            sizes=(3,),
+        ),
+        fault(
+            "skipped step",
+            1,
+            rf"rank 1 did not come to call 22 .*step 11.*{wait(1)}: .*step 10",
+            r"^rank 1 did not come",
+            sizes=(4,),
+        ),
+        fault(
+            "skipped step",
+            1,
+            r"ranks? 0.*: step 7 of sizes \(3,\), uncaptured; rank 1: step 7 of sizes \(8,\), replay",
+            options={"check_every_step": True},
+        ),
+        fault("throws", 1, r"rank 1 failed in step 7 .*the island was told to throw", r"^rank 1 failed in step 7"),
+        fault(
+            "capture",
+            last,
+            rf"rank {last}: capture of 'submod_\d+' at sizes \(8,\) failed .*told to throw",
+            options={"on_capture_failure": "raise"},
+        ),
+        fault("throws compiling", 1, r"rank 1 failed in the compilation of a graph: .*to throw", r"^rank 1 failed"),
+        fault("fails preparing", 1, r"cannot be had here: .*rank 1: .*out of memory", **named),
+        fault("killed preparing", 1, preparing, not_there, **named),
+        fault("stopped preparing", 1, preparing, not_there, on_hang="abort", **named),
+        fault("other option", 1, r"option capture_sizes differs: ranks? 0.*: \[4, 8\]; rank 1: \[4\]"),
+        fault("other thread count", 1, None),
+        fault("slow", 1, None, steps=5),
+    )
+    if device == "cpu":  # on GPUs there would be a fall back too, to the other kernels
+        return (*found, fault("fails preparing", 1, None, ranks=2))
+    return found
+
+
+FAULTS = faults()

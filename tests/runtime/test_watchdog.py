@@ -32,7 +32,7 @@ class Rank:
         self.journal = Journal(rank)
         self.journal.register(NOTE)
         self.watchdog = Watchdog(
-            self.journal, store, Reaction(on_hang, end=self.ended.append, **reaction), SHORT, host=None
+            self.journal, lambda: store, Reaction(on_hang, end=self.ended.append, **reaction), SHORT, host=None
         )
         self.watchdog.join_group("tp", tuple(range(ranks)))
 
@@ -402,7 +402,7 @@ import torch.distributed as dist
 from ringfence.runtime.watch.journal import Journal
 from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
 store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-watchdog = Watchdog(Journal(0), store, Reaction("abort"), Deadlines(beat=0.001))
+watchdog = Watchdog(Journal(0), lambda: store, Reaction("abort"), Deadlines(beat=0.001))
 watchdog.join_group("tp", (0, 1))
 watchdog.start()
 """
@@ -420,7 +420,7 @@ from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
 journal = Journal(0)
 journal.register(ProgramNote((PieceNote("submod_0", True, ("tp",)),)))
 marks = journal.begin(0, (4,), REPLAY); marks.enter(); marks.leave(); marks.end()
-watchdog = Watchdog(journal, dist.HashStore(), Reaction("abort"), Deadlines(0.3, 1, 0.05, 0.2, 0.1), host=None)
+watchdog = Watchdog(journal, dist.HashStore, Reaction("abort"), Deadlines(0.3, 1, 0.05, 0.2, 0.1), host=None)
 watchdog.join_group("tp", (0,))
 watchdog.start()
 journal.begin(0, (4,), REPLAY).enter()
