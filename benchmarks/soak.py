@@ -26,7 +26,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from faults.ranks import Fault, Outcome, faults, fork_server, run_fault
+from faults.ranks import Fault, Outcome, faults, run_fault
 
 
 def key(fault: Fault) -> str:
@@ -94,7 +94,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts this in the background ignores SIGINT
         signal.signal(number, signal.default_int_handler)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
-    start, context, stop, lock = time.monotonic(), fork_server(), threading.Event(), threading.Lock()
+    start, stop, lock = time.monotonic(), threading.Event(), threading.Lock()
 
     def work(job: int) -> None:
         some = faults() if arguments.collective is None else on_gpus(arguments.collective, 2 * job)
@@ -106,7 +106,7 @@ def main() -> int:
         for fault in turns:
             if stop.is_set():
                 return
-            outcome = run_fault(fault, context)
+            outcome = run_fault(fault)
             with lock:
                 outcomes[key(fault)].append(outcome)
                 for problem in outcome.problems():

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
 from .errors import ChannelTimeoutError, PeerFailedError, RankMismatchError, RingfenceError
@@ -161,3 +162,16 @@ def by_value(values: Sequence[Any]) -> str:
 
 def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def first_difference(digests: Sequence[tuple[tuple[str, str], ...]]) -> str:
+    """The first part in which ranks differ, and which ranks hold which side."""
+    for sides in zip_longest(*digests):
+        if len(set(sides)) == 1:
+            continue
+        names = list(dict.fromkeys(side[0] for side in sides if side is not None))
+        if len(names) == 1:
+            values = ["nothing" if side is None else side[1] for side in sides]
+            return f"{names[0]} differs: {by_value(values)}"
+        return "the parts differ: " + by_value(["nothing" if s is None else f"{s[0]} = {s[1]}" for s in sides])
+    return "no part differs"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed import distributed_c10d
 
-from ..channel import Channel, by_value, failures_text
+from ..channel import Channel, failures_text, first_difference
 from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatchError, WorkspaceError
 from ..groups import Group
 from ..hazards.situation import Collective, Fact, Situation, Strategy
@@ -48,11 +48,11 @@ class Wanted:
     table: tuple[SizeRow, ...] = TABLE
 
     @property
-    def text(self) -> str:
+    def parts(self) -> tuple[tuple[str, str], ...]:
         """What must be equal on all ranks, for people."""
         rows = hashlib.sha256(repr(self.table).encode()).hexdigest()[:8]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"table": rows}
-        return ", ".join(f"{name}={value}" for name, value in fields.items())
+        return tuple((name, str(value)) for name, value in fields.items())
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,10 @@ def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, worksp
         facts = probe(device)
     except Exception as error:  # the others are told, instead of left waiting
         facts = f"{type(error).__name__}: {error}"
-    answers = channel.exchange("facts of each rank", (facts, wanted.text, workspaces.spoiled))
-    asked = [text for _, text, _ in answers]
+    answers = channel.exchange("facts of each rank", (facts, wanted.parts, workspaces.spoiled))
+    asked = [parts for _, parts, _ in answers]
     if len(set(asked)) > 1:
-        raise RankMismatchError(f"the ranks want different collectives: {by_value(asked)}")
+        raise RankMismatchError(f"the ranks want different collectives: {first_difference(asked)}")
     if spoiled := next((why for _, _, why in answers if why is not None), None):
         workspaces.discard(channel, spoiled)
     failures = tuple((rank, why) for rank, (why, _, _) in enumerate(answers) if isinstance(why, str))

@@ -14,12 +14,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
-from ..channel import Channel, Failures, by_value
+from ..channel import Channel, Failures, by_value, first_difference
 from ..errors import RankMismatchError
-
-_NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
@@ -48,19 +45,6 @@ def agree(channel: Channel, digest: PlanDigest, *, what: str = "compiled graph")
         return
     digests = channel.exchange(f"{topic}: the difference", digest.parts)
     raise RankMismatchError(f"the ranks do not agree on the {what}: {first_difference(digests)}")
-
-
-def first_difference(digests: Sequence[tuple[tuple[str, str], ...]]) -> str:
-    """The first part in which ranks differ, and which ranks hold which side."""
-    for sides in zip_longest(*digests):
-        if len(set(sides)) == 1:
-            continue
-        names = list(dict.fromkeys(side[0] for side in sides if side is not None))
-        if len(names) == 1:
-            values = [_NOTHING if side is None else side[1] for side in sides]
-            return f"{names[0]} differs: {by_value(values)}"
-        return "the parts differ: " + by_value([_NOTHING if s is None else f"{s[0]} = {s[1]}" for s in sides])
-    return "no part differs"
 
 
 def vote(channel: Channel, topic: str, failure: str | None) -> Failures:

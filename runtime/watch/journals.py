@@ -176,12 +176,9 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     if finding is not None:
         sentence = finding.sentence
     else:
-        why = (
-            f"; the journals were written because: {journals[0].reason}"
-            if len({j.reason for j in journals}) == 1
-            else ""
-        )
-        sentence = divergence or f"no rank waits: every step that was begun is complete{why}"
+        sentence = divergence or "no rank waits: every step that was begun is complete"
+        if divergence is None and len({j.reason for j in journals}) == 1:
+            sentence += f"; the journals were written because: {journals[0].reason}"
     return Merged(sentence, finding, tuple(journals), missing, divergence)
 
 

@@ -431,7 +431,7 @@ class Watchdog:
             if self._reached or not stuck.waits:
                 return  # it raises now, or when the model is called next
             if stuck.stuck_in_piece and reaction.abort_groups is not None:
-                _bounded(reaction.abort_groups, self.deadlines.grace)
+                _bounded(reaction.abort_groups, 0)  # it may never return: a kernel that polls keeps the device
             until = time.monotonic() + self.deadlines.grace
             while time.monotonic() < until:
                 now = self.journal.position()
