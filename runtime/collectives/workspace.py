@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,24 @@ from ..errors import GroupError, WorkspaceError
 from ..hazards.situation import Collective, Strategy
 from .flashinfer import KernelCall, Kernels, unmet
 from .size_table import SizeRow
+
+
+class Tested(NamedTuple):
+    """What a self-test tries: token counts of one hidden size and dtype, eager and, where asked for, captured."""
+
+    hidden: int
+    dtype: torch.dtype
+    tokens: tuple[int, ...]
+    capture: bool
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What a self-test found to fail, on any rank: ``eager`` and ``captured`` are None where nothing did."""
+
+    eager: str | None
+    captured: str | None
+    calls: int
 
 
 @dataclass
@@ -41,7 +59,7 @@ class Workspace:
     world_size: int
     capacity: int
     dtypes: tuple[torch.dtype, ...]
-    tested: dict[Any, Any] = field(default_factory=dict)
+    tested: dict[Tested, SelfTest] = field(default_factory=dict)
     closed: bool = False
     _constants: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
