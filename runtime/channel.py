@@ -180,9 +180,10 @@ class Channel:
         return any(not self._has_answered(key, rank) for rank in ahead)
 
     def _catch_up(self) -> str | None:
-        """Skip what other ranks have opened and this one has not, and tell those that wait there. Why; None if nothing.
+        """Skip what other ranks have opened and this one has not, and tell those that wait. Why; None if nothing.
 
-        A rank that is missing in an opening can only be waited for in its first exchange.
+        Those that wait stand in the first exchange of the last opening: further they cannot come alone,
+        and ranks in an opening before that one see for themselves that they are behind.
         """
         opened = self._opened_by_rank()
         mine, most = opened[self.rank], max(opened)
@@ -193,8 +194,7 @@ class Channel:
             f"rank {self.rank} is at opening {mine} of the channel, and {ahead} at opening {most}: "
             f"rank {self.rank} did not compile a graph that {ahead} compiled"
         )
-        for opening in range(mine + 1, most + 1):
-            self._answer(f"{opening}/0", "", _Skipped(sentence))
+        self._answer(f"{most}/0", "", _Skipped(sentence))
         self._store.add(f"opened/{self.rank}", most - mine)
         return sentence
 

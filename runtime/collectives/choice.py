@@ -122,7 +122,7 @@ def _settings(text: str) -> dict[str, str]:
     settings: dict[str, str] = {}
     for line in text.split("\n"):
         name, equals, value = line.partition("=")
-        if equals and not line.startswith("#"):
+        if equals:  # a name after a "#" is none that is looked for
             settings.setdefault(name, value)
     return settings
 

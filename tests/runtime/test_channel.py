@@ -234,6 +234,50 @@ def test_an_attempt_ends_where_a_rank_has_left() -> None:
     assert time.monotonic() - start < 10
 
 
+def test_an_attempt_ends_where_a_rank_is_ahead() -> None:
+    store = dist.HashStore()
+    Channel(store, 0, 2)
+    Channel(store, 0, 2)
+    channel = Channel(store, 1, 2, seconds=5)
+    with pytest.raises(RankLeftError, match="rank 1 is at opening 1 of the channel, and rank 0 at opening 2"):
+        channel.attempt("create", lambda: channel.exchange("facts", 1))
+
+
+def test_every_rank_hears_of_it_however_far_ahead_it_is() -> None:
+    store = dist.HashStore()
+    channels = [[Channel(store, rank, 3, seconds=20) for _ in range(3 - rank)][-1] for rank in range(3)]
+
+    def body(rank: int) -> bool:
+        start = time.monotonic()
+        with pytest.raises(RankLeftError, match="did not compile a graph"):
+            channels[rank].exchange("facts", rank)
+        return time.monotonic() - start < 10
+
+    assert _on_threads(3, body) == [True] * 3
+    assert _next_opening(store, 3, 0) == [[(0, 0), (0, 1), (0, 2)]] * 3
+
+
+def test_a_rank_that_answers_and_goes_on_while_it_is_looked_for_is_not_ahead() -> None:
+    class GoesOn:
+        """Rank 0 answers, hears rank 1 and opens the next channel when rank 1 looks at the counters."""
+
+        def __init__(self) -> None:
+            self._store = dist.HashStore()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._store, name)
+
+        def add(self, key: str, amount: int) -> int:
+            if amount == 0 and key == "opened/0":
+                self._store.set("1/0/0", pickle.dumps(("x", 0)))
+                return self._store.add(key, 1)
+            return self._store.add(key, amount)
+
+    store = GoesOn()
+    store.add("opened/0", 1)
+    assert Channel(store, 1, 2, seconds=20).exchange("x", 1) == [0, 1]
+
+
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_rank_that_is_only_late_is_waited_for(slow: int) -> None:
     """Others look how often it has opened a channel meanwhile, and find nothing."""
