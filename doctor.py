@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from .runtime.collectives.carrier import reference_carrier, situation_of
-from .runtime.collectives.choice import RankFacts, choose, opt_outs, probe
+from .runtime.collectives.choice import RankFacts, choose, own_opt_outs, probe
 from .runtime.collectives.flashinfer import Unavailable, load
 from .runtime.errors import VersionError
 from .runtime.hazards.catalogue import applicable
@@ -149,7 +149,7 @@ def gather() -> Facts:
         driver=_probe(_driver),
         devices=devices,
         links=_probe(_links) if found else Probe(None, devices.why),
-        opt_outs=opt_outs(),
+        opt_outs=own_opt_outs(),
         advice=advice,
         hazards=_merged([*hazards_of_version(version.value), *hazards]),
     )

@@ -8,6 +8,12 @@ here has a deadline and names the ranks that missed it.
 Exchanges of one channel are numbered: the n-th of each rank belongs together. A channel that
 is opened anew, as for each graph that is compiled, is told apart by how often each rank has
 opened it.
+
+Ranks that open unequally often, because one compiled a graph that another did not, would meet
+what was never meant for them. So a rank that breaks off an exchange takes its answer back: an
+answer stands for a rank that waits, or that has heard everybody. And a rank that waits for one
+that has opened more often skips what it lacks, and says so where the other waits: both raise,
+and the next opening of each belongs together again.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
-from .errors import ChannelTimeoutError, PeerFailedError, RankMismatchError, RingfenceError
+from .errors import ChannelTimeoutError, PeerFailedError, RankLeftError, RankMismatchError, RingfenceError
 
 T = TypeVar("T")
 
@@ -31,6 +37,8 @@ Failures = tuple[tuple[int, str], ...]
 #: Peers may compile for minutes longer: another cache, a slower disk.
 DEFAULT_SECONDS = 600.0
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0005, 0.02
+#: How often a rank that waits looks how often the others have opened a channel.
+_LOOK_SECONDS = 0.25
 
 
 class Store(Protocol):
@@ -48,6 +56,17 @@ class _Failed:
     """What a rank exchanges in place of a value when it cannot go on."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What stands in place of the answer of a rank that does not come, or not any more."""
+
+    sentence: str
+
+
+class _Skipped(_Left):
+    """The same, of a rank that passes over a whole opening."""
 
 
 class Channel:
@@ -70,13 +89,21 @@ class Channel:
     def exchange(self, topic: str, value: Any, *, seconds: float | None = None) -> list[Any]:
         """Every rank's ``value``, by rank; small and picklable. Every rank must call, with the same topic.
 
-        Raises :class:`ChannelTimeoutError` naming the ranks that did not come in time, and
-        :class:`RankMismatchError` where ranks came to exchange different things.
+        Raises :class:`ChannelTimeoutError` naming the ranks that did not come in time,
+        :class:`RankLeftError` where one will not come, and :class:`RankMismatchError` where ranks
+        came to exchange different things.
         """
         key = f"{self._opened}/{self._exchanges}"
-        self._store.set(f"{key}/{self.rank}", pickle.dumps((topic, value)))
-        with self.waiting(topic):
-            answers = self._collect(key, topic, self.seconds if seconds is None else seconds)
+        self._answer(key, topic, value)
+        try:
+            with self.waiting(topic):
+                answers = self._collect(key, topic, self.seconds if seconds is None else seconds)
+        except BaseException as error:
+            left = isinstance(error, RankLeftError)
+            sentence = str(error) if left else f"rank {self.rank} left '{topic}': {_reason(error)}"
+            with contextlib.suppress(RuntimeError):  # it may be the store that is gone
+                self._answer(key, topic, _Left(sentence))
+            raise
         if self._exchanges:  # whoever is here has read the exchange before
             self._store.delete_key(f"{self._opened}/{self._exchanges - 1}/{self.rank}")
         self._exchanges += 1
@@ -103,27 +130,34 @@ class Channel:
             self.exchange(topic, None)
         except PeerFailedError as error:
             return result, error.failures
-        except ChannelTimeoutError:
+        except (ChannelTimeoutError, RankLeftError):
             raise
         except Exception as error:
-            reason = str(error) if isinstance(error, RingfenceError) else f"{type(error).__name__}: {error}"
             try:
-                self.exchange(topic, _Failed(reason))
+                self.exchange(topic, _Failed(_reason(error)))
             except PeerFailedError as failed:
                 return None, failed.failures
         return result, ()
 
     def _collect(self, key: str, topic: str, seconds: float) -> list[tuple[str, Any]]:
         answers: dict[int, tuple[str, Any]] = {}
-        deadline, sleep = time.monotonic() + seconds, _SHORTEST_SLEEP
+        now, sleep = time.monotonic(), _SHORTEST_SLEEP
+        deadline, look = now + seconds, now + _LOOK_SECONDS
         while True:
             for rank in range(self.size):
-                if rank not in answers and self._store.check([f"{key}/{rank}"]):
-                    answers[rank] = pickle.loads(self._store.get(f"{key}/{rank}"))
+                if rank not in answers and self._has_answered(key, rank):
+                    answers[rank] = self._answer_of(key, rank)
+                    if isinstance(left := answers[rank][1], _Left):
+                        raise RankLeftError(self._catch_up() or left.sentence)
             if len(answers) == self.size:
                 return [answers[rank] for rank in range(self.size)]
-            if time.monotonic() > deadline:
-                missing = [rank for rank in range(self.size) if rank not in answers]
+            missing = [rank for rank in range(self.size) if rank not in answers]
+            now = time.monotonic()
+            if now > look:
+                look = now + _LOOK_SECONDS
+                if self._has_passed(key, missing) and (sentence := self._catch_up()):
+                    raise RankLeftError(sentence)
+            if now > deadline:
                 raise ChannelTimeoutError(
                     f"{ranks_text(missing)} did not come to '{topic}' within {seconds:g} s; "
                     "look at what those processes do: they died, hang, or run something else",
@@ -132,6 +166,49 @@ class Channel:
             self.interrupt()
             time.sleep(sleep)
             sleep = min(2 * sleep, _LONGEST_SLEEP)
+
+    def _answer(self, key: str, topic: str, value: Any) -> None:
+        self._store.set(f"{key}/{self.rank}", pickle.dumps((topic, value)))
+
+    def _has_answered(self, key: str, rank: int) -> bool:
+        return self._store.check([f"{key}/{rank}"])
+
+    def _answer_of(self, key: str, rank: int) -> tuple[str, Any]:
+        answer: tuple[str, Any] = pickle.loads(self._store.get(f"{key}/{rank}"))
+        return answer
+
+    def _has_passed(self, key: str, missing: Sequence[int]) -> bool:
+        """Whether a missing rank has opened a channel that this one has not. Then it will not come to this exchange."""
+        opened = self._opened_by_rank()
+        ahead = [rank for rank in missing if opened[rank] > opened[self.rank]]
+        # One may have answered, heard everybody and gone on since it was found missing.
+        return any(not self._has_answered(key, rank) for rank in ahead)
+
+    def _catch_up(self) -> str | None:
+        """Skip what other ranks have opened and this one has not, and tell those that wait. Why; None if nothing.
+
+        Those that wait stand in the first exchange of the last opening: further they cannot come alone,
+        and ranks in an opening before that one see for themselves that they are behind.
+        """
+        opened = self._opened_by_rank()
+        mine, most = opened[self.rank], max(opened)
+        if mine == most:
+            return None
+        ahead = ranks_text([r for r, n in enumerate(opened) if n == most and not self._has_skipped(most, r)])
+        sentence = (
+            f"rank {self.rank} is at opening {mine} of the channel, and {ahead} at opening {most}: "
+            f"rank {self.rank} did not compile a graph that {ahead} compiled"
+        )
+        self._answer(f"{most}/0", "", _Skipped(sentence))
+        self._store.add(f"opened/{self.rank}", most - mine)
+        return sentence
+
+    def _has_skipped(self, opening: int, rank: int) -> bool:
+        key = f"{opening}/0"
+        return self._has_answered(key, rank) and isinstance(self._answer_of(key, rank)[1], _Skipped)
+
+    def _opened_by_rank(self) -> list[int]:
+        return [self._store.add(f"opened/{rank}", 0) for rank in range(self.size)]
 
 
 def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS) -> Channel:
@@ -145,6 +222,10 @@ def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS) -> Channe
     prefix = f"ringfence/{group_name}/{'-'.join(map(str, ranks))}"
     store = dist.PrefixStore(prefix, distributed_c10d._get_default_store())  # type: ignore[attr-defined]
     return Channel(store, group.rank(), group.size(), seconds=seconds)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, RingfenceError) else f"{type(error).__name__}: {error}"
 
 
 def failures_text(failures: Failures) -> str:

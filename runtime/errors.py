@@ -32,6 +32,10 @@ class RankMismatchError(RingfenceError):
 RankMismatch = RankMismatchError
 
 
+class RankLeftError(RankMismatchError):
+    """A rank will not come to what the others wait for: it gave up, or compiled other graphs than they did."""
+
+
 class GroupFailureError(RingfenceError):
     """Another rank failed, so this one cannot go on.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from fake_flashinfer import FACTS
 from ringfence import doctor
 from ringfence.cli import FAILED, OK, USAGE, main
 from ringfence.doctor import Device, Facts, Links, Probe, advise, as_dict, as_text, gather, hazards_of_version
+from ringfence.runtime.collectives.choice import MULTICAST_OPT_OUTS
 from ringfence.runtime.hazards.situation import Collective
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
@@ -22,6 +24,20 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a mach
 def _pretend(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     found = Probe(version) if version else Probe[str](None, "FlashInfer is not installed")
     monkeypatch.setattr(doctor, "_flashinfer_version", lambda: found)
+
+
+def test_where_an_opt_out_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in MULTICAST_OPT_OUTS:
+        monkeypatch.delenv(name, raising=False)
+    conf = tmp_path / "nccl.conf"
+    conf.write_text("NCCL_NVLS_ENABLE=0\n")
+    monkeypatch.setenv("NCCL_CONF_FILE", str(conf))
+    main(["doctor"])
+    assert f"turned off by NCCL_NVLS_ENABLE=0 in {conf}" in capsys.readouterr().out
+    main(["doctor", "--json"])
+    assert json.loads(capsys.readouterr().out)["opt_outs"] == [f"NCCL_NVLS_ENABLE=0 in {conf}"]
 
 
 @WITHOUT_GPU

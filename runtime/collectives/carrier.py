@@ -21,9 +21,9 @@ from ..groups import Group
 from ..hazards.situation import Collective, Fact, Situation, Strategy
 from .choice import Candidate, Choice, RankFacts, choose, probe
 from .flashinfer import KernelCall, Kernels, Unavailable, load, unmet
-from .self_test import SelfTest, self_test
+from .self_test import self_test
 from .size_table import TABLE, SizeRow
-from .workspace import Workspace, Workspaces, workspaces_of
+from .workspace import SelfTest, Tested, Workspace, Workspaces, workspaces_of
 
 #: Token counts of the self-test, beside those that will be captured.
 _TESTED_TOKENS = (1, 4, 32)
@@ -186,13 +186,10 @@ def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, limit: int) 
     """The result of the self-test, which graphs that want the same of a workspace share."""
     tokens = {*wanted.sizes, *_TESTED_TOKENS, limit // (wanted.hidden * wanted.dtype.itemsize)}
     chosen = (*sorted(tokens)[: _MOST_TESTED - 1], max(tokens))
-    key = (wanted.hidden, wanted.dtype, chosen, bool(wanted.sizes))
+    key = Tested(wanted.hidden, wanted.dtype, chosen, capture=bool(wanted.sizes))
     if key not in workspace.tested:
-        workspace.tested[key] = self_test(
-            workspace, channel, wanted.hidden, wanted.dtype, chosen, capture=bool(wanted.sizes)
-        )
-    result: SelfTest = workspace.tested[key]
-    return result
+        workspace.tested[key] = self_test(workspace, channel, key.hidden, key.dtype, key.tokens, capture=key.capture)
+    return workspace.tested[key]
 
 
 def capacity(row: SizeRow, wanted: Wanted) -> int:

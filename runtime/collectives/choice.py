@@ -7,10 +7,14 @@ candidate that was passed over.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -90,15 +94,62 @@ _ALL = (
 )
 
 
-def opt_outs(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The variables that forbid multicast in this process."""
+def opt_outs(environment: Mapping[str, str], files: Sequence[tuple[str, str]] = ()) -> tuple[str, ...]:
+    """What forbids multicast: ``NAME=value``, with the file where it is not the environment that says so.
+
+    files: path and text of each of :func:`nccl_files`. Who comes first wins: the environment,
+    then file by file, and in each its first line. NCCL puts every variable of these files into the
+    environment, also those that are not its own, but only when it starts: too late to be seen there.
+    """
+    said = [(environment, ""), *((_settings(text), f" in {path}") for path, text in files)]
     found = []
     for name, value in MULTICAST_OPT_OUTS.items():
-        given = environment.get(name, "").strip()
+        settings, where = next(((s, w) for s, w in said if name in s), ({name: ""}, ""))
+        given = settings[name].strip()
         # What turns it off has many spellings ("1", "true", "y"): whatever does not say the contrary.
-        if given == value or (value == "1" and given.lower() not in ("", "0", "false", "no", "n", "off")):
-            found.append(f"{name}={given}")
+        # Where that is 0 it is a number to NCCL, as C reads them: a word is 0, and so is "0 # off".
+        if given and (not _NOT_ZERO.match(given) if value == "0" else given.lower() not in _NOT_SET):
+            found.append(f"{name}={given}{where}")
     return tuple(found)
+
+
+_NOT_ZERO = re.compile("[+-]?(0[xX][0-9a-fA-F]*[1-9a-fA-F]|[0-9]*[1-9])")
+_NOT_SET = ("0", "false", "no", "n", "off")
+
+
+def _settings(text: str) -> dict[str, str]:
+    """``NAME=value``, one a line, without blanks around the name; what is not is ignored, as NCCL does."""
+    settings: dict[str, str] = {}
+    for line in text.split("\n"):
+        name, equals, value = line.partition("=")
+        if equals:  # a name after a "#" is none that is looked for
+            settings.setdefault(name, value)
+    return settings
+
+
+def nccl_files(
+    environment: Mapping[str, str], home: str | None, system: str = "/etc/nccl.conf"
+) -> list[tuple[str, str]]:
+    """Path and text of the files that NCCL reads its variables from, in its order; not those that cannot be read.
+
+    ``NCCL_CONF_FILE`` stands in place of the user's own file, which is in the home folder that the password
+    database says (``home``), whatever ``HOME`` is.
+    """
+    user = environment.get("NCCL_CONF_FILE") or (f"{home}/.nccl.conf" if home else None)
+    found = []
+    for path in (user, system):
+        if path is not None:
+            with contextlib.suppress(OSError):
+                found.append((path, Path(path).read_text(errors="replace")))
+    return found
+
+
+def own_opt_outs() -> tuple[str, ...]:
+    """What forbids multicast in this process."""
+    home = None
+    with contextlib.suppress(KeyError):  # a container's user may be in no database
+        home = pwd.getpwuid(os.getuid()).pw_dir
+    return opt_outs(os.environ, nccl_files(os.environ, home))
 
 
 def probe(device: torch.device) -> RankFacts:
@@ -115,7 +166,7 @@ def probe(device: torch.device) -> RankFacts:
         multiprocessors=properties.multi_processor_count,
         flashinfer=None if isinstance(package, Unavailable) else package.version,
         flashinfer_missing=missing,
-        opt_outs=opt_outs(),
+        opt_outs=own_opt_outs(),
         multicast=_device_has_multicast(index),
         peers=all(torch.cuda.can_device_access_peer(index, i) for i in others) if others else None,
     )

@@ -28,7 +28,7 @@ from ..errors import CollectiveUnavailableError, OptionsError
 from ..groups import Group, describe_group
 from ..hazards.situation import Collective, Strategy
 from .carrier import Wanted, prepare
-from .choice import opt_outs
+from .choice import own_opt_outs
 from .flashinfer import FlashInfer, KernelCall, load, unmet
 from .size_table import SizeRow, write_table
 from .workspace import Workspace, close_workspaces
@@ -268,7 +268,7 @@ def bench(path: Path, sizes: Sequence[int], hiddens: Sequence[int], dtype: torch
             "bench measures two or more ranks; start it with "
             "torchrun --nproc-per-node N -m ringfence bench --write-table FILE"
         )
-    if (off := opt_outs()) and "NCCL_NVLS_ENABLE=0" not in off:
+    if (off := own_opt_outs()) and not any(each.startswith("NCCL_NVLS_ENABLE=") for each in off):
         raise OptionsError(
             f"{off[0]} forbids NVLink multicast, and NCCL, which bench starts, would use it; set NCCL_NVLS_ENABLE=0 too"
         )

@@ -23,22 +23,13 @@ from ..channel import Channel, failures_text
 from ..errors import SelfTestHungError
 from ..hazards.situation import Strategy
 from . import reference
-from .workspace import Workspace
+from .workspace import SelfTest, Workspace
 
 #: Largest |out - reference| / (|reference| + rms of the row): the sum over the ranks, its sum with the
 #: residual and the norm are rounded once each, and the reference is computed in float32.
 _BOUND = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-14}
 _SECONDS = 20.0
 _PATTERNS = ("ordinary", "subnormal", "negative zero")
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """What failed, on any rank: ``eager`` and ``captured`` are None where nothing did."""
-
-    eager: str | None
-    captured: str | None
-    calls: int
 
 
 @dataclass(frozen=True)

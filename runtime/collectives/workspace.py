@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,24 @@ from .size_table import SizeRow
 _SECONDS_TO_COME_BACK = 5.0
 
 
+class Tested(NamedTuple):
+    """What a self-test tries: token counts of one hidden size and dtype, eager and, where asked for, captured."""
+
+    hidden: int
+    dtype: torch.dtype
+    tokens: tuple[int, ...]
+    capture: bool
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What a self-test found to fail, on any rank: ``eager`` and ``captured`` are None where nothing did."""
+
+    eager: str | None
+    captured: str | None
+    calls: int
+
+
 @dataclass
 class Workspace:
     """Memory and kernels of one collective for calls of up to ``capacity`` bytes on each rank."""
@@ -45,7 +63,7 @@ class Workspace:
     world_size: int
     capacity: int
     dtypes: tuple[torch.dtype, ...]
-    tested: dict[Any, Any] = field(default_factory=dict)
+    tested: dict[Tested, SelfTest] = field(default_factory=dict)
     closed: bool = False
     _constants: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 

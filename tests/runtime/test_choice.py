@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from fake_flashinfer import FACTS, FakeFlashInfer
 from ringfence.runtime.channel import open_channel
 from ringfence.runtime.collectives import carrier, choice
 from ringfence.runtime.collectives.carrier import Wanted, prepare
-from ringfence.runtime.collectives.choice import Choice, RankFacts, choose, multicast_barred, opt_outs
+from ringfence.runtime.collectives.choice import Choice, RankFacts, choose, multicast_barred, nccl_files, opt_outs
 from ringfence.runtime.collectives.size_table import TABLE, SizeRow, forced_row
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import CollectiveUnavailableError
@@ -72,7 +74,7 @@ def test_the_reasons_are_sentences_in_order() -> None:
 
 def test_the_choice_depends_on_nothing_but_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     before = choose([B200, replace(B200, opt_outs=("NVSHMEM_DISABLE_NVLS=1",))])
-    monkeypatch.setattr(choice, "opt_outs", lambda *_: pytest.fail("a rank looked at itself"))
+    monkeypatch.setattr(choice, "own_opt_outs", lambda: pytest.fail("a rank looked at itself"))
     monkeypatch.setattr(choice, "load", lambda: pytest.fail("a rank looked at itself"))
     for name in choice.MULTICAST_OPT_OUTS:
         monkeypatch.delenv(name, raising=False)
@@ -280,6 +282,70 @@ def test_other_spellings_turn_it_off_too() -> None:
     assert opt_outs({"NVSHMEM_DISABLE_NVLS": "true"}) == ("NVSHMEM_DISABLE_NVLS=true",)
     assert opt_outs({"TORCH_SYMM_MEM_DISABLE_MULTICAST": "YES"}) == ("TORCH_SYMM_MEM_DISABLE_MULTICAST=YES",)
     assert opt_outs({"NVSHMEM_DISABLE_NVLS": "False", "NCCL_NVLS_ENABLE": "2"}) == ()
+
+
+@pytest.mark.parametrize("given", ["0", "00", "0x0", "-0", "false", "off", "0 # not here", "0.5"])
+def test_what_nccl_reads_as_zero(given: str) -> None:
+    assert opt_outs({"NCCL_NVLS_ENABLE": given}) == (f"NCCL_NVLS_ENABLE={given}",)
+
+
+@pytest.mark.parametrize("given", ["1", "2", "-1", "0x10", "10", "01", "1 # on", "", " "])
+def test_what_nccl_does_not_read_as_zero(given: str) -> None:
+    assert opt_outs({"NCCL_NVLS_ENABLE": given}) == ()
+
+
+OFF, ON = "NCCL_NVLS_ENABLE=0\n", "NCCL_NVLS_ENABLE=1\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "texts", "expected"),
+    [
+        ({}, [OFF], "NCCL_NVLS_ENABLE=0 in a"),
+        ({}, ["", OFF], "NCCL_NVLS_ENABLE=0 in b"),
+        ({}, [OFF, ON], "NCCL_NVLS_ENABLE=0 in a"),
+        ({}, [ON, OFF], None),
+        ({}, [ON + OFF], None),
+        ({}, [OFF + ON], "NCCL_NVLS_ENABLE=0 in a"),
+        ({"NCCL_NVLS_ENABLE": "1"}, [OFF, OFF], None),
+        ({"NCCL_NVLS_ENABLE": ""}, [OFF], None),  # set, to nothing: NCCL's default
+        ({"NCCL_NVLS_ENABLE": "0"}, [ON], "NCCL_NVLS_ENABLE=0"),
+        ({}, ["# " + OFF], None),
+        ({}, ["#" + OFF], None),
+        ({}, ["NCCL_DEBUG=WARN\n\nnonsense\n=\n" + OFF], "NCCL_NVLS_ENABLE=0 in a"),
+        ({}, ["NCCL_NVLS_ENABLE=0"], "NCCL_NVLS_ENABLE=0 in a"),
+        ({}, ["NCCL_NVLS_ENABLE=0\r\n"], "NCCL_NVLS_ENABLE=0 in a"),
+        ({}, ["NCCL_NVLS_ENABLE=\n"], None),
+        ({}, [" " + OFF], None),  # a name with a blank is another name to NCCL
+        ({}, ["NVSHMEM_DISABLE_NVLS=1"], "NVSHMEM_DISABLE_NVLS=1 in a"),
+    ],
+)
+def test_configuration_files_turn_it_off(environment: dict[str, str], texts: list[str], expected: str | None) -> None:
+    files = list(zip("ab", texts, strict=False))
+    assert opt_outs(environment, files) == ((expected,) if expected else ())
+
+
+def test_which_files_nccl_reads(tmp_path: Path) -> None:
+    home, named, system = tmp_path / "home", tmp_path / "named.conf", tmp_path / "nccl.conf"
+    home.mkdir()
+    read = partial(nccl_files, home=str(home), system=str(system))
+    assert read({}) == []
+    (home / ".nccl.conf").write_text("A=1")
+    assert read({}) == [(f"{home}/.nccl.conf", "A=1")]
+    system.write_bytes(b"B=\xff\n")
+    assert read({"NCCL_CONF_FILE": ""}) == [(f"{home}/.nccl.conf", "A=1"), (str(system), "B=\ufffd\n")]
+    named.write_text("C=1")
+    assert [path for path, _ in read({"NCCL_CONF_FILE": str(named)})] == [str(named), str(system)]
+    assert [path for path, _ in read({"NCCL_CONF_FILE": str(tmp_path / "gone")})] == [str(system)]
+    assert [path for path, _ in read({"NCCL_CONF_FILE": str(home)})] == [str(system)]  # a folder
+    assert [path for path, _ in read({}, home=None)] == [str(system)]
+
+
+def test_a_file_that_turns_multicast_off_is_seen_by_the_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "nccl.conf"
+    path.write_text(OFF)
+    facts = probed(monkeypatch, {"NCCL_CONF_FILE": str(path)})
+    assert facts.opt_outs == (f"NCCL_NVLS_ENABLE=0 in {path}",)
+    assert multicast_barred([B200, facts]) == f"multicast is turned off (NCCL_NVLS_ENABLE=0 in {path} on rank 1)"
 
 
 def test_all_variables_are_named() -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import reference
 from ringfence.runtime.collectives import self_test as module
-from ringfence.runtime.collectives.self_test import SelfTest, self_test
+from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
-from ringfence.runtime.collectives.workspace import Workspace
+from ringfence.runtime.collectives.workspace import SelfTest, Workspace
 from ringfence.runtime.errors import GroupFailureError, SelfTestHungError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
