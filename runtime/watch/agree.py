@@ -18,6 +18,7 @@ from itertools import zip_longest
 
 from ..channel import Channel, Failures, by_value
 from ..errors import RankMismatchError
+from .journal import sizes_text
 
 _NOTHING = "nothing"
 
@@ -88,7 +89,7 @@ class GroupAgreement:
         for channel in self._channels:
             answers = channel.exchange("capture", (sizes, self._digest.short))
             if len(set(answers)) > 1:
-                said = [f"sizes {s} of graph {short}" for s, short in answers]
+                said = [f"{sizes_text(s)} of graph {short}" for s, short in answers]
                 raise RankMismatchError(f"the ranks are about to capture different things: {by_value(said)}")
 
     def after_capture(self, failure: str | None) -> Failures:
@@ -108,7 +109,7 @@ class GroupAgreement:
         for channel in self._channels:
             answers = channel.exchange("step", (step, sizes, how))
             if len(set(answers)) > 1:
-                said = [f"step {n} of sizes {s}, {h}" for n, s, h in answers]
+                said = [f"step {n} of {sizes_text(s)}, {h}" for n, s, h in answers]
                 raise RankMismatchError(
                     f"the ranks do not take the same step: {by_value(said)}; what chooses a graph "
                     "(sizes, padding) must be equal on all ranks"

@@ -14,7 +14,7 @@ from ..channel import DEFAULT_SECONDS, failures_text, open_channel
 from ..errors import GroupFailureError, RankMismatchError
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
-from .journal import CudaMarks, Journal
+from .journal import CudaMarks, Journal, sizes_text
 from .watchdog import Deadlines, Health, Reaction, Watchdog, open_watchdog
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class GroupSupervision(Supervision):
     def before_capture(self, sizes: tuple[int, ...]) -> None:
         if self._agreement is not None:
             agreement = self._agreement
-            self._waiting(f"is about to capture sizes {sizes}", lambda: agreement.before_capture(sizes))
+            self._waiting(f"is about to capture {sizes_text(sizes)}", lambda: agreement.before_capture(sizes))
 
     def after_capture(self, failure: str | None) -> tuple[str, ...]:
         if self._agreement is None:
