@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from .errors import ChannelTimeoutError, PeerFailedError, RankMismatchError, RingfenceError
+from .errors import ChannelTimeoutError, PeerFailedError, RankMismatch, RingfenceError
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Channel:
         """Every rank's ``value``, by rank; small and picklable. Every rank must call, with the same topic.
 
         Raises :class:`ChannelTimeoutError` naming the ranks that did not come in time, and
-        :class:`RankMismatchError` where ranks came to exchange different things.
+        :class:`RankMismatch` where ranks came to exchange different things.
         """
         key = f"{self._opened}/{self._exchanges}"
         self._store.set(f"{key}/{self.rank}", pickle.dumps((topic, value)))
@@ -78,7 +78,7 @@ class Channel:
             raise PeerFailedError(failures_text(failures), failures)
         topics = [t for t, _ in answers]
         if len(set(topics)) > 1:
-            raise RankMismatchError(f"ranks do different things: {by_value(topics)}")
+            raise RankMismatch(f"ranks do different things: {by_value(topics)}")
         return [v for _, v in answers]
 
     def barrier(self, topic: str) -> None:

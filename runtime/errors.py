@@ -24,12 +24,8 @@ class GroupError(RingfenceError):
     """The process group of an all-reduce does not exist in this process."""
 
 
-class RankMismatchError(RingfenceError):
+class RankMismatch(RingfenceError):
     """The ranks of a group are about to do different things."""
-
-
-#: The name by which documents and issues call it.
-RankMismatch = RankMismatchError
 
 
 class GroupFailureError(RingfenceError):

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from ..channel import Channel, by_value, failures_text, open_channel
-from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatchError, WorkspaceError
+from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatch, WorkspaceError
 from ..groups import Group
 from ..hazards.situation import Collective, Fact, Situation, Strategy
 from .choice import Candidate, Choice, RankFacts, choose, probe
@@ -151,7 +151,7 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
 def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted) -> list[RankFacts]:
     """What every rank knows of itself, by rank.
 
-    Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatchError` where they want different things.
+    Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatch` where they want different things.
     """
     answers, failures = channel.attempt(
         "look at this rank", lambda: channel.exchange("facts", (probe(device), wanted.text))
@@ -160,7 +160,7 @@ def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted) -> lis
         raise PeerFailedError(failures_text(failures), failures)
     asked = [text for _, text in answers]
     if len(set(asked)) > 1:
-        raise RankMismatchError(f"the ranks want different collectives: {by_value(asked)}")
+        raise RankMismatch(f"the ranks want different collectives: {by_value(asked)}")
     return [facts for facts, _ in answers]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..channel import DEFAULT_SECONDS, failures_text, open_channel
-from ..errors import GroupFailureError, RankMismatchError
+from ..errors import GroupFailureError, RankMismatch
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
 from .journal import CudaMarks, Journal, sizes_text
@@ -30,7 +30,7 @@ class Supervision:
         """Before each step."""
 
     def before_capture(self, sizes: tuple[int, ...]) -> None:
-        """Before a size is captured. Raises :class:`RankMismatchError` where ranks would capture different things."""
+        """Before a size is captured. Raises :class:`RankMismatch` where ranks would capture different things."""
 
     def after_capture(self, failure: str | None) -> tuple[str, ...]:
         """Why the captures of that step are not to be kept; empty where they are."""
@@ -120,7 +120,7 @@ class GroupSupervision(Supervision):
         self._journal.doing = doing
         try:
             body()
-        except RankMismatchError as error:  # every rank raises it
+        except RankMismatch as error:  # every rank raises it
             self._health.poisoned = str(error)
             self._write(str(error))
             raise
@@ -163,7 +163,7 @@ class Overseer:
     def supervise(self, groups: Collection[Group], digest: PlanDigest, device: torch.device) -> Supervision:
         """Agree on a compiled graph with the ranks of its groups, and watch over it from now on.
 
-        Raises :class:`RankMismatchError` and :class:`ChannelTimeoutError`.
+        Raises :class:`RankMismatch` and :class:`ChannelTimeoutError`.
         """
         real = sorted((g for g in groups if g.size > 1 and g.backend not in _WITHOUT_PEERS), key=lambda g: g.name)
         if not real:

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from ringfence.runtime.channel import Channel, open_channel
-from ringfence.runtime.errors import ChannelTimeoutError, RankMismatchError
+from ringfence.runtime.errors import ChannelTimeoutError, RankMismatch
 from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest, agree, first_difference, vote
 from support import run_threaded
 
@@ -21,7 +21,7 @@ def channel(seconds: float = 20) -> Channel:
 
 def raises_on_every_rank(ranks: int, body: Any) -> set[str]:
     def guarded(rank: int) -> str:
-        with pytest.raises(RankMismatchError) as caught:
+        with pytest.raises(RankMismatch) as caught:
             body(rank)
         return str(caught.value)
 

@@ -228,7 +228,7 @@ def _unlike(rank: int, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("sizes", "RankMismatchError: the ranks want different collectives: rank 0: collective=auto"),
+        ("sizes", "RankMismatch: the ranks want different collectives: rank 0: collective=auto"),
         ("auto", "mnnvl: rank 1: RuntimeError: no driver"),
         ("forced", "CollectiveUnavailableError: collective='trtllm' cannot be had: rank 1: RuntimeError: no driver"),
     ],
