@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RingfenceError as error:
-        print(f"ringfence: {error}", file=sys.stderr)
+        if _first_of_the_ranks():
+            print(f"ringfence: {error}", file=sys.stderr, flush=True)
         return USAGE if isinstance(error, _BAD_USAGE) else FAILED
     return code
 
@@ -198,8 +200,6 @@ def _add_check(commands: Commands) -> None:
 
 def _check(arguments: argparse.Namespace) -> tuple[str, int]:
     from .runtime.protocol import timeline
-    from .runtime.protocol.rules import NEWEST_READ
-    from .runtime.versions import parse_version
 
     if arguments.trace is not None:
         if any(getattr(arguments, name) is not None for name in ("collective", "flashinfer", "tp")):
@@ -222,8 +222,6 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
         lines = [f"payload: {answer.payload}"] if not answer.safe else []
         lines += [f"hazard: {row.id}, {row.title}"] if row is not None else []
         lines += [f"remedy: {answer.remedy}"] if answer.remedy else []
-        if parse_version(arguments.flashinfer) > parse_version(NEWEST_READ):
-            lines.append(f"note: protocols were read up to FlashInfer {NEWEST_READ}; {arguments.flashinfer} may differ")
         lines += [f"not in the model: {also.id}, {also.title.lower()}: {also.remedy}" for also in answer.also]
     if arguments.svg is not None:
         _write(arguments.svg, timeline.svg(result))
@@ -262,6 +260,7 @@ def _ask(arguments: argparse.Namespace) -> Answer:
         strategy=strategy,
         payload=Payload(arguments.payload),
     )
+    _say_if_unread(arguments.flashinfer)
     with _stage("exploring"):
         return ask(situation, programs)
 
@@ -371,6 +370,8 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
         raise OptionsError("--flashinfer says nothing without --collective")
     if arguments.collective is not None:
         backend.judge_as = Situation(Collective(arguments.collective), arguments.flashinfer, world_size=arguments.tp)
+    if arguments.flashinfer is not None:
+        _say_if_unread(arguments.flashinfer)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.tp)
     try:
         with _stage(f"loading {arguments.target}"):
@@ -401,8 +402,34 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
     return report
 
 
+def _first_of_the_ranks() -> bool:
+    """Whether no other rank of a torchrun job has failed before this one. The first speaks for all.
+
+    It need not be rank 0: torchrun ends the others as soon as one has ended, perhaps before they could speak.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return int(store.add(f"ringfence/failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1)) == 1
+    except (KeyError, ValueError, RuntimeError):  # better twice than never
+        return True
+
+
 def _say(text: str) -> None:
     print(f"ringfence: {text}", file=sys.stderr, flush=True)
+
+
+def _say_if_unread(flashinfer: str) -> None:
+    """An answer about a release that nobody has read is one about the newest that was."""
+    from .runtime.protocol.rules import NEWEST_READ
+    from .runtime.versions import parse_version
+
+    if parse_version(flashinfer) > parse_version(NEWEST_READ):
+        _say(f"protocols and hazards were read up to FlashInfer {NEWEST_READ}; {flashinfer} may differ")
 
 
 def _first_lines(error: BaseException) -> str:

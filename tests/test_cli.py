@@ -275,10 +275,20 @@ def test_check_depends_on_the_strategy(ringfence: Run, strategy: str, code: int)
     assert ringfence(*arguments)[0] == code
 
 
-@pytest.mark.parametrize(("version", "noted"), [("0.7.2.post1", False), ("0.7.0", False), ("99", True)])
-def test_check_says_that_a_release_was_not_read(ringfence: Run, version: str, noted: bool) -> None:
-    code, out, _ = ringfence(*MNNVL, version, "--layers", "1", "--pieces", "1")
-    assert code == OK and ("read up to FlashInfer 0.7.2.post1; 99 may differ" in out) == noted
+@pytest.mark.parametrize(("version", "noted"), [("0.7.2.post1", False), ("0.7.0", False), ("9.9", True)])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_check_says_that_a_release_was_not_read(
+    ringfence: Run, version: str, noted: bool, form: tuple[str, ...]
+) -> None:
+    code, out, err = ringfence(*MNNVL, version, "--layers", "1", "--pieces", "1", *form)
+    assert code == OK and ("read up to FlashInfer 0.7.2.post1; 9.9 may differ" in err) == noted
+    assert "safe" in out and "may differ" not in out
+
+
+def test_check_needs_no_torch() -> None:
+    check = ["check", "--collective", "mnnvl", "--tp", "2", "--flashinfer", "9.9", "--layers", "1"]
+    result = run_python("-c", f"import sys, ringfence.cli as c; c.main({check}); assert 'torch' not in sys.modules")
+    assert result.returncode == OK and "9.9 may differ" in result.stderr, result.stderr
 
 
 def test_check_names_what_is_not_in_the_model(ringfence: Run) -> None:
@@ -361,6 +371,12 @@ def test_explain_judges_as_a_collective_that_need_not_run_here(
     report = json.loads(out)
     (verdict,) = report["verdicts"]
     assert (verdict["decision"], verdict["rule"], report["plan"]["kind"]) == (decision, rule, plan)
+
+
+def test_explain_says_that_a_release_was_not_read(explain: Run) -> None:
+    for version, noted in (("9.9", True), ("0.7.0", False)):
+        code, _, err = explain("targets:tuple_inputs", "--tp", "2", "--collective", "mnnvl", "--flashinfer", version)
+        assert code == OK and ("9.9 may differ" in err) == noted
 
 
 def test_explain_refuses_a_version_of_nothing(explain: Run) -> None:
