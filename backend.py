@@ -221,6 +221,9 @@ class Backend:
                 candidates=tuple(map(str, carrier.candidates)),
                 notes=tuple(notes),
                 plan=proof,
+                judged_as=str(self.judge_as) if self.judge_as is not None else None,
+                captured=captured,
+                fused_bytes=carrier.workspace.largest if carrier.workspace is not None else None,
             )
         )
         return _boxed(runner)

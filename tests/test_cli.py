@@ -369,8 +369,19 @@ def test_explain_judges_as_a_collective_that_need_not_run_here(
     code, out, err = explain("targets:tuple_inputs", "--tp", "2", *as_mnnvl)
     assert code == OK, err
     report = json.loads(out)
+    assert report["judged_as"] == f"mnnvl of FlashInfer {version}" and report["captured"] == [3]
     (verdict,) = report["verdicts"]
     assert (verdict["decision"], verdict["rule"], report["plan"]["kind"]) == (decision, rule, plan)
+
+
+@pytest.mark.parametrize(
+    ("version", "judged"), [(("--flashinfer", "0.6.10"), "FlashInfer 0.6.10"), ((), "an unknown version")]
+)
+def test_explain_says_what_it_judged_the_plan_as(explain: Run, version: tuple[str, ...], judged: str) -> None:
+    code, out, err = explain("targets:tuple_inputs", "--tp", "2", "--collective", "trtllm", *version)
+    assert code == OK, err
+    assert f"(collective: reference, judged as trtllm of {judged});" in out.splitlines()[0]
+    assert "judged as" not in explain("targets:tuple_inputs", "--tp", "2")[1]
 
 
 def test_explain_says_that_a_release_was_not_read(explain: Run) -> None:

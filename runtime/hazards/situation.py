@@ -149,6 +149,10 @@ class Situation:
         if self.flashinfer is not None:
             parse_version(self.flashinfer)
 
+    def __str__(self) -> str:
+        """``mnnvl of FlashInfer 0.6.10``."""
+        return f"{self.collective} of {f'FlashInfer {self.flashinfer}' if self.flashinfer else 'an unknown version'}"
+
 
 @dataclass(frozen=True)
 class When:

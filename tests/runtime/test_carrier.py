@@ -22,7 +22,7 @@ from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import CollectiveUnavailableError, InputError, RingfenceError, WorkspaceReplacedError
 from ringfence.runtime.groups import describe_group
-from ringfence.runtime.hazards.situation import Collective
+from ringfence.runtime.hazards.situation import Collective, Strategy
 from support import run_ranks
 
 H = 256
@@ -80,6 +80,7 @@ def _serve(rank: int, options: dict[str, Any], fault: dict[str, Any], sizes: lis
         "collective": report.collective,
         "candidates": list(report.candidates),
         "text": str(report),
+        "fused_bytes": report.to_dict()["fused_bytes"],
         "served": served,
         "made": package.made,
         "closed": [k.closed for k in package.kernels],
@@ -102,6 +103,11 @@ def test_auto_takes_what_is_first_and_serves_what_the_table_says(piece_compiler:
             "mnnvl/peer: chosen",
         ]
         assert result["made"] == [("mnnvl/peer", 64, H)]
+        assert result["fused_bytes"] == 64 * H * 4
+        assert (
+            f"mnnvl serves fused sites of up to 64 KiB on a rank (64 tokens of {H} float32), and larger"
+            in result["text"]
+        )
         assert [c for c in result["served"] if c[1] == "all_reduce"], "the all-reduce without a norm"
         assert {c[2][0] for c in result["served"]} == {4, 2}
         assert result["closed"] == [True]
@@ -172,6 +178,10 @@ def _sizes(rank: int) -> dict[str, Any]:
         calls = len(package.calls)
         again = prepare(group, CPU, wanted, seconds=20)
         seen["tested once"] = tested > 0 and len(package.calls) == calls
+        seen["largest"] = carrier.workspace.largest
+        carrier.workspace.kernels.strategies = (Strategy.ONE_SHOT,)
+        seen["largest by one-shot"] = carrier.workspace.largest
+        carrier.workspace.kernels.strategies = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
         seen["shared"] = again.workspace is carrier.workspace and len(package.made) == 1
         larger = prepare(group, CPU, Wanted("trtllm", "auto", H, torch.bfloat16, table=(SMALL,)), seconds=20)
         seen["another dtype"] = larger.workspace is not carrier.workspace and len(package.made) == 2
@@ -201,6 +211,8 @@ def test_sizes_and_shapes_go_where_the_table_says() -> None:
             "fused 17": "reference",
             "sum 4": "all_reduce",
             "sum 5": "reference",
+            "largest": 16 * H * 4,
+            "largest by one-shot": 8 * H * 4,
             "three dimensions": (4, H),
             "float64": 0,
             "shared": True,
