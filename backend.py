@@ -81,6 +81,12 @@ class Backend:
             raise_on_capture=given.on_capture_failure == "raise",
         )
 
+    def __repr__(self) -> str:
+        """``<ringfence.Backend(capture_sizes=(1, 16)), 2 reports>``: the options that are not the defaults."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.given().items())
+        count = len(self.reports)
+        return f"<ringfence.Backend({given}), {count} report{'' if count == 1 else 's'}>"
+
     def close(self) -> None:
         """Stop the watchdog, if there is one. What was compiled goes on working."""
         self.overseer.close()
