@@ -47,8 +47,8 @@ from .runtime.collectives.carrier import Carrier, Wanted, prepare, reference_car
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
-from .runtime.groups import Group, describe_group
-from .runtime.hazards.situation import Situation
+from .runtime.groups import Group, describe_group, nccl_version
+from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervision import Overseer
@@ -283,6 +283,9 @@ class Backend:
         Some facts show only in the cut that follows from the verdicts; then it is judged again.
         """
         options = self.options
+        nccl = None
+        if any(group.backend == "nccl" for group in groups.values()):  # on the nodes of whoever carries the sites
+            nccl = replace(situation, collective=Collective.NCCL, flashinfer=None, facts=facts_of_nccl(nccl_version()))
         while True:
             verdicts = judge(
                 gm,
@@ -294,6 +297,7 @@ class Backend:
                 capture_failure=capture_failure,
                 on_hazard=options.on_hazard,
                 profile=options.profile,
+                nccl=nccl,
             )
             found = frozenset(e.fact for e in facts_of(*split(gm, verdicts))) if capture else frozenset()
             if found <= situation.facts:

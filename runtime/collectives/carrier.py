@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.distributed import distributed_c10d
@@ -110,7 +110,7 @@ def prepare(group: Group, device: torch.device, wanted: Wanted, *, seconds: floa
             failed=unfit | workspaces.failed,
         )
         if choice.row is None or choice.transport is None:
-            return replace(reference_carrier(group.size), candidates=choice.candidates)
+            return Carrier(Collective.REFERENCE, situation_of(choice, ranks), choice.candidates)
         way = (choice.collective, choice.transport)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
@@ -227,8 +227,9 @@ def situation_of(
     choice: Choice, ranks: Sequence[RankFacts], *, sizes: Sequence[int] = (), part_of_world: bool = False
 ) -> Situation:
     """The plan in the words of the hazard table. sizes: those to capture. part_of_world: there are other ranks."""
+    nodes = len({facts.host for facts in ranks})
     if choice.row is None:
-        return Situation(choice.collective, world_size=len(ranks))
+        return Situation(choice.collective, world_size=len(ranks), nodes=nodes, capability=ranks[0].capability)
     one_strategy = choice.row.one_shot >= choice.row.fused
     facts = set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE}
     if choice.collective is Collective.MNNVL:
@@ -241,7 +242,7 @@ def situation_of(
         choice.collective,
         ranks[0].flashinfer,
         len(ranks),
-        nodes=len({facts.host for facts in ranks}),
+        nodes=nodes,
         capability=ranks[0].capability,
         # The peer transport uses no multicast, so whether there is any does not matter.
         multicast=True if choice.transport == "multicast" else None,

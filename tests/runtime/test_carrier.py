@@ -22,7 +22,7 @@ from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import CollectiveUnavailableError, InputError, RingfenceError, WorkspaceReplacedError
 from ringfence.runtime.groups import describe_group
-from ringfence.runtime.hazards.situation import Collective, Strategy
+from ringfence.runtime.hazards.situation import Collective, Situation, Strategy
 from support import run_ranks
 
 H = 256
@@ -326,3 +326,16 @@ def _facts(rank: int) -> str:
 
 def test_ranks_with_other_packages_do_not_share_a_kernel() -> None:
     assert run_ranks(2, _facts) == ["mnnvl/peer: ranks differ in flashinfer: rank 0: 0.6.18; rank 1: 0.7.0"] * 2
+
+
+def _sparks(rank: int) -> Any:
+    name = dist.group.WORLD.group_name
+    facts = dataclasses.replace(FACTS, host=f"spark{rank}", capability=(12, 1))
+    with installed(FakeFlashInfer(name), facts):
+        return prepare(describe_group(name, CPU), CPU, Wanted("auto", "auto", H, torch.float32), seconds=20).situation
+
+
+def test_the_reference_knows_the_machines_that_it_runs_on() -> None:
+    """No row of the size table is about them; what stays with NCCL is judged by them all the same."""
+    expected = Situation(Collective.REFERENCE, world_size=2, nodes=2, capability=(12, 1))
+    assert run_ranks(2, _sparks) == [expected] * 2
