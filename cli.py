@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for add in (_add_explain, _add_check, _add_hazards, _add_journal, _add_doctor, _add_bench):
         add(commands)
     arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], tuple[str, int]] = arguments.run
     try:
-        text, code = arguments.run(arguments)
+        text, code = run(arguments)
         if text:  # of the ranks of a bench, one has something to say
             print(text, flush=True)
     except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
@@ -409,7 +410,7 @@ def _first_of_the_ranks() -> bool:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
