@@ -12,7 +12,7 @@ import logging
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,7 @@ from .runtime.errors import CollectiveUnavailableError, HazardError, InputError,
 from .runtime.groups import Group, describe_group, nccl_version
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
+from .runtime.replay.program import SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervision import Overseer
 from .runtime.watch.watchdog import Deadlines
@@ -120,7 +121,7 @@ class Backend:
         self, gm: GraphModule, example_inputs: Sequence[Any], *, dynamo_names: Sequence[str]
     ) -> Callable[..., Any]:
         """Compile one functional ATen graph. Called by AOT, with fake tensors."""
-        options, notes = self.options, []
+        options = self.options
         device = _device(example_inputs)
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)
@@ -131,14 +132,6 @@ class Backend:
             groups=options.groups,
             all_reduce_ops=options.all_reduce_ops,
         )
-        if not candidates:
-            notes.append(
-                "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
-                "as from a backward hook (ringfence.hugging_face.remove_backward_hooks)"
-            )
-        there = {c.site.group for c in candidates}
-        if candidates and (unknown := sorted(set(options.groups or ()) - there)):
-            notes.append(f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}")
         _check_not_empty(gm, candidates)
         if options.verify:
             candidates = verify(candidates, device)
@@ -157,13 +150,6 @@ class Backend:
 
         workspaces = workspaces_of(carried) if carried is not None and carrier.workspace is not None else None
         graphs = self._graphs(device, workspaces) if options.capture_sizes and sizes.tokens is not None else None
-        if options.capture_sizes and graphs is None:
-            notes.append("nothing is captured: the token count cannot be read from the sizes of the inputs")
-        if graphs is not None and len(sizes.bindings) > 1:
-            notes.append(
-                f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
-                "them, and each token count is captured for at most 8 combinations"
-            )
         situation = self.judge_as or carrier.situation
         verdicts, situation = self._judge(gm, situation, groups, carrier.capture_failure, capture=graphs is not None)
         refuse_sites(gm, verdicts)
@@ -171,12 +157,6 @@ class Backend:
         if options.deterministic:
             _check_deterministic(sites, verdicts, carried, carrier)
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
-        if options.pad_to_capture_size and pads is None:
-            notes.append(
-                "not padded: the graph writes into its inputs, where padded rows would land too"
-                if written
-                else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
-            )
         plan, whole = split(gm, verdicts)
         captured = options.capture_sizes if graphs is not None else ()
         proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
@@ -225,7 +205,9 @@ class Backend:
                 collective=str(carrier.collective),
                 graphs=graphs.name if graphs is not None else None,
                 candidates=tuple(map(str, carrier.candidates)),
-                notes=tuple(notes),
+                notes=tuple(
+                    _notes(options, candidates, sizes, written, captures=graphs is not None, pads=pads is not None)
+                ),
                 plan=proof,
                 judged_as=str(self.judge_as) if self.judge_as is not None else None,
                 captured=captured,
@@ -422,6 +404,42 @@ def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
     metadata = context.fw_metadata if context is not None else None
     marked = (metadata.static_input_indices or ()) if metadata is not None else ()
     return frozenset(i for i in marked if isinstance(example_inputs[i], Tensor))
+
+
+def _notes(
+    options: Options,
+    candidates: Sequence[Candidate],
+    sizes: SizeRule,
+    written: Collection[int],
+    *,
+    captures: bool,
+    pads: bool,
+) -> Iterator[str]:
+    """What the report says of the graph as a whole: where an option or the user's expectation came to nothing.
+
+    written: the inputs that the graph writes into. captures, pads: whether anything is captured, or padded.
+    """
+    there = {c.site.group for c in candidates}
+    if not candidates:
+        yield (
+            "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
+            "as from a backward hook (ringfence.hugging_face.remove_backward_hooks)"
+        )
+    elif unknown := sorted(set(options.groups or ()) - there):
+        yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
+    if options.capture_sizes and not captures:
+        yield "nothing is captured: the token count cannot be read from the sizes of the inputs"
+    if captures and len(sizes.bindings) > 1:
+        yield (
+            f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
+            "them, and each token count is captured for at most 8 combinations"
+        )
+    if options.pad_to_capture_size and not pads:
+        yield (
+            "not padded: the graph writes into its inputs, where padded rows would land too"
+            if written
+            else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
+        )
 
 
 # -- plumbing ------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -296,6 +297,24 @@ def test_nothing_is_captured_where_the_token_count_is_not_known() -> None:
     torch.compile(lambda x: x.sum(), backend=backend, dynamic=True)(torch.tensor(2.0))
     report = backend.reports[0]
     assert report.captured == () and report.summary.endswith("capture: off"), report.summary
+    assert ["no all-reduce" in report.notes[0], "nothing is captured" in report.notes[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"groups": ["0", "absent"]}, r"option groups names \['absent'\], and the graph all-reduces over \['0'\]"),
+        ({"groups": ["0"]}, None),
+        ({"capture_sizes": [3], "pad_to_capture_size": True}, "not padded: the graph has no single dynamic size"),
+        ({"capture_sizes": [3]}, None),
+    ],
+)
+@pytest.mark.usefixtures("fake_group")
+def test_report_notes_where_an_option_came_to_nothing(options: dict[str, object], note: str | None) -> None:
+    backend = ringfence.Backend(piece_compiler="eager", **options)
+    torch.compile(Model(layers=1), backend=backend, dynamic=False)(rows(3))
+    notes = backend.reports[0].notes
+    assert len(notes) == (note is not None) and all(re.match(str(note), text) for text in notes), notes
 
 
 @pytest.mark.usefixtures("fake_group")
