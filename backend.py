@@ -11,7 +11,7 @@ import logging
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,9 +47,10 @@ from .runtime.collectives.carrier import Carrier, Wanted, prepare, reference_car
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
-from .runtime.groups import Group, describe_group
-from .runtime.hazards.situation import Situation
+from .runtime.groups import Group, describe_group, nccl_version
+from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
+from .runtime.replay.program import SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervision import Overseer
 from .runtime.watch.watchdog import Deadlines
@@ -80,6 +81,12 @@ class Backend:
             every_step=given.check_every_step,
             raise_on_capture=given.on_capture_failure == "raise",
         )
+
+    def __repr__(self) -> str:
+        """``<ringfence.Backend(capture_sizes=(1, 16)), 2 reports>``: the options that are not the defaults."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.given().items())
+        count = len(self.reports)
+        return f"<ringfence.Backend({given}), {count} report{'' if count == 1 else 's'}>"
 
     def close(self) -> None:
         """Stop the watchdog, if there is one. What was compiled goes on working."""
@@ -118,7 +125,7 @@ class Backend:
         self, gm: GraphModule, example_inputs: Sequence[Any], *, dynamo_names: Sequence[str]
     ) -> Callable[..., Any]:
         """Compile one functional ATen graph. Called by AOT, with fake tensors."""
-        options, notes = self.options, []
+        options = self.options
         device = _device(example_inputs)
         groups = {name: describe_group(name, device) for name in groups_of(gm)}
         channels = self.overseer.open(groups.values(), device)
@@ -131,14 +138,6 @@ class Backend:
             groups=options.groups,
             all_reduce_ops=options.all_reduce_ops,
         )
-        if not candidates:
-            notes.append(
-                "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
-                "as from a backward hook (ringfence.hugging_face.remove_backward_hooks)"
-            )
-        there = {c.site.group for c in candidates}
-        if candidates and (unknown := sorted(set(options.groups or ()) - there)):
-            notes.append(f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}")
         _check_not_empty(gm, candidates)
         if options.verify:
             candidates = verify(candidates, device)
@@ -156,13 +155,6 @@ class Backend:
 
         workspaces = workspaces_of(carried) if carried is not None and carrier.workspace is not None else None
         graphs = self._graphs(device, workspaces) if options.capture_sizes and sizes.tokens is not None else None
-        if options.capture_sizes and graphs is None:
-            notes.append("nothing is captured: the token count cannot be read from the sizes of the inputs")
-        if graphs is not None and len(sizes.bindings) > 1:
-            notes.append(
-                f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
-                "them, and each token count is captured for at most 8 combinations"
-            )
         situation = self.judge_as or carrier.situation
         verdicts, situation = self._judge(gm, situation, groups, carrier.capture_failure, capture=graphs is not None)
         refuse_sites(gm, verdicts)
@@ -170,12 +162,6 @@ class Backend:
         if options.deterministic:
             _check_deterministic(sites, verdicts, carried, carrier)
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
-        if options.pad_to_capture_size and pads is None:
-            notes.append(
-                "not padded: the graph writes into its inputs, where padded rows would land too"
-                if written
-                else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
-            )
         plan, whole = split(gm, verdicts)
         captured = options.capture_sizes if graphs is not None else ()
         proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
@@ -223,8 +209,13 @@ class Backend:
                 collective=str(carrier.collective),
                 graphs=graphs.name if graphs is not None else None,
                 candidates=tuple(map(str, carrier.candidates)),
-                notes=tuple(notes),
+                notes=tuple(
+                    _notes(options, candidates, sizes, written, captures=graphs is not None, pads=pads is not None)
+                ),
                 plan=proof,
+                judged_as=str(self.judge_as) if self.judge_as is not None else None,
+                captured=captured,
+                fused_bytes=carrier.workspace.largest if carrier.workspace is not None else None,
             )
         )
         return _boxed(runner)
@@ -285,6 +276,9 @@ class Backend:
         Some facts show only in the cut that follows from the verdicts; then it is judged again.
         """
         options = self.options
+        nccl = None
+        if any(group.backend == "nccl" for group in groups.values()):  # on the nodes of whoever carries the sites
+            nccl = replace(situation, collective=Collective.NCCL, flashinfer=None, facts=facts_of_nccl(nccl_version()))
         while True:
             verdicts = judge(
                 gm,
@@ -296,6 +290,7 @@ class Backend:
                 capture_failure=capture_failure,
                 on_hazard=options.on_hazard,
                 profile=options.profile,
+                nccl=nccl,
             )
             found = frozenset(e.fact for e in facts_of(*split(gm, verdicts))) if capture else frozenset()
             if found <= situation.facts:
@@ -420,6 +415,42 @@ def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
     metadata = context.fw_metadata if context is not None else None
     marked = (metadata.static_input_indices or ()) if metadata is not None else ()
     return frozenset(i for i in marked if isinstance(example_inputs[i], Tensor))
+
+
+def _notes(
+    options: Options,
+    candidates: Sequence[Candidate],
+    sizes: SizeRule,
+    written: Collection[int],
+    *,
+    captures: bool,
+    pads: bool,
+) -> Iterator[str]:
+    """What the report says of the graph as a whole: where an option or the user's expectation came to nothing.
+
+    written: the inputs that the graph writes into. captures, pads: whether anything is captured, or padded.
+    """
+    there = {c.site.group for c in candidates}
+    if not candidates:
+        yield (
+            "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
+            "as from a backward hook (ringfence.hugging_face.remove_backward_hooks)"
+        )
+    elif unknown := sorted(set(options.groups or ()) - there):
+        yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
+    if options.capture_sizes and not captures:
+        yield "nothing is captured: the token count cannot be read from the sizes of the inputs"
+    if captures and len(sizes.bindings) > 1:
+        yield (
+            f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
+            "them, and each token count is captured for at most 8 combinations"
+        )
+    if options.pad_to_capture_size and not pads:
+        yield (
+            "not padded: the graph writes into its inputs, where padded rows would land too"
+            if written
+            else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
+        )
 
 
 # -- plumbing ------------------------------------------------------------------------

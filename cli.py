@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from .runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
     from .compile_passes.report import CompileReport
     from .runtime.protocol.answer import Answer
 
@@ -45,120 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ringfence", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ringfence {importlib.metadata.version('ringfence')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    explain = commands.add_parser(
-        "explain",
-        help="say for each all-reduce of a model whether it is fused, and why not",
-        description="Compile a model as one of N tensor-parallel ranks, without the other ranks and without a GPU, "
-        "and print the report.",
-    )
-    explain.add_argument(
-        "target", help="a Hugging Face model folder, or module:function that returns (model, example_inputs)"
-    )
-    explain.add_argument("--tp", type=_world_size, required=True, metavar="N", help="tensor-parallel world size")
-    explain.add_argument("--json", action="store_true", help="print the report as JSON (docs/report.md)")
-    explain.add_argument("--batch", type=_count, default=1, help="batch size of a model folder's input (default 1)")
-    explain.add_argument("--tokens", type=_count, default=8, help="sequence length of that input (default 8)")
-    explain.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of a model folder"
-    )
-    explain.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the backend, a Python literal or a string; may be repeated",
-    )
-    explain.add_argument(
-        "--collective",
-        choices=_MODELLED,
-        help="judge the fused sites as this collective's, though it need not run here",
-    )
-    explain.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")
-    check = commands.add_parser(
-        "check",
-        help="say whether a plan can hang, and show how",
-        description="Run a model of the collective's protocol in every order, for a plan of captured pieces on N "
-        "ranks: exit 0 when no order fails, 1 when one does, 2 on bad usage.",
-    )
-    check.add_argument("--collective", choices=_MODELLED, help="whose protocol")
-    check.add_argument("--flashinfer", metavar="VERSION", help="in which version")
-    check.add_argument("--tp", type=_world_size, metavar="N", help="tensor-parallel world size: 2, 4, 8 or 16")
-    check.add_argument(
-        "--layers",
-        type=_layers,
-        default=80,
-        metavar="N",
-        help="layers of two fused sites each, up to 1000 (default 80)",
-    )
-    check.add_argument(
-        "--pieces", type=_count, default=33, help="captured pieces that they are spread over (default 33)"
-    )
-    check.add_argument(
-        "--capture-sizes", default="4,8", metavar="LIST", help="token counts to capture, as 4,8 (the default)"
-    )
-    check.add_argument(
-        "--payload",
-        choices=("ordinary", "subnormal", "negative-zero", "any"),
-        default="any",
-        help="the worst word that a rank sends (default any: the answer holds for each)",
-    )
-    check.add_argument("--strategy", choices=("one-shot", "two-shot", "auto"), default="auto", help="(default auto)")
-    check.add_argument("--skip-rank", type=_natural, metavar="R", help="let rank R leave out a call")
-    check.add_argument("--skip-call", type=_natural, metavar="C", help="which one, counted from 0")
-    check.add_argument("--trace", type=Path, metavar="FILE", help="show the trace that --json printed before")
-    check.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
-    check.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline")
-    hazards = commands.add_parser(
-        "hazards",
-        help="list the known ways in which a fused collective hangs or corrupts",
-        description="Print the hazard table, or one row of it in full.",
-    )
-    hazards.add_argument("id", nargs="?", help="an id, such as M1")
-    form = hazards.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
-    form.add_argument("--markdown", action="store_true", help="print docs/hazards.md")
-    journal = commands.add_parser(
-        "journal",
-        help="say which rank stopped first, and which ranks wait for it",
-        description="Merge the journals that the ranks of a job wrote into one folder (option journal_dir).",
-    )
-    journal.add_argument("folder", type=Path, help="the folder with journal-rank0.json, journal-rank1.json, ...")
-    journal.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
-    journal.add_argument("--svg", type=Path, metavar="FILE", help="draw the last steps of the ranks")
-    doctor = commands.add_parser(
-        "doctor",
-        help="say what is here, what collective='auto' would choose, and which hazards apply",
-        description="Look at this machine, with or without GPUs: exit 0 when it is healthy, 1 when a hazard that "
-        "decides against capture applies, 2 on bad usage.",
-    )
-    doctor.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
-    bench = commands.add_parser(
-        "bench",
-        help="measure up to which size each fused collective is worth using here",
-        description="Measure the fused collectives against NCCL on this machine and write a size table, the backend's "
-        "option size_table. Start one process for each GPU: torchrun --nproc-per-node N -m ringfence bench ...",
-    )
-    bench.add_argument("--write-table", type=Path, required=True, metavar="FILE", help="where to write the table")
-    bench.add_argument("--hidden", type=_count, nargs="+", default=[8192], metavar="N", help="(default 8192)")
-    bench.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    bench.add_argument(
-        "--sizes",
-        type=_bytes,
-        nargs="+",
-        metavar="SIZE",
-        help="bytes that a rank reduces, as 65536, 64K or 8M (default: the powers of two from 8K to 32M)",
-    )
+    for add in (_add_explain, _add_check, _add_hazards, _add_journal, _add_doctor, _add_bench):
+        add(commands)
     arguments = parser.parse_args(argv)
-    if arguments.command == "hazards" and arguments.id and arguments.markdown:
-        hazards.error("--markdown prints the whole table; leave the id out")
-    run = {
-        "explain": _explain,
-        "check": _check,
-        "hazards": _hazards,
-        "journal": _journal,
-        "doctor": _doctor,
-        "bench": _bench,
-    }[arguments.command]
+    run: Callable[[argparse.Namespace], tuple[str, int]] = arguments.run
     try:
         text, code = run(arguments)
         if text:  # of the ranks of a bench, one has something to say
@@ -166,20 +59,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RingfenceError as error:
-        print(f"ringfence: {error}", file=sys.stderr)
+        if _first_of_the_ranks():
+            print(f"ringfence: {error}", file=sys.stderr, flush=True)
         return USAGE if isinstance(error, _BAD_USAGE) else FAILED
     return code
+
+
+def _add_hazards(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "hazards",
+        help="list the known ways in which a fused collective hangs or corrupts",
+        description="Print the hazard table, or one row of it in full.",
+    )
+    parser.add_argument("id", nargs="?", help="an id, such as M1")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    form.add_argument("--markdown", action="store_true", help="print docs/hazards.md")
+    parser.set_defaults(run=_hazards, wrong_usage=parser.error)
 
 
 def _hazards(arguments: argparse.Namespace) -> tuple[str, int]:
     from .runtime.hazards.catalogue import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
 
+    if arguments.id and arguments.markdown:
+        arguments.wrong_usage("--markdown prints the whole table; leave the id out")
     rows = (find_hazard(arguments.id),) if arguments.id else HAZARDS
     if arguments.json:
         return json.dumps(as_dict(rows), indent=2), OK
     if arguments.markdown:
         return as_markdown().rstrip("\n"), OK
     return as_text(rows[0]) if arguments.id else summary_table(rows), OK
+
+
+def _add_journal(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "journal",
+        help="say which rank stopped first, and which ranks wait for it",
+        description="Merge the journals that the ranks of a job wrote into one folder (option journal_dir).",
+    )
+    parser.add_argument("folder", type=Path, help="the folder with journal-rank0.json, journal-rank1.json, ...")
+    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the last steps of the ranks")
+    parser.set_defaults(run=_journal)
 
 
 def _journal(arguments: argparse.Namespace) -> tuple[str, int]:
@@ -191,6 +112,17 @@ def _journal(arguments: argparse.Namespace) -> tuple[str, int]:
     return json.dumps(merged.to_dict(), indent=2) if arguments.json else str(merged), OK
 
 
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is here, what collective='auto' would choose, and which hazards apply",
+        description="Look at this machine, with or without GPUs: exit 0 when it is healthy, 1 when a hazard that "
+        "decides against capture applies, 2 on bad usage.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.set_defaults(run=_doctor)
+
+
 def _doctor(arguments: argparse.Namespace) -> tuple[str, int]:
     from .doctor import as_dict, as_text, gather
 
@@ -198,6 +130,26 @@ def _doctor(arguments: argparse.Namespace) -> tuple[str, int]:
         facts = gather()
     text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts)
     return text, OK if facts.healthy else FAILED
+
+
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure up to which size each fused collective is worth using here",
+        description="Measure the fused collectives against NCCL on this machine and write a size table, the backend's "
+        "option size_table. Start one process for each GPU: torchrun --nproc-per-node N -m ringfence bench ...",
+    )
+    parser.add_argument("--write-table", type=Path, required=True, metavar="FILE", help="where to write the table")
+    parser.add_argument("--hidden", type=_count, nargs="+", default=[8192], metavar="N", help="(default 8192)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--sizes",
+        type=_bytes,
+        nargs="+",
+        metavar="SIZE",
+        help="bytes that a rank reduces, as 65536, 64K or 8M (default: the powers of two from 8K to 32M)",
+    )
+    parser.set_defaults(run=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> tuple[str, int]:
@@ -209,10 +161,46 @@ def _bench(arguments: argparse.Namespace) -> tuple[str, int]:
     return bench(arguments.write_table, arguments.sizes or SIZES, arguments.hidden, dtype), OK
 
 
+def _add_check(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="say whether a plan can hang, and show how",
+        description="Run a model of the collective's protocol in every order, for a plan of captured pieces on N "
+        "ranks: exit 0 when no order fails, 1 when one does, 2 on bad usage.",
+    )
+    parser.add_argument("--collective", choices=_MODELLED, help="whose protocol")
+    parser.add_argument("--flashinfer", metavar="VERSION", help="in which version")
+    parser.add_argument("--tp", type=_world_size, metavar="N", help="tensor-parallel world size: 2, 4, 8 or 16")
+    parser.add_argument(
+        "--layers",
+        type=_layers,
+        default=80,
+        metavar="N",
+        help="layers of two fused sites each, up to 1000 (default 80)",
+    )
+    parser.add_argument(
+        "--pieces", type=_count, default=33, help="captured pieces that they are spread over (default 33)"
+    )
+    parser.add_argument(
+        "--capture-sizes", default="4,8", metavar="LIST", help="token counts to capture, as 4,8 (the default)"
+    )
+    parser.add_argument(
+        "--payload",
+        choices=("ordinary", "subnormal", "negative-zero", "any"),
+        default="any",
+        help="the worst word that a rank sends (default any: the answer holds for each)",
+    )
+    parser.add_argument("--strategy", choices=("one-shot", "two-shot", "auto"), default="auto", help="(default auto)")
+    parser.add_argument("--skip-rank", type=_natural, metavar="R", help="let rank R leave out a call")
+    parser.add_argument("--skip-call", type=_natural, metavar="C", help="which one, counted from 0")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="show the trace that --json printed before")
+    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline")
+    parser.set_defaults(run=_check)
+
+
 def _check(arguments: argparse.Namespace) -> tuple[str, int]:
     from .runtime.protocol import timeline
-    from .runtime.protocol.rules import NEWEST_READ
-    from .runtime.versions import parse_version
 
     if arguments.trace is not None:
         if any(getattr(arguments, name) is not None for name in ("collective", "flashinfer", "tp")):
@@ -235,8 +223,6 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
         lines = [f"payload: {answer.payload}"] if not answer.safe else []
         lines += [f"hazard: {row.id}, {row.title}"] if row is not None else []
         lines += [f"remedy: {answer.remedy}"] if answer.remedy else []
-        if parse_version(arguments.flashinfer) > parse_version(NEWEST_READ):
-            lines.append(f"note: protocols were read up to FlashInfer {NEWEST_READ}; {arguments.flashinfer} may differ")
         lines += [f"not in the model: {also.id}, {also.title.lower()}: {also.remedy}" for also in answer.also]
     if arguments.svg is not None:
         _write(arguments.svg, timeline.svg(result))
@@ -275,6 +261,7 @@ def _ask(arguments: argparse.Namespace) -> Answer:
         strategy=strategy,
         payload=Payload(arguments.payload),
     )
+    _say_if_unread(arguments.flashinfer)
     with _stage("exploring"):
         return ask(situation, programs)
 
@@ -310,6 +297,39 @@ def _layers(text: str) -> int:
     if _natural(text) > 1000:
         raise argparse.ArgumentTypeError(f"'{text}' is more than 1000; layers repeat, so fewer tell as much")
     return int(text)
+
+
+def _add_explain(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="say for each all-reduce of a model whether it is fused, and why not",
+        description="Compile a model as one of N tensor-parallel ranks, without the other ranks and without a GPU, "
+        "and print the report.",
+    )
+    parser.add_argument(
+        "target", help="a Hugging Face model folder, or module:function that returns (model, example_inputs)"
+    )
+    parser.add_argument("--tp", type=_world_size, required=True, metavar="N", help="tensor-parallel world size")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON (docs/report.md)")
+    parser.add_argument("--batch", type=_count, default=1, help="batch size of a model folder's input (default 1)")
+    parser.add_argument("--tokens", type=_count, default=8, help="sequence length of that input (default 8)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of a model folder"
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the backend, a Python literal or a string; may be repeated",
+    )
+    parser.add_argument(
+        "--collective",
+        choices=_MODELLED,
+        help="judge the fused sites as this collective's, though it need not run here",
+    )
+    parser.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")
+    parser.set_defaults(run=_explain)
 
 
 def _explain(arguments: argparse.Namespace) -> tuple[str, int]:
@@ -351,6 +371,8 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
         raise OptionsError("--flashinfer says nothing without --collective")
     if arguments.collective is not None:
         backend.judge_as = Situation(Collective(arguments.collective), arguments.flashinfer, world_size=arguments.tp)
+    if arguments.flashinfer is not None:
+        _say_if_unread(arguments.flashinfer)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.tp)
     try:
         with _stage(f"loading {arguments.target}"):
@@ -381,8 +403,34 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
     return report
 
 
+def _first_of_the_ranks() -> bool:
+    """Whether no other rank of a torchrun job has failed before this one. The first speaks for all.
+
+    It need not be rank 0: torchrun ends the others as soon as one has ended, perhaps before they could speak.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return int(store.add(f"ringfence/failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1)) == 1
+    except (KeyError, ValueError, RuntimeError):  # better twice than never
+        return True
+
+
 def _say(text: str) -> None:
     print(f"ringfence: {text}", file=sys.stderr, flush=True)
+
+
+def _say_if_unread(flashinfer: str) -> None:
+    """An answer about a release that nobody has read is one about the newest that was."""
+    from .runtime.protocol.rules import NEWEST_READ
+    from .runtime.versions import parse_version
+
+    if parse_version(flashinfer) > parse_version(NEWEST_READ):
+        _say(f"protocols and hazards were read up to FlashInfer {NEWEST_READ}; {flashinfer} may differ")
 
 
 def _first_lines(error: BaseException) -> str:

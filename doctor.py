@@ -24,8 +24,9 @@ from .runtime.collectives.carrier import reference_carrier, situation_of
 from .runtime.collectives.choice import RankFacts, choose, own_opt_outs, probe
 from .runtime.collectives.flashinfer import Unavailable, load
 from .runtime.errors import VersionError
+from .runtime.groups import nccl_version
 from .runtime.hazards.catalogue import applicable
-from .runtime.hazards.situation import Collective, Situation
+from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.hazards.table import Action, Hazard
 from .runtime.versions import parse_version
 
@@ -133,7 +134,7 @@ def gather() -> Facts:
     """Look at this machine. Never raises."""
     devices = _probe(_devices)
     found = devices.value or ()
-    version = _flashinfer_version()
+    version, nccl = _flashinfer_version(), _probe(_nccl)
     package = _probe(load)
     unusable = package.why or (package.value.reason if isinstance(package.value, Unavailable) else None)
     ranks = _probe(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
@@ -143,7 +144,7 @@ def gather() -> Facts:
         python=platform.python_version(),
         torch=torch.__version__,
         cuda=Probe(torch.version.cuda, None if torch.version.cuda else "this torch is built without CUDA"),
-        nccl=_probe(_nccl),
+        nccl=nccl,
         flashinfer=version,
         flashinfer_unusable=unusable,
         driver=_probe(_driver),
@@ -151,7 +152,7 @@ def gather() -> Facts:
         links=_probe(_links) if found else Probe(None, devices.why),
         opt_outs=own_opt_outs(),
         advice=advice,
-        hazards=_merged([*hazards_of_version(version.value), *hazards]),
+        hazards=_merged([*hazards_of_version(version.value), *hazards_of_nccl(nccl.value), *hazards]),
     )
 
 
@@ -194,6 +195,12 @@ def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
     ]
 
 
+def hazards_of_nccl(version: str | None) -> list[tuple[Hazard, str]]:
+    """What this NCCL is known for where a group spans several machines, whatever these are."""
+    situation = Situation(Collective.NCCL, nodes=2, facts=facts_of_nccl(version))
+    return [(hazard, f"NCCL {version}, captured, in a group of several nodes") for hazard in applicable(situation)]
+
+
 def _flashinfer_version() -> Probe[str]:
     """What is installed, without an import: that fails where it is too old for this torch."""
     for name in ("flashinfer-python", "flashinfer"):
@@ -228,9 +235,10 @@ class _Reason(Exception):
 
 
 def _nccl() -> str:
-    if not torch.distributed.is_nccl_available():
+    version = nccl_version()
+    if version is None:
         raise _Reason("this torch is built without NCCL")
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return version
 
 
 def _devices() -> tuple[Device, ...]:

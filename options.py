@@ -182,6 +182,12 @@ class Options:
                         "registers it before the model is compiled"
                     )
 
+    def given(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        defaults = Options()
+        pairs = ((f.name, getattr(self, f.name), getattr(defaults, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value, default in pairs if value != default}
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values; a callable becomes whether it is set."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

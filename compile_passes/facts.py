@@ -6,13 +6,12 @@ itself can ask :func:`facts_of` about the result.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule
 
-from ..runtime.collectives.flashinfer import STAGE_ALIGNMENT, WRAPPING_BUFFER
 from ..runtime.hazards.situation import Fact
 from .fuse import SITE
 from .host import op_names, reads_data, sizes_given_as_data, stream_of, touches_host, waits_for_device
@@ -29,30 +28,13 @@ class Evidence:
     message: str
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """The memory that a fused collective communicates through. ``buffer_bytes`` is that of one Lamport buffer."""
-
-    max_tokens: int
-    buffer_bytes: int
-    created: bool
-
-
-def facts_of(
-    plan: SplitPlan,
-    whole: GraphModule,
-    *,
-    capture_sizes: Collection[int] = (),
-    workspace: Workspace | None = None,
-) -> tuple[Evidence, ...]:
+def facts_of(plan: SplitPlan, whole: GraphModule) -> tuple[Evidence, ...]:
     """Everything in a split graph that a hazard may rest on, in the plan's order.
 
-    ``plan`` and ``whole`` are what :func:`ringfence.compile_passes.split.split` returns.
+    ``plan`` and ``whole`` are what :func:`ringfence.compile_passes.split.split` returns. Nothing here is about the
+    workspace: :mod:`ringfence.runtime.collectives` makes none that does not fit, and none during a capture.
     """
-    found = [*_captured_ops(plan, whole), *_across_parts(plan, whole)]
-    if workspace is not None:
-        found += _workspace(workspace, capture_sizes)
-    return tuple(found)
+    return (*_captured_ops(plan, whole), *_across_parts(plan, whole))
 
 
 def _captured_ops(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
@@ -96,23 +78,3 @@ def _across_parts(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
 
 def _stream_name(stream: int | None) -> str:
     return "the stream of the call" if stream is None else f"stream {stream}"
-
-
-def _workspace(workspace: Workspace, capture_sizes: Collection[int]) -> Iterator[Evidence]:
-    if not workspace.created and capture_sizes:
-        yield Evidence(Fact.WORKSPACE_ABSENT_AT_CAPTURE, "workspace", "the workspace does not exist yet")
-    beyond = [n for n in sorted(capture_sizes) if n > workspace.max_tokens]
-    if beyond:
-        yield Evidence(
-            Fact.CAPTURE_SIZE_BEYOND_WORKSPACE,
-            "workspace",
-            f"capture sizes {beyond} exceed the {workspace.max_tokens} tokens that the workspace holds",
-        )
-    if workspace.buffer_bytes % STAGE_ALIGNMENT:
-        yield Evidence(
-            Fact.MISALIGNED_BUFFER,
-            "workspace",
-            f"a buffer of {workspace.buffer_bytes} bytes is no multiple of {STAGE_ALIGNMENT}",
-        )
-    if workspace.buffer_bytes >= WRAPPING_BUFFER:
-        yield Evidence(Fact.LAMPORT_OVER_1_GIB, "workspace", f"a buffer of {workspace.buffer_bytes} bytes is too large")

@@ -194,6 +194,7 @@ def judge(
     capture_failure: str | None = None,
     on_hazard: str = "split",
     profile: str = "causes",
+    nccl: Situation | None = None,
     rules: Sequence[Rule] = RULES,
 ) -> list[Verdict]:
     """A verdict for every op that a rule has something to say about, in graph order.
@@ -208,6 +209,9 @@ def judge(
     - "refuse": refuse the site;
     - "raise": raise :class:`HazardError`;
     - "clean": clean the payload if that avoids it (one-shot only), else as "split".
+
+    ``nccl`` is what the hazard table is asked about a collective that stays in its piece over NCCL, whether a site's
+    reference or one that nothing fuses; without one it is not asked.
 
     ``profile="conservative"`` decides fused sites by the rule of the field instead
     (:mod:`ringfence.runtime.hazards.field_rule`).
@@ -236,6 +240,9 @@ def judge(
                 verdict = _by_the_field(verdict, mine)
             else:
                 verdict = _by_hazards(verdict, mine, on_hazard)
+        if nccl is not None and verdict.rule == "nccl":  # nothing else could carry it out, so no refusal
+            mine = replace(nccl, capture=capture)
+            verdict = _by_hazards(verdict, mine, on_hazard if on_hazard == "raise" else "split")
         verdicts.append(verdict)
     return verdicts
 
@@ -274,7 +281,9 @@ def _strictness(verdict: Verdict) -> tuple[int, bool, bool]:
 
 def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: str) -> Verdict:
     ways = {hazard.decides, *hazard.instead}
-    unknown = " (FlashInfer's version is not known)" if situation.flashinfer is None else ""
+    when = next(w for w in hazard.when if w.holds(situation))
+    unread = situation.flashinfer is None and (when.low or when.high)
+    unknown = " (FlashInfer's version is not known)" if unread else ""
     because = replace(
         verdict,
         rule=hazard.id,
@@ -282,7 +291,7 @@ def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: 
         source=hazard.source,
         hazard=hazard.id,
         invariant=str(hazard.invariants[0]) if hazard.invariants else None,
-        fact=_fact(hazard, situation),
+        fact=f"{when}; the version is not known, so it may be the worst" if unread else str(when),
         remedy=hazard.remedy,
     )
     if hazard.decides is Action.CAPTURE:
@@ -298,15 +307,6 @@ def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: 
         return replace(because, decision=Decision.SPLIT)
     message = f"{because.message} It runs on the reference collective instead, between pieces."
     return replace(because, decision=Decision.REFUSE, message=message)
-
-
-def _fact(hazard: Hazard, situation: Situation) -> str:
-    """What of the situation makes the row apply, in one line."""
-    when = next(w for w in hazard.when if w.holds(situation))
-    known = [str(when)]
-    if situation.flashinfer is None and (when.low or when.high):
-        known.append("the version is not known, so it may be the worst")
-    return "; ".join(known)
 
 
 def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..runtime.errors import NotFusedError
 from .find import Site
 from .judge import Verdict
@@ -19,6 +21,9 @@ from .prove import PlanVerdict
 from .split import Piece
 
 SCHEMA = 1
+
+#: Captured token counts that the summary lists one by one.
+_MOST_COUNTS = 8
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class CompileReport:
     ``collective`` carries out the fused sites, and ``candidates`` say of each collective that was
     considered why it was not taken; ``notes`` are sentences about the graph as a whole (grad mode, padding refused);
     ``graphs`` names what captures, or None; ``versions`` maps package to version.
+
+    ``judged_as``: what the plan was judged as, where that is not what carries it out (``ringfence explain
+    --collective``). ``captured``: the token counts that are captured when they are met. ``fused_bytes``: the
+    largest input, in bytes on one rank, that the collective's kernels serve; above it the fused sites run on the
+    reference collective. None: that one serves every size.
     """
 
     sites: tuple[Site, ...]
@@ -40,6 +50,9 @@ class CompileReport:
     candidates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     plan: PlanVerdict | None = None
+    judged_as: str | None = None
+    captured: tuple[int, ...] = ()
+    fused_bytes: int | None = None
 
     @property
     def fused(self) -> tuple[Site, ...]:
@@ -54,15 +67,30 @@ class CompileReport:
         """One line: how many all-reduces were fused, how the graph was cut."""
         islands = sum(p.island for p in self.pieces)
         cut = f"{len(self.pieces) - islands} pieces and {islands} islands" if islands else "one piece"
+        judged = f", judged as {self.judged_as}" if self.judged_as is not None else ""
+        captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else self.graphs or "off"
         return (
-            f"{len(self.fused)} of {len(self.sites)} all-reduces fused (collective: {self.collective}); "
-            f"{cut}; capture: {self.graphs or 'off'}"
+            f"{len(self.fused)} of {len(self.sites)} all-reduces fused (collective: {self.collective}{judged}); "
+            f"{cut}; capture: {captured}"
         )
+
+    @property
+    def limit(self) -> str | None:
+        """Up to which size the collective serves fused sites, in one sentence; None where there is no limit."""
+        if self.fused_bytes is None:
+            return None
+        shapes = {(s.hidden_size, s.dtype): None for s in self.fused if s.hidden_size is not None}
+        tokens = [f"{self.fused_bytes // (h * getattr(torch, d).itemsize)} tokens of {h} {d}" for h, d in shapes]
+        size = f"{self.fused_bytes / 2**20:g} MiB" if self.fused_bytes >= 2**20 else f"{self.fused_bytes / 2**10:g} KiB"
+        serves = f"{self.collective} serves fused sites of up to {size} on a rank ({', '.join(tokens)})"
+        return f"{serves}, and larger ones run on the reference collective"
 
     def __str__(self) -> str:
         from tabulate import tabulate
 
         parts = [f"ringfence: {self.summary}"]
+        if self.limit is not None:
+            parts.append(self.limit)
         if self.sites:
             rows = [
                 (
@@ -99,8 +127,11 @@ class CompileReport:
             "schema": SCHEMA,
             "summary": self.summary,
             "collective": self.collective,
+            "judged_as": self.judged_as,
+            "fused_bytes": self.fused_bytes,
             "candidates": list(self.candidates),
             "graphs": self.graphs,
+            "captured": list(self.captured),
             "sites": [_site(s) for s in self.sites],
             "pieces": [_plain(p) for p in self.pieces],
             "verdicts": [_plain(v) for v in self.verdicts],
@@ -159,6 +190,13 @@ def _plain(value: Piece | Verdict | PlanVerdict) -> dict[str, Any]:
     """The fields of a dataclass as JSON has them."""
     fields = dataclasses.asdict(value)
     return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, str) else v for k, v in fields.items()}
+
+
+def _counts(tokens: tuple[int, ...]) -> str:
+    """Token counts: all of a few, the ends of many."""
+    if len(tokens) <= _MOST_COUNTS:
+        return f"{', '.join(map(str, tokens))} token{'s' if tokens != (1,) else ''}"
+    return f"{len(tokens)} sizes from {tokens[0]} to {tokens[-1]} tokens"
 
 
 def _short(source: str | None) -> str:

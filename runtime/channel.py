@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
-from .errors import ChannelTimeoutError, PeerFailedError, RankLeftError, RankMismatchError, RingfenceError
+from .errors import ChannelTimeoutError, PeerFailedError, RankLeftError, RankMismatch, RingfenceError
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class Channel:
         """Every rank's ``value``, by rank; small and picklable. Every rank must call, with the same topic.
 
         Raises :class:`ChannelTimeoutError` naming the ranks that did not come in time,
-        :class:`RankLeftError` where one will not come, and :class:`RankMismatchError` where ranks
+        :class:`RankLeftError` where one will not come, and :class:`RankMismatch` where ranks
         came to exchange different things.
         """
         key = f"{self._opened}/{self._exchanges}"
@@ -111,7 +111,7 @@ class Channel:
             raise PeerFailedError(failures_text(failures), failures)
         topics = [t for t, _ in answers]
         if len(set(topics)) > 1:
-            raise RankMismatchError(f"ranks do different things: {by_value(topics)}")
+            raise RankMismatch(f"ranks do different things: {by_value(topics)}")
         return [v for _, v in answers]
 
     def barrier(self, topic: str) -> None:

@@ -24,15 +24,11 @@ class GroupError(RingfenceError):
     """The process group of an all-reduce does not exist in this process."""
 
 
-class RankMismatchError(RingfenceError):
+class RankMismatch(RingfenceError):
     """The ranks of a group are about to do different things."""
 
 
-#: The name by which documents and issues call it.
-RankMismatch = RankMismatchError
-
-
-class RankLeftError(RankMismatchError):
+class RankLeftError(RankMismatch):
     """A rank will not come to what the others wait for: it gave up, or compiled other graphs than they did."""
 
 

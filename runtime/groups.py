@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +52,23 @@ def ranks_of(name: str) -> tuple[int, ...]:
     """The global ranks of a group that exists."""
     group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     return tuple(dist.get_process_group_ranks(group))
+
+
+def nccl_version() -> str | None:
+    """The NCCL that this process uses, as "2.28.9"; None where torch has none.
+
+    torch tells the one that it was built with; a newer one may have been installed beside it, as V#52504 advises.
+    """
+    if not dist.is_available() or not dist.is_nccl_available():
+        return None
+    code = ctypes.c_int()
+    try:  # the library that torch has loaded, and no other
+        failed = ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOLOAD | os.RTLD_LAZY).ncclGetVersion(ctypes.byref(code))
+    except (OSError, AttributeError):  # built into torch
+        failed = True
+    if failed:
+        return ".".join(map(str, torch.cuda.nccl.version()[:3]))
+    return f"{code.value // 10000}.{code.value // 100 % 100}.{code.value % 100}"
 
 
 def _default_group_name() -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -267,8 +268,53 @@ def test_report_is_documented_json_and_a_table() -> None:
     assert data["options"]["capture_sizes"] == [3] and data["versions"]["torch"] == torch.__version__
     assert [p["index"] for p in data["pieces"]] == list(range(len(data["pieces"])))
     assert {v["decision"] for v in data["verdicts"]} == {"SPLIT"} and {v["site"] for v in data["verdicts"]} >= {0, None}
+    assert (data["captured"], data["graphs"], data["fused_bytes"], data["judged_as"]) == ([3], "simulated", None, None)
     table = str(report)
+    assert "capture: simulated, 3 tokens\n" in table and "serves" not in table
     assert "op_between" in table and "test_backend.py" in table and "SPLIT" in table
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((), "off"),
+        ((1,), "simulated, 1 token"),
+        ((1, 16), "simulated, 1, 16 tokens"),
+        (range(1, 10), "simulated, 9 sizes from 1 to 9 tokens"),
+    ],
+)
+@pytest.mark.usefixtures("fake_group")
+def test_summary_says_which_sizes_are_captured(sizes: Sequence[int], said: str) -> None:
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=sizes)
+    torch.compile(Model(layers=1), backend=backend, dynamic=True)(rows(3))
+    assert backend.reports[0].summary.endswith(f"; capture: {said}")
+    assert backend.reports[0].captured == tuple(sizes)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_nothing_is_captured_where_the_token_count_is_not_known() -> None:
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3])
+    torch.compile(lambda x: x.sum(), backend=backend, dynamic=True)(torch.tensor(2.0))
+    report = backend.reports[0]
+    assert report.captured == () and report.summary.endswith("capture: off"), report.summary
+    assert ["no all-reduce" in report.notes[0], "nothing is captured" in report.notes[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"groups": ["0", "absent"]}, r"option groups names \['absent'\], and the graph all-reduces over \['0'\]"),
+        ({"groups": ["0"]}, None),
+        ({"capture_sizes": [3], "pad_to_capture_size": True}, "not padded: the graph has no single dynamic size"),
+        ({"capture_sizes": [3]}, None),
+    ],
+)
+@pytest.mark.usefixtures("fake_group")
+def test_report_notes_where_an_option_came_to_nothing(options: dict[str, object], note: str | None) -> None:
+    backend = ringfence.Backend(piece_compiler="eager", **options)
+    torch.compile(Model(layers=1), backend=backend, dynamic=False)(rows(3))
+    notes = backend.reports[0].notes
+    assert len(notes) == (note is not None) and all(re.match(str(note), text) for text in notes), notes
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -172,11 +172,36 @@ def test_the_table_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == USAGE and "--write-table" in capsys.readouterr().err
 
 
+def test_the_first_rank_that_fails_speaks_for_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("USE_AGENT_STORE", "True"), ("RESTART_COUNT", "0")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")  # a world of one, which is refused
+
+    def said() -> int:
+        assert main(["bench", "--write-table", str(tmp_path / "table.json")]) == USAGE
+        return capsys.readouterr().err.count("two or more ranks")
+
+    assert [said() for _ in range(3)] == [1, 0, 0]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has started all of them again
+    assert [said() for _ in range(2)] == [1, 0]
+    for port in ("", "no port"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        assert said() == 1, "without a store, each says it"
+    monkeypatch.delenv("MASTER_PORT")
+    assert said() == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_torchrun_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    """As a user starts it: both ranks say why, and none waits for the other."""
+    """As a user starts it: none waits for the other, and it is said once."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ringfence", "bench")
     result = run_python(*launch, "--write-table", str(tmp_path / "table.json"), timeout=90)
-    assert result.returncode and "bench measures CUDA devices" in result.stderr
+    assert result.returncode and result.stderr.count("bench measures CUDA devices") == 1, result.stderr
     assert "exitcode  : 2" in result.stderr and "exitcode  : 1" not in result.stderr
     assert not (tmp_path / "table.json").exists()

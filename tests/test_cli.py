@@ -181,7 +181,7 @@ def test_hazards_lists_every_row(ringfence: Run) -> None:
     assert code == OK, err
     header, _, *lines = out.splitlines()
     assert header.split() == ["id", "title", "applies", "decides", "source"]
-    assert [line.split()[0] for line in lines if line.startswith("M")] == [f"M{n}" for n in range(1, 48)]
+    assert [line.split()[0] for line in lines if line.startswith("M")] == [f"M{n}" for n in range(1, 49)]
     assert max(map(len, lines)) < 160
 
 
@@ -212,7 +212,7 @@ def test_hazards_says_why_a_row_is_not_shown(ringfence: Run) -> None:
 def test_hazards_prints_json(ringfence: Run) -> None:
     code, out, err = ringfence("hazards", "--json")
     assert code == OK, err
-    assert len(json.loads(out)["hazards"]) == 47
+    assert len(json.loads(out)["hazards"]) == 48
     code, out, err = ringfence("hazards", "M44", "--json")
     (row,) = json.loads(out)["hazards"]
     assert row["id"] == "M44" and row["decides"] == "capture" and row["certainty"] == "disproved"
@@ -221,7 +221,7 @@ def test_hazards_prints_json(ringfence: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["M99"], "there is no hazard 'M99'; the ids are M1 to M47"),
+        (["M99"], "there is no hazard 'M99'; the ids are M1 to M48"),
         (["mnnvl"], "there is no hazard 'mnnvl'"),
         (["--json", "--markdown"], "not allowed with"),
         (["M1", "--markdown"], "leave the id out"),
@@ -275,10 +275,20 @@ def test_check_depends_on_the_strategy(ringfence: Run, strategy: str, code: int)
     assert ringfence(*arguments)[0] == code
 
 
-@pytest.mark.parametrize(("version", "noted"), [("0.7.2.post1", False), ("0.7.0", False), ("99", True)])
-def test_check_says_that_a_release_was_not_read(ringfence: Run, version: str, noted: bool) -> None:
-    code, out, _ = ringfence(*MNNVL, version, "--layers", "1", "--pieces", "1")
-    assert code == OK and ("read up to FlashInfer 0.7.2.post1; 99 may differ" in out) == noted
+@pytest.mark.parametrize(("version", "noted"), [("0.7.2.post1", False), ("0.7.0", False), ("9.9", True)])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_check_says_that_a_release_was_not_read(
+    ringfence: Run, version: str, noted: bool, form: tuple[str, ...]
+) -> None:
+    code, out, err = ringfence(*MNNVL, version, "--layers", "1", "--pieces", "1", *form)
+    assert code == OK and ("read up to FlashInfer 0.7.2.post1; 9.9 may differ" in err) == noted
+    assert "safe" in out and "may differ" not in out
+
+
+def test_check_needs_no_torch() -> None:
+    check = ["check", "--collective", "mnnvl", "--tp", "2", "--flashinfer", "9.9", "--layers", "1"]
+    result = run_python("-c", f"import sys, ringfence.cli as c; c.main({check}); assert 'torch' not in sys.modules")
+    assert result.returncode == OK and "9.9 may differ" in result.stderr, result.stderr
 
 
 def test_check_names_what_is_not_in_the_model(ringfence: Run) -> None:
@@ -359,8 +369,25 @@ def test_explain_judges_as_a_collective_that_need_not_run_here(
     code, out, err = explain("targets:tuple_inputs", "--tp", "2", *as_mnnvl)
     assert code == OK, err
     report = json.loads(out)
+    assert report["judged_as"] == f"mnnvl of FlashInfer {version}" and report["captured"] == [3]
     (verdict,) = report["verdicts"]
     assert (verdict["decision"], verdict["rule"], report["plan"]["kind"]) == (decision, rule, plan)
+
+
+@pytest.mark.parametrize(
+    ("version", "judged"), [(("--flashinfer", "0.6.10"), "FlashInfer 0.6.10"), ((), "an unknown version")]
+)
+def test_explain_says_what_it_judged_the_plan_as(explain: Run, version: tuple[str, ...], judged: str) -> None:
+    code, out, err = explain("targets:tuple_inputs", "--tp", "2", "--collective", "trtllm", *version)
+    assert code == OK, err
+    assert f"(collective: reference, judged as trtllm of {judged});" in out.splitlines()[0]
+    assert "judged as" not in explain("targets:tuple_inputs", "--tp", "2")[1]
+
+
+def test_explain_says_that_a_release_was_not_read(explain: Run) -> None:
+    for version, noted in (("9.9", True), ("0.7.0", False)):
+        code, _, err = explain("targets:tuple_inputs", "--tp", "2", "--collective", "mnnvl", "--flashinfer", version)
+        assert code == OK and ("9.9 may differ" in err) == noted
 
 
 def test_explain_refuses_a_version_of_nothing(explain: Run) -> None:

@@ -24,6 +24,7 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a mach
 def _pretend(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     found = Probe(version) if version else Probe[str](None, "FlashInfer is not installed")
     monkeypatch.setattr(doctor, "_flashinfer_version", lambda: found)
+    monkeypatch.setattr(doctor, "nccl_version", lambda: None)
 
 
 def test_where_an_opt_out_comes_from(
@@ -126,6 +127,22 @@ def test_advice_is_about_the_devices_that_are_here() -> None:
 def test_no_version_has_no_hazards() -> None:
     assert hazards_of_version(None) == []
     assert {h.id for h, _ in hazards_of_version("0.6.10")} == {"M1", "M2", "M3"}
+
+
+def test_an_old_nccl_is_named_and_does_not_make_the_machine_ill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One machine is one node, where it was never seen to hang."""
+    _pretend(monkeypatch, None)
+    monkeypatch.setattr(doctor, "_devices", lambda: ())
+    for version, ids in (("2.28.9", ["M48"]), ("2.30.4", [])):
+        monkeypatch.setattr(doctor, "nccl_version", lambda version=version: version)
+        assert main(["doctor", "--json"]) == OK
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["nccl"]["value"] == version and [h["id"] for h in facts["hazards"]] == ids
+        assert main(["doctor"]) == OK
+        out = capsys.readouterr().out.partition("other hazards")[2]
+        assert (f"NCCL {version}, captured, in a group of several nodes" in out) == bool(ids)
 
 
 def _made_up() -> Facts:

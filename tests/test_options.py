@@ -79,3 +79,11 @@ def test_options_are_normalised() -> None:
     assert options.all_reduce_ops == {"lib::ar": None}
     assert ringfence.Backend().options == ringfence.Options()
     assert options.as_dict()["capture_sizes"] == [1, 8]
+
+
+def test_a_backend_shows_what_was_asked_of_it() -> None:
+    assert repr(ringfence.Backend()) == "<ringfence.Backend(), 0 reports>"
+    backend = ringfence.Backend(capture_sizes=[16, 1], numerics="kernel", on_hang=None, verify=True)
+    assert repr(backend) == "<ringfence.Backend(capture_sizes=(1, 16), verify=True), 0 reports>"
+    backend.reports.append(None)  # type: ignore[arg-type]
+    assert repr(backend).endswith(", 1 report>")

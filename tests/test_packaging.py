@@ -26,3 +26,8 @@ def test_runtime_never_imports_the_passes() -> None:
     for path in (ROOT / "runtime").rglob("*.py"):
         imports = [line for line in path.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
         assert not any("compile_passes" in line for line in imports), path
+
+
+def test_what_is_exported_has_the_name_that_messages_print() -> None:
+    """A traceback shows a class's own name; it must be the one that a user can catch."""
+    assert {name: getattr(ringfence, name).__name__ for name in ringfence.__all__} == {n: n for n in ringfence.__all__}

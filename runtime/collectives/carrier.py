@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.distributed import distributed_c10d
 
 from ..channel import Channel, failures_text, first_difference
-from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatchError, WorkspaceError
+from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatch, WorkspaceError
 from ..groups import Group
 from ..hazards.situation import Collective, Fact, Situation, Strategy
 from .choice import Candidate, Choice, RankFacts, choose, probe
@@ -90,7 +90,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
     """Choose, create and test a collective for a group of CUDA devices. Every rank must call.
 
     channel: among the ranks of the group. Raises :class:`CollectiveUnavailableError` where the user
-    insists on one that cannot be had, :class:`RankMismatchError` where the ranks want different things,
+    insists on one that cannot be had, :class:`RankMismatch` where the ranks want different things,
     and :class:`WorkspaceError` where workspaces that a failure left behind cannot be given back.
     """
     workspaces = workspaces_of(group.name)
@@ -111,7 +111,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
             failed=unfit | workspaces.failed,
         )
         if choice.row is None or choice.transport is None:
-            return replace(reference_carrier(group.size), candidates=choice.candidates)
+            return Carrier(Collective.REFERENCE, situation_of(choice, ranks), choice.candidates)
         way = (choice.collective, choice.transport)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
@@ -152,7 +152,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
 def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, workspaces: Workspaces) -> list[RankFacts]:
     """What every rank knows of itself, by rank; spoiled workspaces of the group are given back on the way.
 
-    Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatchError` where they want different things.
+    Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatch` where they want different things.
     """
     facts: RankFacts | str
     try:
@@ -162,7 +162,7 @@ def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, worksp
     answers = channel.exchange("facts of each rank", (facts, wanted.parts, workspaces.spoiled))
     asked = [parts for _, parts, _ in answers]
     if len(set(asked)) > 1:
-        raise RankMismatchError(f"the ranks want different collectives: {first_difference(asked)}")
+        raise RankMismatch(f"the ranks want different collectives: {first_difference(asked)}")
     if spoiled := next((why for _, _, why in answers if why is not None), None):
         workspaces.discard(channel, spoiled)
     failures = tuple((rank, why) for rank, (why, _, _) in enumerate(answers) if isinstance(why, str))
@@ -231,8 +231,9 @@ def situation_of(
     choice: Choice, ranks: Sequence[RankFacts], *, sizes: Sequence[int] = (), part_of_world: bool = False
 ) -> Situation:
     """The plan in the words of the hazard table. sizes: those to capture. part_of_world: there are other ranks."""
+    nodes = len({facts.host for facts in ranks})
     if choice.row is None:
-        return Situation(choice.collective, world_size=len(ranks))
+        return Situation(choice.collective, world_size=len(ranks), nodes=nodes, capability=ranks[0].capability)
     one_strategy = choice.row.one_shot >= choice.row.fused
     facts = set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE}
     if choice.collective is Collective.MNNVL:
@@ -245,7 +246,7 @@ def situation_of(
         choice.collective,
         ranks[0].flashinfer,
         len(ranks),
-        nodes=len({facts.host for facts in ranks}),
+        nodes=nodes,
         capability=ranks[0].capability,
         # The peer transport uses no multicast, so whether there is any does not matter.
         multicast=True if choice.transport == "multicast" else None,

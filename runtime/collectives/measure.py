@@ -25,7 +25,7 @@ from torch.distributed import distributed_c10d
 
 from ..channel import DEFAULT_SECONDS, Channel, open_channel
 from ..errors import CollectiveUnavailableError, OptionsError
-from ..groups import Group, describe_group
+from ..groups import Group, describe_group, nccl_version
 from ..hazards.situation import Collective, Strategy
 from .carrier import Wanted, prepare
 from .choice import own_opt_outs
@@ -305,12 +305,11 @@ def bench(path: Path, sizes: Sequence[int], hiddens: Sequence[int], dtype: torch
 
 
 def _source(device: torch.device, world_size: int, hiddens: Sequence[int], dtype: torch.dtype) -> str:
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
     package = load()
     flashinfer = package.version if isinstance(package, FlashInfer) else "not usable"
     return (
         f"ringfence bench, {datetime.date.today().isoformat()}: {world_size} x {torch.cuda.get_device_name(device)}, "
-        f"torch {torch.__version__}, NCCL {nccl}, FlashInfer {flashinfer}, "
+        f"torch {torch.__version__}, NCCL {nccl_version()}, FlashInfer {flashinfer}, "
         f"hidden {', '.join(map(str, hiddens))}, {str(dtype).removeprefix('torch.')}"
     )
 

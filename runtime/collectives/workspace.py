@@ -67,6 +67,12 @@ class Workspace:
     closed: bool = False
     _constants: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest fused call that it serves: what the size table says is worth it, if that fits."""
+        two_shot = Strategy.TWO_SHOT in self.kernels.strategies
+        return min(self.capacity, self.row.fused if two_shot else self.row.one_shot)
+
     def strategy(self, tokens: int, hidden: int, dtype: torch.dtype) -> Strategy | None:
         """How a fused call of this shape is carried out; None: by the reference collective."""
         strategy = self.row.strategy(tokens * hidden * dtype.itemsize)

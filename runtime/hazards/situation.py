@@ -116,11 +116,18 @@ class Fact(Explained):
     PARTIAL_WARP_HIDDEN_SIZE = "partial_warp_hidden_size", "the hidden size makes blocks that are no multiple of a warp"
     FP4_OUTPUT = "fp4_output", "the fused op quantises its output to FP4"
     PROFILER_ATTACHED = "profiler_attached", "Nsight Systems traces the process"
-    NCCL_REPLAY_UNSAFE = "nccl_replay_unsafe", "NCCL symmetric memory, or NCCL 2.28.9 (fixed in 2.30.4), is captured"
+    NCCL_SYMMETRIC_MEMORY = "nccl_symmetric_memory", "a collective over NCCL's symmetric memory is captured"
+    NCCL_BEFORE_2_30_4 = "nccl_before_2_30_4", "the process uses NCCL 2.28.9 or later, and before 2.30.4"
     NO_GROUP_ABORT = "no_group_abort", "a rank that throws tells nobody, or runs a collective in a finally"
     # seen in a run
     RANK_DID_NOT_ENTER = "rank_did_not_enter", "the journal shows a rank that never entered the call the others spin in"
     CONTROL_WORD_ILLEGAL = "control_word_illegal", "a control word holds a value that the protocol never writes"
+
+
+def facts_of_nccl(version: str | None) -> frozenset[Fact]:
+    """What the version of NCCL says. Releases before 2.28.9 were not reported."""
+    suspected = version is not None and in_range(version, "2.28.9", "2.30.4")
+    return frozenset({Fact.NCCL_BEFORE_2_30_4} if suspected else ())
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,10 @@ class Situation:
     def __post_init__(self) -> None:
         if self.flashinfer is not None:
             parse_version(self.flashinfer)
+
+    def __str__(self) -> str:
+        """``mnnvl of FlashInfer 0.6.10``."""
+        return f"{self.collective} of {f'FlashInfer {self.flashinfer}' if self.flashinfer else 'an unknown version'}"
 
 
 @dataclass(frozen=True)

@@ -615,13 +615,21 @@ HAZARDS: tuple[Hazard, ...] = (
         "graph repeats only the rest.",
         when=(
             When((Collective.NCCL,), capture=True, transports=(Transport.HOST,)),
-            When((Collective.NCCL,), capture=True, facts=(Fact.NCCL_REPLAY_UNSAFE,)),
+            When((Collective.NCCL,), capture=True, facts=(Fact.NCCL_SYMMETRIC_MEMORY,)),
+            # Where M48 was reported, twice: between DGX Sparks.
+            When(
+                (Collective.NCCL,),
+                capture=True,
+                multi_node=True,
+                capabilities=((12, 1),),
+                facts=(Fact.NCCL_BEFORE_2_30_4,),
+            ),
             When(capture=True, facts=(Fact.UNMARKED_UNSAFE_OP,)),
         ),
         decides=Action.SPLIT,
         invariants=(Invariant.I6, Invariant.I18),
         remedy="Run it eagerly between pieces; use NCCL 2.30.4 or later, without its symmetric memory.",
-        source="V#46253, V#46372, V#52504, SGL#29946, pytorch/torchtitan#3685",
+        source="V#46253, V#46372, V#52504, V#40969, SGL#29946, SGL#37768, pytorch/torchtitan#3685",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_memory.py::test_m34_the_hosts_part_of_a_captured_collective_is_not_replayed",
     ),
@@ -814,5 +822,23 @@ HAZARDS: tuple[Hazard, ...] = (
         source="radixark/miles#935, FI#3745",
         certainty=Certainty.CERTAIN,
         not_shown="needs multicast hardware",
+    ),
+    Hazard(
+        id="M48",
+        title="A replay with NCCL before 2.30.4 deadlocks between nodes",
+        symptom="Within the first requests, a replay that holds NCCL collectives hangs on the link between nodes. "
+        "Eager calls do not.",
+        mechanism="Not known. Reported between DGX Sparks (GB10) over RoCE with NCCL 2.28.9, where 2.30.4 ended it and "
+        "nothing else was changed; there M34 decides. On ARM hosts, NCCL before 2.29.3 loses the slots of its network "
+        "proxy, which is a hang between nodes too, though not of captures alone. Inside one node 2.28.9 replayed "
+        "thousands of steps on H200.",
+        when=(When((Collective.NCCL,), capture=True, multi_node=True, facts=(Fact.NCCL_BEFORE_2_30_4,)),),
+        decides=Action.WARN,
+        instead=(Action.SPLIT,),
+        invariants=(Invariant.I6, Invariant.I18),
+        remedy="Use NCCL 2.30.4 or later, or run its collectives eagerly (option split_ops).",
+        source="V#52504 (open), V#40969, marin-community/marin#8038; measured on H200",
+        certainty=Certainty.OPEN,
+        not_shown="seen between DGX Sparks only",
     ),
 )

@@ -46,7 +46,7 @@ from ..errors import (
     NestedCaptureError,
     WorkspaceReplacedError,
 )
-from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote
+from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote, sizes_text
 from ..watch.supervision import Supervision
 from .buffers import copy_into, narrow, static_like, weak_memory
 from .capture import CapturedPiece, GraphBackend
@@ -191,8 +191,8 @@ class PiecewiseRunner:
             run, how = self._capture, CAPTURE
         elif self._closed():
             raise WorkspaceReplacedError(
-                f"the workspace of the collectives was closed since sizes {target} were captured, and the graph holds "
-                "its addresses; start over with torch._dynamo.reset()"
+                f"the workspace of the collectives was closed since {sizes_text(target)} were captured, and the graph "
+                "holds its addresses; start over with torch._dynamo.reset()"
             )
         else:
             run, how = self._replay, REPLAY
@@ -334,7 +334,7 @@ class PiecewiseRunner:
             for i, parameter in zip(self._static, entry.parameters, strict=True):
                 if parameter.moved:
                     raise AddressChangedError(
-                        f"parameter '{self._program.inputs[i]}' moved since it was captured at sizes {target}; "
+                        f"parameter '{self._program.inputs[i]}' moved since it was captured at {sizes_text(target)}; "
                         "update parameters in place (p.copy_(new)), or start over with torch._dynamo.reset()"
                     )
             if any(p.gone for p in entry.parameters):
@@ -398,7 +398,7 @@ class PiecewiseRunner:
             piece = self._graphs.capture(step.call, args)
         except Exception as error:
             return (
-                f"capture of '{step.name}' at sizes {entry.sizes} failed ({type(error).__name__}: {error}); "
+                f"capture of '{step.name}' at {sizes_text(entry.sizes)} failed ({type(error).__name__}: {error}); "
                 "calls of these sizes run uncaptured"
             )
         entry.pieces.append(piece)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..channel import Channel, Failures, by_value, first_difference
-from ..errors import RankMismatchError
+from ..errors import RankMismatch
+from .journal import sizes_text
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class PlanDigest:
 
 
 def agree(channel: Channel, digest: PlanDigest, *, what: str = "compiled graph") -> None:
-    """Return where all ranks hold the same digest; otherwise raise :class:`RankMismatchError` on every rank.
+    """Return where all ranks hold the same digest; otherwise raise :class:`RankMismatch` on every rank.
 
     Only hashes are sent unless they differ. Also raises what :meth:`Channel.exchange` raises.
     """
@@ -44,7 +45,7 @@ def agree(channel: Channel, digest: PlanDigest, *, what: str = "compiled graph")
     if len(set(channel.exchange(topic, digest.short))) == 1:
         return
     digests = channel.exchange(f"{topic}: the difference", digest.parts)
-    raise RankMismatchError(f"the ranks do not agree on the {what}: {first_difference(digests)}")
+    raise RankMismatch(f"the ranks do not agree on the {what}: {first_difference(digests)}")
 
 
 def vote(channel: Channel, topic: str, failure: str | None) -> Failures:
@@ -68,12 +69,12 @@ class GroupAgreement:
             agree(channel, digest)
 
     def before_capture(self, sizes: tuple[int, ...]) -> None:
-        """Raises :class:`RankMismatchError` where a rank is about to capture other sizes, or of another graph."""
+        """Raises :class:`RankMismatch` where a rank is about to capture other sizes, or of another graph."""
         for channel in self._channels:
             answers = channel.exchange("capture", (sizes, self._digest.short))
             if len(set(answers)) > 1:
-                said = [f"sizes {s} of graph {short}" for s, short in answers]
-                raise RankMismatchError(f"the ranks are about to capture different things: {by_value(said)}")
+                said = [f"{sizes_text(s)} of graph {short}" for s, short in answers]
+                raise RankMismatch(f"the ranks are about to capture different things: {by_value(said)}")
 
     def after_capture(self, failure: str | None) -> Failures:
         """Whose capture failed, as ``(rank, reason)``: where one did, no rank may keep its own.
@@ -88,12 +89,12 @@ class GroupAgreement:
         return failed
 
     def before_step(self, step: int, sizes: tuple[int, ...], how: str) -> None:
-        """The opt-in check of every step. Raises :class:`RankMismatchError` where ranks choose differently."""
+        """The opt-in check of every step. Raises :class:`RankMismatch` where ranks choose differently."""
         for channel in self._channels:
             answers = channel.exchange("step", (step, sizes, how))
             if len(set(answers)) > 1:
-                said = [f"step {n} of sizes {s}, {h}" for n, s, h in answers]
-                raise RankMismatchError(
+                said = [f"step {n} of {sizes_text(s)}, {h}" for n, s, h in answers]
+                raise RankMismatch(
                     f"the ranks do not take the same step: {by_value(said)}; what chooses a graph "
                     "(sizes, padding) must be equal on all ranks"
                 )

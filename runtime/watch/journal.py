@@ -43,6 +43,11 @@ _THREAD_LOCAL = 1
 UNCAPTURED, CAPTURE, REPLAY = "uncaptured", "capture", "replay"
 
 
+def sizes_text(sizes: Sequence[int]) -> str:
+    """``sizes (8,)``; a graph without a dynamic size has none: ``fixed sizes``."""
+    return f"sizes {tuple(sizes)}" if sizes else "fixed sizes"
+
+
 @dataclass(frozen=True)
 class PieceNote:
     """What the journal knows of a piece: ``calls`` are the groups of its collectives, in order."""

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from ..channel import ranks_text
 from ..errors import JournalError
-from .journal import FORMAT, REPLAY, Position
+from .journal import FORMAT, REPLAY, Position, sizes_text
 from .suspects import Failure, Finding, find_culprit, where
 
 _DRAWN_STEPS = 4
@@ -190,7 +190,7 @@ def first_divergence(journals: Sequence[RankJournal]) -> str | None:
     for number in sorted(set(steps[0]).intersection(*steps[1:])):
         chosen = [s[number] for s in steps]
         if len(set(chosen)) > 1:
-            by_rank = {j.rank: f"sizes {sizes}, {how}" for j, (sizes, how) in zip(journals, chosen, strict=True)}
+            by_rank = {j.rank: f"{sizes_text(sizes)}, {how}" for j, (sizes, how) in zip(journals, chosen, strict=True)}
             holders: dict[str, list[int]] = {}
             for rank, text in by_rank.items():
                 holders.setdefault(text, []).append(rank)
@@ -238,9 +238,8 @@ def svg(merged: Merged, width: int = 1100, row: int = 46) -> str:
             box = ElementTree.SubElement(
                 root, "rect", x=f"{x:.1f}", y=str(y), width=f"{max(end - x, 1):.1f}", height=str(row - 12), fill=fill
             )
-            about = (
-                f"step {mark.step} of sizes {mark.sizes}, piece {mark.piece} '{mark.name}' ({mark.kind}) {mark.calls}"
-            )
+            piece = f"piece {mark.piece} '{mark.name}' ({mark.kind}) {mark.calls}"
+            about = f"step {mark.step} of {sizes_text(mark.sizes)}, {piece}"
             ElementTree.SubElement(box, "title").text = about
     span = f"{(moving - first) * 1e3:.1f} ms to the last mark; red: not complete when the journals were written"
     _text(root, left, top + row * max(len(marks), 1) + 14, span)

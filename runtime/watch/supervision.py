@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..channel import DEFAULT_SECONDS, Channel, failures_text, open_channel
-from ..errors import GroupFailureError, PeerFailedError, RankMismatchError
+from ..errors import GroupFailureError, PeerFailedError, RankMismatch
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
 from .journal import CudaMarks, Journal
@@ -32,7 +32,7 @@ class Supervision:
         """Before each step."""
 
     def before_capture(self, sizes: tuple[int, ...]) -> None:
-        """Before a size is captured. Raises :class:`RankMismatchError` where ranks would capture different things."""
+        """Before a size is captured. Raises :class:`RankMismatch` where ranks would capture different things."""
 
     def after_capture(self, failure: str | None) -> tuple[str, ...]:
         """Why the captures of that step are not to be kept; empty where they are."""
@@ -105,7 +105,7 @@ class GroupSupervision(Supervision):
     def _agreed(self, body: Callable[[], T]) -> T:
         try:
             return body()
-        except RankMismatchError as error:  # every rank raises it
+        except RankMismatch as error:  # every rank raises it
             self._health.poison(str(error))
             self._write(str(error))
             raise
@@ -171,7 +171,7 @@ class Overseer:
         """Around all that is done for one graph. What one rank raises, the others hear of instead of waiting for it."""
         try:
             yield
-        except (GroupFailureError, RankMismatchError, PeerFailedError) as error:  # every rank raises it
+        except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # every rank raises it
             self.health.poison(str(error))
             _dump(self.journal, self._folder, str(error))
             raise
@@ -185,7 +185,7 @@ class Overseer:
     def supervise(self, channels: Mapping[str, Channel], digest: PlanDigest) -> Supervision:
         """Agree on a compiled graph with the ranks of its groups, and accompany its steps.
 
-        Raises :class:`RankMismatchError` and :class:`ChannelTimeoutError`.
+        Raises :class:`RankMismatch` and :class:`ChannelTimeoutError`.
         """
         if not channels:
             return Supervision()

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..channel import ranks_text
-from .journal import Calls, Position
+from .journal import Calls, Position, sizes_text
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def where(position: Position) -> str:
     """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``."""
     if position.step < 0:
         return "no step yet"
-    text = f"step {position.step} of sizes {position.sizes}"
+    text = f"step {position.step} of {sizes_text(position.sizes)}"
     if position.piece is not None:
         text += f", piece {position.piece} '{position.name}' ({position.kind})"
     if position.calls:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringfence.compile_passes.facts import Workspace, facts_of
+from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict, judge
 from ringfence.compile_passes.roles import c10d
@@ -34,8 +34,8 @@ def fused(fn: Callable[..., object], *args: Tensor) -> GraphModule:
     return gm
 
 
-def found(gm: GraphModule, verdicts: list[Verdict], **given: object) -> list[Fact]:
-    evidence = facts_of(*split(gm, verdicts), **given)  # type: ignore[arg-type]
+def found(gm: GraphModule, verdicts: list[Verdict]) -> list[Fact]:
+    evidence = facts_of(*split(gm, verdicts))
     assert all(e.message and e.where for e in evidence)
     return [e.fact for e in evidence]
 
@@ -125,19 +125,3 @@ def test_two_streams_on_one_workspace(streams: tuple[int | None, int | None]) ->
         if stream is not None:
             node.meta["custom"] = {"stream": stream}
     assert found(gm, careless(gm)) == ([Fact.TWO_STREAMS] if streams[0] != streams[1] else [])
-
-
-@pytest.mark.parametrize(
-    ("workspace", "facts"),
-    [
-        (Workspace(8, 2**20, created=True), []),
-        (Workspace(8, 2**20, created=False), [Fact.WORKSPACE_ABSENT_AT_CAPTURE]),
-        (Workspace(7, 2**20, created=True), [Fact.CAPTURE_SIZE_BEYOND_WORKSPACE]),
-        (Workspace(8, 2**20 + 16, created=True), [Fact.MISALIGNED_BUFFER]),
-        (Workspace(8, 2**30 - 32, created=True), []),
-        (Workspace(8, 2**30, created=True), [Fact.LAMPORT_OVER_1_GIB]),
-    ],
-)
-def test_workspace(workspace: Workspace, facts: list[Fact]) -> None:
-    gm = aot_graph(lambda x: (x.exp(),), torch.randn(4, H))
-    assert found(gm, [], capture_sizes=[1, 8], workspace=workspace) == facts

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
+import ringfence
 from ringfence.compile_passes.clean import clean_payload
 from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict, judge
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.errors import HazardError, VersionError
+from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Collective, Fact, Payload, Situation, Strategy
 from support import aot_graph, fuse_graph
 
@@ -165,3 +167,78 @@ def test_cleaned_sites_are_those_whose_verdict_says_so(fused: GraphModule) -> No
     found = verdicts(fused, Situation(MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT), on_hazard="clean")
     clean_payload(fused, {v.site for v in found if v.clean and v.site is not None})
     assert [n.args[0].target for n in fused.graph.nodes if SITE in n.meta] == [torch.ops.aten.view.dtype] * 2
+
+
+# -- what stays with NCCL ------------------------------------------------------------------------
+
+NCCL_OPS = {"ringfence::all_reduce_add_rms_norm", "_c10d_functional::all_reduce", "_c10d_functional::wait_tensor"}
+
+
+@pytest.fixture
+def mixed(fake_group: None) -> GraphModule:
+    """A fused site, and an all-reduce that nothing fuses."""
+
+    def run(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        summed = c10d.wait_tensor(c10d.all_reduce(x, "sum", "0")) + r
+        return F.rms_norm(summed, (H,), None, 1e-6), c10d.wait_tensor(c10d.all_reduce(r, "sum", "0")).relu()
+
+    gm = aot_graph(run, torch.randn(4, H), torch.randn(4, H))
+    fuse_graph(gm)
+    return gm
+
+
+def over_nccl(nodes: int, capability: tuple[int, int] = (9, 0), *facts: Fact) -> Situation:
+    return Situation(Collective.NCCL, nodes=nodes, capability=capability, facts=frozenset(facts))
+
+
+OLD = Fact.NCCL_BEFORE_2_30_4
+
+
+@pytest.mark.parametrize(
+    ("nccl", "decision", "rule"),
+    [
+        (None, IN_GRAPH, "nccl"),
+        (over_nccl(2, (12, 1)), IN_GRAPH, "nccl"),
+        (over_nccl(1, (12, 1), OLD), IN_GRAPH, "nccl"),
+        (over_nccl(2, (9, 0), OLD), IN_GRAPH, "M48"),
+        (over_nccl(2, (12, 1), OLD), SPLIT, "M34"),
+        (over_nccl(1, (9, 0), Fact.NCCL_SYMMETRIC_MEMORY), SPLIT, "M34"),
+    ],
+)
+@pytest.mark.parametrize("on_hazard", ["split", "refuse", "clean"])
+def test_captured_nccl_is_judged_by_its_version(
+    mixed: GraphModule, nccl: Situation | None, decision: Decision, rule: str, on_hazard: str
+) -> None:
+    """Both what nothing fuses and the reference collective of a site; an older NCCL cannot be refused, only split."""
+    found = judge(mixed, backends={"0": "nccl"}, capture=True, on_hazard=on_hazard, nccl=nccl)
+    assert {v.op for v in found} == NCCL_OPS and {(v.decision, v.rule) for v in found} == {(decision, rule)}
+    if rule != "nccl":
+        assert all(v.hazard == rule and "NCCL 2.30.4 or later" in (v.remedy or "") for v in found)
+        assert not any("FlashInfer" in v.message + str(v.fact) for v in found)
+
+
+def test_nccl_is_judged_only_where_it_is_captured_and_carries_the_call(mixed: GraphModule) -> None:
+    old = over_nccl(2, (12, 1), OLD)
+    for found in (
+        judge(mixed, backends={"0": "nccl"}, capture=False, nccl=old),
+        judge(mixed, backends={"0": "gloo"}, capture=True, nccl=old),
+        [v for v in judge(mixed, backends={"0": "nccl"}, capture=True, situation=Situation(MNNVL, "0.7.0"), nccl=old)
+         if v.site is not None],
+        judge(mixed, backends={"0": "nccl"}, capture=True, split_ops=NCCL_OPS, nccl=old),
+    ):  # fmt: skip
+        assert found and all(v.hazard is None for v in found)
+    with pytest.raises(HazardError, match=r"M34.*NCCL 2\.30\.4"):
+        judge(mixed, backends={"0": "nccl"}, capture=True, on_hazard="raise", nccl=old)
+
+
+@pytest.mark.parametrize(("version", "rule"), [("2.28.9", "M48"), ("2.30.4", "nccl"), (None, "nccl")])
+def test_backend_asks_with_the_nodes_of_the_carrier_and_the_version_that_is_here(
+    mixed: GraphModule, monkeypatch: pytest.MonkeyPatch, version: str | None, rule: str
+) -> None:
+    monkeypatch.setattr("ringfence.backend.nccl_version", lambda: version)
+    backend = ringfence.Backend(capture_sizes=[4])
+    for nodes, backend_of_group, expected in ((2, "nccl", rule), (1, "nccl", "nccl"), (2, "gloo", "host_collective")):
+        situation = Situation(Collective.REFERENCE, nodes=nodes, capability=(9, 0))
+        groups = {"0": Group("0", backend_of_group, 2, 0)}
+        found, _ = backend._judge(mixed, situation, groups, None, capture=True)
+        assert {v.rule for v in found} == {expected}

@@ -30,6 +30,7 @@ from ringfence.runtime.hazards.catalogue import (
     find_hazard,
 )
 from ringfence.runtime.hazards.field_rule import FIELD_RULES, field_rule
+from ringfence.runtime.hazards.situation import facts_of_nccl
 from ringfence.runtime.hazards.table import REPOSITORIES
 from ringfence.runtime.versions import parse_version
 from support import run_python
@@ -66,6 +67,7 @@ _m36 = but(newest(MNNVL), Fact.COPY_ON_OTHER_STREAM, capability=(10, 3))
 _m39 = but(Situation(TRTLLM, "0.6.13"), Fact.RESETTING_GRID_BARRIER)
 _m46 = but(Situation(MNNVL, "0.6.6"), Fact.DEVICE_IS_NOT_RANK)
 _m47 = but(Situation(TRTLLM, "0.6.14"), Fact.WORKSPACE_KEPT_WHILE_ASLEEP)
+_sparks = but(newest(NCCL), Fact.NCCL_BEFORE_2_30_4, nodes=2, capability=(12, 1))
 _custom = Situation(Collective.TRTLLM_CUSTOM, "0.6.16", world_size=8, capture=False)
 
 EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
@@ -155,10 +157,17 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
     "M34": (
         [
             but(newest(NCCL), transport=Transport.HOST),
-            newest(NCCL, Fact.NCCL_REPLAY_UNSAFE),
+            newest(NCCL, Fact.NCCL_SYMMETRIC_MEMORY),
+            _sparks,
             newest(MNNVL, Fact.UNMARKED_UNSAFE_OP),
         ],
-        [newest(NCCL), but(newest(NCCL), transport=Transport.HOST, capture=False)],
+        [
+            newest(NCCL),
+            but(newest(NCCL), transport=Transport.HOST, capture=False),
+            but(_sparks, capability=(12, 1), nodes=2),
+            but(_sparks, Fact.NCCL_BEFORE_2_30_4, nodes=1),
+            but(_sparks, Fact.NCCL_BEFORE_2_30_4, capability=(9, 0)),
+        ],
     ),
     "M35": (
         [newest(Collective.SYMMETRIC_MEMORY, Fact.PROFILER_ATTACHED)],
@@ -197,11 +206,20 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
             newest(MNNVL),
         ],
     ),
+    "M48": (
+        [but(_sparks, Fact.NCCL_BEFORE_2_30_4, capability=None), _sparks],
+        [
+            but(_sparks, Fact.NCCL_BEFORE_2_30_4, nodes=1),
+            but(_sparks, Fact.NCCL_BEFORE_2_30_4, capture=False),
+            but(_sparks, Fact.NCCL_BEFORE_2_30_4, collective=TRTLLM),
+            but(_sparks),
+        ],
+    ),
 }
 
 
 def test_every_mechanism_has_one_row_in_order() -> None:
-    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 48)]
+    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 49)]
 
 
 @pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.id)
@@ -251,6 +269,22 @@ def test_unknown_version_strategy_and_payload_may_be_the_worst() -> None:
     assert ids(Situation(MNNVL, "0.6.13")) == []
 
 
+@pytest.mark.parametrize(
+    ("version", "suspected"),
+    [
+        ("2.28.9", True),
+        ("2.29.7", True),
+        ("2.30.3", True),
+        ("2.30.4", False),
+        ("2.30.7", False),
+        ("2.27.5", False),
+        (None, False),
+    ],
+)
+def test_what_the_version_of_nccl_says(version: str | None, suspected: bool) -> None:
+    assert facts_of_nccl(version) == ({Fact.NCCL_BEFORE_2_30_4} if suspected else set())
+
+
 def test_a_string_that_is_no_version_is_refused() -> None:
     with pytest.raises(VersionError, match="'latest' is not a version"):
         Situation(MNNVL, "latest")
@@ -262,8 +296,8 @@ def test_decisions_follow_the_causes() -> None:
     assert [h.id for h in HAZARDS if h.certainty is Certainty.DISPROVED] == ["M44"]
     assert [h.id for h in HAZARDS if h.decides is Action.CAPTURE] == ["M44"]
     assert {h.id for h in HAZARDS if h.decides is Action.SPLIT} == {"M15", "M19", "M32", "M34"}
-    with pytest.raises(UnknownHazardError, match="no hazard 'M48'"):
-        find_hazard("M48")
+    with pytest.raises(UnknownHazardError, match="no hazard 'M49'"):
+        find_hazard("M49")
 
 
 def test_every_word_of_the_vocabulary_is_used() -> None:

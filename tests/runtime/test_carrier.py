@@ -23,7 +23,7 @@ from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import CollectiveUnavailableError, InputError, RingfenceError, WorkspaceReplacedError
 from ringfence.runtime.groups import describe_group
-from ringfence.runtime.hazards.situation import Collective
+from ringfence.runtime.hazards.situation import Collective, Situation, Strategy
 from support import run_ranks
 
 H = 256
@@ -81,6 +81,7 @@ def _serve(rank: int, options: dict[str, Any], fault: dict[str, Any], sizes: lis
         "collective": report.collective,
         "candidates": list(report.candidates),
         "text": str(report),
+        "fused_bytes": report.to_dict()["fused_bytes"],
         "served": served,
         "made": package.made,
         "closed": [k.closed for k in package.kernels],
@@ -103,6 +104,11 @@ def test_auto_takes_what_is_first_and_serves_what_the_table_says(piece_compiler:
             "mnnvl/peer: chosen",
         ]
         assert result["made"] == [("mnnvl/peer", 64, H)]
+        assert result["fused_bytes"] == 64 * H * 4
+        assert (
+            f"mnnvl serves fused sites of up to 64 KiB on a rank (64 tokens of {H} float32), and larger"
+            in result["text"]
+        )
         assert [c for c in result["served"] if c[1] == "all_reduce"], "the all-reduce without a norm"
         assert {c[2][0] for c in result["served"]} == {4, 2}
         assert result["closed"] == [True]
@@ -173,6 +179,10 @@ def _sizes(rank: int) -> dict[str, Any]:
         calls = len(package.calls)
         again = prepare(open_channel(group.name, seconds=20), group, CPU, wanted)
         seen["tested once"] = tested > 0 and len(package.calls) == calls
+        seen["largest"] = carrier.workspace.largest
+        carrier.workspace.kernels.strategies = (Strategy.ONE_SHOT,)
+        seen["largest by one-shot"] = carrier.workspace.largest
+        carrier.workspace.kernels.strategies = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
         seen["shared"] = again.workspace is carrier.workspace and len(package.made) == 1
         more = Wanted("trtllm", "auto", H, torch.bfloat16, table=(SMALL,))
         larger = prepare(open_channel(group.name, seconds=20), group, CPU, more)
@@ -203,6 +213,8 @@ def test_sizes_and_shapes_go_where_the_table_says() -> None:
             "fused 17": "reference",
             "sum 4": "all_reduce",
             "sum 5": "reference",
+            "largest": 16 * H * 4,
+            "largest by one-shot": 8 * H * 4,
             "three dimensions": (4, H),
             "float64": 0,
             "shared": True,
@@ -230,7 +242,7 @@ def _unlike(rank: int, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("sizes", "RankMismatchError: the ranks want different collectives: rank 0: collective=auto"),
+        ("sizes", "RankMismatch: the ranks want different collectives: sizes differs: rank 0: "),
         ("auto", "mnnvl: rank 1: RuntimeError: no driver"),
         ("forced", "CollectiveUnavailableError: collective='trtllm' cannot be had: rank 1: RuntimeError: no driver"),
     ],
@@ -315,3 +327,16 @@ def _facts(rank: int) -> str:
 
 def test_ranks_with_other_packages_do_not_share_a_kernel() -> None:
     assert run_ranks(2, _facts) == ["mnnvl/peer: ranks differ in flashinfer: rank 0: 0.6.18; rank 1: 0.7.0"] * 2
+
+
+def _sparks(rank: int) -> Any:
+    name = dist.group.WORLD.group_name
+    facts = dataclasses.replace(FACTS, host=f"spark{rank}", capability=(12, 1))
+    with installed(FakeFlashInfer(name), facts):
+        return prepare(describe_group(name, CPU), CPU, Wanted("auto", "auto", H, torch.float32), seconds=20).situation
+
+
+def test_the_reference_knows_the_machines_that_it_runs_on() -> None:
+    """No row of the size table is about them; what stays with NCCL is judged by them all the same."""
+    expected = Situation(Collective.REFERENCE, world_size=2, nodes=2, capability=(12, 1))
+    assert run_ranks(2, _sparks) == [expected] * 2

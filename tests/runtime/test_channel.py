@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from ringfence.runtime.channel import Channel, by_value, open_channel, ranks_text
-from ringfence.runtime.errors import ChannelTimeoutError, HangError, RankLeftError, RankMismatchError
+from ringfence.runtime.errors import ChannelTimeoutError, HangError, RankLeftError, RankMismatch
 from support import run_ranks, run_threaded
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def test_who_is_missing_is_named_at_the_deadline() -> None:
 def test_ranks_that_exchange_different_things_are_told_apart() -> None:
     def body(rank: int) -> str:
         channel = open_channel(dist.group.WORLD.group_name, seconds=20)
-        with pytest.raises(RankMismatchError) as caught:
+        with pytest.raises(RankMismatch) as caught:
             channel.exchange("self-test" if rank == 1 else "workspace", 0)
         return str(caught.value)
 
@@ -77,7 +77,7 @@ def test_an_attempt_fails_on_all_ranks_or_on_none(failing: list[int], after: int
                     raise MemoryError(f"step {n}")
                 channel.exchange(f"inside {n}", rank)
             if rank in failing and after == 2:
-                raise RankMismatchError("at the end")
+                raise RankMismatch("at the end")
             return f"made by {rank}"
 
         return channel.attempt("create", action), channel.exchange("next", rank)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
 from dataclasses import astuple
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ringfence.runtime import groups
 from ringfence.runtime.errors import GroupError
-from ringfence.runtime.groups import Group, describe_group
+from ringfence.runtime.groups import Group, describe_group, nccl_version
 from support import run_threaded, start_fake_group
 
 CPU = torch.device("cpu")
@@ -89,3 +92,45 @@ def test_describe_group_of_threaded_subgroups() -> None:
     groups = run_threaded(5, body)
     assert [(g.size, g.rank) for g in groups] == [(3, 0), (2, 0), (3, 1), (2, 1), (3, 2)]
     assert len({g.name for g in groups}) == 2
+
+
+# -- which NCCL -------------------------------------------------------------------------
+
+
+class Library:
+    """libnccl.so.2, as ctypes has it."""
+
+    def __init__(self, code: int, status: int = 0) -> None:
+        self.code, self.status = code, status
+
+    def ncclGetVersion(self, version: Any) -> int:
+        version._obj.value = self.code
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("library", "version"),
+    [
+        (Library(23004), "2.30.4"),  # newer than the one that torch was built with
+        (Library(22809), "2.28.9"),
+        (Library(23004, status=1), "2.28.9"),
+        (OSError("not loaded"), "2.28.9"),
+        (object(), "2.28.9"),
+    ],
+)
+def test_the_nccl_that_is_loaded_counts(monkeypatch: pytest.MonkeyPatch, library: object, version: str) -> None:
+    def load(name: str, mode: int) -> object:
+        assert name == "libnccl.so.2" and mode & os.RTLD_NOLOAD
+        if isinstance(library, OSError):
+            raise library
+        return library
+
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9, "suffix"))
+    monkeypatch.setattr(groups.ctypes, "CDLL", load)
+    assert nccl_version() == version
+
+
+def test_a_torch_without_nccl_has_no_version_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    assert nccl_version() is None

@@ -293,6 +293,18 @@ def test_the_first_step_in_which_ranks_diverge(tmp_path: Path) -> None:
     assert merged.sentence == ("the ranks diverge at step 1: rank 0: sizes (8,), replay; rank 1: sizes (4,), replay")
 
 
+def test_a_graph_without_dynamic_sizes_has_fixed_ones(tmp_path: Path) -> None:
+    """Its tuple of sizes is empty, which nobody should read as "no tokens"."""
+    ahead, behind = journal(0), journal(1)
+    step(ahead, sizes=()), step(behind, sizes=(4,))
+    step(ahead, sizes=(), enter=2, leave=1)
+    merged = journals.merge(journals.read_folder(dumped(tmp_path, ahead, behind)))
+    assert "step 1 of fixed sizes, piece 1" in merged.sentence
+    assert merged.divergence == "the ranks diverge at step 0: rank 0: fixed sizes, replay; rank 1: sizes (4,), replay"
+    assert "step 0 of fixed sizes, piece 0" in journals.svg(merged)
+    assert "()" not in str(merged) + journals.svg(merged)
+
+
 def test_ranks_that_wait_for_nothing(tmp_path: Path) -> None:
     a, b = journal(0), journal(1)
     step(a), step(b)

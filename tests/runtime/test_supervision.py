@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringfence.runtime.channel import open_channel
-from ringfence.runtime.errors import CaptureFailedWarning, GroupFailureError, PoisonedError, RankMismatchError
+from ringfence.runtime.errors import CaptureFailedWarning, GroupFailureError, PoisonedError, RankMismatch
 from ringfence.runtime.groups import Group
 from ringfence.runtime.replay.capture import SimulatedGraphs
 from ringfence.runtime.replay.program import Program, SizeRule, Step
@@ -85,7 +85,7 @@ def test_ranks_that_would_capture_different_sizes_do_not() -> None:
     def body(rank: int) -> list[tuple[int, ...]]:
         run = runner(rank)
         run(twos(4))
-        with pytest.raises(RankMismatchError, match=r"rank 0: sizes \(2,\) of graph .*; rank 1: sizes \(4,\)"):
+        with pytest.raises(RankMismatch, match=r"rank 0: sizes \(2,\) of graph .*; rank 1: sizes \(4,\)"):
             run._supervision.before_capture((4,)) if rank else run(twos(2))
         return run.captured_sizes
 
@@ -96,9 +96,7 @@ def test_steps_are_compared_where_asked_for() -> None:
     def body(rank: int) -> None:
         run = runner(rank, every_step=True)
         run(twos(3))
-        with pytest.raises(
-            RankMismatchError, match=r"step 1 of sizes \(3,\), uncaptured; rank 1: step 1 of sizes \(5,\)"
-        ):
+        with pytest.raises(RankMismatch, match=r"step 1 of sizes \(3,\), uncaptured; rank 1: step 1 of sizes \(5,\)"):
             run(twos(5 if rank else 3))
 
     run_threaded(2, body)
