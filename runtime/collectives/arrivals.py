@@ -229,7 +229,8 @@ def readings(memory: Memory, front: Cells, back: Cells) -> list[Reading]:
 def _by_token_count(memory: Memory, rows: Rows, counts: Sequence[int]) -> list[Reading]:
     """Own part whole, nothing behind the last part; and something missing, or the call would have gone on."""
     behind = max((i for i, some in enumerate(rows.some) if some), default=-1) + 1
-    waiting, complete = [], []
+    waiting: list[Reading] = []
+    complete: list[Reading] = []
     for count in counts:
         own = rows.whole[memory.rank * count : (memory.rank + 1) * count]
         if len(own) < count or not all(own) or behind > memory.world_size * count:

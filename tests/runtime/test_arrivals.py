@@ -206,6 +206,13 @@ def test_trtllm_several_shapes_fit() -> None:
     )
 
 
+def test_trtllm_a_shape_that_ends_before_what_is_written_does_not_fit() -> None:
+    buffer = Buffer(memory(TRTLLM, one_shot(5, 8)))
+    for row in (*range(8), 12):  # the last is token 4 of rank 1; five tokens would end before it
+        buffer.write(row)
+    assert [r["tokens"] for r in buffer.describe(trtllm_words())["readings"]] == [8]
+
+
 def test_trtllm_no_shape_fits() -> None:
     buffer = Buffer(memory(TRTLLM, one_shot(4)))
     buffer.write(1)
