@@ -44,6 +44,7 @@ from .compile_passes.verify import verify
 from .options import Options
 from .runtime.channel import Channel
 from .runtime.collectives.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
+from .runtime.collectives.probe import make_probe
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
@@ -260,6 +261,8 @@ class Backend:
         # Real memory and real launches, in the midst of a trace with fake tensors.
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
+            if (probed := f"workspaces of group '{name}'") not in self.overseer.probes:
+                self.overseer.probes[probed] = make_probe(name, device)
             return name, prepare(channels[name], group, device, wanted)
 
     def _judge(

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import carrier, reference
+from ringfence.runtime.collectives.arrivals import Memory
 from ringfence.runtime.collectives.choice import RankFacts
 from ringfence.runtime.errors import WorkspaceError
-from ringfence.runtime.hazards.situation import Strategy
+from ringfence.runtime.hazards.situation import Collective, Strategy
 
 FACTS = RankFacts(
     host="node0",
@@ -30,13 +31,26 @@ FACTS = RankFacts(
 )
 
 
-class FakeKernels:
-    buffer_bytes = 1 << 20
+def memory(collective: Collective = Collective.TRTLLM, **other: Any) -> Memory:
+    """Of rank 0 of two, at addresses that nobody may read."""
+    given: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 2,
+        "words": 0,
+        "lamport": 0,
+        "buffer_bytes": 1 << 20,
+        "element": 4 if collective is Collective.MNNVL else 2,
+        "keeps_own": True,
+    }
+    return Memory(collective, **given | other)
 
+
+class FakeKernels:
     def __init__(self, package: FakeFlashInfer, group: str, strategies: tuple[Strategy, ...], name: str) -> None:
         self.package, self.group, self.strategies, self.name = package, group, strategies, name
         self.closed = False
         self.words = 0
+        self.memory = memory(Collective(name.partition("/")[0]))
 
     def fused(
         self,
@@ -51,6 +65,7 @@ class FakeKernels:
     ) -> None:
         assert not self.closed and x.ndim == 2 and x.is_contiguous() and residual.is_contiguous()
         self.package.calls.append((self.name, str(strategy), tuple(x.shape)))
+        self.memory.note(x, strategy)
         self.words += 1
         norm, out = reference.add_rms_norm(reference.all_reduce(x, self.group), residual, weight, eps, weight_bias)
         norm_out.copy_(norm)

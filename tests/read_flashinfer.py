@@ -8,6 +8,7 @@ FlashInfer writes a cache below ``FLASHINFER_WORKSPACE_BASE``.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import inspect
 import itertools
@@ -170,7 +171,8 @@ def main() -> None:
             seen: dict[str, Any] = {
                 "driver": sorted({call for _, call in driver.calls}),
                 "allocations": sum(call == "cuMemCreate" for _, call in driver.calls),
-                "buffer_bytes": [k.buffer_bytes for k in kernels],
+                "buffer_bytes": [k.memory.buffer_bytes for k in kernels],
+                "memory": [dataclasses.asdict(k.memory) | {"calls": []} for k in kernels],
                 "control_words": [len(k.control_words()) for k in kernels],
                 "words at": sorted(on_cuda),
                 "kept": len(trtllm_ar._symm_workspace_refs),
@@ -193,6 +195,8 @@ def main() -> None:
             else:
                 workspace = kernels[0]._workspace  # type: ignore[attr-defined]
                 seen["two-shot bytes"] = workspace.metadata["buffer_size"]
+                table = [k._workspace.workspace_tensor.tolist() for k in kernels]  # type: ignore[attr-defined]
+                seen["handles"] = [[row[2 + rank], row[4 + rank]] for rank, row in enumerate(table)]
                 del workspace
             driver.calls.clear()
             for k in kernels:

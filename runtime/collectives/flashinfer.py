@@ -25,6 +25,7 @@ from ..channel import Channel
 from ..errors import VersionError, WorkspaceError
 from ..hazards.situation import Collective, Strategy
 from ..versions import in_range
+from .arrivals import BUFFERS, Memory
 
 #: Releases whose Python side was read: what :data:`CONTRACT` lists is in all of them.
 SUPPORTED = ("0.6.18", "0.8")
@@ -49,8 +50,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
 }
 _PATTERNS = {"kAllReduce": 0, "kARResidualRMSNorm": 1}
 
-#: Lamport buffers that take turns (trtllm_mnnvl_allreduce.cuh), and the word that means "not arrived".
-_BUFFERS = 3
+#: The word that means "not arrived".
 _SENTINEL = -(2**31)  # 0x80000000
 
 #: FI#4473: the two stages of a Lamport buffer must both start at a multiple of 16 bytes.
@@ -167,7 +167,7 @@ class Kernels(Protocol):
     """The kernels of one collective over memory of their own. One workspace owns them."""
 
     strategies: tuple[Strategy, ...]
-    buffer_bytes: int
+    memory: Memory
 
     def fused(
         self,
@@ -275,7 +275,19 @@ class FlashInfer:
             group=group,
         )
         release = self.modules["flashinfer.comm.trtllm_ar"].trtllm_destroy_ipc_workspace_for_all_reduce_fusion
-        return _Trtllm(api, workspace, release)
+        handles = workspace.ipc_handles  # by purpose and rank: data of two-shot, its flags, Lamport buffers
+        memory = Memory(
+            Collective.TRTLLM,
+            channel.rank,
+            channel.size,
+            words=int(workspace.metadata["control_flag_ptr"]),
+            lamport=int(handles[2][channel.rank]),
+            buffer_bytes=int(workspace.metadata["lamport_comm_size"]),
+            element=4 if dtype == torch.float32 else 2,
+            keeps_own=True,
+            flags=int(handles[1][channel.rank]),
+        )
+        return _Trtllm(api, workspace, release, memory)
 
     def mnnvl_peer(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> Kernels:
         """The MNNVL one-shot kernel of two ranks, with the peer's own pointer where a multicast pointer would be.
@@ -289,7 +301,7 @@ class FlashInfer:
         size = _aligned(channel.size * max_tokens * hidden * dtype.itemsize)
         _check_buffer(size)
         memory = self.modules["flashinfer.comm.mnnvl"].SymmDeviceMemory(
-            buf_size=_BUFFERS * size,
+            buf_size=BUFFERS * size,
             group_size=channel.size,
             group_rank=channel.rank,
             device_idx=torch.cuda.current_device(),
@@ -299,14 +311,13 @@ class FlashInfer:
         )
         pointers = memory.get_buffer_ptrs_host()
         own, peer = int(pointers[channel.rank]), int(pointers[1 - channel.rank])
-        _device_words(own, _BUFFERS * size // 4).fill_(_SENTINEL)
-        flags = torch.tensor([0, _BUFFERS - 1, size, 0, 0, 0, 0, 0, 0], dtype=torch.int32, device="cuda")
+        _device_words(own, BUFFERS * size // 4).fill_(_SENTINEL)
+        flags = torch.tensor([0, BUFFERS - 1, size, 0, 0, 0, 0, 0, 0], dtype=torch.int32, device="cuda")
         torch.cuda.synchronize()
         channel.barrier("mnnvl workspace")
         launch = self._mnnvl_launch()
-        return _Mnnvl(
-            launch, memory, (peer, int(memory.get_buffer_ptrs_dev()), own, flags), channel, size, (Strategy.ONE_SHOT,)
-        )
+        pointers = (peer, int(memory.get_buffer_ptrs_dev()), own, flags)
+        return _Mnnvl(launch, memory, pointers, channel, size, (Strategy.ONE_SHOT,), keeps_own=False)
 
     def mnnvl_multicast(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> Kernels:
         """The MNNVL kernels as FlashInfer runs them.
@@ -329,7 +340,7 @@ class FlashInfer:
         pointers = (workspace.mc_ptr, workspace.uc_ptrs_dev, workspace.uc_ptr_local, workspace.buffer_flags)
         size = int(workspace.buffer_size_bytes)
         strategies = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
-        return _Mnnvl(self._mnnvl_launch(), workspace, pointers, channel, size, strategies)
+        return _Mnnvl(self._mnnvl_launch(), workspace, pointers, channel, size, strategies, keeps_own=True)
 
     def _mnnvl_launch(self) -> Callable[..., None]:
         module = self.modules["flashinfer.comm.trtllm_mnnvl_ar"].get_trtllm_mnnvl_comm_module()
@@ -369,12 +380,12 @@ class ChannelBackend:
 class _Trtllm:
     strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
 
-    def __init__(self, api: ModuleType, workspace: Any, release: Callable[[Any], None]) -> None:
+    def __init__(self, api: ModuleType, workspace: Any, release: Callable[[Any], None], memory: Memory) -> None:
         self._call: Callable[..., Any] = api.allreduce_fusion
         self._workspace, self._release = workspace, release
         self._pattern = api.AllReduceFusionPattern
-        self._words = _device_words(int(workspace.metadata["control_flag_ptr"]), 5)
-        self.buffer_bytes = int(workspace.metadata["lamport_comm_size"])
+        self._words = _device_words(memory.words, 5)
+        self.memory = memory
 
     def fused(
         self,
@@ -387,6 +398,7 @@ class _Trtllm:
         norm_out: Tensor,
         residual_out: Tensor,
     ) -> None:
+        self.memory.note(x, strategy)
         self._call(
             x,
             self._workspace,
@@ -405,6 +417,7 @@ class _Trtllm:
         )
 
     def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
+        self.memory.note(x, strategy)
         self._call(
             x,
             self._workspace,
@@ -437,10 +450,22 @@ class _Mnnvl:
         channel: Channel,
         buffer_bytes: int,
         strategies: tuple[Strategy, ...],
+        *,
+        keeps_own: bool,
     ) -> None:
         self._launch, self._memory, self._pointers = launch, memory, pointers
         self._ranks = (channel.size, channel.rank)
-        self.buffer_bytes, self.strategies = buffer_bytes, strategies
+        self.strategies = strategies
+        self.memory = Memory(
+            Collective.MNNVL,
+            channel.rank,
+            channel.size,
+            words=pointers[3].data_ptr(),
+            lamport=int(pointers[2]),
+            buffer_bytes=buffer_bytes,
+            element=4,
+            keeps_own=keeps_own,
+        )
 
     def fused(
         self,
@@ -453,6 +478,7 @@ class _Mnnvl:
         norm_out: Tensor,
         residual_out: Tensor,
     ) -> None:
+        self.memory.note(x, strategy)
         one_shot = strategy is Strategy.ONE_SHOT
         self._launch(
             x, *self._pointers, *self._ranks, True, _pdl(x, strategy), one_shot,
@@ -460,6 +486,7 @@ class _Mnnvl:
         )  # fmt: skip
 
     def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
+        self.memory.note(x, strategy)
         one_shot = strategy is Strategy.ONE_SHOT
         self._launch(
             x, *self._pointers, *self._ranks, False, _pdl(x, strategy), one_shot, out, None, None, None, None, None

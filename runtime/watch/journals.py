@@ -46,17 +46,22 @@ class RankJournal:
     heard: Mapping[int, Position]
     silent: Mapping[int, str]
     failures: tuple[Failure, ...]
+    probes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What the journals say together. sentence: which rank stopped first, where, and who waits for it."""
+    """What the journals say together. sentence: which rank stopped first, where, and who waits for it.
+
+    nothing_from: rank -> the ranks whose memory holds nothing of it, though they wait in a call.
+    """
 
     sentence: str
     finding: Finding | None
     journals: tuple[RankJournal, ...]
     missing: tuple[int, ...]
     divergence: str | None
+    nothing_from: Mapping[int, tuple[int, ...]]
 
     def to_dict(self) -> dict[str, Any]:
         """The schema is docs/report.md."""
@@ -67,6 +72,7 @@ class Merged:
             "waiting": list(self.finding.waiting) if self.finding is not None else [],
             "missing": list(self.missing),
             "divergence": self.divergence,
+            "nothing_from": {str(rank): list(waiting) for rank, waiting in self.nothing_from.items()},
             "positions": {str(j.rank): j.position.to_dict() for j in self.journals},
             "reasons": {str(j.rank): j.reason for j in self.journals},
         }
@@ -75,6 +81,10 @@ class Merged:
         lines = [self.sentence]
         if self.divergence is not None:
             lines.append(self.divergence)
+        for rank, waiting in self.nothing_from.items():
+            wait = "waits" if len(waiting) == 1 else "wait"
+            at = f"in the memory of {ranks_text(waiting)}, which {wait} for it"
+            lines.append(f"nothing of rank {rank} has arrived {at}")
         if self.missing:
             lines.append(f"no journal of {ranks_text(self.missing)}")
         for j in self.journals:
@@ -123,6 +133,7 @@ def _read(path: Path) -> RankJournal:
             {int(rank): Position.from_dict(p) for rank, p in value.get("heard", {}).items()},
             {int(rank): str(how) for rank, how in value.get("silent", {}).items()},
             tuple(Failure(**f) for f in value.get("failures", ())),
+            dict(value.get("probes", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise JournalError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
@@ -179,7 +190,20 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
         sentence = divergence or "no rank waits: every step that was begun is complete"
         if divergence is None and len({j.reason for j in journals}) == 1:
             sentence += f"; the journals were written because: {journals[0].reason}"
-    return Merged(sentence, finding, tuple(journals), missing, divergence)
+    return Merged(sentence, finding, tuple(journals), missing, divergence, _nothing_from(journals))
+
+
+def _nothing_from(journals: Sequence[RankJournal]) -> dict[int, tuple[int, ...]]:
+    """What the probes of the workspaces say; another probe may say what it likes."""
+    found: dict[int, set[int]] = {}
+    for j in journals:
+        for value in j.probes.values():
+            for workspace in value if isinstance(value, list) else ():
+                silent = workspace.get("silent") if isinstance(workspace, Mapping) else None
+                for rank in silent if isinstance(silent, list) else ():
+                    if isinstance(rank, int):
+                        found.setdefault(rank, set()).add(j.rank)
+    return {rank: tuple(sorted(waiting)) for rank, waiting in sorted(found.items())}
 
 
 def first_divergence(journals: Sequence[RankJournal]) -> str | None:

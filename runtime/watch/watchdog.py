@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 #: What the process ends with when a hang, or the failure of another rank, ends it.
 EXIT_CODE = 85
 
+#: For all probes together, of the second that writing a journal may take.
+_PROBE_SECONDS = 0.6
+
 #: What an exception of a collective says when its cause is another rank.
 _OF_A_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed? ?out|aborted|socket|remote|peer", re.IGNORECASE
@@ -445,6 +448,25 @@ class Watchdog:
         reaction.end(EXIT_CODE)
 
     def _write(self, report: _Report) -> None:
+        """Write the journal, and again with what the probes found: they may cost all the time that there is."""
+        self._write_with(report, {})
+        if self.reaction.folder is not None and self.reaction.probes:
+            self._write_with(report, self._probe())
+
+    def _probe(self) -> dict[str, Any]:
+        probes = dict(self.reaction.probes)
+        found: dict[str, Any] = {}
+
+        def run() -> None:
+            self.journal.watch_from_here()
+            for name, probe in probes.items():
+                found[name] = _probed(probe)
+
+        _bounded(run, _PROBE_SECONDS)
+        late = f"no answer within {_PROBE_SECONDS} s"
+        return {name: found.get(name, late) for name in probes}
+
+    def _write_with(self, report: _Report, probes: Mapping[str, Any]) -> None:
         folder = self.reaction.folder
         if folder is None:
             return
@@ -457,7 +479,7 @@ class Watchdog:
                 heard=heard,
                 silent={str(r): how for r, how in self._silent().items()},
                 failures=failures,
-                probes={name: _probed(probe) for name, probe in self.reaction.probes.items()},
+                probes=probes,
             )
         except OSError as error:
             log.error("ringfence: the journal of rank %d cannot be written: %s", self._rank, error)

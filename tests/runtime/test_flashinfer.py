@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ringfence.runtime.channel import Channel
+from ringfence.runtime.collectives import arrivals
 from ringfence.runtime.collectives import flashinfer as adapter
 from ringfence.runtime.collectives.flashinfer import (
     CONTRACT,
@@ -263,7 +264,7 @@ class Allreduce(ModuleType):
         self.asked(**named)
         return SimpleNamespace(
             metadata={"control_flag_ptr": 64, "lamport_comm_size": 4096},
-            ipc_handles=["handles"],
+            ipc_handles=[[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 32, 33]],
             destroy=lambda: setattr(self, "destroyed", self.destroyed + 1),
             buffer_size_bytes=4096,
             mc_ptr=1,
@@ -352,7 +353,7 @@ def test_what_reaches_trtllm(no_device: None, strategy: Strategy) -> None:
     kernels.all_reduce(x, out, strategy)
     (fused, named), (plain, plain_named) = api.allreduce_fusion.calls
     assert fused[0] is x and fused[2] == 1 and plain[0] is x and plain[2] == 0 and len(fused) == len(plain) == 3
-    assert fused[1] is plain[1] and fused[1].ipc_handles == ["handles"]
+    assert fused[1] is plain[1] and fused[1].metadata["control_flag_ptr"] == 64
     for given in (named, plain_named):
         assert given.pop("launch_with_pdl") is False
         assert given.pop("trigger_completion_at_end") is True
@@ -375,15 +376,60 @@ def test_a_closed_trtllm_workspace_gives_its_memory_back_and_serves_nothing(no_d
     api = Allreduce()
     package, released, _ = flashinfer(api)
     kernels = package.trtllm(one_rank(), None, 64, 256, torch.float32)  # type: ignore[arg-type]
-    assert kernels.buffer_bytes == 4096 and kernels.control_words() == (0,) * 5
+    assert kernels.memory.buffer_bytes == 4096 and kernels.control_words() == (0,) * 5
     kernels.close()
     kernels.close()
-    assert api.destroyed == 1 and released.calls == [((["handles"],), {})]
+    assert api.destroyed == 1 and [given[0][0] for (given, _) in released.calls] == [[10, 11, 12, 13]]
     x, residual, norm, out, weight = tensors()
     with pytest.raises(WorkspaceError, match="closed"):
         kernels.fused(x, residual, weight, 1e-5, 0.0, ONE, norm, out)
     with pytest.raises(WorkspaceError, match="closed"):
         kernels.all_reduce(x, out, ONE)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_a_probe_finds_the_memory_of_trtllm(no_device: None, rank: int, dtype: torch.dtype) -> None:
+    channel = of_size(4)
+    channel.rank = rank
+    kernels = flashinfer(Allreduce())[0].trtllm(channel, None, 64, 256, dtype)  # type: ignore[arg-type]
+    assert kernels.memory == arrivals.Memory(
+        TRTLLM,
+        rank,
+        4,
+        words=64,
+        lamport=30 + rank,
+        buffer_bytes=4096,
+        element=dtype.itemsize,
+        keeps_own=True,
+        flags=20 + rank,
+    )
+    x, residual, norm, out = (torch.zeros(4, 256, dtype=dtype) for _ in range(4))
+    kernels.fused(x, residual, torch.ones(256), 1e-5, 0.0, ONE, norm, out)
+    kernels.all_reduce(x[:3], out, TWO)
+    row = 256 * dtype.itemsize
+    assert kernels.memory.calls == {arrivals.Shape(ONE, 4, row), arrivals.Shape(TWO, 3, row)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_a_probe_finds_the_memory_of_mnnvl(no_device: None, rank: int) -> None:
+    Memory.asked = Calls()
+    package, *_ = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
+    channel = of_size(2)
+    channel.rank = rank
+    peer = package.mnnvl_peer(channel, 33, 264, torch.float16)
+    words = peer._pointers[3]  # type: ignore[attr-defined]
+    size = peer.memory.buffer_bytes
+    assert words.tolist() == [0, 2, size, *[0] * 6]
+    assert peer.memory == arrivals.Memory(
+        MNNVL, rank, 2, words=words.data_ptr(), lamport=1000 + rank, buffer_bytes=size, element=4, keeps_own=False
+    )
+    multicast = package.mnnvl_multicast(channel, 64, 4096, torch.bfloat16)
+    assert (multicast.memory.lamport, multicast.memory.buffer_bytes, multicast.memory.keeps_own) == (3, 4096, True)
+    x, residual, norm, out = (torch.zeros(4, 256, dtype=torch.float16) for _ in range(4))
+    multicast.fused(x, residual, torch.ones(256), 1e-5, 0.0, TWO, norm, out)
+    multicast.all_reduce(x[:3], out, ONE)
+    assert multicast.memory.calls == {arrivals.Shape(TWO, 4, 512), arrivals.Shape(ONE, 3, 512)}
 
 
 class Memory:
@@ -420,7 +466,7 @@ def test_mnnvl_of_two_ranks_stores_to_the_peer(no_device: None, rank: int) -> No
         "enable_multicast": False,
         "allocate_signal_pads": False,
     }
-    assert kernels.buffer_bytes == size and kernels.strategies == (ONE,)
+    assert kernels.memory.buffer_bytes == size and kernels.strategies == (ONE,)
     assert kernels.control_words() == (0, 2, size, 0, 0, 0, 0, 0, 0)
     x, residual, norm, out, weight = tensors()
     kernels.fused(x, residual, weight, 1e-5, 1.0, ONE, norm, out)
@@ -579,6 +625,10 @@ def test_what_reaches_the_real_mnnvl_kernel(real: dict[str, Any], name: str) -> 
             assert parameters["buffer_ptrs_dev"] == 0xDE0, "the table of rank 0"
     assert seen["flags"] == [0, 2, seen["buffer_bytes"][0], 0, 0, 0, 0, 0, 0]
     assert seen["control_words"] == [9, 9]
+    for rank, memory in enumerate(seen["memory"]):
+        assert (memory["rank"], memory["element"]) == (rank, 4)
+        assert memory["lamport"] == seen["pointers"][rank][2]
+    assert seen["memory"][0]["lamport"] == own
 
 
 @pytest.mark.parametrize("name", ["trtllm", "trtllm float32"])
@@ -611,6 +661,10 @@ def test_what_reaches_the_real_trtllm_kernel(real: dict[str, Any], name: str) ->
         expected = fixed | (plain if i % 2 else fused)
         assert {key: named[key] for key in expected} == expected
     assert seen["words at"] == [[0xF000, 5]] * 2 and seen["control_words"] == [5, 5]
+    for rank, memory in enumerate(seen["memory"]):
+        assert (memory["rank"], memory["words"]) == (rank, 0xF000)
+        assert memory["element"] == (4 if "float32" in name else 2)
+        assert [memory["flags"], memory["lamport"]] == seen["handles"][rank]
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -260,6 +260,23 @@ def test_the_rank_that_did_not_come_is_named(tmp_path: Path, capsys: pytest.Capt
     assert (value["format"], value["ranks"], value["waiting"], value["missing"]) == (1, [1], [0], [])
 
 
+def test_what_the_probes_say_of_a_rank_whose_part_has_not_arrived(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits, others, absent = (journal(rank) for rank in range(3))
+    for j in (waits, others, absent):
+        step(j)
+    silent = {"collective": "mnnvl", "silent": [2], "says": "a call waits: nothing has arrived from rank 2"}
+    odd = {"flags": [1, 2], "text": "no such memory", "words": [{"silent": None}, {"silent": ["2"]}, {}]}
+    dumped(tmp_path, waits, others, probes={"workspaces of group 'tp'": [{"silent": []}, silent], **odd})
+    dumped(tmp_path, absent, probes={"workspaces of group 'tp'": "no workspace is open", **odd})
+    assert main(["journal", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "nothing of rank 2 has arrived in the memory of ranks 0, 1, which wait for it"
+    assert main(["journal", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nothing_from"] == {"2": [0, 1]}
+
+
 def test_a_rank_without_a_journal_is_to_blame(tmp_path: Path) -> None:
     waits = journal(0)
     step(waits, enter=2, leave=1)

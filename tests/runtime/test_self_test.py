@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fake_flashinfer import memory
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import reference
 from ringfence.runtime.collectives import self_test as module
+from ringfence.runtime.collectives.arrivals import Memory
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import SelfTest, Workspace
@@ -57,7 +59,7 @@ class Kernels:
     rank: int
     fault: Fault | None = None
     strategies: tuple[Strategy, ...] = (ONE, TWO)
-    buffer_bytes: int = 0
+    memory: Memory = field(default_factory=memory)
     words: tuple[int, ...] = (0, 0)
     calls: list[tuple[int, Strategy]] = field(default_factory=list)
     recorded: list[Callable[[], None]] | None = None

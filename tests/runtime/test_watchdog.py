@@ -94,6 +94,39 @@ def test_who_did_not_come_is_named_on_all_ranks(tmp_path: Path) -> None:
     assert (tmp_path / "journal-rank1.json").exists()
 
 
+def test_a_slow_probe_costs_neither_the_journal_nor_the_others(tmp_path: Path) -> None:
+    path, release = tmp_path / "journal-rank0.json", threading.Event()
+    seen: list[dict[str, Any]] = []
+
+    def slow() -> None:
+        seen.append(json.loads(path.read_text()))
+        release.wait(20)
+
+    probes = {"flags": lambda: [1, 2], "slow": slow, "behind": lambda: 3}
+    waits, absent = both = ranks(on_hang="abort", folder=str(tmp_path), probes=probes)
+    threads: list[str] = []
+    waits.journal.watch_from_here = lambda: threads.append(threading.current_thread().name)  # type: ignore[method-assign]
+    waits.step(enter=2, leave=1)
+    absent.step(enter=1, leave=0)
+    began = time.monotonic()
+    look(both, 0.4)
+    assert time.monotonic() - began < 5
+    assert seen[0]["probes"] == {} and seen[0]["reason"].startswith("hang: rank 1"), "written before"
+    late = "no answer within 0.6 s"
+    assert json.loads(path.read_text())["probes"] == {"flags": [1, 2], "slow": late, "behind": late}
+    assert threads and threading.current_thread().name not in threads, "captures are left alone by a thread of its own"
+    assert waits.ended == [EXIT_CODE]
+    release.set()
+
+
+def test_probes_are_asked_where_a_file_is_written(tmp_path: Path) -> None:
+    asked: list[int] = []
+    waits, _ = both = ranks(on_hang="abort", probes={"flags": lambda: asked.append(1)})
+    waits.step(enter=2, leave=1)
+    look(both, 0.4)
+    assert waits.ended == [EXIT_CODE] and not asked
+
+
 def _throw() -> None:
     raise RuntimeError("no such memory")
 

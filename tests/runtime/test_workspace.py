@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fake_flashinfer import memory
 
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import workspace as module
@@ -27,10 +28,9 @@ ROW = SizeRow(TRTLLM, "peer", (9, 0), 2, 8 * 512, 16 * 512, 4 * 512, "a test")
 
 
 class Kernels:
-    buffer_bytes = 0
-
     def __init__(self, strategies: tuple[Strategy, ...] = (ONE, TWO), words: int = 0) -> None:
         self.strategies, self.words, self.closed = strategies, words, 0
+        self.memory = memory()
 
     def control_words(self) -> tuple[int, ...]:
         return (self.words, self.words + 1)
