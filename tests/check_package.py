@@ -6,6 +6,7 @@ mypy runs on an installation because the editable one is an import hook that it 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ def modules_in_tree() -> set[str]:
 
 
 def main() -> int:
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # what an earlier build copied there would be packed again
     with tempfile.TemporaryDirectory() as scratch:
         build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
         subprocess.run([*build, "--wheel-dir", scratch, str(ROOT)], check=True)

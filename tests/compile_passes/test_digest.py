@@ -32,7 +32,7 @@ def other_model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
 def digest_of(fn: Any = model, dtype: torch.dtype = torch.float32, **options: Any) -> PlanDigest:
     digests: list[PlanDigest] = []
 
-    def supervise(_: Any, digest: PlanDigest, __: Any) -> Supervision:
+    def supervise(_: Any, digest: PlanDigest) -> Supervision:
         digests.append(digest)
         return Supervision()
 

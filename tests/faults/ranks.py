@@ -438,7 +438,7 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
         fault("fails preparing", 1, r"cannot be had here: .*rank 1: .*out of memory", **named),
         fault("killed preparing", 1, preparing, not_there, **named),
         fault("stopped preparing", 1, preparing, not_there, on_hang="abort", **named),
-        fault("other option", 1, r"sizes differs: ranks? 0.*: [[(]4, 8[])]; rank 1: [[(]4,?[])]"),
+        fault("other option", 1, r"sizes differs: ranks? 0.*: [\[(]4, 8[\])]; rank 1: [\[(]4,?[\])]"),
         fault("other thread count", 1, None),
         fault("slow", 1, None, steps=5),
     )

@@ -333,7 +333,8 @@ def _sparks(rank: int) -> Any:
     name = dist.group.WORLD.group_name
     facts = dataclasses.replace(FACTS, host=f"spark{rank}", capability=(12, 1))
     with installed(FakeFlashInfer(name), facts):
-        return prepare(describe_group(name, CPU), CPU, Wanted("auto", "auto", H, torch.float32), seconds=20).situation
+        wanted = Wanted("auto", "auto", H, torch.float32)
+        return prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted).situation
 
 
 def test_the_reference_knows_the_machines_that_it_runs_on() -> None:
