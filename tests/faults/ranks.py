@@ -7,8 +7,10 @@ Used by the tests and by ``benchmarks/soak.py``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -311,9 +313,7 @@ def run_fault(fault: Fault) -> Outcome:
     """Run it to its end; whatever still runs at the hard end is killed, and so is a stopped rank."""
     # Where a server has looked for GPUs, its children cannot use them.
     context = fork_server() if fault.device == "cpu" else multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(fault.ranks)]
         processes = [
@@ -331,6 +331,19 @@ def run_fault(fault: Fault) -> Outcome:
         outcome.left_running = any(process.is_alive() for process in processes)
         outcome.journal = _merged(folder)
         return outcome
+
+
+#: Below those that the kernel gives to gloo's listeners, which may take one before the store does.
+_PORTS = itertools.count(random.randrange(20_000))
+
+
+def _free_port() -> int:
+    for number in _PORTS:
+        port = 10_000 + number % 20_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder: str) -> Outcome:
