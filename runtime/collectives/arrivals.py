@@ -8,7 +8,10 @@ and this rank polls until no element holds the sentinel -0.0 any more. The layou
 - trtllm, one-shot: ``[source][token]``, which depends on it
 - trtllm, two-shot: no buffer; 256 flags per source, which count barriers modulo 3
 
-The number of tokens of the running call is on no device and, in a replay, on no host. But a graph
+The block that is first to finish turns to the next buffer once all blocks have *begun*. So a call of which something
+has arrived may wait in the buffer before the current one, whose extent is in the control words then.
+
+The number of tokens of a call that has not come so far is on no device and, in a replay, on no host. But a graph
 can hold only calls that the host has launched or captured before (``Memory.calls``), and this rank's own part is in
 its buffer whole. So a *reading* is a shape that was launched and that what is there fits; there may be several.
 
@@ -50,6 +53,10 @@ _MOST_READINGS = 4
 _MOST_RUNS = 4
 
 
+#: Offset and size in bytes: of the front of a buffer, and of the sums of two-shot.
+Parts = tuple[tuple[int, int], tuple[int, int]]
+
+
 class Shape(NamedTuple):
     """What a call was launched with. row_bytes: of one token."""
 
@@ -82,7 +89,17 @@ class Memory:
         """A call with input ``x`` of ``[tokens, hidden]`` is launched, or captured."""
         self.calls.add(Shape(strategy, x.shape[0], x.shape[1] * x.element_size()))
 
-    def parts(self) -> tuple[tuple[int, int], ...]:
+    def previous(self, words: Mapping[str, int]) -> tuple[int, Parts]:
+        """The buffer before the current one, and what the call that turned to the current one uses of it."""
+        half = self.buffer_bytes // 2
+        if self.collective is Collective.TRTLLM:
+            buffer, front, back = (words["buffer"] + BUFFERS - 1) % BUFFERS, words["clear_elements"] * self.element, 0
+        else:
+            buffer, front = words["dirty_buffer"], words["clear_bytes_0"]
+            back = words["clear_bytes_1"] if words["dirty_stages"] > 1 else 0
+        return buffer, ((0, min(front, self.buffer_bytes)), (half, min(back, half)))
+
+    def parts(self) -> Parts:
         """Offset and size of what the largest calls use of a buffer: its front, and the sums of two-shot."""
         front = back = 0
         for strategy, tokens, row in tuple(self.calls):  # the main thread may add one
@@ -183,6 +200,12 @@ class Reading:
     parts: tuple[Part, ...]
     sums: tuple[Part, ...] = ()
 
+    def misses(self, me: int) -> bool:
+        """Whether something of another rank has not arrived."""
+        return any(p.word is not None for r, p in enumerate(self.parts) if r != me) or any(
+            p.word is not None for p in self.sums
+        )
+
     @property
     def silent(self) -> set[int]:
         summed = {r for r, part in enumerate(self.sums) if part.extent}
@@ -226,6 +249,15 @@ def readings(memory: Memory, front: Cells, back: Cells) -> list[Reading]:
     return found[:_MOST_READINGS]
 
 
+def _unfinished(memory: Memory, words: Mapping[str, int], previous: tuple[Cells, Cells]) -> list[Reading]:
+    """What the previous buffer says, where the call that used it is not complete in any reading."""
+    found = readings(memory, *previous)
+    if memory.collective is Collective.MNNVL:
+        strategy = Strategy.TWO_SHOT if words["dirty_stages"] > 1 else Strategy.ONE_SHOT
+        found = [r for r in found if r.strategy is strategy]
+    return found if all(r.misses(memory.rank) for r in found) else []
+
+
 def _by_token_count(memory: Memory, rows: Rows, counts: Sequence[int]) -> list[Reading]:
     """Own part whole, nothing behind the last part; and something missing, or the call would have gone on."""
     behind = max((i for i, some in enumerate(rows.some) if some), default=-1) + 1
@@ -242,11 +274,18 @@ def _by_token_count(memory: Memory, rows: Rows, counts: Sequence[int]) -> list[R
 
 
 def describe(
-    memory: Memory, words: Sequence[int], front: Cells, back: Cells, flags: Tensor | None, ranks: Sequence[int]
+    memory: Memory,
+    words: Sequence[int],
+    front: Cells,
+    back: Cells,
+    flags: Tensor | None,
+    ranks: Sequence[int],
+    previous: tuple[Cells, Cells] | None = None,
 ) -> dict[str, Any]:
     """What a person is shown of one workspace; the schema is docs/report.md.
 
-    words: the control words. front, back: :meth:`Memory.parts` of the current buffer.
+    words: the control words. front, back: :meth:`Memory.parts` of the current buffer. previous: those
+    of :meth:`Memory.previous`; needed where no block has arrived at the current one.
     flags: int32 ``[256 * world_size]``, where there are any. ranks: the global rank of each rank of the group.
     """
     named = dict(zip(WORDS[memory.collective], words, strict=True))
@@ -255,12 +294,17 @@ def describe(
         says = f"the word 'buffer' is {named['buffer']}, which no kernel writes: something else did (hazard M9)"
         return value | {"silent": [], "says": says}
     found = readings(memory, front, back)
+    before = _unfinished(memory, named, previous) if previous is not None else []
+    if before:
+        found = before
+    value["waits_in"] = "previous" if before else "current"
     value["written"] = front.runs()
     value["readings"] = [r.to_dict(ranks) for r in found]
     passed = _barriers(flags, named["two_shot_flag"], memory.world_size) if flags is not None else None
     if passed is not None:
         value["barriers"] = {str(ranks[r]): steps for r, steps in enumerate(passed)}
-    silent, says = _sentence(memory, named, found, passed, bool(value["written"]), ranks)
+    running = named["arrived_blocks"] > 0 or bool(before)
+    silent, says = _sentence(memory, running, found, passed, bool(value["written"]), ranks)
     return value | {"silent": [ranks[r] for r in sorted(silent)], "says": says}
 
 
@@ -272,7 +316,7 @@ def _barriers(flags: Tensor, value: int, world_size: int) -> list[list[int]]:
 
 def _sentence(
     memory: Memory,
-    words: Mapping[str, int],
+    running: bool,
     found: Sequence[Reading],
     passed: Sequence[Sequence[int]] | None,
     written: bool,
@@ -285,8 +329,7 @@ def _sentence(
         return ranks_text(tuple(ranks[r] for r in sorted(some)))
 
     mine = [r for r in found if r.parts[me].extent or not memory.keeps_own]
-    running = words["arrived_blocks"] > 0 or (memory.keeps_own and bool(mine))
-    if not running:
+    if not (running or (memory.keeps_own and mine)):
         ahead = {r for r in others if any(reading.parts[r].extent for reading in found)}
         if passed is not None:
             ahead |= {r for r in others if any(passed[r])}

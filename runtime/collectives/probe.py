@@ -123,23 +123,28 @@ class Probe:
         flags = None
         if memory.flags is not None:
             flags = self._read(memory.flags, 4 * FLAGS * memory.world_size).clone()
+        named = dict(zip(names, words, strict=True))
+        asked = [(named["buffer"], memory.parts())]
+        if named["arrived_blocks"] == 0:
+            asked.append(memory.previous(named))
         cells, read, late, step = [], 0, False, 4 * self._device.staging.numel()
-        buffer = words[names.index("buffer")]
-        for offset, size in memory.parts():
-            cells.append(Cells(memory.element))
-            if not 0 <= buffer < BUFFERS:
-                continue
-            start, size = memory.lamport + buffer * memory.buffer_bytes + offset, size // CELL * CELL
-            for at in range(0, min(size, MOST - read), step):
-                try:
-                    cells[-1].add(self._read(start + at, min(step, size - at)))
-                except _NoAnswer:  # what was read says something
-                    late = True
-                    break
-                read += min(step, size - at)
-        value = describe(memory, words, cells[0], cells[1], flags, ranks)
-        whole = sum(size for _, size in memory.parts())
-        return value | {"read_bytes": read, "used_bytes": whole} | ({"late": True} if late else {})
+        for buffer, parts in asked:
+            for offset, size in parts:
+                cells.append(Cells(memory.element))
+                if not 0 <= buffer < BUFFERS:
+                    continue
+                start, size = memory.lamport + buffer * memory.buffer_bytes + offset, size // CELL * CELL
+                for at in range(0, min(size, MOST - read), step):
+                    try:
+                        cells[-1].add(self._read(start + at, min(step, size - at)))
+                    except _NoAnswer:  # what was read says something
+                        late = True
+                        break
+                    read += min(step, size - at)
+        previous = (cells[2], cells[3]) if len(cells) > 2 else None
+        value = describe(memory, words, cells[0], cells[1], flags, ranks, previous)
+        used = sum(size for _, parts in asked for _, size in parts)
+        return value | {"read_bytes": read, "used_bytes": used} | ({"late": True} if late else {})
 
     def _read(self, address: int, size: int) -> Tensor:
         """int32, in the staging memory until the next read."""

@@ -217,6 +217,7 @@ def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection
     def say(*message: Any) -> None:
         pipe.send((message[0], time.monotonic(), *message[1:]))
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts a soak waits for the runs that have begun
     errors = os.open(os.path.join(folder, f"stderr-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
     try:

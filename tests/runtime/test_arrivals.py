@@ -11,7 +11,7 @@ import torch
 from fake_flashinfer import memory as make_memory
 from torch import Tensor
 
-from ringfence.runtime.collectives.arrivals import CELL, FLAGS, Cells, Memory, Shape, describe
+from ringfence.runtime.collectives.arrivals import CELL, FLAGS, WORDS, Cells, Memory, Parts, Shape, describe
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
@@ -39,18 +39,29 @@ class Buffer:
         payload[1::3] = self.sentinel + 5
         self.elements[place] = payload
 
-    def cells(self) -> tuple[Cells, Cells]:
+    def cells(self, parts: Parts | None = None) -> tuple[Cells, Cells]:
         words = self.elements.view(torch.int32)
         found = []
-        for offset, size in self.memory.parts():
+        for offset, size in parts if parts is not None else self.memory.parts():
             found.append(Cells(self.memory.element))
             for at in range(offset, offset + size, 3 * CELL):  # in pieces, as it is read
                 found[-1].add(words[at // 4 : min(at + 3 * CELL, offset + size) // 4])
         return found[0], found[1]
 
-    def describe(self, words: list[int], flags: Tensor | None = None, ranks: Iterable[int] = ()) -> dict[str, Any]:
+    def describe(
+        self,
+        words: list[int],
+        flags: Tensor | None = None,
+        ranks: Iterable[int] = (),
+        previous: Buffer | None = None,
+    ) -> dict[str, Any]:
         memory = self.memory
-        return describe(memory, words, *self.cells(), flags, tuple(ranks) or tuple(range(memory.world_size)))
+        before = None
+        if previous is not None:
+            named = dict(zip(WORDS[memory.collective], words, strict=True))
+            before = previous.cells(memory.previous(named)[1])
+        ranks = tuple(ranks) or tuple(range(memory.world_size))
+        return describe(memory, words, *self.cells(), flags, ranks, before)
 
 
 def mnnvl_words(arrived: int = 1, buffer: int = 0) -> list[int]:
@@ -274,3 +285,42 @@ def test_blocks_that_differ_are_shown() -> None:
     mixed = flags(1, 0)
     mixed[FLAGS + 1] = 1
     assert buffer.describe(trtllm_words(), mixed)["barriers"]["1"] == [0, 1]
+
+
+# -- the block that is first to finish has turned to the next buffer
+
+
+@pytest.mark.parametrize("collective", [MNNVL, TRTLLM])
+def test_a_call_of_which_something_has_arrived_waits_in_the_previous_buffer(collective: Collective) -> None:
+    """Four tokens, of which three of rank 1 are there; the control words speak of the next call already."""
+    tokens = 4
+    made = memory(collective, one_shot(tokens, 1), keeps_own=collective is TRTLLM)
+    current, previous = Buffer(made), Buffer(made, seed=1)
+    place = (lambda t, r: t * 2 + r) if collective is MNNVL else (lambda t, r: r * tokens + t)
+    for token in range(tokens if collective is TRTLLM else 0):
+        previous.write(place(token, 0))
+    for token in (0, 1, 3):
+        previous.write(place(token, 1))
+    size = tokens * 2 * ROW
+    words = [1, 0, 1 << 20, 1, size, 0, 0, 0, 0] if collective is MNNVL else [0, 0, 1, 1 << 20, size // made.element]
+    value = current.describe(words, previous=previous)
+    assert value["waits_in"] == "previous" and value["silent"] == []
+    count = " of 4" if collective is TRTLLM else ""
+    assert value["says"] == f"a call waits: the first 2{count} tokens of rank 1 have arrived"
+    part = value["readings"][0]["from"]["1"]
+    assert (part["rows"], part["up_to"], part["first_sentinel_word"]) == (3, 2, place(2, 1) * ROW // 4)
+
+    previous.write(place(2, 1))  # and when all has arrived, nothing waits
+    value = current.describe(words, previous=previous)
+    assert value["waits_in"] == "current" and value["says"] == "no call of this rank waits in it"
+
+
+def test_the_previous_buffer_of_each_kernel() -> None:
+    made = memory(MNNVL, one_shot(1))
+    words = dict(zip(WORDS[MNNVL], [2, 1, 1 << 20, 2, 4096, 2048, 0, 0, 0], strict=True))
+    assert made.previous(words) == (1, ((0, 4096), (made.buffer_bytes // 2, 2048)))
+    assert made.previous(words | {"dirty_stages": 1})[1][1][1] == 0
+    made = memory(TRTLLM, one_shot(1))
+    words = dict(zip(WORDS[TRTLLM], [0, 0, 0, 1 << 20, 100], strict=True))
+    assert made.previous(words) == (2, ((0, 100 * made.element), (made.buffer_bytes // 2, 0)))
+    assert made.previous(words | {"clear_elements": 1 << 40})[1][0][1] == made.buffer_bytes  # garbage reads no further
