@@ -31,7 +31,8 @@ from faults.ranks import Fault, Outcome, faults, run_fault
 
 def key(fault: Fault) -> str:
     which = ", every step checked" if fault.options.get("check_every_step") else ""
-    return f"{fault.name}, rank {fault.rank}{which}{', others fall back' * ('fails' in fault.name and not fault.says)}"
+    fall_back = ", others fall back" if "fails" in fault.name and fault.says is None else ""
+    return f"{fault.name}, rank {fault.rank}{which}{fall_back}{', unwatched' * (fault.on_hang is None)}"
 
 
 def in_turn(some: Sequence[Fault], repetitions: int) -> Iterator[Fault]:

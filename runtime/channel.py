@@ -114,6 +114,11 @@ class Channel:
             raise RankMismatch(f"ranks do different things: {by_value(topics)}")
         return [v for _, v in answers]
 
+    def leave(self, why: str) -> None:
+        """Say that this rank comes to no further exchange; the others raise :class:`RankLeftError` then."""
+        with contextlib.suppress(RuntimeError):  # it may be the store that is gone
+            self._answer(f"{self._opened}/{self._exchanges}", "", _Left(f"rank {self.rank} left: {why}"))
+
     def barrier(self, topic: str) -> None:
         """Wait until every rank is here."""
         self.exchange(topic, None)

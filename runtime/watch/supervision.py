@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ..errors import GroupFailureError, PeerFailedError, RankMismatch
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
 from .journal import CudaMarks, Journal
+from .suspects import Failure, where
 from .watchdog import Deadlines, Health, Reaction, Watchdog, open_watchdog
 
 log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class GroupSupervision(Supervision):
 
     def failed(self, error: BaseException) -> None:
         if self._watchdog is None:
-            self._write(f"{type(error).__name__}: {error}")
+            _dump_failure(self._journal, self._folder, error, where(self._journal.position()))
             return
         instead = self._watchdog.failed(error)
         if instead is not error:
@@ -137,6 +139,7 @@ class Overseer:
         self._on_hang, self._deadlines, self._agree_seconds = on_hang, deadlines, agree_seconds
         self._folder, self._every_step, self._raise_on_capture = folder, every_step, raise_on_capture
         self._has_marks = False
+        self._opened: list[Channel] = []  # for the graph that is being compiled
 
     def open(self, groups: Collection[Group], device: torch.device) -> dict[str, Channel]:
         """Channels among the ranks of a graph's groups, by name; this rank is watched from now on.
@@ -161,6 +164,7 @@ class Overseer:
             self.journal.name_group(group.name, ranks)
             channel = channels[group.name] = open_channel(group.name, seconds=self._agree_seconds)
             channel.waiting = self.journal.waiting
+            self._opened.append(channel)
             if self.watchdog is not None:
                 self.watchdog.join_group(group.name, ranks)
                 channel.interrupt = self.watchdog.interrupt
@@ -169,6 +173,7 @@ class Overseer:
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:
         """Around all that is done for one graph. What one rank raises, the others hear of instead of waiting for it."""
+        self._opened.clear()
         try:
             yield
         except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # every rank raises it
@@ -176,10 +181,12 @@ class Overseer:
             _dump(self.journal, self._folder, str(error))
             raise
         except BaseException as error:
-            if self.watchdog is not None:
-                instead = self.watchdog.failed(error, "the compilation of a graph")
-                if instead is not error:
-                    raise instead from error
+            if self.watchdog is None:
+                _dump_failure(self.journal, self._folder, error, _COMPILATION)
+            elif (instead := self.watchdog.failed(error, _COMPILATION)) is not error:
+                raise instead from error
+            for channel in self._opened:  # for ranks that nobody watches
+                channel.leave(f"{type(error).__name__}: {error}")
             raise
 
     def supervise(self, channels: Mapping[str, Channel], digest: PlanDigest) -> Supervision:
@@ -205,6 +212,8 @@ class Overseer:
             self.watchdog.close()
 
 
+_COMPILATION = "the compilation of a graph"
+
 #: Groups whose ranks are not processes of their own.
 _WITHOUT_PEERS = frozenset({"fake", "threaded"})
 
@@ -217,10 +226,15 @@ def _abort_groups() -> None:
         group.abort()
 
 
-def _dump(journal: Journal, folder: str | os.PathLike[str] | None, reason: str) -> None:
+def _dump_failure(journal: Journal, folder: str | os.PathLike[str] | None, error: BaseException, place: str) -> None:
+    text = f"{type(error).__name__}: {error}"
+    _dump(journal, folder, text, failures=[asdict(Failure(journal.rank, place, text))])
+
+
+def _dump(journal: Journal, folder: str | os.PathLike[str] | None, reason: str, **more: Any) -> None:
     if folder is None:
         return
     try:
-        journal.dump(folder, reason)
+        journal.dump(folder, reason, **more)
     except OSError as error:  # what is being raised matters more
         log.error("ringfence: the journal of rank %d cannot be written: %s", journal.rank, error)

@@ -54,7 +54,7 @@ class Fault:
     rank: int
     says: str | None
     journal: str | None = None
-    on_hang: str = "raise"
+    on_hang: str | None = "raise"
     ranks: int = 3
     device: str = "cpu"
     first_device: int = 0
@@ -449,6 +449,13 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
             options={"on_capture_failure": "raise"},
         ),
         fault("throws compiling", 1, r"rank 1 failed in the compilation of a graph: .*to throw", r"^rank 1 failed"),
+        fault(
+            "throws compiling",
+            1,
+            r"rank 1 left: ValueError: .* told to throw",
+            r"^rank 1 failed in the comp",
+            on_hang=None,
+        ),
         fault("fails preparing", 1, r"cannot be had here: .*rank 1: .*out of memory", **named),
         fault("killed preparing", 1, preparing, not_there, **named),
         fault("stopped preparing", 1, preparing, not_there, on_hang="abort", **named),

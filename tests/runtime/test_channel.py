@@ -109,8 +109,8 @@ def test_real_processes_and_groups_apart() -> None:
 
 
 def _alone(store: dist.Store, rank: int, size: int, topic: str = "facts") -> None:
-    """A graph that only this rank compiles: nobody else comes."""
-    with pytest.raises(ChannelTimeoutError):
+    """A graph that only this rank compiles: nobody else comes, or another one that has given up by now."""
+    with pytest.raises((ChannelTimeoutError, RankLeftError)):
         Channel(store, rank, size, seconds=0.05).exchange(topic, f"stale, of rank {rank}")
 
 
@@ -320,3 +320,18 @@ def test_requests_to_the_store_of_an_exchange() -> None:
         store.requests.clear()
         assert channels[0].exchange("x", 0) == [0, 1, 2]
         assert store.requests == {"set": 1, "check": 3, "get": 3} | ({"delete_key": 1} if n else {})
+
+
+def test_a_rank_that_leaves_is_not_waited_for() -> None:
+    def body(rank: int) -> str:
+        channel = Channel(store, rank, 3, seconds=60)
+        channel.barrier("all are here")
+        if rank == 1:
+            channel.leave("ValueError: no such op")
+            return ""
+        with pytest.raises(RankLeftError) as caught:
+            channel.exchange("agree", rank)
+        return str(caught.value)
+
+    store = dist.HashStore()
+    assert run_threaded(3, body)[0].startswith("rank 1 left: ValueError: no such op")
