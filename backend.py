@@ -257,7 +257,7 @@ class Backend:
             deterministic=options.deterministic,
             table=(*table, *TABLE),
         )
-        self.overseer.health.spoils(workspaces_of(name).spoil)
+        self.overseer.health.share(workspaces_of(name))
         # Real memory and real launches, in the midst of a trace with fake tensors.
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:

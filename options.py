@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,11 +209,18 @@ def _strings(key: str, value: object) -> tuple[str, ...]:
 
 def _check_can_be_written(folder: str) -> None:
     """A folder that exists, or that can be made, and takes files: a hang is too late to find out."""
+    if "\0" in folder:
+        raise OptionsError(f"journal_dir={folder!r} is no path")
     there = Path(folder)
     while not there.exists():
         there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OptionsError(f"journal_dir='{folder}' cannot be written: '{there}' takes no files; name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # permissions say nothing to root, nor of file systems such as /proc
+            pass
+    except OSError as error:
+        raise OptionsError(
+            f"journal_dir='{folder}' cannot be written: '{there}' takes no files ({error.strerror}); name another one"
+        ) from error
 
 
 def _check_op_name(key: str, name: str) -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tabulate import tabulate
@@ -115,7 +115,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         try:
-            for done in [pool.submit(work, job) for job in range(arguments.jobs)]:
+            for done in as_completed([pool.submit(work, job) for job in range(arguments.jobs)]):
                 done.result()
         except KeyboardInterrupt:
             stop.set()

@@ -19,6 +19,7 @@ and the next opening of each belongs together again.
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
-from .errors import ChannelTimeoutError, PeerFailedError, RankLeftError, RankMismatch, RingfenceError
+from .errors import ChannelTimeoutError, GroupFailureError, PeerFailedError, RankLeftError, RankMismatch, RingfenceError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -39,6 +42,8 @@ DEFAULT_SECONDS = 600.0
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0005, 0.02
 #: How often a rank that waits looks how often the others have opened a channel.
 _LOOK_SECONDS = 0.25
+#: After this it says for whom it waits; then after three times as long, and so on.
+_TELL_SECONDS = 20.0
 
 
 class Store(Protocol):
@@ -74,16 +79,27 @@ class Channel:
 
     store: one that all ranks share, under a prefix of this group's own.
     rank, size: of the group. seconds: how long an exchange waits for the slowest rank.
+    ranks: what people call each rank of the group: its global rank. interrupt: called while waiting, raises
+    what is known about why nobody comes. waiting: entered, with the topic, around all that may not return
+    because of another rank; that is every request to the store too, whose host may be stopped.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, *, seconds: float = DEFAULT_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        *,
+        seconds: float = DEFAULT_SECONDS,
+        ranks: Sequence[int] | None = None,
+        interrupt: Callable[[], None] = lambda: None,
+        waiting: Callable[[str], AbstractContextManager[None]] = lambda topic: contextlib.nullcontext(),
+    ) -> None:
         self.rank, self.size, self.seconds = rank, size, seconds
-        self._store = store
-        #: Called while waiting; raises what is known about why nobody comes.
-        self.interrupt: Callable[[], None] = lambda: None
-        #: Entered, with the topic, around each wait for the other ranks.
-        self.waiting: Callable[[str], AbstractContextManager[None]] = lambda topic: contextlib.nullcontext()
-        self._opened = store.add(f"opened/{rank}", 1)
+        self.ranks = tuple(ranks if ranks is not None else range(size))
+        self._store, self.interrupt, self.waiting = store, interrupt, waiting
+        with waiting("open a channel"):
+            self._opened = store.add(f"opened/{rank}", 1)
         self._exchanges = 0
 
     def exchange(self, topic: str, value: Any, *, seconds: float | None = None) -> list[Any]:
@@ -93,31 +109,36 @@ class Channel:
         :class:`RankLeftError` where one will not come, and :class:`RankMismatch` where ranks
         came to exchange different things.
         """
+        with self.waiting(topic):
+            answers = self._answers(topic, value, self.seconds if seconds is None else seconds)
+        said = zip(self.ranks, answers, strict=True)
+        if failures := tuple((rank, v.reason) for rank, (_, v) in said if isinstance(v, _Failed)):
+            raise PeerFailedError(failures_text(failures), failures)
+        topics = [t for t, _ in answers]
+        if len(set(topics)) > 1:
+            raise RankMismatch(f"ranks do different things: {by_value(topics, self.ranks)}")
+        return [v for _, v in answers]
+
+    def _answers(self, topic: str, value: Any, seconds: float) -> list[tuple[str, Any]]:
         key = f"{self._opened}/{self._exchanges}"
         self._answer(key, topic, value)
         try:
-            with self.waiting(topic):
-                answers = self._collect(key, topic, self.seconds if seconds is None else seconds)
+            answers = self._collect(key, topic, seconds)
         except BaseException as error:
             left = isinstance(error, RankLeftError)
-            sentence = str(error) if left else f"rank {self.rank} left '{topic}': {_reason(error)}"
+            sentence = str(error) if left else f"rank {self.ranks[self.rank]} left '{topic}': {_reason(error)}"
             with contextlib.suppress(RuntimeError):  # it may be the store that is gone
                 self._answer(key, topic, _Left(sentence))
             raise
         if self._exchanges:  # whoever is here has read the exchange before
             self._store.delete_key(f"{self._opened}/{self._exchanges - 1}/{self.rank}")
         self._exchanges += 1
-        if failures := tuple((rank, v.reason) for rank, (_, v) in enumerate(answers) if isinstance(v, _Failed)):
-            raise PeerFailedError(failures_text(failures), failures)
-        topics = [t for t, _ in answers]
-        if len(set(topics)) > 1:
-            raise RankMismatch(f"ranks do different things: {by_value(topics)}")
-        return [v for _, v in answers]
+        return answers
 
     def leave(self, why: str) -> None:
         """Say that this rank comes to no further exchange; the others raise :class:`RankLeftError` then."""
         with contextlib.suppress(RuntimeError):  # it may be the store that is gone
-            self._answer(f"{self._opened}/{self._exchanges}", "", _Left(f"rank {self.rank} left: {why}"))
+            self._answer(f"{self._opened}/{self._exchanges}", "", _Left(f"rank {self.ranks[self.rank]} left: {why}"))
 
     def barrier(self, topic: str) -> None:
         """Wait until every rank is here."""
@@ -132,22 +153,25 @@ class Channel:
         result = None
         try:
             result = action()
-            self.exchange(topic, None)
-        except PeerFailedError as error:
-            return result, error.failures
-        except (ChannelTimeoutError, RankLeftError):
+        except PeerFailedError as error:  # in an exchange of the action's own
+            return None, error.failures
+        except (ChannelTimeoutError, GroupFailureError, RankMismatch) as error:  # not of the action: nothing goes on
+            self.leave(_reason(error))
             raise
         except Exception as error:
-            try:
-                self.exchange(topic, _Failed(_reason(error)))
-            except PeerFailedError as failed:
-                return None, failed.failures
+            failed: Any = _Failed(_reason(error))
+        else:
+            failed = None
+        try:
+            self.exchange(topic, failed)
+        except PeerFailedError as error:
+            return result, error.failures
         return result, ()
 
     def _collect(self, key: str, topic: str, seconds: float) -> list[tuple[str, Any]]:
         answers: dict[int, tuple[str, Any]] = {}
-        now, sleep = time.monotonic(), _SHORTEST_SLEEP
-        deadline, look = now + seconds, now + _LOOK_SECONDS
+        began, sleep = time.monotonic(), _SHORTEST_SLEEP
+        deadline, look, tell = began + seconds, began + _LOOK_SECONDS, began + _TELL_SECONDS
         while True:
             for rank in range(self.size):
                 if rank not in answers and self._has_answered(key, rank):
@@ -162,11 +186,22 @@ class Channel:
                 look = now + _LOOK_SECONDS
                 if self._has_passed(key, missing) and (sentence := self._catch_up()):
                     raise RankLeftError(sentence)
+            named = tuple(self.ranks[rank] for rank in missing)
             if now > deadline:
                 raise ChannelTimeoutError(
-                    f"{ranks_text(missing)} did not come to '{topic}' within {seconds:g} s; "
+                    f"{ranks_text(named)} did not come to '{topic}' within {seconds:g} s; "
                     "look at what those processes do: they died, hang, or run something else",
-                    missing,
+                    named,
+                )
+            if now > tell:
+                tell += 2 * (tell - began)
+                log.warning(
+                    "ringfence: rank %d waits for %s in the exchange '%s' since %.0f s, and for %.0f s at most",
+                    self.ranks[self.rank],
+                    ranks_text(named),
+                    topic,
+                    now - began,
+                    seconds,
                 )
             self.interrupt()
             time.sleep(sleep)
@@ -199,10 +234,13 @@ class Channel:
         mine, most = opened[self.rank], max(opened)
         if mine == most:
             return None
-        ahead = ranks_text([r for r, n in enumerate(opened) if n == most and not self._has_skipped(most, r)])
+        ahead = ranks_text(
+            [self.ranks[r] for r, n in enumerate(opened) if n == most and not self._has_skipped(most, r)]
+        )
+        me = f"rank {self.ranks[self.rank]}"
         sentence = (
-            f"rank {self.rank} is at opening {mine} of the channel, and {ahead} at opening {most}: "
-            f"rank {self.rank} did not compile a graph that {ahead} compiled"
+            f"{me} is at opening {mine} of the channel, and {ahead} at opening {most}: "
+            f"{me} did not compile a graph that {ahead} compiled"
         )
         self._answer(f"{most}/0", "", _Skipped(sentence))
         self._store.add(f"opened/{self.rank}", most - mine)
@@ -216,8 +254,11 @@ class Channel:
         return [self._store.add(f"opened/{rank}", 0) for rank in range(self.size)]
 
 
-def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS) -> Channel:
-    """A channel among the ranks of a process group. Every rank of it must open it as often as the others."""
+def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS, **hooks: Any) -> Channel:
+    """A channel among the ranks of a process group. Every rank of it must open it as often as the others.
+
+    hooks: ``interrupt`` and ``waiting`` of :class:`Channel`.
+    """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -226,7 +267,7 @@ def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS) -> Channe
     # Groups of other ranks may have the same name: meshes name theirs by dimension.
     prefix = f"ringfence/{group_name}/{'-'.join(map(str, ranks))}"
     store = dist.PrefixStore(prefix, distributed_c10d._get_default_store())  # type: ignore[attr-defined]
-    return Channel(store, group.rank(), group.size(), seconds=seconds)
+    return Channel(store, group.rank(), group.size(), seconds=seconds, ranks=ranks, **hooks)
 
 
 def _reason(error: BaseException) -> str:
@@ -238,10 +279,10 @@ def failures_text(failures: Failures) -> str:
     return "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
 
 
-def by_value(values: Sequence[Any]) -> str:
-    """Which ranks hold which value: ``rank 0: a; ranks 1, 2: b``."""
+def by_value(values: Sequence[Any], ranks: Sequence[int] | None = None) -> str:
+    """Which ranks hold which value: ``rank 0: a; ranks 1, 2: b``. ranks: what each is called, if not its place."""
     holders: dict[Any, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in zip(ranks if ranks is not None else range(len(values)), values, strict=True):
         holders.setdefault(value, []).append(rank)
     return "; ".join(f"{ranks_text(ranks)}: {value}" for value, ranks in holders.items())
 
@@ -250,7 +291,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def first_difference(digests: Sequence[tuple[tuple[str, str], ...]]) -> str:
+def first_difference(digests: Sequence[tuple[tuple[str, str], ...]], ranks: Sequence[int] | None = None) -> str:
     """The first part in which ranks differ, and which ranks hold which side."""
     for sides in zip_longest(*digests):
         if len(set(sides)) == 1:
@@ -258,6 +299,7 @@ def first_difference(digests: Sequence[tuple[tuple[str, str], ...]]) -> str:
         names = list(dict.fromkeys(side[0] for side in sides if side is not None))
         if len(names) == 1:
             values = ["nothing" if side is None else side[1] for side in sides]
-            return f"{names[0]} differs: {by_value(values)}"
-        return "the parts differ: " + by_value(["nothing" if s is None else f"{s[0]} = {s[1]}" for s in sides])
+            return f"{names[0]} differs: {by_value(values, ranks)}"
+        said = ["nothing" if s is None else f"{s[0]} = {s[1]}" for s in sides]
+        return f"the parts differ: {by_value(said, ranks)}"
     return "no part differs"

@@ -47,7 +47,7 @@ class HangError(GroupFailureError):
     """Nothing moved until the deadline; ``ranks`` are those that the others wait for."""
 
 
-class PoisonedError(RingfenceError):
+class PoisonedError(GroupFailureError):
     """A step failed half-way on some rank, so the ranks are out of step and nothing may be called any more."""
 
 
@@ -58,12 +58,12 @@ class JournalError(RingfenceError, ValueError):
 class ChannelTimeoutError(RingfenceError):
     """Ranks did not come to an exchange in time.
 
-    missing: which.
+    ranks: which.
     """
 
-    def __init__(self, message: str, missing: list[int]) -> None:
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
         super().__init__(message)
-        self.missing = missing
+        self.ranks = ranks
 
 
 class PeerFailedError(RingfenceError):

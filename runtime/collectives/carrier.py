@@ -162,10 +162,12 @@ def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, worksp
     answers = channel.exchange("facts of each rank", (facts, wanted.parts, workspaces.spoiled))
     asked = [parts for _, parts, _ in answers]
     if len(set(asked)) > 1:
-        raise RankMismatch(f"the ranks want different collectives: {first_difference(asked)}")
+        raise RankMismatch(f"the ranks want different collectives: {first_difference(asked, channel.ranks)}")
     if spoiled := next((why for _, _, why in answers if why is not None), None):
         workspaces.discard(channel, spoiled)
-    failures = tuple((rank, why) for rank, (why, _, _) in enumerate(answers) if isinstance(why, str))
+    failures = tuple(
+        (rank, why) for rank, (why, _, _) in zip(channel.ranks, answers, strict=True) if isinstance(why, str)
+    )
     if failures:
         raise PeerFailedError(failures_text(failures), failures)
     return [facts for facts, _, _ in answers]

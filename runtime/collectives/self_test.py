@@ -185,7 +185,7 @@ def _check(calls: Sequence[_Call], when: str, digest: Any) -> list[str]:
 
 def _voted(channel: Channel, topic: str, failure: str | None, digest: bytes) -> str | None:
     answers = channel.exchange(topic, (failure, digest))
-    if failures := tuple((rank, why) for rank, (why, _) in enumerate(answers) if why):
+    if failures := tuple((rank, why) for rank, (why, _) in zip(channel.ranks, answers, strict=True) if why):
         return failures_text(failures)
     return None if len({d for _, d in answers}) == 1 else "the ranks hold different bits"
 

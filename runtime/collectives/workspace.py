@@ -12,11 +12,11 @@ one. A captured graph that finds its workspace ``closed`` holds addresses of mem
 
 from __future__ import annotations
 
-import time
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -111,6 +111,13 @@ class Creation(NamedTuple):
     failure: str | None
 
 
+class User(Protocol):
+    """Of workspaces."""
+
+    def poison(self, why: str, /) -> None:
+        """Their state is not known any more."""
+
+
 class Workspaces:
     """The workspaces of one process group."""
 
@@ -119,6 +126,8 @@ class Workspaces:
         self.failed: dict[tuple[Collective, str], str] = {}
         #: Why the protocols' state is not known any more; None where it is. A call broke off on some rank.
         self.spoiled: str | None = None
+        #: Whose graphs run over them.
+        self.users: weakref.WeakSet[User] = weakref.WeakSet()
         self._open: list[Workspace] = []
 
     def find(self, collective: str, device: torch.device, dtype: torch.dtype, size: int) -> Workspace | None:
@@ -139,7 +148,18 @@ class Workspaces:
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise WorkspaceError("a workspace would be created inside a capture; compile and call the model before")
-        workspace, failures = channel.attempt("create a workspace", make)
+        made: list[Workspace] = []
+
+        def making() -> Workspace:
+            made.append(make())
+            return made[0]
+
+        try:
+            workspace, failures = channel.attempt("create a workspace", making)
+        except BaseException:
+            for unused in made:
+                unused.kernels.close()
+            raise
         if failures:
             if workspace is not None:
                 workspace.kernels.close()
@@ -150,9 +170,11 @@ class Workspaces:
         return Creation(workspace, None)
 
     def spoil(self, why: str) -> None:
-        """No new graph may use these workspaces. May be called from any thread."""
-        if self._open:
+        """No graph may use these workspaces any more; who uses them is told. May be called from any thread."""
+        if self.spoiled is None:
             self.spoiled = why
+            for user in list(self.users):
+                user.poison(why)
 
     def discard(self, channel: Channel, why: str) -> None:
         """Give back what a failure left behind, so that new ones are made. Every rank must call.
@@ -170,13 +192,11 @@ class Workspaces:
 
     def _wait_for_device(self) -> None:
         for device in {workspace.device for workspace in self._open if workspace.device.type == "cuda"}:
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(device))
-            deadline = time.monotonic() + _SECONDS_TO_COME_BACK
-            while not done.query():
-                if time.monotonic() > deadline:
-                    raise WorkspaceError(f"{device} does not come back; end the process")
-                time.sleep(0.001)
+            waits = threading.Thread(target=torch.cuda.synchronize, args=(device,), daemon=True)
+            waits.start()
+            waits.join(_SECONDS_TO_COME_BACK)  # for all streams: a kernel may poll on any of them
+            if waits.is_alive():
+                raise WorkspaceError(f"{device} does not come back; end the process")
 
     def retire(self, workspace: Workspace, channel: Channel, reason: str) -> None:
         """Close one that failed its test, and do not make another. Every rank must call."""

@@ -45,7 +45,7 @@ def agree(channel: Channel, digest: PlanDigest, *, what: str = "compiled graph")
     if len(set(channel.exchange(topic, digest.short))) == 1:
         return
     digests = channel.exchange(f"{topic}: the difference", digest.parts)
-    raise RankMismatch(f"the ranks do not agree on the {what}: {first_difference(digests)}")
+    raise RankMismatch(f"the ranks do not agree on the {what}: {first_difference(digests, channel.ranks)}")
 
 
 def vote(channel: Channel, topic: str, failure: str | None) -> Failures:
@@ -54,7 +54,7 @@ def vote(channel: Channel, topic: str, failure: str | None) -> Failures:
     Every rank must vote, those that failed most of all: pass what went wrong instead of raising it.
     """
     answers = channel.exchange(f"vote: {topic}", failure)
-    return tuple((rank, reason) for rank, reason in enumerate(answers) if reason is not None)
+    return tuple((rank, reason) for rank, reason in zip(channel.ranks, answers, strict=True) if reason is not None)
 
 
 class GroupAgreement:
@@ -74,7 +74,7 @@ class GroupAgreement:
             answers = channel.exchange("capture", (sizes, self._digest.short))
             if len(set(answers)) > 1:
                 said = [f"{sizes_text(s)} of graph {short}" for s, short in answers]
-                raise RankMismatch(f"the ranks are about to capture different things: {by_value(said)}")
+                raise RankMismatch(f"the ranks are about to capture different things: {by_value(said, channel.ranks)}")
 
     def after_capture(self, failure: str | None) -> Failures:
         """Whose capture failed, as ``(rank, reason)``: where one did, no rank may keep its own.
@@ -82,11 +82,16 @@ class GroupAgreement:
         What a rank hears in one group it tells the next, so that the ranks of a mesh hear of it too.
         """
         failed: Failures = ()
-        for channel in self._channels:
+        for channel in self._channels * len(self._channels):  # as many passes as a mesh may have dimensions
             heard = vote(channel, "capture", failure)
             failed = failed or heard
             failure = failure or (failed[0][1] if failed else None)
         return failed
+
+    def leave(self, why: str) -> None:
+        """Tell the ranks of all groups that this one comes to no further exchange."""
+        for channel in self._channels:
+            channel.leave(why)
 
     def before_step(self, step: int, sizes: tuple[int, ...], how: str) -> None:
         """The opt-in check of every step. Raises :class:`RankMismatch` where ranks choose differently."""
@@ -95,6 +100,6 @@ class GroupAgreement:
             if len(set(answers)) > 1:
                 said = [f"step {n} of {sizes_text(s)}, {h}" for n, s, h in answers]
                 raise RankMismatch(
-                    f"the ranks do not take the same step: {by_value(said)}; what chooses a graph "
+                    f"the ranks do not take the same step: {by_value(said, channel.ranks)}; what chooses a graph "
                     "(sizes, padding) must be equal on all ranks"
                 )

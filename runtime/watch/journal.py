@@ -220,6 +220,7 @@ class Journal(Marks):
         self._totals: list[int] = []  # calls of each group in all steps that have ended
         self._compiling = 0
         self._exchange = ""
+        self._changed_at = 0
         self._changes = 0
         # pieces
         self._entered, self._left = (array("q", bytes(8 * pieces)) for _ in range(2))
@@ -332,18 +333,22 @@ class Journal(Marks):
     def compiling(self, begins: bool) -> None:
         """A compilation begins, or ends; they may be nested."""
         self._compiling += 1 if begins else -1
+        self._change()
+
+    def _change(self) -> None:
+        self._changed_at = self._clock()
         self._changes += 1
 
     @contextlib.contextmanager
     def waiting(self, topic: str) -> Iterator[None]:
         """This rank waits for the others, beside steps."""
         before, self._exchange = self._exchange, topic
-        self._changes += 1
+        self._change()
         try:
             yield
         finally:
             self._exchange = before
-            self._changes += 1
+            self._change()
 
     # -- where is this rank? ---------------------------------------------------------------
 
@@ -365,7 +370,8 @@ class Journal(Marks):
             phase = "compile" if self._compiling else "idle"
             slot = last & self._step_mask
             ended = (self._ended[slot] or self._began[slot]) if last >= 0 else 0
-            still = (now - ended) / 1e9 if ended else 0.0
+            last_move = max(ended, self._changed_at)
+            still = (now - last_move) / 1e9 if last_move else 0.0
             sizes = self._sizes[last & self._step_mask] if last >= 0 else ()
             return Position(
                 self.rank,
@@ -415,10 +421,12 @@ class Journal(Marks):
 
     def _outstanding(self) -> int | None:
         """The oldest step that is not complete; None where all are."""
-        last = self._steps - 1
+        steps = self._steps
+        last = steps - 1
+        ended = steps - 1 if self._open else steps  # one that begins from here on is looked at the next time
         if self._marks is not None:
-            step = max(self._oldest_unmarked, self._steps - self.slots)
-            while step < self._steps and not (self._open and step == last):
+            step = max(self._oldest_unmarked, steps - self.slots)
+            while step < ended:
                 slot = step & self._step_mask
                 if self._marked[slot] and not self._marks.done(slot):
                     self._oldest_unmarked = step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ..channel import ranks_text
 from ..errors import JournalError
 from .journal import FORMAT, REPLAY, Position, sizes_text
 from .suspects import Failure, Finding, find_culprit, where
+
+log = logging.getLogger(__name__)
 
 _DRAWN_STEPS = 4
 
@@ -88,8 +91,9 @@ class Merged:
         if self.missing:
             lines.append(f"no journal of {ranks_text(self.missing)}")
         for j in self.journals:
-            at = where(j.position) + ("" if j.position.stuck_in_piece else ", complete")
-            lines.append(f"rank {j.rank}: {at}; written because: {j.reason}")
+            at = where(j.position) + ("" if j.position.stuck_in_piece or j.position.step < 0 else ", complete")
+            why = "of that" if self.sentence in j.reason or j.reason in self.sentence else j.reason
+            lines.append(f"rank {j.rank}: {at}; written because {'' if why == 'of that' else 'of: '}{why}")
         return "\n".join(lines)
 
 
@@ -104,7 +108,13 @@ def read_folder(folder: Path) -> tuple[RankJournal, ...]:
         )
     by_rank: dict[int, tuple[Path, RankJournal]] = {}
     for path in paths:
-        journal = _read(path)
+        try:
+            journal = _read(path)
+        except JournalError as error:
+            if path == paths[-1] and not by_rank:  # none can be read
+                raise
+            log.warning("ringfence: %s; the rank counts as one without a journal", error)
+            continue
         if journal.rank in by_rank:
             raise JournalError(
                 f"'{by_rank[journal.rank][0].name}' and '{path.name}' are both of rank {journal.rank}; "
@@ -189,7 +199,7 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     else:
         sentence = divergence or "no rank waits: every step that was begun is complete"
         if divergence is None and len({j.reason for j in journals}) == 1:
-            sentence += f"; the journals were written because: {journals[0].reason}"
+            sentence = f"{journals[0].reason}; {sentence}"
     return Merged(sentence, finding, tuple(journals), missing, divergence, _nothing_from(journals))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..channel import DEFAULT_SECONDS, Channel, failures_text, open_channel
-from ..errors import GroupFailureError, PeerFailedError, RankMismatch
+from ..errors import ChannelTimeoutError, GroupFailureError, PeerFailedError, RankMismatch
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
 from .journal import CudaMarks, Journal
@@ -107,9 +108,14 @@ class GroupSupervision(Supervision):
     def _agreed(self, body: Callable[[], T]) -> T:
         try:
             return body()
-        except RankMismatch as error:  # every rank raises it
+        except (RankMismatch, ChannelTimeoutError) as error:
             self._health.poison(str(error))
-            self._write(str(error))
+            if self._agreement is not None:
+                self._agreement.leave(str(error))  # of a mesh only the ranks of one group raise it by themselves
+            if isinstance(error, ChannelTimeoutError) and self._watchdog is not None:
+                self._watchdog.failed(error)
+            else:
+                self._write(str(error))
             raise
 
     def _write(self, reason: str) -> None:
@@ -162,12 +168,15 @@ class Overseer:
         for group in real:
             ranks = ranks_of(group.name)
             self.journal.name_group(group.name, ranks)
-            channel = channels[group.name] = open_channel(group.name, seconds=self._agree_seconds)
-            channel.waiting = self.journal.waiting
-            self._opened.append(channel)
             if self.watchdog is not None:
                 self.watchdog.join_group(group.name, ranks)
-                channel.interrupt = self.watchdog.interrupt
+            channel = channels[group.name] = open_channel(
+                group.name,
+                seconds=self._agree_seconds,
+                waiting=self.journal.waiting,
+                interrupt=self.watchdog.interrupt if self.watchdog is not None else lambda: None,
+            )
+            self._opened.append(channel)
         return channels
 
     @contextlib.contextmanager
@@ -176,9 +185,12 @@ class Overseer:
         self._opened.clear()
         try:
             yield
-        except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # every rank raises it
+        except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # not this rank's own
             self.health.poison(str(error))
-            _dump(self.journal, self._folder, str(error))
+            if not isinstance(error, GroupFailureError):  # the watchdog, which raised that, has written more
+                _dump(self.journal, self._folder, str(error))
+            for channel in self._opened:  # of a mesh only the ranks of one group raise it by themselves
+                channel.leave(str(error))
             raise
         except BaseException as error:
             if self.watchdog is None:
@@ -228,7 +240,8 @@ def _abort_groups() -> None:
 
 def _dump_failure(journal: Journal, folder: str | os.PathLike[str] | None, error: BaseException, place: str) -> None:
     text = f"{type(error).__name__}: {error}"
-    _dump(journal, folder, text, failures=[asdict(Failure(journal.rank, place, text))])
+    lines = traceback.format_exception(error)
+    _dump(journal, folder, text, failures=[asdict(Failure(journal.rank, place, text))], traceback=lines)
 
 
 def _dump(journal: Journal, folder: str | os.PathLike[str] | None, reason: str, **more: Any) -> None:

@@ -71,7 +71,10 @@ def find_culprit(
     if silent:
         gone = tuple(sorted(silent))
         said = "; ".join(f"rank {r} {silent[r]}" for r in gone)
-        last = "; ".join(f"rank {r} was last heard of {_when(positions[r], 'in')}" for r in gone if r in positions)
+        step = max([positions[r].step for r in waiting], default=-1)
+        # What was heard long before the others waited says nothing: steps are shorter than a beat.
+        recent = [r for r in gone if r in positions and positions[r].step >= step - 1]
+        last = "; ".join(f"rank {r} was last heard of {_when(positions[r], 'in')}" for r in recent)
         return Finding(gone, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting), last])))
     stuck = sorted((c.first, r, c) for r in waiting for c in positions[r].calls)
     for _, rank, call in stuck:
@@ -93,6 +96,11 @@ def find_culprit(
         f = failures[0]
         return Finding((f.rank,), waiting, f"rank {f.rank} failed in {f.where}: {f.error}")
     return None
+
+
+def compiles_too_long(position: Position) -> Finding:
+    """A rank that nobody need wait for yet."""
+    return Finding((position.rank,), (), f"rank {position.rank} {_what_it_does(position)}")
 
 
 def _behind_or_past(

@@ -27,15 +27,18 @@ import re
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from torch.distributed import DistError
 
 from ..channel import Store, ranks_text
-from ..errors import GroupFailureError, HangError, PoisonedError
+from ..errors import ChannelTimeoutError, GroupFailureError, HangError, PoisonedError
 from .journal import Journal, Position
-from .suspects import Failure, Finding, find_culprit, where
+from .suspects import Failure, Finding, compiles_too_long, find_culprit, where
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,9 @@ EXIT_CODE = 85
 
 #: For all probes together, of the second that writing a journal may take.
 _PROBE_SECONDS = 0.6
+
+#: How long a main thread leaves the watchdog to write, and to end the process where it does.
+_SECONDS_TO_ACT = 10.0
 
 #: What an exception of a collective says when its cause is another rank.
 _OF_A_PEER = re.compile(
@@ -66,34 +72,45 @@ class Deadlines:
     grace: float = 0.75
 
 
-@dataclass
-class Health:
-    """Whether the ranks are still in step. ``poisoned`` says why not; nothing heals it.
+class Shared(Protocol):
+    """What several graphs of the ranks use, such as the workspaces of a group."""
 
-    Whoever owns memory that the ranks share, and that is in no known state then, is told (:meth:`spoils`).
+    users: weakref.WeakSet[Any]
+
+    def spoil(self, why: str, /) -> None: ...
+
+
+class Health:
+    """Whether the ranks are still in step. ``poisoned`` says why not; nothing heals it. ranks: to blame, if known.
+
+    What is shared with other backends is spoiled then, and they are poisoned with it.
     """
 
-    poisoned: str | None = None
-    _owners: list[Callable[[str], None]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.poisoned: str | None = None
+        self.ranks: tuple[int, ...] = ()
+        self._shared: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def spoils(self, owner: Callable[[str], None]) -> None:
-        """Call ``owner`` with the reason when the ranks get out of step."""
-        if owner not in self._owners:
-            self._owners.append(owner)
+    def share(self, shared: Shared) -> None:
+        """What this health's graphs use from now on."""
+        self._shared.add(shared)
+        shared.users.add(self)
 
-    def poison(self, why: str) -> None:
-        """The first reason stays."""
+    def poison(self, why: str, ranks: Sequence[int] = ()) -> None:
+        """The first reason stays. May be called from any thread."""
         if self.poisoned is None:
+            self.ranks = tuple(ranks)
             self.poisoned = why
-            for owner in self._owners:
-                owner(why)
+            for shared in list(self._shared):
+                shared.spoil(why)
 
     def check(self) -> None:
         if self.poisoned is not None:
             raise PoisonedError(
                 f"the ranks are out of step, so the model is not called any more: {self.poisoned}. Start the job "
                 "again; or, where the process group still works, compile anew on every rank: torch._dynamo.reset() "
-                "and another ringfence.Backend"
+                "and another ringfence.Backend",
+                self.ranks,
             )
 
 
@@ -185,6 +202,8 @@ class Watchdog:
         self._moved, self._moved_at = -1, time.monotonic()
         self._ticked = time.monotonic()
         self._acted = threading.Event()
+        self._ended = threading.Event()
+        self._own = False  # what was reported is this rank's own failure
         self._reached = False  # the main thread came here with an exception, so nobody need wake it
         self._stop = threading.Event()
         self._threads = [
@@ -221,31 +240,45 @@ class Watchdog:
         """
         self._reached = True
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
-            self._acted.wait(2)
+            (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)
             return self._error(self.report)
         position = self.journal.position()
         text = f"{type(error).__name__}: {_first_lines(str(error))}"
+        if isinstance(error, ChannelTimeoutError):
+            self._blame(_Report("failure", self._rank, text, error.ranks))
+            return error
         victim = _is_of_a_peer(error) if place is None and position.calls else _is_of_the_store(error)
         failure = Failure(self._rank, place if place is not None else where(position), text, victim)
         if victim:
             found = self._cause(failure)
             if found is not None:
-                self.report = found
-                told = time.monotonic()
-                self._tell(found)
-                self._act(found)
-                self._until_read(told)
+                self._blame(found)
                 return self._error(found)
         report = _Report(
             "failure", self._rank, f"rank {self._rank} failed in {failure.where}: {text}", (self._rank,), failure
         )
-        self.report = report
-        self.health.poison(report.sentence)
+        self.report, self._own = report, True
+        self.health.poison(report.sentence, report.ranks)
+        # Told first, the others end at once, and a launcher with them: this process may not come to print it.
+        _bounded(lambda: log.error("ringfence: %s", report.sentence, exc_info=error), 0.2)
         told = time.monotonic()
         self._tell(report)
-        self._write(report)
+        self._write(report, error)
         self._until_read(told)
         return error
+
+    def _blame(self, report: _Report) -> None:
+        """Another rank is the cause of what this main thread met."""
+        self.report = report
+        told = time.monotonic()
+        self._tell(report)
+        self._act(report)
+        self._until_read(told)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether the process ends for what was found, and the main thread should not outrun that."""
+        return self.reaction.on_hang == "abort" and not self._own
 
     def _cause(self, failure: Failure) -> _Report | None:
         """Who made a collective of this rank fail? Waits until a dead rank would have become silent."""
@@ -254,7 +287,7 @@ class Watchdog:
             other = next((r for r in self._reports if r.conclusive), None)
             if other is not None:
                 return other
-            silent = self._silent()
+            silent = self._silent(patient=False)
             if silent:
                 finding = find_culprit(self._positions(), silent, members=self._members)
                 assert finding is not None
@@ -284,7 +317,7 @@ class Watchdog:
 
     def interrupt(self) -> None:
         """Raise what was found, for code of the main thread that waits for other ranks."""
-        if self.report is not None and self.reaction.on_hang != "report":
+        if self.report is not None and self.reaction.on_hang != "report" and not self._ends:
             raise self._error(self.report)
 
     # -- talking -----------------------------------------------------------------------------
@@ -301,7 +334,7 @@ class Watchdog:
             self._say(self._store)
             self._hear(self._store)
             self._talked = time.monotonic()
-        except Exception as error:  # whatever the store raises when its host is gone
+        except (DistError, OSError) as error:  # its host is gone
             self._store_error = f"{type(error).__name__}: {_first_lines(str(error))}"
 
     def _say(self, store: Store) -> None:
@@ -364,7 +397,8 @@ class Watchdog:
         return next((r for r in others if r.conclusive), others[0] if others else None)
 
     def _expired(self, position: Position, now: float) -> bool:
-        return position.waits and now - self._moved_at > self._limit(position)
+        busy = position.waits or position.phase == "compile"
+        return busy and now - self._moved_at > self._limit(position)
 
     def _limit(self, position: Position) -> float:
         patient = position.phase in ("warm-up", "compile") and not position.exchange  # who waits for others is not busy
@@ -378,8 +412,11 @@ class Watchdog:
             )
             return Finding((), (self._rank,), sentence)
         positions, silent = self._positions(), self._silent()
-        if not positions[self._rank].stuck_in_piece and not silent:
+        position = positions[self._rank]
+        if position.exchange and not silent:
             return None  # an exchange has a deadline of its own for ranks that are merely late
+        if position.phase == "compile" and not position.exchange:
+            return compiles_too_long(position)
         failures = [r.failure for r in self._reports if r.failure is not None]
         finding = find_culprit(positions, silent, failures, self._members)
         if finding is None or still > self.deadlines.warm_up:
@@ -396,8 +433,8 @@ class Watchdog:
         known = {rank: p.position for rank, p in self._peers.items() if p.position is not None}
         return {self._rank: self.journal.position(), **known}
 
-    def _silent(self) -> dict[int, str]:
-        """The ranks that no longer answer, and how that shows."""
+    def _silent(self, *, patient: bool = True) -> dict[int, str]:
+        """The ranks that no longer answer, and how that shows. patient: while nobody spins, with who may compile."""
         now = time.monotonic()
         if self._store_is_gone():
             if self._host is None or self._host == self._rank:
@@ -405,12 +442,22 @@ class Watchdog:
             how = f"({self._store_error})" if self._store_error is not None else f"for {now - self._talked:.1f} s"
             return {self._host: f"serves the store, which does not answer {how}: its process ended or is stopped"}
         why = "its process ended, is stopped, or holds Python's lock"
-        all_have_begun = self.journal.position().step >= 0  # before, a rank may still be reading its weights
-        return {
-            rank: f"has not been heard of for {now - peer.heard:.1f} s ({why})"
-            for rank, peer in self._peers.items()
-            if now - peer.heard > self.deadlines.silence and (all_have_begun or peer.position is not None)
-        }
+        position = self.journal.position()
+        # Before a rank has been in a call with this one, it may still be reading its weights.
+        met = {rank for name, ranks in self._members.items() if position.completed.get(name) for rank in ranks}
+        silent = {}
+        for rank, peer in self._peers.items():
+            limit = self._patience(position, peer) if patient else self.deadlines.silence
+            since = now - peer.heard
+            if since > limit and (peer.position is not None or rank in met):
+                silent[rank] = f"has not been heard of for {since:.1f} s ({why})"
+        return silent
+
+    def _patience(self, position: Position, peer: _Peer) -> float:
+        """How long a peer may be silent. Compilers hold Python's lock for seconds, and nobody spins meanwhile."""
+        compiles = peer.position is not None and peer.position.phase in ("compile", "warm-up")
+        short = position.stuck_in_piece and not compiles
+        return self.deadlines.silence if short else max(self.deadlines.silence, self.deadlines.steady)
 
     def _store_is_gone(self) -> bool:
         """It failed, or a request to it does not return."""
@@ -423,7 +470,7 @@ class Watchdog:
         self.report, self._reported_at = report, self._moved
         reaction = self.reaction
         if reaction.on_hang != "report" or report.kind == "failure":
-            self.health.poison(report.sentence)
+            self.health.poison(report.sentence, report.ranks)
         _bounded(lambda: self._write(report), 1.0)
         _bounded(lambda: log.error("ringfence: rank %d: %s", self._rank, report.sentence), 0.2)
         self._acted.set()
@@ -446,12 +493,14 @@ class Watchdog:
         text = f"ringfence: rank {self._rank} ends with exit code {EXIT_CODE}{last}: {self._error(report)}\n"
         _bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
         reaction.end(EXIT_CODE)
+        self._ended.set()
 
-    def _write(self, report: _Report) -> None:
+    def _write(self, report: _Report, error: BaseException | None = None) -> None:
         """Write the journal, and again with what the probes found: they may cost all the time that there is."""
-        self._write_with(report, {})
+        lines = traceback.format_exception(error) if error is not None else []
+        self._write_with(report, traceback=lines, probes={})
         if self.reaction.folder is not None and self.reaction.probes:
-            self._write_with(report, self._probe())
+            self._write_with(report, traceback=lines, probes=self._probe())
 
     def _probe(self) -> dict[str, Any]:
         probes = dict(self.reaction.probes)
@@ -466,7 +515,7 @@ class Watchdog:
         late = f"no answer within {_PROBE_SECONDS} s"
         return {name: found.get(name, late) for name in probes}
 
-    def _write_with(self, report: _Report, probes: Mapping[str, Any]) -> None:
+    def _write_with(self, report: _Report, **more: Any) -> None:
         folder = self.reaction.folder
         if folder is None:
             return
@@ -479,7 +528,7 @@ class Watchdog:
                 heard=heard,
                 silent={str(r): how for r, how in self._silent().items()},
                 failures=failures,
-                probes=probes,
+                **more,
             )
         except OSError as error:
             log.error("ringfence: the journal of rank %d cannot be written: %s", self._rank, error)
@@ -488,9 +537,7 @@ class Watchdog:
         journals = f"; journals: ringfence journal {self.reaction.folder}" if self.reaction.folder is not None else ""
         if report.kind == "hang":
             return HangError(f"the ranks hang: {report.sentence}{journals}", report.ranks)
-        return GroupFailureError(
-            f"{ranks_text(report.ranks)} broke the step off: {report.sentence}{journals}", report.ranks
-        )
+        return GroupFailureError(f"{ranks_text(report.ranks)} broke off: {report.sentence}{journals}", report.ranks)
 
 
 def open_watchdog(
@@ -524,7 +571,7 @@ def _end(stop: threading.Event, threads: Sequence[threading.Thread]) -> None:
 
 def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) -> None:
     """Without keeping the watchdog alive: who drops the model drops the threads."""
-    beat, told = 0.0, False
+    beat, told, said = 0.0, False, ""
     while not stop.wait(beat):
         watchdog = reference()
         if watchdog is None:
@@ -535,8 +582,10 @@ def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) ->
         beat = watchdog.deadlines.beat
         try:
             getattr(watchdog, name)()
-        except Exception:  # a watchdog that dies of its own mistake would be the silence that it is against
-            log.exception("ringfence: the watchdog's thread '%s' goes on after an error", name)
+        except Exception as error:  # a watchdog that dies of its own mistake would be the silence that it is against
+            if repr(error) != said:
+                said = repr(error)
+                log.exception("ringfence: the watchdog's thread '%s' goes on after an error", name)
         del watchdog
 
 
@@ -559,8 +608,6 @@ def _is_of_a_peer(error: BaseException) -> bool:
 
 
 def _is_of_the_store(error: BaseException) -> bool:
-    from torch.distributed import DistError
-
     return isinstance(error, DistError)
 
 

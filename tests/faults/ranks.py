@@ -178,6 +178,28 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
     return Model().to(fault.device, DTYPE[fault.device])
 
 
+def _stop_before_the_others_come(mine: bool, say: Callable[..., None]) -> None:
+    """One rank is stopped in its compilation. To the others any request to the store is the first that hangs."""
+    from ringfence import backend
+    from ringfence.runtime.watch.supervision import Overseer
+
+    opened = Overseer.open
+
+    def late(self: Any, groups: Any, device: Any) -> Any:
+        time.sleep(2)
+        say("fault")
+        return opened(self, groups, device)
+
+    def stop(*args: Any, **options: Any) -> None:
+        say("fault")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    if mine:
+        backend.find = stop
+    else:
+        Overseer.open = late
+
+
 def _leave_out_a_call(say: Callable[..., None]) -> None:
     """The first collective of the eighth step does not reach the other ranks, on this one."""
     from ringfence.runtime.collectives import ops, reference
@@ -257,7 +279,7 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         split_ops=["ringfence_faults::pause"],
         on_hang=fault.on_hang,
         step_seconds=DEADLINE,
-        warm_up_seconds=5 * DEADLINE,
+        warm_up_seconds=15 * DEADLINE,
         agree_seconds=5 * DEADLINE,
         journal_dir=folder,
         **fault.options,
@@ -283,6 +305,8 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
             raise ValueError("the compiler was told to throw")
 
         backend_module.lower = lower
+    if fault.name == "stopped compiling":
+        _stop_before_the_others_come(mine, say)
     if mine and fault.name == "skipped call":
         _leave_out_a_call(say)
     if fault.name == "other option":  # time counts from when the last rank has come to compare
@@ -304,10 +328,10 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
             say("step", step)
     if fault.says is None:
         dist.barrier()
-    for _ in range(400):  # idle, as a server without requests
-        if fault.says is not None:
-            backend.overseer.health.check()
-            time.sleep(0.05)
+    until = time.monotonic() + (1.5 * DEADLINE if fault.says is None else 20)
+    while time.monotonic() < until:  # idle, as a server without requests
+        backend.overseer.health.check()
+        time.sleep(0.05)
 
 
 def run_fault(fault: Fault) -> Outcome:
@@ -353,7 +377,7 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
     end = time.monotonic() + HARD_END
     waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
     watched = set(range(fault.ranks))
-    if fault.name == "stopped":  # it never ends by itself
+    if fault.name.startswith("stopped"):  # it never ends by itself
         del waiting[processes[fault.rank].sentinel]
         watched.discard(fault.rank)
     while waiting and time.monotonic() < end:
@@ -459,6 +483,7 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
         fault("fails preparing", 1, r"cannot be had here: .*rank 1: .*out of memory", **named),
         fault("killed preparing", 1, preparing, not_there, **named),
         fault("stopped preparing", 1, preparing, not_there, on_hang="abort", **named),
+        fault("stopped compiling", 0, r"rank 0 serves the store, which does not answer", on_hang="abort"),
         fault("other option", 1, r"sizes differs: ranks? 0.*: [\[(]4, 8[\])]; rank 1: [\[(]4,?[\])]"),
         fault("other thread count", 1, None),
         fault("slow", 1, None, steps=5),

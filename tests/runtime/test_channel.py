@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import pytest
 import torch.distributed as dist
 
+from ringfence.runtime import channel as module
 from ringfence.runtime.channel import Channel, by_value, open_channel, ranks_text
-from ringfence.runtime.errors import ChannelTimeoutError, HangError, RankLeftError, RankMismatch
+from ringfence.runtime.errors import ChannelTimeoutError, HangError, RankLeftError, RankMismatch, WorkspaceError
 from support import run_ranks, run_threaded
 
 T = TypeVar("T")
@@ -48,9 +49,9 @@ def test_who_is_missing_is_named_at_the_deadline() -> None:
         start = time.monotonic()
         with pytest.raises(ChannelTimeoutError, match=r"rank 2 did not come to 'vote' within 0.3 s") as caught:
             channel.exchange("vote", True)
-        return caught.value.missing, time.monotonic() - start < 5
+        return caught.value.ranks, time.monotonic() - start < 5
 
-    assert run_threaded(3, body) == [([2], True), ([2], True), None]
+    assert run_threaded(3, body) == [((2,), True), ((2,), True), None]
 
 
 def test_ranks_that_exchange_different_things_are_told_apart() -> None:
@@ -77,7 +78,7 @@ def test_an_attempt_fails_on_all_ranks_or_on_none(failing: list[int], after: int
                     raise MemoryError(f"step {n}")
                 channel.exchange(f"inside {n}", rank)
             if rank in failing and after == 2:
-                raise RankMismatch("at the end")
+                raise WorkspaceError("at the end")
             return f"made by {rank}"
 
         return channel.attempt("create", action), channel.exchange("next", rank)
@@ -89,6 +90,71 @@ def test_an_attempt_fails_on_all_ranks_or_on_none(failing: list[int], after: int
         assert following == [0, 1, 2]
         if not failing:
             assert made == f"made by {rank}"
+
+
+def test_an_attempt_that_meets_something_else_waits_for_nobody() -> None:
+    def body(rank: int) -> str:
+        channel = open_channel(dist.group.WORLD.group_name, seconds=60)
+        with pytest.raises(RankMismatch) as caught:
+            if rank == 0:
+                channel.attempt("create", lambda: channel.exchange("handles", rank))
+            else:
+                channel.exchange("agree", rank)
+        return str(caught.value)
+
+    start = time.monotonic()
+    assert run_threaded(2, body) == ["ranks do different things: rank 0: handles; rank 1: agree"] * 2
+    assert time.monotonic() - start < 20
+
+
+def test_a_hang_inside_an_attempt_is_no_failure_of_the_action() -> None:
+    def body(rank: int) -> str:
+        def interrupt() -> None:
+            if rank == 0:
+                raise HangError("the ranks hang", (2,))
+
+        channel = open_channel(dist.group.WORLD.group_name, seconds=60, interrupt=interrupt)
+        if rank == 2:
+            time.sleep(1)
+            return ""
+        with pytest.raises((HangError, RankLeftError)) as caught:
+            channel.attempt("create", lambda: "made")
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    said = run_threaded(3, body)
+    assert said[:2] == ["HangError: the ranks hang", "RankLeftError: rank 0 left 'create': the ranks hang"]
+
+
+def test_ranks_are_called_what_they_are_in_the_world() -> None:
+    store = dist.HashStore()
+
+    def body(rank: int) -> list[str]:
+        said = []
+        channel = Channel(store, rank, 2, seconds=0.3, ranks=(1, 9))
+        _, failures = channel.attempt("create", [lambda: 1, lambda: 1 // 0][rank])
+        said.append(str(failures))
+        with pytest.raises(RankMismatch) as caught:
+            channel.exchange("abc"[rank], 0)
+        said.append(str(caught.value))
+        if rank == 1:
+            with pytest.raises(ChannelTimeoutError) as missing:
+                channel.exchange("vote", 0)
+            said.append(f"{missing.value} {missing.value.ranks}")
+        return said
+
+    first, second = run_threaded(2, body)
+    assert first == second[:2]
+    assert first[0].startswith("((9, 'ZeroDivisionError") and first[1].endswith("rank 1: a; rank 9: b")
+    assert second[2].startswith("rank 1 did not come to 'vote'") and second[2].endswith("(1,)")
+
+
+def test_who_waits_long_says_for_whom(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TELL_SECONDS", 0.05)
+    said: list[str] = []
+    monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
+    with pytest.raises(ChannelTimeoutError):
+        Channel(dist.HashStore(), 0, 2, seconds=0.5, ranks=(4, 5)).exchange("vote", 0)
+    assert 1 <= len(said) <= 4 and said[0].startswith("ringfence: rank 4 waits for rank 5 in the exchange 'vote'")
 
 
 def test_by_value() -> None:

@@ -209,14 +209,39 @@ def test_what_broke_in_compilation_is_told_and_a_store_that_is_gone_is_nobodys_o
     assert isinstance(instead, GroupFailureError) and instead.ranks == (1,)
 
 
-def test_owners_of_shared_memory_hear_of_the_first_reason() -> None:
-    health = Health()
-    told: list[str] = []
-    for _ in range(2):
-        health.spoils(told.append)
+class Shared:
+    def __init__(self) -> None:
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.told: list[str] = []
+
+    def spoil(self, why: str) -> None:
+        self.told.append(why)
+        for user in list(self.users):
+            user.poison(why)
+
+
+def test_who_shares_memory_is_poisoned_with_the_first_reason() -> None:
+    mine, theirs, apart = Health(), Health(), Health()
+    memory = Shared()
+    for health in (mine, mine, theirs):
+        health.share(memory)
+    mine.poison("rank 1 failed", (1,))
+    mine.poison("rank 2 failed", (2,))
+    assert set(memory.told) == {"rank 1 failed"} and theirs.poisoned == mine.poisoned == "rank 1 failed"
+    apart.check()
+    with pytest.raises(PoisonedError) as caught:
+        mine.check()
+    assert caught.value.ranks == (1,)
+
+
+def test_what_is_shared_is_not_kept_alive() -> None:
+    health, memory = Health(), Shared()
+    health.share(memory)
+    gone = weakref.ref(memory)
+    del memory
+    gc.collect()
+    assert gone() is None
     health.poison("rank 1 failed")
-    health.poison("rank 2 failed")
-    assert told == ["rank 1 failed"] and health.poisoned == "rank 1 failed"
 
 
 def test_captures_have_the_deadline_of_warm_up() -> None:
