@@ -48,6 +48,9 @@ EXIT_CODE = 85
 #: For all probes together, of the second that writing a journal may take.
 _PROBE_SECONDS = 0.6
 
+#: A position that was heard longer ago than so many beats is not judged.
+_STALE_BEATS = 3
+
 #: How long a main thread leaves the watchdog to write, and to end the process where it does.
 _SECONDS_TO_ACT = 10.0
 
@@ -417,6 +420,8 @@ class Watchdog:
             return None  # an exchange has a deadline of its own for ranks that are merely late
         if position.phase == "compile" and not position.exchange:
             return compiles_too_long(position)
+        if any(r not in silent and self._is_stale(p) for r, p in self._peers.items()) and not self._store_is_gone():
+            return None  # it has gone on since, or is about to be silent: where it was tells nothing
         failures = [r.failure for r in self._reports if r.failure is not None]
         finding = find_culprit(positions, silent, failures, self._members)
         if finding is None or still > self.deadlines.warm_up:
@@ -452,6 +457,9 @@ class Watchdog:
             if since > limit and (peer.position is not None or rank in met):
                 silent[rank] = f"has not been heard of for {since:.1f} s ({why})"
         return silent
+
+    def _is_stale(self, peer: _Peer) -> bool:
+        return peer.position is not None and time.monotonic() - peer.heard > _STALE_BEATS * self.deadlines.beat
 
     def _patience(self, position: Position, peer: _Peer) -> float:
         """How long a peer may be silent. Compilers hold Python's lock for seconds, and nobody spins meanwhile."""

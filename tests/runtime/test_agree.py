@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -94,3 +95,51 @@ def test_steps_are_compared_where_asked_for() -> None:
 
     (said,) = raises_on_every_rank(2, body)
     assert "rank 0: step 1 of fixed sizes, replayed; rank 1: step 1 of sizes (4,), uncaptured" in said
+
+
+def mesh(store: Any, rank: int, rows: int, columns: int, seconds: float = 20) -> list[Channel]:
+    """Channels of a rank's column and row, in the order of names that all ranks share: "10" comes before "2"."""
+    row, column = divmod(rank, columns)
+    groups = {
+        str(column + 1): tuple(range(column, rows * columns, columns)),
+        str(columns + 1 + row): tuple(range(row * columns, (row + 1) * columns)),
+    }
+    return [
+        Channel(dist.PrefixStore(name, store), ranks.index(rank), len(ranks), seconds=seconds, ranks=ranks)
+        for name, ranks in sorted(groups.items())
+    ]
+
+
+@pytest.mark.parametrize("failing", [1, 8, 15])
+def test_all_ranks_of_a_mesh_drop_what_one_could_not_capture(failing: int) -> None:
+    store = dist.HashStore()
+
+    def body(rank: int) -> Any:
+        agreement = GroupAgreement(mesh(store, rank, 2, 8), digest(plan="the same"))
+        return agreement.after_capture("no memory" if rank == failing else None)
+
+    said = run_threaded(16, body)
+    assert all(any("no memory" in reason for _, reason in failed) for failed in said)
+    assert said[failing ^ 8][0] == (failing, "no memory")  # of a dp group; called by its global rank
+
+
+def test_a_difference_in_one_group_of_a_mesh_ends_the_others_too() -> None:
+    """The digest differs on rank 1. Ranks 2 and 3 agree with each other, and are not left waiting for 0 and 1."""
+    store = dist.HashStore()
+
+    def body(rank: int) -> str:
+        channels = mesh(store, rank, 2, 2, seconds=60)
+        channels.reverse()  # rows first
+        try:
+            GroupAgreement(channels, digest(plan="other" if rank == 1 else "one"))
+        except RankMismatch as error:
+            for channel in channels:
+                channel.leave(str(error))
+            return str(error)
+        return "agreed"
+
+    start = time.monotonic()
+    said = run_threaded(4, body)
+    assert time.monotonic() - start < 30
+    assert all("plan differs: rank 0: one; rank 1: other" in each for each in said)
+    assert said[2].startswith("rank 0 left: ") and said[3].startswith("rank 1 left: ")

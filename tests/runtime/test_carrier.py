@@ -21,9 +21,16 @@ from ringfence.runtime.collectives import carrier, ops
 from ringfence.runtime.collectives.carrier import Wanted, prepare
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
-from ringfence.runtime.errors import CollectiveUnavailableError, InputError, RingfenceError, WorkspaceReplacedError
+from ringfence.runtime.errors import (
+    CollectiveUnavailableError,
+    InputError,
+    RingfenceError,
+    WorkspaceError,
+    WorkspaceReplacedError,
+)
 from ringfence.runtime.groups import describe_group
 from ringfence.runtime.hazards.situation import Collective, Situation, Strategy
+from ringfence.runtime.watch.watchdog import Health
 from support import run_ranks
 
 H = 256
@@ -341,3 +348,52 @@ def test_the_reference_knows_the_machines_that_it_runs_on() -> None:
     """No row of the size table is about them; what stays with NCCL is judged by them all the same."""
     expected = Situation(Collective.REFERENCE, world_size=2, nodes=2, capability=(12, 1))
     assert run_ranks(2, _sparks) == [expected] * 2
+
+
+def _spoiled(rank: int, stuck: bool) -> Any:
+    """A failure on one rank; then the next graph of the group, and what became of the workspaces."""
+    name = dist.group.WORLD.group_name
+    group, package = describe_group(name, CPU), FakeFlashInfer(name)
+    wanted = Wanted("trtllm", "auto", H, torch.float32, max_tokens=8)
+    workspaces, mine, other = workspaces_of(name), Health(), Health()
+    for health in (mine, other):
+        health.share(workspaces)
+    with installed(package):
+        first = prepare(open_channel(name, seconds=20), group, CPU, wanted).workspace
+        assert first is not None
+        if rank == 1:
+            mine.poison("rank 1 failed in step 3")
+            if stuck:
+                error = WorkspaceError("cuda:1 does not come back; end the process")
+                workspaces._wait_for_device = mock.Mock(side_effect=error)  # type: ignore[method-assign]
+        try:
+            second = prepare(open_channel(name, seconds=20), group, CPU, wanted).workspace
+        except WorkspaceError as error:
+            return str(error)
+        assert second is not None
+        x, weight = torch.randn(4, H), torch.ones(H)
+        norm, _ = ops.all_reduce_add_rms_norm(x, x, weight, 1e-6, 0.0, name, "trtllm")
+        return {
+            "new": second is not first,
+            "closed": (first.closed, second.closed),
+            "open": len(workspaces.open),
+            "poisoned": (mine.poisoned, other.poisoned),
+            "finite": bool(norm.isfinite().all()),
+            "spoiled": workspaces.spoiled,
+        }
+
+
+def test_a_failure_spoils_the_workspaces_and_the_next_graph_makes_new_ones_on_all_ranks() -> None:
+    fine, failed = run_ranks(2, _spoiled, False)
+    same = {"new": True, "closed": (True, False), "open": 1, "finite": True, "spoiled": None}
+    assert fine == {**same, "poisoned": (None, None)}
+    why = "rank 1 failed in step 3"
+    assert failed == {**same, "poisoned": (why, why)}  # and with it whoever shares them
+
+
+def test_where_a_kernel_still_polls_no_rank_makes_new_ones() -> None:
+    for message in run_ranks(2, _spoiled, True):
+        assert message == (
+            "the workspaces of this group cannot be made anew after a failure (rank 1 failed in step 3): "
+            "rank 1: cuda:1 does not come back; end the process"
+        )

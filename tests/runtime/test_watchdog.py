@@ -271,6 +271,25 @@ def test_a_rank_that_no_longer_answers_is_named() -> None:
     assert gone.watchdog.report is None
 
 
+def test_a_rank_is_not_judged_by_where_it_was_long_ago() -> None:
+    """It is between two beats and dead: neither silent yet nor where it was heard of, in a capture long done."""
+    waits, gone = both = ranks()
+    gone.step(enter=2, leave=1, how=CAPTURE)
+    look(both, 0.06)
+    waits.step()
+    waits.step(enter=2, leave=1)
+    watchdog, now = waits.watchdog, time.monotonic()
+    watchdog.watch()
+    peer = watchdog._peers[1]
+    assert peer.position is not None and peer.position.phase == "warm-up"
+    watchdog._moved_at, peer.heard = now - 1.2 * SHORT.steady, now - 0.8 * SHORT.steady
+    watchdog.watch()
+    assert watchdog.report is None, watchdog.report.sentence
+    peer.heard = now - 1.2 * SHORT.steady
+    watchdog.watch()
+    assert watchdog.report is not None and watchdog.report.sentence.startswith("rank 1 has not been heard of")
+
+
 def test_time_in_which_this_process_was_stopped_does_not_count() -> None:
     waits, other = both = ranks()
     waits.step(enter=2, leave=1)
