@@ -298,7 +298,7 @@ def describe(
     if before:
         found = before
     value["waits_in"] = "previous" if before else "current"
-    value["written"] = front.runs()
+    value["written"] = (previous[0] if before and previous is not None else front).runs()
     value["readings"] = [r.to_dict(ranks) for r in found]
     passed = _barriers(flags, named["two_shot_flag"], memory.world_size) if flags is not None else None
     if passed is not None:

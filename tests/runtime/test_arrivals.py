@@ -304,7 +304,7 @@ def test_a_call_of_which_something_has_arrived_waits_in_the_previous_buffer(coll
     size = tokens * 2 * ROW
     words = [1, 0, 1 << 20, 1, size, 0, 0, 0, 0] if collective is MNNVL else [0, 0, 1, 1 << 20, size // made.element]
     value = current.describe(words, previous=previous)
-    assert value["waits_in"] == "previous" and value["silent"] == []
+    assert value["waits_in"] == "previous" and value["silent"] == [] and value["written"]
     count = " of 4" if collective is TRTLLM else ""
     assert value["says"] == f"a call waits: the first 2{count} tokens of rank 1 have arrived"
     part = value["readings"][0]["from"]["1"]
