@@ -16,9 +16,10 @@ from ..channel import DEFAULT_SECONDS, Channel, failures_text, open_channel
 from ..errors import ChannelTimeoutError, GroupFailureError, PeerFailedError, RankMismatch
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
+from .health import Health
 from .journal import CudaMarks, Journal
 from .suspects import Failure, where
-from .watchdog import Deadlines, Health, Reaction, Watchdog, open_watchdog
+from .watchdog import Deadlines, Reaction, Watchdog, open_watchdog
 
 log = logging.getLogger(__name__)
 

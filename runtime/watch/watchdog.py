@@ -31,12 +31,13 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch.distributed import DistError
 
 from ..channel import Store, ranks_text
-from ..errors import ChannelTimeoutError, GroupFailureError, HangError, PoisonedError
+from ..errors import ChannelTimeoutError, GroupFailureError, HangError
+from .health import Health
 from .journal import Journal, Position
 from .suspects import Failure, Finding, compiles_too_long, find_culprit, where
 
@@ -73,48 +74,6 @@ class Deadlines:
     beat: float = 0.25
     silence: float = 1.25
     grace: float = 0.75
-
-
-class Shared(Protocol):
-    """What several graphs of the ranks use, such as the workspaces of a group."""
-
-    users: weakref.WeakSet[Any]
-
-    def spoil(self, why: str, /) -> None: ...
-
-
-class Health:
-    """Whether the ranks are still in step. ``poisoned`` says why not; nothing heals it. ranks: to blame, if known.
-
-    What is shared with other backends is spoiled then, and they are poisoned with it.
-    """
-
-    def __init__(self) -> None:
-        self.poisoned: str | None = None
-        self.ranks: tuple[int, ...] = ()
-        self._shared: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def share(self, shared: Shared) -> None:
-        """What this health's graphs use from now on."""
-        self._shared.add(shared)
-        shared.users.add(self)
-
-    def poison(self, why: str, ranks: Sequence[int] = ()) -> None:
-        """The first reason stays. May be called from any thread."""
-        if self.poisoned is None:
-            self.ranks = tuple(ranks)
-            self.poisoned = why
-            for shared in list(self._shared):
-                shared.spoil(why)
-
-    def check(self) -> None:
-        if self.poisoned is not None:
-            raise PoisonedError(
-                f"the ranks are out of step, so the model is not called any more: {self.poisoned}. Start the job "
-                "again; or, where the process group still works, compile anew on every rank: torch._dynamo.reset() "
-                "and another ringfence.Backend",
-                self.ranks,
-            )
 
 
 @dataclass
@@ -241,6 +200,8 @@ class Watchdog:
 
         That is the error itself, unless another rank is its cause. ``place`` is where, if not in a step.
         """
+        if self._stop.is_set():  # closed: nobody talks for this rank any more
+            return error
         self._reached = True
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
             (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)

@@ -30,7 +30,7 @@ from ringfence.runtime.errors import (
 )
 from ringfence.runtime.groups import describe_group
 from ringfence.runtime.hazards.situation import Collective, Situation, Strategy
-from ringfence.runtime.watch.watchdog import Health
+from ringfence.runtime.watch.health import Health
 from support import run_ranks
 
 H = 256

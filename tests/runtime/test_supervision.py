@@ -19,9 +19,9 @@ from ringfence.runtime.replay.capture import SimulatedGraphs
 from ringfence.runtime.replay.program import Program, SizeRule, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
 from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest
+from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import Journal
 from ringfence.runtime.watch.supervision import GroupSupervision, Overseer, Supervision
-from ringfence.runtime.watch.watchdog import Health
 from support import run_threaded
 
 SIZES = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])

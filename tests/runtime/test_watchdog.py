@@ -16,8 +16,9 @@ import pytest
 import torch.distributed as dist
 
 from ringfence.runtime.errors import GroupFailureError, HangError, PoisonedError
+from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
-from ringfence.runtime.watch.watchdog import EXIT_CODE, Deadlines, Health, Reaction, Watchdog
+from ringfence.runtime.watch.watchdog import EXIT_CODE, Deadlines, Reaction, Watchdog
 from support import run_python
 
 NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",))))
@@ -218,6 +219,14 @@ class Shared:
         self.told.append(why)
         for user in list(self.users):
             user.poison(why)
+
+
+def test_a_closed_watchdog_keeps_nobody_waiting() -> None:
+    first, _ = ranks()
+    first.watchdog.close()
+    began, error = time.monotonic(), ValueError("mine")
+    assert first.watchdog.failed(error) is error and time.monotonic() - began < 0.1
+    first.watchdog.health.check()
 
 
 def test_who_shares_memory_is_poisoned_with_the_first_reason() -> None:
@@ -476,6 +485,7 @@ def test_threads_end_with_their_owner(how: str) -> None:
 
 _ENDS = """
 import torch.distributed as dist
+from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import Journal
 from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
 store = dist.TCPStore("127.0.0.1", 0, is_master=True)
@@ -492,6 +502,7 @@ def test_a_process_ends_normally_while_it_talks() -> None:
 
 _IN_A_CALL = """
 import ctypes, sys, torch.distributed as dist
+from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import Journal, PieceNote, ProgramNote, REPLAY
 from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
 journal = Journal(0)
