@@ -54,7 +54,7 @@ from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.program import SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervision import Overseer
-from .runtime.watch.watchdog import Deadlines
+from .runtime.watch.talk import Deadlines
 
 log = logging.getLogger(__name__)
 

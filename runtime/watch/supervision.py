@@ -19,7 +19,8 @@ from .agree import GroupAgreement, PlanDigest
 from .health import Health
 from .journal import CudaMarks, Journal
 from .suspects import Failure, where
-from .watchdog import Deadlines, Reaction, Watchdog, open_watchdog
+from .talk import Deadlines
+from .watchdog import Reaction, Watchdog, open_watchdog
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class Overseer:
             ranks = ranks_of(group.name)
             self.journal.name_group(group.name, ranks)
             if self.watchdog is not None:
-                self.watchdog.join_group(group.name, ranks)
+                self.watchdog.others.join_group(group.name, ranks)
             channel = channels[group.name] = open_channel(
                 group.name,
                 seconds=self._agree_seconds,

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from ringfence.runtime.errors import GroupFailureError, HangError, PoisonedError
 from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
-from ringfence.runtime.watch.watchdog import EXIT_CODE, Deadlines, Reaction, Watchdog
+from ringfence.runtime.watch.talk import Deadlines
+from ringfence.runtime.watch.watchdog import EXIT_CODE, Reaction, Watchdog
 from support import run_python
 
 NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",))))
@@ -35,7 +36,7 @@ class Rank:
         self.watchdog = Watchdog(
             self.journal, lambda: store, Reaction(on_hang, end=self.ended.append, **reaction), SHORT, host=None
         )
-        self.watchdog.join_group("tp", tuple(range(ranks)))
+        self.watchdog.others.join_group("tp", tuple(range(ranks)))
 
     def step(self, enter: int = 2, leave: int = 2, how: str = REPLAY) -> None:
         marks = self.journal.begin(0, (4,), how)
@@ -289,7 +290,7 @@ def test_a_rank_is_not_judged_by_where_it_was_long_ago() -> None:
     waits.step(enter=2, leave=1)
     watchdog, now = waits.watchdog, time.monotonic()
     watchdog.watch()
-    peer = watchdog._peers[1]
+    peer = watchdog.others.peers[1]
     assert peer.position is not None and peer.position.phase == "warm-up"
     watchdog._moved_at, peer.heard = now - 1.2 * SHORT.steady, now - 0.8 * SHORT.steady
     watchdog.watch()
@@ -431,7 +432,7 @@ class BrokenStore:
 
 def test_a_store_that_is_gone_points_at_its_host() -> None:
     rank = Rank(1, BrokenStore())
-    rank.watchdog._host = 0
+    rank.watchdog.others.host = 0
     rank.step()
     rank.step(enter=2, leave=1)
     look([rank], 0.4)
@@ -487,10 +488,11 @@ _ENDS = """
 import torch.distributed as dist
 from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import Journal
-from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
+from ringfence.runtime.watch.watchdog import Reaction, Watchdog
+from ringfence.runtime.watch.talk import Deadlines
 store = dist.TCPStore("127.0.0.1", 0, is_master=True)
 watchdog = Watchdog(Journal(0), lambda: store, Reaction("abort"), Deadlines(beat=0.001))
-watchdog.join_group("tp", (0, 1))
+watchdog.others.join_group("tp", (0, 1))
 watchdog.start()
 """
 
@@ -504,12 +506,13 @@ _IN_A_CALL = """
 import ctypes, sys, torch.distributed as dist
 from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import Journal, PieceNote, ProgramNote, REPLAY
-from ringfence.runtime.watch.watchdog import Deadlines, Reaction, Watchdog
+from ringfence.runtime.watch.watchdog import Reaction, Watchdog
+from ringfence.runtime.watch.talk import Deadlines
 journal = Journal(0)
 journal.register(ProgramNote((PieceNote("submod_0", True, ("tp",)),)))
 marks = journal.begin(0, (4,), REPLAY); marks.enter(); marks.leave(); marks.end()
 watchdog = Watchdog(journal, dist.HashStore, Reaction("abort"), Deadlines(0.3, 1, 0.05, 0.2, 0.1), host=None)
-watchdog.join_group("tp", (0,))
+watchdog.others.join_group("tp", (0,))
 watchdog.start()
 journal.begin(0, (4,), REPLAY).enter()
 ctypes.CDLL(None).sleep(60)

@@ -1,0 +1,219 @@
+"""What the ranks tell each other while they run: where each is, and what it reports.
+
+A rank puts its :meth:`position <.journal.Journal.position>` into the store every beat and reads the others'. That
+is done by a thread of its own, over a connection of its own: a request to a store whose host is stopped
+returns never, and a request that blocks locks its connection. Everything else here may be asked by any thread,
+and waits for nothing unless it says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from torch.distributed import DistError
+
+from ..channel import Store
+from .journal import Journal, Position
+from .suspects import Failure
+
+#: A position that was heard longer ago than so many beats is not judged.
+_STALE_BEATS = 3
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """In seconds. steady: without progress in a step. warm_up: the same while a rank compiles, warms up or captures.
+
+    beat: how often ranks tell each other where they are. silence: how long a rank may leave that
+    out before it counts as gone. grace: how long the main thread has to come back before the process ends.
+    """
+
+    steady: float = 60.0
+    warm_up: float = 1800.0
+    beat: float = 0.25
+    silence: float = 1.25
+    grace: float = 0.75
+
+
+@dataclass
+class _Peer:
+    """What was last heard of another rank."""
+
+    position: Position | None = None
+    heard: float = 0.0
+    beat: int = -1
+    reports: int = 0  # how many it has read
+
+
+@dataclass
+class Report:
+    """What goes to all ranks: who is to blame, and for what."""
+
+    kind: str  # "hang" or "failure"
+    reporter: int
+    sentence: str
+    ranks: tuple[int, ...]
+    failure: Failure | None = None
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Report:
+        value = json.loads(data)
+        failure = Failure(**value["failure"]) if value["failure"] is not None else None
+        return cls(value["kind"], value["reporter"], value["sentence"], tuple(value["ranks"]), failure)
+
+    @property
+    def conclusive(self) -> bool:
+        """A victim reports what hit it, and looks for the cause; others should wait for what it finds."""
+        return self.failure is None or not self.failure.victim
+
+
+class Talk:
+    """What this rank says to its peers, and the last that was heard of each.
+
+    connect: called once, by the thread that talks: a store that all ranks share, under a prefix of
+    this purpose. Where its host is gone, that may take as long as the store's time-out. host: who serves
+    the store, for messages; None: no rank does.
+    """
+
+    def __init__(
+        self, journal: Journal, connect: Callable[[], Store], deadlines: Deadlines, host: int | None = 0
+    ) -> None:
+        self.rank, self.host = journal.rank, host
+        #: The ranks of each group.
+        self.members: Mapping[str, tuple[int, ...]] = {}
+        self.peers: dict[int, _Peer] = {}
+        #: All of them, of all ranks, in the order in which they came.
+        self.reports: tuple[Report, ...] = ()
+        self._journal, self._connect, self._deadlines = journal, connect, deadlines
+        self._store: Store | None = None
+        self._store_error: str | None = None
+        self._prefix = ""
+        self._outbox: list[Report] = []
+        self._beat = 0
+        self._talked = time.monotonic()
+
+    def join_group(self, name: str, ranks: Sequence[int]) -> None:
+        """Talk to the ranks of this group too."""
+        self.members = {**self.members, name: tuple(ranks)}
+        known = dict(self.peers)
+        for rank in ranks:
+            if rank != self.rank:
+                known.setdefault(rank, _Peer(heard=time.monotonic()))
+        self.peers = known
+
+    def talk(self) -> None:
+        """Say where this rank is, hear where the others are."""
+        if self._store_error is not None:
+            return
+        try:
+            if self._store is None:
+                store = self._connect()
+                self._prefix = str(store.add(f"opened/{self.rank}", 1))
+                self._store = store
+            self._say(self._store)
+            self._hear(self._store)
+            self._talked = time.monotonic()
+        except (DistError, OSError) as error:  # its host is gone
+            self._store_error = f"{type(error).__name__}: {first_lines(str(error))}"
+
+    def _say(self, store: Store) -> None:
+        while self._outbox:
+            number = store.add(f"{self._prefix}/reports", 1)
+            store.set(f"{self._prefix}/report/{number}", self._outbox[0].to_bytes())
+            self._outbox.pop(0)
+        self._beat += 1
+        said = {"beat": self._beat, "reports": len(self.reports), "position": self._journal.position().to_dict()}
+        store.set(f"{self._prefix}/at/{self.rank}", json.dumps(said).encode())
+
+    def _hear(self, store: Store) -> None:
+        for rank, peer in self.peers.items():
+            key = f"{self._prefix}/at/{rank}"
+            if peer.position is None and not store.check([key]):
+                continue
+            said = json.loads(store.get(key))
+            if said["beat"] != peer.beat:
+                peer.position = Position.from_dict(said["position"])
+                peer.beat, peer.reports, peer.heard = said["beat"], said["reports"], time.monotonic()
+        number = len(self.reports) + 1
+        while store.check([f"{self._prefix}/report/{number}"]):
+            report = Report.from_bytes(store.get(f"{self._prefix}/report/{number}"))
+            self.reports = (*self.reports, report)
+            number += 1
+
+    def tell(self, report: Report) -> None:
+        """Give the talking thread a moment to send it; a store that is gone takes it from nobody."""
+        if report.reporter != self.rank:
+            return
+        self._outbox.append(report)
+        until = time.monotonic() + 1
+        while self._outbox and not self.store_is_gone() and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def until_read(self, since: float) -> None:
+        """Wait until all ranks that answer have read the reports: this process may end now, and the store with it."""
+        until = since + 4 * self._deadlines.beat
+        while time.monotonic() < until and not self.store_is_gone():
+            silent = self.silent()
+            if all(p.reports >= max(1, len(self.reports)) for r, p in self.peers.items() if r not in silent):
+                return
+            time.sleep(self._deadlines.beat / 10)
+
+    def positions(self) -> dict[int, Position]:
+        """Where each rank is: this one now, the others when they were last heard of."""
+        known = {rank: p.position for rank, p in self.peers.items() if p.position is not None}
+        return {self.rank: self._journal.position(), **known}
+
+    def silent(self, *, patient: bool = True) -> dict[int, str]:
+        """The ranks that no longer answer, and how that shows. patient: while nobody spins, with who may compile."""
+        now = time.monotonic()
+        if self.store_is_gone():
+            if self.host is None or self.host == self.rank:
+                return {}
+            how = f"({self._store_error})" if self._store_error is not None else f"for {now - self._talked:.1f} s"
+            return {self.host: f"serves the store, which does not answer {how}: its process ended or is stopped"}
+        why = "its process ended, is stopped, or holds Python's lock"
+        position = self._journal.position()
+        # Before a rank has been in a call with this one, it may still be reading its weights.
+        met = {rank for name, ranks in self.members.items() if position.completed.get(name) for rank in ranks}
+        silent = {}
+        for rank, peer in self.peers.items():
+            limit = self._patience(position, peer) if patient else self._deadlines.silence
+            since = now - peer.heard
+            if since > limit and (peer.position is not None or rank in met):
+                silent[rank] = f"has not been heard of for {since:.1f} s ({why})"
+        return silent
+
+    def stale(self) -> tuple[int, ...]:
+        """The ranks that were heard of too long ago to be judged by it, and not long enough to be silent."""
+        if self.store_is_gone():  # nothing will be heard any more
+            return ()
+        silent, since = self.silent(), time.monotonic() - _STALE_BEATS * self._deadlines.beat
+        heard = {rank: peer.heard for rank, peer in self.peers.items() if peer.position is not None}
+        return tuple(rank for rank, at in heard.items() if rank not in silent and at < since)
+
+    def _patience(self, position: Position, peer: _Peer) -> float:
+        """How long a peer may be silent. Compilers hold Python's lock for seconds, and nobody spins meanwhile."""
+        compiles = peer.position is not None and peer.position.phase in ("compile", "warm-up")
+        short = position.stuck_in_piece and not compiles
+        return self._deadlines.silence if short else max(self._deadlines.silence, self._deadlines.steady)
+
+    def store_is_gone(self) -> bool:
+        """It failed, or a request to it does not return."""
+        return self._store_error is not None or time.monotonic() - self._talked > self._deadlines.silence
+
+    def forgive(self, seconds: float) -> None:
+        """This process was stopped for so long: that says nothing of the others."""
+        self._talked += seconds
+        for peer in self.peers.values():
+            peer.heard += seconds
+
+
+def first_lines(text: str) -> str:
+    """On one line, not too long."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
