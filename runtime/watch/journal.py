@@ -512,6 +512,15 @@ class Journal(Marks):
         scratch.replace(path)
         return path
 
+    def try_dump(self, folder: str | os.PathLike[str] | None, reason: str, **more: Any) -> None:
+        """The same where a folder was asked for. An error is logged: what led here matters more."""
+        if folder is None:
+            return
+        try:
+            self.dump(folder, reason, **more)
+        except OSError as error:
+            log.error("ringfence: the journal of rank %d cannot be written: %s", self.rank, error)
+
     def dump_on_signal(self, number: int, folder: str | os.PathLike[str]) -> Callable[[], None]:
         """Dump whenever this process gets a signal, say ``signal.SIGUSR2``; returns what undoes it.
 

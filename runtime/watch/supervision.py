@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,8 +20,6 @@ from .journal import CudaMarks, Journal
 from .suspects import Failure, where
 from .talk import Deadlines
 from .watchdog import Reaction, Watchdog, open_watchdog
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -95,7 +92,7 @@ class GroupSupervision(Supervision):
         if failed and self._raise_on_capture:
             text = failures_text(failed)
             self._health.poison(text)
-            self._write(text)
+            self._journal.try_dump(self._folder, text)
             raise GroupFailureError(f"a capture failed: {text}", tuple(rank for rank, _ in failed))
         return tuple(f"rank {rank}: {reason}" for rank, reason in failed)
 
@@ -117,11 +114,8 @@ class GroupSupervision(Supervision):
             if isinstance(error, ChannelTimeoutError) and self._watchdog is not None:
                 self._watchdog.failed(error)
             else:
-                self._write(str(error))
+                self._journal.try_dump(self._folder, str(error))
             raise
-
-    def _write(self, reason: str) -> None:
-        _dump(self._journal, self._folder, reason)
 
 
 class Overseer:
@@ -190,7 +184,7 @@ class Overseer:
         except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # not this rank's own
             self.health.poison(str(error))
             if not isinstance(error, GroupFailureError):  # the watchdog, which raised that, has written more
-                _dump(self.journal, self._folder, str(error))
+                self.journal.try_dump(self._folder, str(error))
             for channel in self._opened:  # of a mesh only the ranks of one group raise it by themselves
                 channel.leave(str(error))
             raise
@@ -243,13 +237,4 @@ def _abort_groups() -> None:
 def _dump_failure(journal: Journal, folder: str | os.PathLike[str] | None, error: BaseException, place: str) -> None:
     text = f"{type(error).__name__}: {error}"
     lines = traceback.format_exception(error)
-    _dump(journal, folder, text, failures=[asdict(Failure(journal.rank, place, text))], traceback=lines)
-
-
-def _dump(journal: Journal, folder: str | os.PathLike[str] | None, reason: str, **more: Any) -> None:
-    if folder is None:
-        return
-    try:
-        journal.dump(folder, reason, **more)
-    except OSError as error:  # what is being raised matters more
-        log.error("ringfence: the journal of rank %d cannot be written: %s", journal.rank, error)
+    journal.try_dump(folder, text, failures=[asdict(Failure(journal.rank, place, text))], traceback=lines)

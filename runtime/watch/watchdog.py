@@ -312,22 +312,16 @@ class Watchdog:
         return {name: found.get(name, late) for name in probes}
 
     def _write_with(self, report: Report, **more: Any) -> None:
-        folder = self.reaction.folder
-        if folder is None:
-            return
         heard = {str(r): p.position.to_dict() for r, p in self.others.peers.items() if p.position is not None}
         failures = [asdict(r.failure) for r in (*self.others.reports, report) if r.failure is not None]
-        try:
-            self.journal.dump(
-                folder,
-                f"{report.kind}: {report.sentence}",
-                heard=heard,
-                silent={str(r): how for r, how in self.others.silent().items()},
-                failures=failures,
-                **more,
-            )
-        except OSError as error:
-            log.error("ringfence: the journal of rank %d cannot be written: %s", self._rank, error)
+        self.journal.try_dump(
+            self.reaction.folder,
+            f"{report.kind}: {report.sentence}",
+            heard=heard,
+            silent={str(r): how for r, how in self.others.silent().items()},
+            failures=failures,
+            **more,
+        )
 
     def _error(self, report: Report) -> GroupFailureError:
         journals = f"; journals: ringfence journal {self.reaction.folder}" if self.reaction.folder is not None else ""
