@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import ringfence
 from ringfence.runtime.channel import open_channel
 from ringfence.runtime.collectives import flashinfer
-from ringfence.runtime.collectives.carrier import Wanted, prepare
+from ringfence.runtime.collectives.ready import Wanted, prepare
 from ringfence.runtime.groups import describe_group
 
 EPS = 1e-6

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from ..runtime.collectives.ops import all_reduce
 from ..runtime.errors import HazardError
 from ..runtime.hazards.catalogue import applicable
-from ..runtime.hazards.field_rule import field_rule
+from ..runtime.hazards.engine_default import engine_default
 from ..runtime.hazards.situation import Collective, Fact, Situation, Strategy
 from ..runtime.hazards.table import Action, Hazard
 from .all_reduce import is_all_reduce
@@ -214,7 +214,7 @@ def judge(
     reference or one that nothing fuses; without one it is not asked.
 
     ``profile="conservative"`` decides fused sites by the rule of the field instead
-    (:mod:`ringfence.runtime.hazards.field_rule`).
+    (:mod:`ringfence.runtime.hazards.engine_default`).
     """
     given = sizes_given_as_data(gm)
     verdicts = []
@@ -310,7 +310,7 @@ def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: 
 
 
 def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:
-    rule = field_rule(situation.collective)
+    rule = engine_default(situation.collective)
     if rule is None or rule.decides is not Action.SPLIT or not situation.capture:
         return verdict
     return replace(

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def modules_in_tree() -> set[str]:
     folders = [ROOT / top for top in ("compile_passes", "runtime")]
-    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
-    return {f"ringfence/{path.relative_to(ROOT)}" for path in files} | {"ringfence/py.typed"}
+    files = [path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py")]
+    door = [path.relative_to(ROOT / "front") for path in (ROOT / "front").rglob("*.py")]
+    return {f"ringfence/{path}" for path in (*files, *door)} | {"ringfence/py.typed"}
 
 
 def main() -> int:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import carrier, reference
-from ringfence.runtime.collectives.arrivals import Memory
+from ringfence.runtime.collectives import ready, reference
+from ringfence.runtime.collectives.buffer_dump import Memory
 from ringfence.runtime.collectives.choice import RankFacts
 from ringfence.runtime.errors import WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
@@ -119,10 +119,10 @@ class FakeFlashInfer:
 
 @contextlib.contextmanager
 def installed(package: FakeFlashInfer, facts: RankFacts = FACTS) -> Iterator[FakeFlashInfer]:
-    """This process has FlashInfer and a GPU, as far as the carrier can tell."""
+    """This process has FlashInfer and a GPU, as far as can be told."""
     with (
-        mock.patch.object(carrier, "load", lambda: package),
-        mock.patch.object(carrier, "probe", lambda device: facts),
+        mock.patch.object(ready, "load", lambda: package),
+        mock.patch.object(ready, "probe", lambda device: facts),
         mock.patch("ringfence.backend.why_reference_only", lambda group, device: None),
     ):
         yield package

@@ -25,7 +25,7 @@ from ..channel import Channel
 from ..errors import VersionError, WorkspaceError
 from ..hazards.situation import Collective, Strategy
 from ..versions import in_range
-from .arrivals import BUFFERS, Memory
+from .buffer_dump import BUFFERS, Memory
 
 #: Releases whose Python side was read: what :data:`CONTRACT` lists is in all of them.
 SUPPORTED = ("0.6.18", "0.8")

@@ -27,9 +27,9 @@ from ..channel import DEFAULT_SECONDS, Channel, open_channel
 from ..errors import CollectiveUnavailableError, OptionsError
 from ..groups import Group, describe_group, nccl_version
 from ..hazards.situation import Collective, Strategy
-from .carrier import Wanted, prepare
 from .choice import own_opt_outs
 from .flashinfer import FlashInfer, KernelCall, load, unmet
+from .ready import Wanted, prepare
 from .size_table import SizeRow, write_table
 from .workspace import Workspace, close_workspaces
 
@@ -144,14 +144,14 @@ def measure(
             row = SizeRow(collective, TRANSPORT, capability, group.size, limit, limit, limit, "to be measured")
             wanted = Wanted(str(collective), TRANSPORT, hidden, dtype, sizes=tokens, table=(row,))
             try:
-                carrier = prepare(channel, group, device, wanted)
+                chosen = prepare(channel, group, device, wanted)
             except CollectiveUnavailableError as error:
                 missing[collective] = str(error)
                 continue
-            if carrier.workspace is None or carrier.capture_failure:
-                missing[collective] = carrier.capture_failure or "it has no workspace"
+            if chosen.workspace is None or chosen.capture_failure:
+                missing[collective] = chosen.capture_failure or "it has no workspace"
             else:
-                ready[collective] = carrier.workspace
+                ready[collective] = chosen.workspace
         for n in tokens if ready else ():
             for collective, timing in _timings(group, channel, ready, n, hidden, dtype, device).items():
                 timings[collective].append(timing)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..groups import ranks_of
-from .arrivals import BUFFERS, CELL, FLAGS, WORDS, Cells, Memory, describe
+from .buffer_dump import BUFFERS, CELL, FLAGS, WORDS, Cells, Memory, describe
 from .workspace import Workspace, workspaces_of
 
 #: For all workspaces of a group together.

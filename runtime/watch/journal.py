@@ -5,7 +5,7 @@ timestamps. Everything else (names, call numbers, sizes) is written once per ste
 known per program, and is put together only when somebody looks.
 
 Collective calls are counted per process group, from 0. Ranks whose counts differ are out of
-step, whatever their code says; that is what :mod:`.suspects` reads.
+step, whatever their code says; that is what :mod:`.culprit` reads.
 
 Completion: a CPU piece is complete when its call returns. On a device the host runs ahead, so
 an event is recorded after each step (recording one after each piece costs more than the rest

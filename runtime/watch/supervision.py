@@ -15,10 +15,10 @@ from ..channel import DEFAULT_SECONDS, Channel, failures_text, open_channel
 from ..errors import ChannelTimeoutError, GroupFailureError, PeerFailedError, RankMismatch
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
+from .culprit import Failure, where
 from .health import Health
+from .heartbeat import Deadlines
 from .journal import CudaMarks, Journal
-from .suspects import Failure, where
-from .talk import Deadlines
 from .watchdog import Reaction, Watchdog, open_watchdog
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class GroupSupervision(Supervision):
             raise
 
 
-class Overseer:
+class Supervisor:
     """One per backend: its journal, its watchdog, and the supervision of each graph that it compiles.
 
     on_hang: what a hang is answered by; None watches nothing and starts no thread.

@@ -2,9 +2,9 @@
 
 Two daemon threads per backend, and only where the user asked for them (``on_hang``):
 
-- one *talks* (:mod:`.talk`): it says where this rank is and hears where the others are.
+- one *talks* (:mod:`.heartbeat`): it says where this rank is and hears where the others are.
 - one *watches*: when nothing of this rank has moved for the deadline of its phase, it asks
-  :func:`.suspects.find_culprit` who is to blame. A culprit that still moves is slow, not
+  :func:`.culprit.find_culprit` who is to blame. A culprit that still moves is slow, not
   hanging. Otherwise all ranks are told, every rank writes its journal, and ``on_hang`` follows.
 
 Neither takes a lock that the main thread may hold, runs a collective, or synchronises a device; so
@@ -33,10 +33,10 @@ from torch.distributed import DistError
 
 from ..channel import Store, ranks_text
 from ..errors import ChannelTimeoutError, GroupFailureError, HangError
+from .culprit import Failure, Finding, compiles_too_long, find_culprit, where
 from .health import Health
+from .heartbeat import Deadlines, Heartbeat, Report, first_lines
 from .journal import Journal, Position
-from .suspects import Failure, Finding, compiles_too_long, find_culprit, where
-from .talk import Deadlines, Report, Talk, first_lines
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Reaction:
 
 
 class Watchdog:
-    """Watches one rank. connect, host: see :class:`Talk`."""
+    """Watches one rank. connect, host: see :class:`Heartbeat`."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Watchdog:
         self.journal, self.health = journal, health if health is not None else Health()
         self.reaction, self.deadlines = reaction, deadlines if deadlines is not None else Deadlines()
         self.report: Report | None = None
-        self.others = Talk(journal, connect, self.deadlines, host)
+        self.others = Heartbeat(journal, connect, self.deadlines, host)
         self._rank = journal.rank
         self._read = 0  # reports before this one are done with
         self._reported_at = -1  # what the journal's counter was

@@ -38,7 +38,7 @@ def digest_of(fn: Any = model, dtype: torch.dtype = torch.float32, **options: An
 
     torch._dynamo.reset()
     backend = ringfence.Backend(piece_compiler="eager", **options)
-    backend.overseer.supervise = supervise  # type: ignore[method-assign]
+    backend.supervisor.supervise = supervise  # type: ignore[method-assign]
     inputs = [torch.randn(s, dtype=dtype) for s in ((4, 16), (4, 16), (16,))]
     with torch.no_grad():
         torch.compile(fn, backend=backend, fullgraph=True)(*inputs)

@@ -181,9 +181,9 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
 def _stop_before_the_others_come(mine: bool, say: Callable[..., None]) -> None:
     """One rank is stopped in its compilation. To the others any request to the store is the first that hangs."""
     from ringfence import backend
-    from ringfence.runtime.watch.supervision import Overseer
+    from ringfence.runtime.watch.supervision import Supervisor
 
-    opened = Overseer.open
+    opened = Supervisor.open
 
     def late(self: Any, groups: Any, device: Any) -> Any:
         time.sleep(2)
@@ -197,7 +197,7 @@ def _stop_before_the_others_come(mine: bool, say: Callable[..., None]) -> None:
     if mine:
         backend.find = stop
     else:
-        Overseer.open = late
+        Supervisor.open = late
 
 
 def _leave_out_a_call(say: Callable[..., None]) -> None:
@@ -330,7 +330,7 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         dist.barrier()
     until = time.monotonic() + (1.5 * DEADLINE if fault.says is None else 20)
     while time.monotonic() < until:  # idle, as a server without requests
-        backend.overseer.health.check()
+        backend.supervisor.health.check()
         time.sleep(0.05)
 
 

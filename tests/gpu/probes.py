@@ -13,7 +13,7 @@ import torch
 from gpu import emulate
 from gpu.children import progress
 from ringfence.runtime.collectives import probe as module
-from ringfence.runtime.collectives.arrivals import Memory, Shape
+from ringfence.runtime.collectives.buffer_dump import Memory, Shape
 from ringfence.runtime.hazards.situation import Collective, Strategy
 from ringfence.runtime.watch.journal import CudaMarks
 

@@ -120,15 +120,15 @@ def hang(rank: int, collective: str, replayed: bool) -> Any:
     """Rank 0 calls, eagerly or in a replay, and rank 1 does not."""
     from ringfence.runtime.channel import open_channel
     from ringfence.runtime.collectives import ops
-    from ringfence.runtime.collectives.carrier import Wanted, prepare
     from ringfence.runtime.collectives.probe import make_probe
+    from ringfence.runtime.collectives.ready import Wanted, prepare
     from ringfence.runtime.groups import describe_group
 
     device, hidden, tokens = torch.device("cuda", rank), 8192, 4
     probe = make_probe(GROUP, device)
     wanted = Wanted(collective, "auto", hidden, DTYPE, sizes=(tokens,))
-    carrier = prepare(open_channel(GROUP, seconds=60), describe_group(GROUP, device), device, wanted)
-    assert carrier.workspace is not None
+    ready = prepare(open_channel(GROUP, seconds=60), describe_group(GROUP, device), device, wanted)
+    assert ready.workspace is not None
     x, residual = (torch.randn(tokens, hidden, device="cuda").to(DTYPE) for _ in range(2))
     weight = torch.ones(hidden, device="cuda", dtype=DTYPE)
 
@@ -145,7 +145,7 @@ def hang(rank: int, collective: str, replayed: bool) -> Any:
     torch.cuda.synchronize()
     dist.barrier()
     torch.cuda.synchronize()
-    before = carrier.workspace.kernels.control_words()
+    before = ready.workspace.kernels.control_words()
     idle, _ = asked(probe)  # type: ignore[arg-type]
     if rank == 1:
         _until_probed(rank)

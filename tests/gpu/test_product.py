@@ -223,7 +223,7 @@ def bits(rank: int) -> dict[str, bool]:
     """Is row 0 of a call the same, bit by bit, whatever the token count, eager or replayed, run after run?"""
     from ringfence.runtime.channel import open_channel
     from ringfence.runtime.collectives import ops
-    from ringfence.runtime.collectives.carrier import Wanted, prepare
+    from ringfence.runtime.collectives.ready import Wanted, prepare
     from ringfence.runtime.groups import describe_group
 
     hidden = 8192
@@ -274,15 +274,15 @@ def soak(rank: int, collective: str) -> dict[str, Any]:
     """Calls in graphs and between them, three sizes, every one compared on the device with what it should give."""
     from ringfence.runtime.channel import open_channel
     from ringfence.runtime.collectives import ops
-    from ringfence.runtime.collectives.carrier import Wanted, prepare
+    from ringfence.runtime.collectives.ready import Wanted, prepare
     from ringfence.runtime.groups import describe_group
 
     hidden = 2048
     device = torch.device("cuda", rank)
     channel = open_channel(GROUP, seconds=60)
     wanted = Wanted(collective, "auto", hidden, DTYPE, sizes=SIZES)
-    carrier = prepare(channel, describe_group(GROUP, device), device, wanted)
-    assert carrier.workspace is not None
+    ready = prepare(channel, describe_group(GROUP, device), device, wanted)
+    assert ready.workspace is not None
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     weight = torch.rand(hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(5)).to(DTYPE)
 
@@ -336,7 +336,7 @@ def soak(rank: int, collective: str) -> dict[str, Any]:
         "calls": done,
         "wrong": before,
         "noticed": int(wrong) - before,
-        "words": carrier.workspace.kernels.control_words(),
+        "words": ready.workspace.kernels.control_words(),
     }
 
 

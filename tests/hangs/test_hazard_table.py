@@ -29,7 +29,7 @@ from ringfence.runtime.hazards.catalogue import (
     as_markdown,
     find_hazard,
 )
-from ringfence.runtime.hazards.field_rule import FIELD_RULES, field_rule
+from ringfence.runtime.hazards.engine_default import FIELD_RULES, engine_default
 from ringfence.runtime.hazards.situation import facts_of_nccl
 from ringfence.runtime.hazards.table import REPOSITORIES
 from ringfence.runtime.versions import parse_version
@@ -356,13 +356,13 @@ def test_the_table_needs_no_torch() -> None:
     ],
 )
 def test_conservative_profile_goes_by_the_name(collective: str, auto: Collective | None, decides: Action) -> None:
-    rule = field_rule(collective, auto=auto)
+    rule = engine_default(collective, auto=auto)
     assert rule is not None and rule.decides is decides and rule.why and rule.source
 
 
 @pytest.mark.parametrize(("collective", "auto"), [("nccl", None), ("reference", None), ("auto", NCCL)])
 def test_conservative_profile_says_nothing_of_others(collective: str, auto: Collective | None) -> None:
-    assert field_rule(collective, auto=auto) is None
+    assert engine_default(collective, auto=auto) is None
 
 
 def test_conservative_profile_has_one_rule_for_each_collective() -> None:
@@ -374,4 +374,4 @@ def test_conservative_profile_has_one_rule_for_each_collective() -> None:
 )
 def test_conservative_profile_refuses_what_it_cannot_resolve(collective: str, message: str) -> None:
     with pytest.raises(OptionsError, match=message):
-        field_rule(collective)
+        engine_default(collective)

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from fake_flashinfer import FACTS, FakeFlashInfer
 
 from ringfence.runtime.channel import open_channel
-from ringfence.runtime.collectives import carrier, choice
-from ringfence.runtime.collectives.carrier import Wanted, prepare
+from ringfence.runtime.collectives import choice, ready
 from ringfence.runtime.collectives.choice import Choice, RankFacts, choose, multicast_barred, nccl_files, opt_outs
+from ringfence.runtime.collectives.ready import Wanted, prepare
 from ringfence.runtime.collectives.size_table import TABLE, SizeRow, forced_row
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import CollectiveUnavailableError
@@ -406,8 +406,8 @@ def made(facts: list[RankFacts], wanted: str, transport: str, monkeypatch: pytes
         return [m[0] for m in package.made]
 
     packages: dict[int, FakeFlashInfer] = {}
-    monkeypatch.setattr(carrier, "load", lambda: packages[dist.get_rank()])
-    monkeypatch.setattr(carrier, "probe", lambda device: facts[dist.get_rank()])
+    monkeypatch.setattr(ready, "load", lambda: packages[dist.get_rank()])
+    monkeypatch.setattr(ready, "probe", lambda device: facts[dist.get_rank()])
     return run_threaded(count, body)
 
 
@@ -463,8 +463,8 @@ def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatc
         return seen
 
     packages: dict[int, FakeFlashInfer] = {}
-    monkeypatch.setattr(carrier, "load", lambda: packages[dist.get_rank()])
-    monkeypatch.setattr(carrier, "probe", lambda device: replace(H200, flashinfer="0.6.18"))
+    monkeypatch.setattr(ready, "load", lambda: packages[dist.get_rank()])
+    monkeypatch.setattr(ready, "probe", lambda device: replace(H200, flashinfer="0.6.18"))
     for small, fits, again in run_threaded(2, body):
         assert small == again and small[0] is REFERENCE and "trtllm/peer: hidden size 100 of torch.float32" in small[1]
         assert fits[0] is MNNVL

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import arrivals
+from ringfence.runtime.collectives import buffer_dump
 from ringfence.runtime.collectives import flashinfer as adapter
 from ringfence.runtime.collectives.flashinfer import (
     CONTRACT,
@@ -393,7 +393,7 @@ def test_where_a_probe_finds_the_memory_of_trtllm(no_device: None, rank: int, dt
     channel = of_size(4)
     channel.rank = rank
     kernels = flashinfer(Allreduce())[0].trtllm(channel, None, 64, 256, dtype)  # type: ignore[arg-type]
-    assert kernels.memory == arrivals.Memory(
+    assert kernels.memory == buffer_dump.Memory(
         TRTLLM,
         rank,
         4,
@@ -408,7 +408,7 @@ def test_where_a_probe_finds_the_memory_of_trtllm(no_device: None, rank: int, dt
     kernels.fused(x, residual, torch.ones(256), 1e-5, 0.0, ONE, norm, out)
     kernels.all_reduce(x[:3], out, TWO)
     row = 256 * dtype.itemsize
-    assert kernels.memory.calls == {arrivals.Shape(ONE, 4, row), arrivals.Shape(TWO, 3, row)}
+    assert kernels.memory.calls == {buffer_dump.Shape(ONE, 4, row), buffer_dump.Shape(TWO, 3, row)}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -421,7 +421,7 @@ def test_where_a_probe_finds_the_memory_of_mnnvl(no_device: None, rank: int) -> 
     words = peer._pointers[3]  # type: ignore[attr-defined]
     size = peer.memory.buffer_bytes
     assert words.tolist() == [0, 2, size, *[0] * 6]
-    assert peer.memory == arrivals.Memory(
+    assert peer.memory == buffer_dump.Memory(
         MNNVL, rank, 2, words=words.data_ptr(), lamport=1000 + rank, buffer_bytes=size, element=4, keeps_own=False
     )
     multicast = package.mnnvl_multicast(channel, 64, 4096, torch.bfloat16)
@@ -429,7 +429,7 @@ def test_where_a_probe_finds_the_memory_of_mnnvl(no_device: None, rank: int) -> 
     x, residual, norm, out = (torch.zeros(4, 256, dtype=torch.float16) for _ in range(4))
     multicast.fused(x, residual, torch.ones(256), 1e-5, 0.0, TWO, norm, out)
     multicast.all_reduce(x[:3], out, ONE)
-    assert multicast.memory.calls == {arrivals.Shape(TWO, 4, 512), arrivals.Shape(ONE, 3, 512)}
+    assert multicast.memory.calls == {buffer_dump.Shape(TWO, 4, 512), buffer_dump.Shape(ONE, 3, 512)}
 
 
 class Memory:

@@ -15,6 +15,7 @@ import pytest
 from ringfence.cli import main
 from ringfence.runtime.errors import JournalError
 from ringfence.runtime.watch import journals
+from ringfence.runtime.watch.culprit import find_culprit
 from ringfence.runtime.watch.journal import (
     CAPTURE,
     REPLAY,
@@ -26,7 +27,6 @@ from ringfence.runtime.watch.journal import (
     Position,
     ProgramNote,
 )
-from ringfence.runtime.watch.suspects import find_culprit
 
 #: A compute piece, an island with one call, a piece with two calls.
 NOTE = ProgramNote(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import probe as module
-from ringfence.runtime.collectives.arrivals import Memory, Shape
+from ringfence.runtime.collectives.buffer_dump import Memory, Shape
 from ringfence.runtime.collectives.probe import Probe, make_probe
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import Workspace, Workspaces, workspaces_of

@@ -18,7 +18,7 @@ from torch import Tensor
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import reference
 from ringfence.runtime.collectives import self_test as module
-from ringfence.runtime.collectives.arrivals import Memory
+from ringfence.runtime.collectives.buffer_dump import Memory
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import SelfTest, Workspace

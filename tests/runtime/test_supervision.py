@@ -21,7 +21,7 @@ from ringfence.runtime.replay.runner import PiecewiseRunner
 from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest
 from ringfence.runtime.watch.health import Health
 from ringfence.runtime.watch.journal import Journal
-from ringfence.runtime.watch.supervision import GroupSupervision, Overseer, Supervision
+from ringfence.runtime.watch.supervision import GroupSupervision, Supervision, Supervisor
 from support import run_threaded
 
 SIZES = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])
@@ -112,9 +112,9 @@ def test_an_error_in_a_step_without_a_watchdog_stays_what_it_is(tmp_path: Path) 
 
 
 def test_a_rank_on_its_own_agrees_with_nobody_and_starts_no_thread() -> None:
-    overseer = Overseer(on_hang="abort")
+    supervisor = Supervisor(on_hang="abort")
     groups = [Group("0", "fake", 2, 0), Group("1", "gloo", 1, 0)]
-    channels = overseer.open(groups, torch.device("cpu"))
-    assert channels == {} and type(overseer.supervise(channels, PlanDigest(()))) is Supervision
-    assert overseer.watchdog is None
-    overseer.close()
+    channels = supervisor.open(groups, torch.device("cpu"))
+    assert channels == {} and type(supervisor.supervise(channels, PlanDigest(()))) is Supervision
+    assert supervisor.watchdog is None
+    supervisor.close()

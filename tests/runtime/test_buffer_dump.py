@@ -11,7 +11,7 @@ import torch
 from fake_flashinfer import memory as make_memory
 from torch import Tensor
 
-from ringfence.runtime.collectives.arrivals import CELL, FLAGS, WORDS, Cells, Memory, Parts, Shape, describe
+from ringfence.runtime.collectives.buffer_dump import CELL, FLAGS, WORDS, Cells, Memory, Parts, Shape, describe
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT

@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from .runtime.collectives.carrier import reference_carrier, situation_of
 from .runtime.collectives.choice import RankFacts, choose, own_opt_outs, probe
 from .runtime.collectives.flashinfer import Unavailable, load
+from .runtime.collectives.ready import reference_collective, situation_of
 from .runtime.errors import VersionError
 from .runtime.groups import nccl_version
 from .runtime.hazards.catalogue import applicable
@@ -168,8 +168,8 @@ def advise(
     for size in WORLD_SIZES:
         not_here = f"not here: {len(ranks)} device{'' if len(ranks) == 1 else 's'}" if size > len(ranks) else None
         if not ranks:
-            carrier = reference_carrier(size, why_none or "there is no CUDA device")
-            collective, candidates = carrier.collective, tuple(map(str, carrier.candidates))
+            ready = reference_collective(size, why_none or "there is no CUDA device")
+            collective, candidates = ready.collective, tuple(map(str, ready.candidates))
             advice.append(Advice(size, not_here, collective, None, 0, 0, candidates))
             continue
         world = [ranks[i % len(ranks)] for i in range(size)]

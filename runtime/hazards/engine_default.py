@@ -14,7 +14,7 @@ from .table import Action
 
 
 @dataclass(frozen=True)
-class FieldRule:
+class EngineDefault:
     """``decides`` is SPLIT (never captured in a piece) or CAPTURE."""
 
     collective: Collective
@@ -23,14 +23,14 @@ class FieldRule:
     source: str
 
 
-FIELD_RULES: tuple[FieldRule, ...] = (
-    FieldRule(
+FIELD_RULES: tuple[EngineDefault, ...] = (
+    EngineDefault(
         Collective.MNNVL,
         Action.SPLIT,
         "mnnvl calls hung in replayed pieces, so the op is kept between them",
         "SGL#23402, V#35793",
     ),
-    FieldRule(
+    EngineDefault(
         Collective.TRTLLM,
         Action.CAPTURE,
         "no such hang was seen with trtllm, so it is captured with its piece",
@@ -39,7 +39,7 @@ FIELD_RULES: tuple[FieldRule, ...] = (
 )
 
 
-def field_rule(collective: str, *, auto: Collective | None = None) -> FieldRule | None:
+def engine_default(collective: str, *, auto: Collective | None = None) -> EngineDefault | None:
     """The engines' rule for the collective that was asked for, or None where they have none.
 
     ``auto`` is what "auto" resolves to on this machine. Raises :class:`OptionsError` for a

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from torch.distributed import DistError
 
 from ..channel import Store
+from .culprit import Failure
 from .journal import Journal, Position
-from .suspects import Failure
 
 #: A position that was heard longer ago than so many beats is not judged.
 _STALE_BEATS = 3
@@ -73,7 +73,7 @@ class Report:
         return self.failure is None or not self.failure.victim
 
 
-class Talk:
+class Heartbeat:
     """What this rank says to its peers, and the last that was heard of each.
 
     connect: called once, by the thread that talks: a store that all ranks share, under a prefix of
@@ -99,7 +99,7 @@ class Talk:
         self._talked = time.monotonic()
 
     def join_group(self, name: str, ranks: Sequence[int]) -> None:
-        """Talk to the ranks of this group too."""
+        """Heartbeat to the ranks of this group too."""
         self.members = {**self.members, name: tuple(ranks)}
         known = dict(self.peers)
         for rank in ranks:

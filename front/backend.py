@@ -43,8 +43,8 @@ from .compile_passes.split import split
 from .compile_passes.verify import verify
 from .options import Options
 from .runtime.channel import Channel
-from .runtime.collectives.carrier import Carrier, Wanted, prepare, reference_carrier, why_reference_only
 from .runtime.collectives.probe import make_probe
+from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
@@ -53,8 +53,8 @@ from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.program import SizeRule
 from .runtime.replay.runner import PiecewiseRunner
-from .runtime.watch.supervision import Overseer
-from .runtime.watch.talk import Deadlines
+from .runtime.watch.heartbeat import Deadlines
+from .runtime.watch.supervision import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Backend:
         self.reports: list[CompileReport] = []
         given = self.options
         #: Journal, watchdog and agreement of this rank (docs/operating.md).
-        self.overseer = Overseer(
+        self.supervisor = Supervisor(
             on_hang=given.on_hang,
             deadlines=Deadlines(given.step_seconds, given.warm_up_seconds),
             agree_seconds=given.agree_seconds,
@@ -91,15 +91,15 @@ class Backend:
 
     def close(self) -> None:
         """Stop the watchdog, if there is one. What was compiled goes on working."""
-        self.overseer.close()
+        self.supervisor.close()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one Dynamo graph."""
-        self.overseer.journal.compiling(True)
+        self.supervisor.journal.compiling(True)
         try:
             return self._compile_dynamo_graph(gm, example_inputs)
         finally:
-            self.overseer.journal.compiling(False)
+            self.supervisor.journal.compiling(False)
 
     def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if _needs_grad(gm, example_inputs):
@@ -111,7 +111,7 @@ class Backend:
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
 
         def compile_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            with self.overseer.compilation():
+            with self.supervisor.compilation():
                 return self._compile(gm, example_inputs, dynamo_names=names)
 
         compiler = aot_autograd(
@@ -129,7 +129,7 @@ class Backend:
         options = self.options
         device = _device(example_inputs)
         groups = {name: describe_group(name, device) for name in groups_of(gm)}
-        channels = self.overseer.open(groups.values(), device)
+        channels = self.supervisor.open(groups.values(), device)
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)
 
@@ -183,7 +183,7 @@ class Backend:
             versions=versions,
             device=device,
         )
-        supervision = self.overseer.supervise(channels, agreed)  # before compiling takes minutes
+        supervision = self.supervisor.supervise(channels, agreed)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
         program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs, written)
@@ -196,7 +196,7 @@ class Backend:
             closed=lambda: carrier.workspace is not None and carrier.workspace.closed,
             max_tokens=options.max_tokens if options.deterministic else None,
             static_outputs=options.static_outputs,
-            journal=self.overseer.journal,
+            journal=self.supervisor.journal,
             supervision=supervision,
             strategy=str(situation.collective),
         )
@@ -227,12 +227,12 @@ class Backend:
         groups: Mapping[str, Group],
         channels: Mapping[str, Channel],
         device: torch.device,
-    ) -> tuple[str | None, Carrier]:
+    ) -> tuple[str | None, ReadyCollective]:
         """The group with most sites, and who carries them out; those of other groups are the reference's."""
         options = self.options
         fused = [c.site for c in candidates if c.match is not None and c.site.group is not None]
         if not fused:
-            return None, reference_carrier(1)
+            return None, reference_collective(1)
         name = Counter(str(site.group) for site in fused).most_common(1)[0][0]
         group = groups[name]
         reference_only = why_reference_only(group, device)
@@ -244,7 +244,7 @@ class Backend:
             if options.deterministic and self.judge_as is None:
                 why = reference_only or "collective='reference' is not shown to return the same bits"
                 raise CollectiveUnavailableError(f"deterministic=True needs a fused kernel: {why}; leave it out")
-            return name, reference_carrier(group.size, reference_only)
+            return name, reference_collective(group.size, reference_only)
         mine = [site for site in fused if site.group == name]
         table = read_table(options.size_table) if options.size_table is not None else ()
         wanted = Wanted(
@@ -257,12 +257,12 @@ class Backend:
             deterministic=options.deterministic,
             table=(*table, *TABLE),
         )
-        self.overseer.health.share(workspaces_of(name))
+        self.supervisor.health.share(workspaces_of(name))
         # Real memory and real launches, in the midst of a trace with fake tensors.
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
-            if (probed := f"workspaces of group '{name}'") not in self.overseer.probes:
-                self.overseer.probes[probed] = make_probe(name, device)
+            if (probed := f"workspaces of group '{name}'") not in self.supervisor.probes:
+                self.supervisor.probes[probed] = make_probe(name, device)
             return name, prepare(channels[name], group, device, wanted)
 
     def _judge(
@@ -356,7 +356,7 @@ def _check_devices(example_inputs: Sequence[Any]) -> None:
 
 
 def _check_deterministic(
-    sites: Sequence[Site], verdicts: Sequence[Verdict], carried: str | None, carrier: Carrier
+    sites: Sequence[Site], verdicts: Sequence[Verdict], carried: str | None, carrier: ReadyCollective
 ) -> None:
     """Raises :class:`CollectiveUnavailableError` for a fused site that another kernel would carry out."""
     refused = {v.site for v in verdicts if v.decision is Decision.REFUSE}

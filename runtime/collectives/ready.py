@@ -1,4 +1,4 @@
-"""Carrier: who carries out the fused sites of a graph, made ready before the graph is fused.
+"""ReadyCollective: who carries out the fused sites of a graph, made ready before the graph is fused.
 
 probe -> choose -> create the workspace by vote -> self-test by vote
 
@@ -56,7 +56,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Carrier:
+class ReadyCollective:
     """A collective that is ready. ``workspace`` is None for the reference.
 
     situation: what the hazard table is asked about. capture_failure: why its calls must not be
@@ -70,11 +70,11 @@ class Carrier:
     capture_failure: str | None = None
 
 
-def reference_carrier(world_size: int, why_no_other: str | None = None) -> Carrier:
+def reference_collective(world_size: int, why_no_other: str | None = None) -> ReadyCollective:
     """The reference collective, which needs nothing."""
     others = (Collective.MNNVL, Collective.TRTLLM) if why_no_other is not None else ()
     candidates = (*(Candidate(c, None, why_no_other) for c in others), Candidate(Collective.REFERENCE, None, None))
-    return Carrier(Collective.REFERENCE, Situation(Collective.REFERENCE, world_size=world_size), candidates)
+    return ReadyCollective(Collective.REFERENCE, Situation(Collective.REFERENCE, world_size=world_size), candidates)
 
 
 def why_reference_only(group: Group, device: torch.device) -> str | None:
@@ -86,7 +86,7 @@ def why_reference_only(group: Group, device: torch.device) -> str | None:
     return f"the group has {group.size} rank" if group.size < 2 else None
 
 
-def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted) -> Carrier:
+def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted) -> ReadyCollective:
     """Choose, create and test a collective for a group of CUDA devices. Every rank must call.
 
     channel: among the ranks of the group. Raises :class:`CollectiveUnavailableError` where the user
@@ -99,7 +99,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
     except PeerFailedError as error:
         if wanted.collective != "auto" or wanted.deterministic:
             raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
-        return reference_carrier(group.size, str(error))
+        return reference_collective(group.size, str(error))
     unfit: dict[tuple[Collective, str], str] = {}  # of these sites, and not of the group
     while True:
         choice = choose(
@@ -111,7 +111,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
             failed=unfit | workspaces.failed,
         )
         if choice.row is None or choice.transport is None:
-            return Carrier(Collective.REFERENCE, situation_of(choice, ranks), choice.candidates)
+            return ReadyCollective(Collective.REFERENCE, situation_of(choice, ranks), choice.candidates)
         way = (choice.collective, choice.transport)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
@@ -138,7 +138,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
             else:
                 workspaces.retire(workspace, channel, why_not)
             continue
-        return Carrier(
+        return ReadyCollective(
             choice.collective,
             situation_of(
                 choice, ranks, sizes=wanted.sizes, part_of_world=group.size < torch.distributed.get_world_size()

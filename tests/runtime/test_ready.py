@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import ringfence
 from ringfence.runtime.channel import open_channel
-from ringfence.runtime.collectives import carrier, ops
-from ringfence.runtime.collectives.carrier import Wanted, prepare
+from ringfence.runtime.collectives import ops, ready
+from ringfence.runtime.collectives.ready import Wanted, prepare
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import (
@@ -237,7 +237,7 @@ def _unlike(rank: int, what: str) -> str:
     sizes = (4, 8) if what == "sizes" and rank == 1 else (4,)
     collective = {"forced": "trtllm"}.get(what, "auto")
     with installed(FakeFlashInfer(name)):
-        broken = mock.patch.object(carrier, "probe", side_effect=RuntimeError("no driver"))
+        broken = mock.patch.object(ready, "probe", side_effect=RuntimeError("no driver"))
         with broken if rank == 1 and what != "sizes" else contextlib.nullcontext():
             try:
                 wanted = Wanted(collective, "auto", H, torch.float32, sizes=sizes, max_tokens=8)
