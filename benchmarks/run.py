@@ -264,7 +264,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import ringfence
 plan = DistributedConfig(tp_plan="auto", tp_size=2)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=plan, dtype=torch.float32).eval()
-backend = "inductor" if sys.argv[2] == "inductor" else ringfence.Backend(capture_sizes=eval(sys.argv[3]))
+backend = sys.argv[2]
+if backend != "inductor":
+    backend = ringfence.Backend(capture_sizes=eval(sys.argv[3]), graphs="simulated")
 with torch.no_grad():
     torch.compile(lambda x: x + 1)(torch.ones(3))  # imports and worker processes
     tokens = torch.randint(0, 128, (1, 4))

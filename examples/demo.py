@@ -58,7 +58,7 @@ def rank_main(rank: int, world_size: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo")
     plan = DistributedConfig(tp_plan="auto", tp_size=world_size)
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32).eval()
-    backend = ringfence.Backend(capture_sizes=SIZES, verify=True)
+    backend = ringfence.Backend(capture_sizes=SIZES, graphs="simulated", verify=True)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
 
     worst = 0.0

@@ -1,7 +1,7 @@
 """Two tensor-parallel layers by hand, served from captured graphs: torchrun --nproc-per-node 2 examples/torchrun.py
 
 Prints the report of rank 0: which collective was chosen and why, and what became of each all-reduce. Runs on
-CUDA devices where there are any, and on the CPU, with gloo and simulated graphs, where there are none.
+CUDA devices where there are any, and on the CPU, with gloo and without a capture, where there are none.
 """
 
 from __future__ import annotations

@@ -211,7 +211,9 @@ class Backend:
                 graphs=graphs.name if graphs is not None else None,
                 candidates=tuple(map(str, carrier.candidates)),
                 notes=tuple(
-                    _notes(options, candidates, sizes, written, captures=graphs is not None, pads=pads is not None)
+                    _notes(
+                        options, candidates, sizes, written, device, captures=graphs is not None, pads=pads is not None
+                    )
                 ),
                 plan=proof,
                 judged_as=str(self.judge_as) if self.judge_as is not None else None,
@@ -300,13 +302,16 @@ class Backend:
                 return verdicts, situation
             situation = replace(situation, facts=situation.facts | found)
 
-    def _graphs(self, device: torch.device, workspaces: Workspaces | None) -> GraphBackend:
+    def _graphs(self, device: torch.device, workspaces: Workspaces | None) -> GraphBackend | None:
+        """What captures; None where this device has no graphs and nobody asked for the simulation."""
         wanted = self.options.graphs
         if wanted == "cuda" and device.type != "cuda":
             raise OptionsError(f"graphs='cuda', and the inputs are on {device}; use graphs='auto' or 'simulated'")
-        if wanted == "cuda" or (wanted == "auto" and device.type == "cuda"):
-            return CudaGraphs(device, workspaces.control_words) if workspaces is not None else CudaGraphs(device)
-        return SimulatedGraphs()
+        if wanted == "simulated":
+            return SimulatedGraphs()
+        if device.type != "cuda":
+            return None
+        return CudaGraphs(device, workspaces.control_words) if workspaces is not None else CudaGraphs(device)
 
     def _report(self, report: CompileReport) -> None:
         self.reports.append(report)
@@ -425,6 +430,7 @@ def _notes(
     candidates: Sequence[Candidate],
     sizes: SizeRule,
     written: Collection[int],
+    device: torch.device,
     *,
     captures: bool,
     pads: bool,
@@ -441,8 +447,13 @@ def _notes(
         )
     elif unknown := sorted(set(options.groups or ()) - there):
         yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
-    if options.capture_sizes and not captures:
+    if options.capture_sizes and sizes.tokens is None:
         yield "nothing is captured: the token count cannot be read from the sizes of the inputs"
+    elif options.capture_sizes and not captures:
+        yield (
+            f"nothing is captured: {device.type} has no CUDA graphs; graphs='simulated' captures with a simulation of "
+            "them, for tests"
+        )
     if captures and len(sizes.bindings) > 1:
         yield (
             f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "

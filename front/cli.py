@@ -366,7 +366,8 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
     from .backend import Backend
     from .runtime.hazards.situation import Collective, Situation
 
-    backend = Backend(**{"piece_compiler": "eager", **_options(arguments.option)})
+    # Simulated, because the plan is for another machine: it shows what would be captured there.
+    backend = Backend(**{"piece_compiler": "eager", "graphs": "simulated", **_options(arguments.option)})
     if arguments.flashinfer is not None and arguments.collective is None:
         raise OptionsError("--flashinfer says nothing without --collective")
     if arguments.collective is not None:

@@ -61,7 +61,8 @@ class Options:
         ops that do not take the group as an argument. Such an op sums its one tensor over the
         ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
     groups: names of the process groups to fuse over; None means all.
-    graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs and the simulation elsewhere.
+    graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs, and nothing elsewhere. ``"simulated"`` is for
+        tests: it keeps the rules of a capture on any device, and is no faster.
     pad_to_capture_size: serve a size between two captured ones by the larger, with zero rows. Only
         right for models whose rows do not look at each other outside ``split_ops``.
     on_hazard: what follows where a known mechanism (``ringfence hazards``) applies to a fused site.

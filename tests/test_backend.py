@@ -25,6 +25,7 @@ from ringfence.runtime.errors import (
     OptionsError,
     RingfenceError,
 )
+from ringfence.runtime.replay.capture import SimulatedGraphs
 from support import TOLERANCE, relative_error, run_python, run_threaded
 
 H = 16
@@ -83,7 +84,9 @@ def no_grad() -> object:
 @pytest.mark.usefixtures("fake_group")
 def test_compiled_model_equals_eager(piece_compiler: str, capture_sizes: tuple[int, ...]) -> None:
     model = Model()
-    backend = ringfence.Backend(piece_compiler=piece_compiler, capture_sizes=capture_sizes, verify=True)
+    backend = ringfence.Backend(
+        piece_compiler=piece_compiler, capture_sizes=capture_sizes, graphs="simulated", verify=True
+    )
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for n in (3, 4, 5, 3, 5, 3, 7):
         x = rows(n)
@@ -113,7 +116,7 @@ def test_numbers_are_right_across_threaded_ranks(world_size: int) -> None:
 
     def body(rank: int) -> list[Tensor]:
         with torch.no_grad():
-            backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[2, 5])
+            backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[2, 5], graphs="simulated")
             compiled = torch.compile(shards[rank], backend=backend, fullgraph=True, dynamic=True)
             outputs = [compiled(x) for x in batches]
         ringfence.assert_fused(backend.reports[0], count=2)
@@ -141,7 +144,7 @@ def test_entry_point_is_the_same_backend() -> None:
 @pytest.mark.usefixtures("fake_group")
 def test_layers_compiled_one_by_one_share_a_graph_but_no_captures() -> None:
     model = Model(layers=3)
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
     reference = Model(layers=3)
     reference.load_state_dict(model.state_dict())
     for layer in model.layers:
@@ -155,7 +158,9 @@ def test_layers_compiled_one_by_one_share_a_graph_but_no_captures() -> None:
 @pytest.mark.usefixtures("fake_group")
 def test_parameters_may_change_in_place_and_not_move() -> None:
     model = Model()
-    compiled = torch.compile(model, backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[4]))
+    compiled = torch.compile(
+        model, backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
+    )
     compiled(rows(4))
     weight = model.layers[0].norm.weight
     weight.copy_(torch.randn(H))
@@ -169,7 +174,7 @@ def test_parameters_may_change_in_place_and_not_move() -> None:
 @pytest.mark.usefixtures("fake_group")
 def test_padding_serves_smaller_sizes_by_a_captured_one() -> None:
     model = Model()
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[8], pad_to_capture_size=True)
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[8], graphs="simulated", pad_to_capture_size=True)
     compiled = torch.compile(model, backend=backend, dynamic=True)
     for n in (8, 3, 7, 5, 8, 2, 9):
         x = rows(n)
@@ -180,7 +185,7 @@ def test_padding_serves_smaller_sizes_by_a_captured_one() -> None:
 
 @pytest.mark.usefixtures("fake_group")
 def test_padding_is_refused_with_a_note_where_rows_are_unknown() -> None:
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[8], pad_to_capture_size=True)
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[8], graphs="simulated", pad_to_capture_size=True)
     compiled = torch.compile(lambda x: torch.cat([x, x]), backend=backend, dynamic=True)
     x = rows(3)
     assert torch.equal(compiled(x), torch.cat([x, x]))
@@ -191,7 +196,9 @@ def test_padding_is_refused_with_a_note_where_rows_are_unknown() -> None:
 def test_caller_owns_outputs_unless_static() -> None:
     for static in (False, True):
         torch._dynamo.reset()
-        backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], static_outputs=static)
+        backend = ringfence.Backend(
+            piece_compiler="eager", capture_sizes=[4], graphs="simulated", static_outputs=static
+        )
         model = Model()
         compiled = torch.compile(lambda x, model=model: model(x) * 2, backend=backend)  # ends in a captured piece
         compiled(rows(4))
@@ -230,7 +237,7 @@ def test_data_dependent_op_becomes_an_island() -> None:
         picked = x[x[:, 0] > 0]
         return torch.relu(picked).sum(0) + x.sum(0), picked
 
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[6])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[6], graphs="simulated")
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(run, backend=backend, fullgraph=True)
         for _ in range(4):
@@ -245,7 +252,7 @@ def test_data_dependent_op_becomes_an_island() -> None:
 
 @pytest.mark.usefixtures("fake_group")
 def test_report_is_documented_json_and_a_table() -> None:
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3], graphs="simulated")
 
     def run(x: Tensor) -> Tensor:
         y = x * 2
@@ -285,7 +292,7 @@ def test_report_is_documented_json_and_a_table() -> None:
 )
 @pytest.mark.usefixtures("fake_group")
 def test_summary_says_which_sizes_are_captured(sizes: Sequence[int], said: str) -> None:
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=sizes)
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=sizes, graphs="simulated")
     torch.compile(Model(layers=1), backend=backend, dynamic=True)(rows(3))
     assert backend.reports[0].summary.endswith(f"; capture: {said}")
     assert backend.reports[0].captured == tuple(sizes)
@@ -293,7 +300,7 @@ def test_summary_says_which_sizes_are_captured(sizes: Sequence[int], said: str) 
 
 @pytest.mark.usefixtures("fake_group")
 def test_nothing_is_captured_where_the_token_count_is_not_known() -> None:
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3], graphs="simulated")
     torch.compile(lambda x: x.sum(), backend=backend, dynamic=True)(torch.tensor(2.0))
     report = backend.reports[0]
     assert report.captured == () and report.summary.endswith("capture: off"), report.summary
@@ -305,8 +312,13 @@ def test_nothing_is_captured_where_the_token_count_is_not_known() -> None:
     [
         ({"groups": ["0", "absent"]}, r"option groups names \['absent'\], and the graph all-reduces over \['0'\]"),
         ({"groups": ["0"]}, None),
-        ({"capture_sizes": [3], "pad_to_capture_size": True}, "not padded: the graph has no single dynamic size"),
-        ({"capture_sizes": [3]}, None),
+        (
+            {"capture_sizes": [3], "graphs": "simulated", "pad_to_capture_size": True},
+            "not padded: the graph has no single dynamic size",
+        ),
+        ({"capture_sizes": [3], "graphs": "simulated"}, None),
+        ({"capture_sizes": [3]}, "nothing is captured: cpu has no CUDA graphs; graphs='simulated'"),
+        ({"capture_sizes": [3], "graphs": "auto"}, "nothing is captured: cpu has no CUDA graphs"),
     ],
 )
 @pytest.mark.usefixtures("fake_group")
@@ -360,7 +372,9 @@ def test_stages_are_dumped_for_depyf(tmp_path: object) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # depyf warns whenever it is used
         with depyf.prepare_debug(str(tmp_path)):
-            torch.compile(model, backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[3]))(rows(3))
+            torch.compile(
+                model, backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[3], graphs="simulated")
+            )(rows(3))
     files = {p.name for p in tmp_path.iterdir()}  # type: ignore[attr-defined]
     for stage, marker in (("captured", "wait_tensor"), ("fused", "all_reduce_add_rms_norm"), ("split", "submod_1")):
         (name,) = (f for f in files if f"ringfence.{stage}" in f)
@@ -373,7 +387,7 @@ def test_stages_are_dumped_for_depyf(tmp_path: object) -> None:
 @pytest.mark.usefixtures("fake_group")
 def test_grad_mode_falls_back_with_one_warning() -> None:
     model, x = Model(), rows(3)
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3], graphs="simulated")
     with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled = torch.compile(model, backend=backend)
@@ -420,6 +434,27 @@ def test_op_that_torch_does_not_know_is_refused(option: str, name: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_group")
+def test_nothing_is_captured_on_the_cpu_unless_the_simulation_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(*_: object) -> None:
+        raise AssertionError("a simulated graph was captured")
+
+    monkeypatch.setattr(SimulatedGraphs, "capture", capture)
+    model, x = Model(layers=1), rows(3)
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3])
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(3):
+        assert relative_error(compiled(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    report = backend.reports[0]
+    assert (report.graphs, report.captured, len(report.pieces)) == (None, (), 1)
+    assert report.summary.endswith("capture: off")
+    torch._dynamo.reset()
+    asked = ringfence.Backend(piece_compiler="eager", capture_sizes=[3], graphs="simulated")
+    with pytest.warns(CaptureFailedWarning, match="a simulated graph was captured"):
+        torch.compile(model, backend=asked)(x)
+    assert (asked.reports[0].graphs, asked.reports[0].captured) == ("simulated", (3,))
+
+
+@pytest.mark.usefixtures("fake_group")
 def test_cuda_graphs_of_cpu_inputs_are_refused() -> None:
     error = refusal(functional_sum, rows(3), graphs="cuda", capture_sizes=[3])
     assert isinstance(error, OptionsError) and "the inputs are on cpu" in str(error)
@@ -440,7 +475,7 @@ def test_sizes_born_from_data_are_not_captured_and_the_report_says_so() -> None:
     def routed(x: Tensor, mask: Tensor) -> Tensor:
         return functional_sum(x[torch.nonzero(mask).squeeze(-1)])
 
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
     x, mask = rows(8), torch.tensor([1, 0, 1, 0, 1, 1, 0, 0])
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         out = torch.compile(routed, backend=backend, fullgraph=True)(x, mask)
@@ -454,7 +489,7 @@ def test_several_dynamic_sizes_are_noted() -> None:
     def with_cache(x: Tensor, cache: Tensor) -> Tensor:
         return functional_sum(x) + cache.sum(0)
 
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
     compiled = torch.compile(with_cache, backend=backend, fullgraph=True, dynamic=True)
     for length in range(5, 20):
         x, cache = rows(4), rows(length)
@@ -468,7 +503,7 @@ def test_control_flow_on_data_runs_between_pieces(capture_sizes: tuple[int, ...]
     def branch(x: Tensor) -> Tensor:
         return functional_sum(torch.cond(x.sum() > 0, lambda t: t + 1, lambda t: t - 1, (x,)))
 
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=capture_sizes)
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=capture_sizes, graphs="simulated")
     compiled = torch.compile(branch, backend=backend, fullgraph=True)
     for x in (rows(4).abs(), -rows(4).abs(), rows(4).abs()):
         assert relative_error(compiled(x), branch(x)) <= 8 * TOLERANCE[torch.float32]
@@ -494,7 +529,7 @@ def test_float_read_from_data_stays_data() -> None:
     def scaled(x: Tensor) -> Tensor:
         return functional_sum(x) * x.sum().item()
 
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         compiled = torch.compile(scaled, backend=backend, fullgraph=True)
         for _ in range(3):
@@ -543,7 +578,7 @@ def test_failed_capture_leaves_nothing_behind() -> None:
     fails_once.register_fake(torch.empty_like)
     compiled = torch.compile(
         lambda x: torch.ops.ringfence_test.fails_once(x * 2) * 3,
-        backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[4]),
+        backend=ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated"),
     )
     x = rows(4)
     with pytest.warns(CaptureFailedWarning, match="out of luck"):

@@ -236,7 +236,7 @@ def test_backend_asks_with_the_nodes_of_the_carrier_and_the_version_that_is_here
     mixed: GraphModule, monkeypatch: pytest.MonkeyPatch, version: str | None, rule: str
 ) -> None:
     monkeypatch.setattr("ringfence.backend.nccl_version", lambda: version)
-    backend = ringfence.Backend(capture_sizes=[4])
+    backend = ringfence.Backend(capture_sizes=[4], graphs="simulated")
     for nodes, backend_of_group, expected in ((2, "nccl", rule), (1, "nccl", "nccl"), (2, "gloo", "host_collective")):
         situation = Situation(Collective.REFERENCE, nodes=nodes, capability=(9, 0))
         groups = {"0": Group("0", backend_of_group, 2, 0)}

@@ -66,7 +66,9 @@ def test_caches_are_written(piece_compiler: str, argument: bool, op: bool, captu
     model, twin = (Cached(op=op, argument=argument) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     split = ("ringfence_test::attend", "ringfence::all_reduce_add_rms_norm") if op else ()
-    backend = ringfence.Backend(capture_sizes=capture, split_ops=split, piece_compiler=piece_compiler)
+    backend = ringfence.Backend(
+        capture_sizes=capture, graphs="simulated", split_ops=split, piece_compiler=piece_compiler
+    )
     steps(torch.compile(model, backend=backend, fullgraph=True), twin, argument)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, twin.get_buffer(name))
@@ -87,7 +89,9 @@ def test_later_parts_read_the_cache_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
     original = mutations.read_in_place
     monkeypatch.setattr("ringfence.backend.read_in_place", keep)
-    backend = ringfence.Backend(capture_sizes=[2], split_ops=["ringfence_test::attend"], piece_compiler="eager")
+    backend = ringfence.Backend(
+        capture_sizes=[2], graphs="simulated", split_ops=["ringfence_test::attend"], piece_compiler="eager"
+    )
     model = Cached(op=True, argument=False)
     steps(torch.compile(model, backend=backend), Cached(op=True, argument=False), False)
     (whole,) = seen
@@ -119,7 +123,7 @@ class Rows(nn.Module):
 def test_a_graph_that_writes_into_its_inputs_is_not_padded() -> None:
     """A padded row would be written at the position that its zero stands for."""
     model, twin = Rows(), Rows()
-    backend = ringfence.Backend(capture_sizes=[4], pad_to_capture_size=True, piece_compiler="eager")
+    backend = ringfence.Backend(capture_sizes=[4], graphs="simulated", pad_to_capture_size=True, piece_compiler="eager")
     compiled = torch.compile(model, backend=backend, dynamic=True)
     with torch.no_grad():
         for rows in (4, 3, 3, 2):

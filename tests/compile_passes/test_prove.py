@@ -72,7 +72,7 @@ def test_refused_sites_make_no_call_that_could_hang() -> None:
 
 def test_plan_that_fails_is_an_error_where_that_was_asked_for() -> None:
     """The table only warns of M2; the model finds the run in which it hangs."""
-    backend = ringfence.Backend(piece_compiler="eager", on_hazard="raise", capture_sizes=[4, 8])
+    backend = ringfence.Backend(piece_compiler="eager", on_hazard="raise", capture_sizes=[4, 8], graphs="simulated")
     backend.judge_as = Situation(Collective.MNNVL, "0.6.12", strategy=Strategy.TWO_SHOT)
     x, residual = torch.randn(4, H).bfloat16(), torch.randn(4, H).bfloat16()
     with torch.no_grad(), pytest.raises(BackendCompilerFailed) as caught:
@@ -137,7 +137,7 @@ def test_facts_of_the_cut_are_judged_too() -> None:
             node.meta["custom"] = {"stream": i}
         return backend(gm, inputs)
 
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4])
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
     backend.judge_as = Situation(Collective.TRTLLM, "0.7.0")
     x, residual = torch.randn(4, H), torch.randn(4, H)
     for streams in (False, True):

@@ -276,6 +276,7 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
     backend = ringfence.Backend(
         piece_compiler="eager",
         capture_sizes=sizes,
+        graphs="simulated" if device is None else "auto",
         split_ops=["ringfence_faults::pause"],
         on_hang=fault.on_hang,
         step_seconds=DEADLINE,

@@ -145,7 +145,9 @@ def test_where_nothing_works_the_reference_does() -> None:
 
 
 def test_a_closed_workspace_ends_its_captures() -> None:
-    for result in run_ranks(2, serve, {"capture_sizes": [4], "split_ops": OPS}, {}, [4, 4, 2, 4]):
+    for result in run_ranks(
+        2, serve, {"capture_sizes": [4], "graphs": "simulated", "split_ops": OPS}, {}, [4, 4, 2, 4]
+    ):
         assert result["collective"] == "mnnvl"
 
 
@@ -261,7 +263,9 @@ def test_ranks_that_are_unlike_end_alike(what: str, said: str) -> None:
 
 def _conservative(rank: int) -> list[tuple[str, str]]:
     """The rule of the field is about every call over the collective, with a norm or without."""
-    backend = ringfence.Backend(profile="conservative", capture_sizes=[4], max_tokens=64, piece_compiler="eager")
+    backend = ringfence.Backend(
+        profile="conservative", capture_sizes=[4], graphs="simulated", max_tokens=64, piece_compiler="eager"
+    )
     package = FakeFlashInfer(dist.group.WORLD.group_name)
     with installed(package), torch.no_grad():
         torch.compile(Layers(), backend=backend)(torch.randn(4, H))
