@@ -244,7 +244,7 @@ def bench_models() -> list[Row]:
     ]
     for collective in ("mnnvl", "trtllm"):
         for strategy in (Strategy.ONE_SHOT, Strategy.TWO_SHOT):
-            rank = plan.Rank(plan.even_pieces(LAYERS, 2, 33, strategy), (16, 8, 8, 16), (8, 16))
+            rank = plan.PlannedRank(plan.even_pieces(LAYERS, 2, 33, strategy), (16, 8, 8, 16), (8, 16))
             start = time.perf_counter()
             result = plan.check(collective, "0.7.0", plan.programs([rank] * 4))
             spent = time.perf_counter() - start

@@ -6,7 +6,7 @@ makes, in every order in which their steps can happen (:mod:`ringfence.runtime.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime.errors import PlanError, TooManyStatesError, VersionError
@@ -14,7 +14,7 @@ from ..runtime.hazards.situation import Payload, Situation
 from ..runtime.protocol import plan as model
 from ..runtime.protocol.answer import ask
 from .judge import Decision, Verdict
-from .split import SplitPlan
+from .split import Piece, SplitPlan
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,7 @@ def prove(
         situation = replace(situation, payload=Payload.ORDINARY)
     sizes = tuple(sorted(capture_sizes))
     rank = model.exercise(
-        tuple(
-            model.Piece(
-                p.name, p.island, tuple(model.Site(f"site {i}", situation.strategy) for i in p.sites if i in carried)
-            )
-            for p in plan.pieces
-        ),
-        sizes,
-        situation.world_size,
-        padding=padding,
+        tuple(_planned(part, situation, carried) for part in plan.pieces), sizes, situation.world_size, padding=padding
     )
     try:
         answer = ask(situation, model.programs([rank] * situation.world_size))
@@ -84,3 +76,8 @@ def prove(
         answer.remedy,
         tuple(f"rank {e.rank}: {e.action} {e.detail}".rstrip() for e in answer.result.trace) + answer.result.waiting,
     )
+
+
+def _planned(part: Piece, situation: Situation, carried: Container[int | None]) -> model.PlannedPiece:
+    sites = tuple(model.PlannedSite(f"site {i}", situation.strategy) for i in part.sites if i in carried)
+    return model.PlannedPiece(part.name, part.island, sites)

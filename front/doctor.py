@@ -1,14 +1,13 @@
 """Doctor: what is here, what ``collective="auto"`` would choose here and why, and which hazards apply.
 
 Runs on any machine: without a GPU, without FlashInfer, outside of any process group. What
-cannot be read is a :class:`Probe` with a reason, never an error. Devices are asked for their
+cannot be read is a :class:`Reading` with a reason, never an error. Devices are asked for their
 attributes and nothing else: no memory, no CUDA context, and above all no multicast object.
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import importlib
 import importlib.metadata
 import platform
@@ -32,9 +31,6 @@ from .runtime.versions import parse_version
 
 T = TypeVar("T")
 
-#: Version of the JSON; docs/report.md describes it.
-SCHEMA = 1
-
 WORLD_SIZES = (2, 4, 8)
 
 #: What keeps a call out of a captured piece.
@@ -45,7 +41,7 @@ _MULTICAST_SUPPORTED = 132
 
 
 @dataclass(frozen=True)
-class Probe(Generic[T]):
+class Reading(Generic[T]):
     """A value, or why there is none."""
 
     value: T | None
@@ -56,7 +52,7 @@ class Probe(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Device:
+class CudaDevice:
     """A CUDA device that this process sees. memory: bytes. multicast: what the driver says, whatever is opted out of.
 
     peers: for each device, whether this one can address its memory; None for itself.
@@ -66,8 +62,8 @@ class Device:
     name: str
     capability: tuple[int, int]
     memory: int
-    multicast: Probe[bool]
-    peers: Probe[tuple[bool | None, ...]]
+    multicast: Reading[bool]
+    peers: Reading[tuple[bool | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Finding:
+class KnownHazard:
     """A row of the hazard table that applies, and to what."""
 
     id: str
@@ -110,16 +106,16 @@ class Facts:
     ringfence: str
     python: str
     torch: str
-    cuda: Probe[str]
-    nccl: Probe[str]
-    flashinfer: Probe[str]
+    cuda: Reading[str]
+    nccl: Reading[str]
+    flashinfer: Reading[str]
     flashinfer_unusable: str | None
-    driver: Probe[str]
-    devices: Probe[tuple[Device, ...]]
-    links: Probe[tuple[Links, ...]]
+    driver: Reading[str]
+    devices: Reading[tuple[CudaDevice, ...]]
+    links: Reading[tuple[Links, ...]]
     opt_outs: tuple[str, ...]
     advice: tuple[Advice, ...]
-    hazards: tuple[Finding, ...]
+    hazards: tuple[KnownHazard, ...]
 
     @property
     def healthy(self) -> bool:
@@ -132,24 +128,24 @@ class Facts:
 
 def gather() -> Facts:
     """Look at this machine. Never raises."""
-    devices = _probe(_devices)
+    devices = _reading(_devices)
     found = devices.value or ()
-    version, nccl = _flashinfer_version(), _probe(_nccl)
-    package = _probe(load)
+    version, nccl = _flashinfer_version(), _reading(_nccl)
+    package = _reading(load)
     unusable = package.why or (package.value.reason if isinstance(package.value, Unavailable) else None)
-    ranks = _probe(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
+    ranks = _reading(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
     advice, hazards = advise(ranks.value or (), ranks.why or devices.why)
     return Facts(
         ringfence=importlib.metadata.version("ringfence"),
         python=platform.python_version(),
         torch=torch.__version__,
-        cuda=Probe(torch.version.cuda, None if torch.version.cuda else "this torch is built without CUDA"),
+        cuda=Reading(torch.version.cuda, None if torch.version.cuda else "this torch is built without CUDA"),
         nccl=nccl,
         flashinfer=version,
         flashinfer_unusable=unusable,
-        driver=_probe(_driver),
+        driver=_reading(_driver),
         devices=devices,
-        links=_probe(_links) if found else Probe(None, devices.why),
+        links=_reading(_links) if found else Reading(None, devices.why),
         opt_outs=own_opt_outs(),
         advice=advice,
         hazards=_merged([*hazards_of_version(version.value), *hazards_of_nccl(nccl.value), *hazards]),
@@ -201,59 +197,59 @@ def hazards_of_nccl(version: str | None) -> list[tuple[Hazard, str]]:
     return [(hazard, f"NCCL {version}, captured, in a group of several nodes") for hazard in applicable(situation)]
 
 
-def _flashinfer_version() -> Probe[str]:
+def _flashinfer_version() -> Reading[str]:
     """What is installed, without an import: that fails where it is too old for this torch."""
     for name in ("flashinfer-python", "flashinfer"):
         try:
-            return Probe(importlib.metadata.version(name))
+            return Reading(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Probe(None, "FlashInfer is not installed")
+    return Reading(None, "FlashInfer is not installed")
 
 
-def _merged(found: Sequence[tuple[Hazard, str]]) -> tuple[Finding, ...]:
+def _merged(found: Sequence[tuple[Hazard, str]]) -> tuple[KnownHazard, ...]:
     """One finding for each hazard."""
     applies_to: dict[Hazard, list[str]] = {}
     for hazard, what in found:
         applies_to.setdefault(hazard, []).append(what)
     return tuple(
-        Finding(h.id, h.title, h.decides, h.decides in AGAINST_CAPTURE, h.remedy, tuple(what))
+        KnownHazard(h.id, h.title, h.decides, h.decides in AGAINST_CAPTURE, h.remedy, tuple(what))
         for h, what in applies_to.items()
     )
 
 
-def _probe(read: Callable[[], T]) -> Probe[T]:
+def _reading(read: Callable[[], T]) -> Reading[T]:
     try:
-        return Probe(read())
+        return Reading(read())
     except Exception as error:  # torch, NVML and the driver raise what they like
         text = " ".join(str(error).split())
-        return Probe(None, text if isinstance(error, _Reason) else f"{type(error).__name__}: {text}")
+        return Reading(None, text if isinstance(error, _Absent) else f"{type(error).__name__}: {text}")
 
 
-class _Reason(Exception):
+class _Absent(Exception):
     """A probe found that there is nothing to read; the message says why."""
 
 
 def _nccl() -> str:
     version = nccl_version()
     if version is None:
-        raise _Reason("this torch is built without NCCL")
+        raise _Absent("this torch is built without NCCL")
     return version
 
 
-def _devices() -> tuple[Device, ...]:
+def _devices() -> tuple[CudaDevice, ...]:
     if torch.version.cuda is None:
-        raise _Reason("this torch is built without CUDA")
+        raise _Absent("this torch is built without CUDA")
     count = torch.cuda.device_count()
     if not torch.cuda.is_available() or count == 0:
-        raise _Reason("torch sees no CUDA device")
+        raise _Absent("torch sees no CUDA device")
     found = []
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
-        multicast = _probe(lambda index=index: _driver_offers_multicast(index))  # type: ignore[misc]
-        peers = _probe(lambda index=index: _peers(index, count))  # type: ignore[misc]
-        found.append(Device(index, properties.name, capability, properties.total_memory, multicast, peers))
+        multicast = _reading(lambda index=index: _driver_offers_multicast(index))  # type: ignore[misc]
+        peers = _reading(lambda index=index: _peers(index, count))  # type: ignore[misc]
+        found.append(CudaDevice(index, properties.name, capability, properties.total_memory, multicast, peers))
     return tuple(found)
 
 
@@ -271,14 +267,14 @@ def _driver_offers_multicast(index: int) -> bool:
         ("cuDeviceGetAttribute", ctypes.byref(value), _MULTICAST_SUPPORTED, device),
     ):
         if status := getattr(driver, name)(*arguments):
-            raise _Reason(f"{name} returned {status}")
+            raise _Absent(f"{name} returned {status}")
     return bool(value.value)
 
 
 def _driver() -> str:
     path = Path("/proc/driver/nvidia/version")
     if not path.exists():
-        raise _Reason(f"{path} is absent: the NVIDIA driver is not loaded")
+        raise _Absent(f"{path} is absent: the NVIDIA driver is not loaded")
     found = re.search(r"\d+\.\d+(\.\d+)*", text := path.read_text())
     return found[0] if found else text.strip()
 
@@ -329,86 +325,4 @@ def _nvml() -> Any:
     try:
         return importlib.import_module("pynvml")
     except ImportError as error:
-        raise _Reason("pynvml cannot be imported: pip install nvidia-ml-py") from error
-
-
-# -- rendering -------------------------------------------------------------------------
-
-
-def as_dict(facts: Facts) -> dict[str, Any]:
-    """JSON-ready."""
-    return {"schema": SCHEMA, "healthy": facts.healthy} | dataclasses.asdict(facts)
-
-
-def as_text(facts: Facts) -> str:
-    """For a terminal."""
-    from tabulate import tabulate
-
-    unusable = (
-        f" (not used: {facts.flashinfer_unusable})" if facts.flashinfer.value and facts.flashinfer_unusable else ""
-    )
-    turned_off = ", ".join(facts.opt_outs)
-    versions = [
-        ("ringfence", facts.ringfence),
-        ("python", facts.python),
-        ("torch", facts.torch),
-        ("CUDA of torch", facts.cuda),
-        ("NCCL", facts.nccl),
-        ("FlashInfer", f"{facts.flashinfer}{unusable}" if facts.flashinfer.value else facts.flashinfer_unusable),
-        ("driver", facts.driver),
-        ("multicast", f"turned off by {turned_off}" if turned_off else "no variable turns it off"),
-    ]
-    lines = [tabulate(versions, tablefmt="plain", disable_numparse=True), ""]
-    if facts.devices.value is None:
-        lines.append(f"devices: none ({facts.devices.why})")
-    else:
-        lines.append(tabulate(_device_rows(facts), headers="keys", disable_numparse=True))
-        if facts.links.value is None:
-            lines.append(f"NVLinks: {facts.links}")
-    lines += ["", 'collective="auto" would choose']
-    for advice in facts.advice:
-        where = f" ({advice.not_here})" if advice.not_here else ""
-        lines.append(f"  {advice.world_size} ranks{where}: {_chosen(advice)}")
-        lines += [f"    {candidate}" for candidate in advice.candidates[:-1]]
-    for title, against in (("hazards that decide against capture", True), ("other hazards", False)):
-        found = [hazard for hazard in facts.hazards if hazard.against_capture is against]
-        lines += ["", f"{title}: {'' if found else 'none'}".rstrip()]
-        for hazard in found:
-            lines.append(f"  {hazard.id} {hazard.title} ({hazard.decides})")
-            lines += [f"    applies to: {'; '.join(hazard.applies_to)}", f"    remedy: {hazard.remedy}"]
-    return "\n".join(lines)
-
-
-def _device_rows(facts: Facts) -> list[dict[str, Any]]:
-    rows = []
-    devices = facts.devices.value or ()
-    for device in devices:
-        row: dict[str, Any] = {
-            "device": device.index,
-            "name": device.name,
-            "capability": "SM{}{}".format(*device.capability),
-            "memory": f"{device.memory / 2**30:.0f} GiB",
-            "multicast": device.multicast if device.multicast.value is None else _yes(device.multicast.value),
-        }
-        mine = facts.links.value[device.index] if facts.links.value else None
-        for other in devices:
-            peer = device.peers.value[other.index] if device.peers.value else None
-            cell = "unknown" if device.peers.value is None else "peer" if peer else "no peer"
-            if mine is not None and mine.to[other.index]:
-                cell += f", {mine.to[other.index]} NVLinks"
-            row[f"to {other.index}"] = "-" if other is device else cell
-        if mine is not None:
-            row["to a switch or others"] = f"{mine.elsewhere} NVLinks"
-        rows.append(row)
-    return rows
-
-
-def _yes(value: bool | None) -> str:
-    return "yes" if value else "no"
-
-
-def _chosen(advice: Advice) -> str:
-    if advice.transport is None:
-        return str(advice.collective)
-    mib = [f"{size / 2**20:g} MiB" for size in (advice.one_shot, advice.fused)]
-    return f"{advice.collective}/{advice.transport}, one-shot up to {mib[0]}, fused up to {mib[1]}"
+        raise _Absent("pynvml cannot be imported: pip install nvidia-ml-py") from error

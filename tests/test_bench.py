@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from fake_flashinfer import FakeFlashInfer, installed
 
-from ringfence.cli import USAGE, main
+from ringfence.cli import main
+from ringfence.commands.terminal import USAGE
 from ringfence.runtime.collectives.measure import Timing, as_text, measure, row_of, worth_up_to
 from ringfence.runtime.collectives.size_table import read_table, write_table
 from ringfence.runtime.collectives.workspace import workspaces_of

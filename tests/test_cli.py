@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import ringfence as package
-from ringfence.cli import FAILED, OK, USAGE, main
+from ringfence.cli import main
+from ringfence.commands.terminal import FAILED, OK, USAGE
 from support import run_python
 
 Run = Callable[..., tuple[int, str, str]]
@@ -285,10 +286,28 @@ def test_check_says_that_a_release_was_not_read(
     assert "safe" in out and "may differ" not in out
 
 
-def test_check_needs_no_torch() -> None:
+def test_check_hazards_and_journal_need_no_torch(tmp_path: Path) -> None:
     check = ["check", "--collective", "mnnvl", "--tp", "2", "--flashinfer", "9.9", "--layers", "1"]
-    result = run_python("-c", f"import sys, ringfence.cli as c; c.main({check}); assert 'torch' not in sys.modules")
+    lines = [
+        f"assert main({a}) == {c}" for a, c in ((check, OK), (["hazards"], OK), (["journal", str(tmp_path)], USAGE))
+    ]
+    script = ["import sys", "from ringfence.cli import main", *lines, "assert 'torch' not in sys.modules"]
+    result = run_python("-c", "; ".join(script))
     assert result.returncode == OK and "9.9 may differ" in result.stderr, result.stderr
+
+
+MOE = ("check", "--collective", "moe_all_to_all", "--tp", "4", "--layers", "4", "--pieces", "2", "--flashinfer")
+
+
+def test_check_knows_dispatch_and_combine(ringfence: Run) -> None:
+    code, out, err = ringfence(*MOE, "0.7.0")
+    assert code == OK and out.startswith("safe"), err
+    code, out, err = ringfence(*MOE, "0.6.15")
+    assert code == OK and "not in the model: M11" in out and "M45" not in out, err
+    code, out, err = ringfence(*MOE, "0.7.0", "--skip-rank", "2", "--skip-call", "3")
+    assert code == FAILED and "combine" in out and "hazard: M25" in out, err
+    code, out, err = ringfence(*MOE, "0.7.0", "--strategy", "one-shot")
+    assert code == USAGE and "a MoE layer is a dispatch and a combine" in err
 
 
 def test_check_names_what_is_not_in_the_model(ringfence: Run) -> None:
@@ -311,7 +330,7 @@ def test_check_shows_a_trace_again(ringfence: Run, tmp_path: Path) -> None:
     [
         (["--collective", "mnnvl", "--tp", "4"], "needs --flashinfer"),
         ([], "needs --collective, --flashinfer, --tp"),
-        (["--collective", "nccl"], "invalid choice: 'nccl'"),
+        (["--collective", "nccl"], "invalid choice: 'nccl' (choose from "),
         (["--collective", "mnnvl", "--flashinfer", "newest", "--tp", "4"], "'newest' is not a version"),
         (["--collective", "mnnvl", "--flashinfer", "0.5.0", "--tp", "4"], "0.5.0 are not known"),
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "1"], "world size"),

@@ -11,11 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_every_package_folder_is_listed() -> None:
     """A folder missing from the list works in an editable install and vanishes from the wheel."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    for top in ("compile_passes", "runtime"):
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = setuptools["package-dir"]
+    assert sorted(setuptools["packages"]) == sorted(listed)
+    for top in ("front", "compile_passes", "runtime"):
         for init in (ROOT / top).rglob("__init__.py"):
             folder = str(init.parent.relative_to(ROOT))
-            assert listed.get("ringfence." + folder.replace("/", ".")) == folder
+            name = "ringfence." + folder.replace("/", ".")
+            assert listed.get(name.replace("ringfence.front", "ringfence")) == folder
 
 
 def test_version_is_the_installed_one() -> None:

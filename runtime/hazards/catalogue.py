@@ -92,7 +92,7 @@ def as_markdown() -> str:
     lines = [
         "# Hazards",
         "",
-        "Generated from `runtime/hazards/table.py`: `ringfence hazards --markdown > docs/hazards.md`.",
+        "Generated from `runtime/hazards/rows/`: `ringfence hazards --markdown > docs/hazards.md`.",
         "For a job that is frozen right now: [hangs.md](hangs.md).",
         "",
         "A row applies where any of its conditions holds in full. What is not known of the plan (FlashInfer's version,",

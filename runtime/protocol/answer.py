@@ -76,8 +76,8 @@ def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Pr
     """The first row that applies and fails in this way; None where no row does."""
     version = situation.flashinfer or ""
     diverge = any(_shape(calls) != _shape(ranks[0]) for calls in ranks)
-    # Where equal ranks fail too, their difference is not the cause.
-    if diverge and all(check(situation.collective, version, [calls] * len(ranks)).safe for calls in ranks):
+    # Where the ranks would fail whichever program all of them ran, their difference is not the cause.
+    if diverge and any(check(situation.collective, version, [calls] * len(ranks)).safe for calls in ranks):
         two_shot = any(call.strategy is Strategy.TWO_SHOT for calls in ranks for call in calls)
         same_calls = len({tuple(c.id for c in calls) for calls in ranks}) == 1
         facts = {Fact.DIVERGENT_GEOMETRY} if two_shot and same_calls else {Fact.DIVERGENT_SEQUENCE}

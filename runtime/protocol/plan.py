@@ -34,7 +34,7 @@ MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL)
 
 
 @dataclass(frozen=True)
-class Site:
+class PlannedSite:
     """A collective in a plan. ``strategy`` None leaves it to the number of tokens."""
 
     name: str
@@ -42,23 +42,23 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PlannedPiece:
     """A stretch of a split plan with its collectives in order. An island is never captured."""
 
     name: str
     island: bool
-    sites: tuple[Site, ...]
+    sites: tuple[PlannedSite, ...]
 
 
 @dataclass(frozen=True)
-class Rank:
+class PlannedRank:
     """What one rank's runner is given.
 
     steps: how many tokens each step has.
     two_shot_from: from how many tokens on a site that leaves it open is two-shot; None is never.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PlannedPiece, ...]
     steps: tuple[int, ...]
     capture_sizes: tuple[int, ...] = ()
     padding: bool = True
@@ -66,24 +66,40 @@ class Rank:
     payload: Payload = Payload.ORDINARY
 
 
-def even_pieces(layers: int, sites_per_layer: int, pieces: int, strategy: Strategy | None = None) -> tuple[Piece, ...]:
+def even_pieces(
+    layers: int, sites_per_layer: int, pieces: int, strategy: Strategy | None = None
+) -> tuple[PlannedPiece, ...]:
     """``pieces`` captured pieces with the sites of all layers spread over them as evenly as can be."""
-    sites = [
-        Site(f"layer {i // sites_per_layer} site {i % sites_per_layer}", strategy)
-        for i in range(layers * sites_per_layer)
-    ]
+    return _spread(
+        [
+            PlannedSite(f"layer {i // sites_per_layer} site {i % sites_per_layer}", strategy)
+            for i in range(layers * sites_per_layer)
+        ],
+        pieces,
+    )
+
+
+def moe_pieces(layers: int, pieces: int) -> tuple[PlannedPiece, ...]:
+    """As :func:`even_pieces`, for layers of a MoE dispatch and a combine each."""
+    halves = (Strategy.DISPATCH, Strategy.COMBINE)
+    return _spread([PlannedSite(f"layer {i} {half}", half) for i in range(layers) for half in halves], pieces)
+
+
+def _spread(sites: Sequence[PlannedSite], pieces: int) -> tuple[PlannedPiece, ...]:
     cuts = [len(sites) * i // pieces for i in range(pieces + 1)]
-    return tuple(Piece(f"piece {i}", False, tuple(sites[cuts[i] : cuts[i + 1]])) for i in range(pieces))
+    return tuple(PlannedPiece(f"piece {i}", False, tuple(sites[cuts[i] : cuts[i + 1]])) for i in range(pieces))
 
 
-def exercise(pieces: tuple[Piece, ...], sizes: tuple[int, ...], world_size: int, *, padding: bool = True) -> Rank:
+def exercise(
+    pieces: tuple[PlannedPiece, ...], sizes: tuple[int, ...], world_size: int, *, padding: bool = True
+) -> PlannedRank:
     """A rank that captures each size, replays it, goes down and up again, and once runs uncaptured.
 
     Sites that leave the strategy open are two-shot from the largest size on.
     """
     largest = sizes[-1] if sizes else 1
     steps = (*sizes, *reversed(sizes), *sizes, largest + 1)
-    return Rank(pieces, steps, sizes, padding, two_shot_from=max(largest, world_size + 1))
+    return PlannedRank(pieces, steps, sizes, padding, two_shot_from=max(largest, world_size + 1))
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,7 @@ class _Launched:
     where: str
 
 
-def programs(ranks: Sequence[Rank]) -> tuple[Program, ...]:
+def programs(ranks: Sequence[PlannedRank]) -> tuple[Program, ...]:
     """The calls of every rank. A call has the same id on all ranks that make it in the same step."""
     launched = [list(_launched(rank)) for rank in ranks]
     keys = sorted({call.key for calls in launched for call in calls})
@@ -112,7 +128,7 @@ def programs(ranks: Sequence[Rank]) -> tuple[Program, ...]:
     )
 
 
-def _launched(rank: Rank) -> Iterator[_Launched]:
+def _launched(rank: PlannedRank) -> Iterator[_Launched]:
     """The runner's loop on paper. The host counts a call when it launches or records it."""
     counted = itertools.count()
     recorded: dict[tuple[int, int], int] = {}  # (size, site) -> the host's count, baked in
@@ -133,13 +149,13 @@ def _launched(rank: Rank) -> Iterator[_Launched]:
                 recorded |= {(tokens, i): next(counted) for i in places}
 
 
-def _capture_size(rank: Rank, tokens: int) -> int | None:
+def _capture_size(rank: PlannedRank, tokens: int) -> int | None:
     if rank.padding:
         return min((size for size in rank.capture_sizes if size >= tokens), default=None)
     return tokens if tokens in rank.capture_sizes else None
 
 
-def _strategy(rank: Rank, site: Site, tokens: int) -> Strategy:
+def _strategy(rank: PlannedRank, site: PlannedSite, tokens: int) -> Strategy:
     if site.strategy is not None:
         return site.strategy
     two_shot = rank.two_shot_from is not None and tokens >= rank.two_shot_from

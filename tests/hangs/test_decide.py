@@ -18,7 +18,7 @@ from ringfence.runtime.protocol.explore import Failure, Result, explore
 from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op, State
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
-from ringfence.runtime.protocol.plan import Rank, check, even_pieces, machine_for, programs, reduced
+from ringfence.runtime.protocol.plan import PlannedRank, check, even_pieces, machine_for, programs, reduced
 from ringfence.runtime.protocol.rules import Clear, LamportRules, MoeRules, Sentinel, Words, mnnvl_rules
 from ringfence.runtime.protocol.trtllm import trtllm
 
@@ -184,7 +184,7 @@ def test_eighty_layers_in_33_pieces_on_4_ranks_are_decided_in_seconds(collective
 
     `make bench` measures it against two seconds; a machine that runs other tests meanwhile gets more.
     """
-    rank = Rank(even_pieces(80, 2, 33, strategy), steps=(16, 8, 8, 16), capture_sizes=(8, 16))
+    rank = PlannedRank(even_pieces(80, 2, 33, strategy), steps=(16, 8, 8, 16), capture_sizes=(8, 16))
     calls = programs([rank] * 4)
     assert [len(each) for each in calls] == [640] * 4
     started = time.process_time()

@@ -14,11 +14,11 @@ from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol.calls import Program, changed, program, swapped, until, without
 from ringfence.runtime.protocol.explore import Failure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
-from ringfence.runtime.protocol.plan import Rank, check, even_pieces, programs
+from ringfence.runtime.protocol.plan import PlannedRank, check, even_pieces, programs
 from ringfence.runtime.protocol.rules import Epoch, mnnvl_rules, trtllm_rules
 from ringfence.runtime.protocol.trtllm import trtllm
 
-RANK = Rank(even_pieces(2, 2, 2), steps=(4, 4, 4), capture_sizes=(4, 8))
+RANK = PlannedRank(even_pieces(2, 2, 2), steps=(4, 4, 4), capture_sizes=(4, 8))
 COLLECTIVES = ["mnnvl", "trtllm"]
 
 
@@ -35,7 +35,7 @@ def test_equal_ranks_are_safe(collective: str, world_size: int) -> None:
 @pytest.mark.parametrize("sites", [1, 2, 4])
 def test_m15_an_epoch_that_the_host_holds_cannot_be_captured(sites: int) -> None:
     """Replays repeat the number that the capture saw; only a multiple of three calls comes round right."""
-    captured = Rank(even_pieces(sites, 1, 1), steps=(4,) * 4, capture_sizes=(4,))
+    captured = PlannedRank(even_pieces(sites, 1, 1), steps=(4,) * 4, capture_sizes=(4,))
     rules = replace(mnnvl_rules("0.6.13"), epoch=Epoch.HOST)
     assert not explore(mnnvl(programs([captured] * 2), rules)).safe
     assert explore(mnnvl(programs([replace(captured, capture_sizes=())] * 2), rules)).safe, "eager"

@@ -9,9 +9,9 @@ from ringfence.runtime.hazards.situation import Payload, Strategy
 from ringfence.runtime.protocol.calls import Call, Program, program, rounds
 from ringfence.runtime.protocol.plan import (
     WORLD_SIZES,
-    Piece,
-    Rank,
-    Site,
+    PlannedPiece,
+    PlannedRank,
+    PlannedSite,
     check,
     even_pieces,
     machine_for,
@@ -27,9 +27,9 @@ from ringfence.runtime.protocol.rules import (
 )
 
 PIECES = (
-    Piece("first", False, (Site("a"),)),
-    Piece("between", True, (Site("b"),)),
-    Piece("last", False, (Site("c"),)),
+    PlannedPiece("first", False, (PlannedSite("a"),)),
+    PlannedPiece("between", True, (PlannedSite("b"),)),
+    PlannedPiece("last", False, (PlannedSite("c"),)),
 )
 
 
@@ -38,7 +38,7 @@ def told(calls: Program) -> list[tuple[int, str, int | None]]:
 
 
 def test_an_uncaptured_step_runs_eagerly() -> None:
-    (calls,) = programs([Rank(PIECES, steps=(3, 5))])
+    (calls,) = programs([PlannedRank(PIECES, steps=(3, 5))])
     assert told(calls) == [
         (3, "step 0, first, eager", 0),
         (3, "step 0, between, eager", 1),
@@ -52,7 +52,7 @@ def test_an_uncaptured_step_runs_eagerly() -> None:
 
 def test_a_new_size_runs_once_then_replays_and_islands_stay_eager() -> None:
     """The host's number of a replayed call is that of the recording; an island's is new each time."""
-    (calls,) = programs([Rank(PIECES, steps=(3, 4), capture_sizes=(4,))])
+    (calls,) = programs([PlannedRank(PIECES, steps=(3, 4), capture_sizes=(4,))])
     assert [call.tokens for call in calls] == [4] * 6
     assert [(call.where, call.epoch) for call in calls] == [
         ("step 0, first, first run", 0),
@@ -65,7 +65,7 @@ def test_a_new_size_runs_once_then_replays_and_islands_stay_eager() -> None:
 
 
 def test_each_size_is_captured_once_and_larger_steps_run_eagerly() -> None:
-    (calls,) = programs([Rank(PIECES[:1], steps=(1, 9, 2, 1), capture_sizes=(1, 2))])
+    (calls,) = programs([PlannedRank(PIECES[:1], steps=(1, 9, 2, 1), capture_sizes=(1, 2))])
     assert [(call.tokens, call.where.split(", ")[-1]) for call in calls] == [
         (1, "first run"),
         (9, "eager"),
@@ -75,7 +75,7 @@ def test_each_size_is_captured_once_and_larger_steps_run_eagerly() -> None:
 
 
 def test_without_padding_only_exact_sizes_are_captured() -> None:
-    (calls,) = programs([Rank(PIECES[:1], steps=(1, 2), capture_sizes=(2,), padding=False)])
+    (calls,) = programs([PlannedRank(PIECES[:1], steps=(1, 2), capture_sizes=(2,), padding=False)])
     assert [(call.tokens, call.where.split(", ")[-1]) for call in calls] == [
         (1, "eager"),
         (2, "first run"),
@@ -83,15 +83,15 @@ def test_without_padding_only_exact_sizes_are_captured() -> None:
 
 
 def test_a_strategy_is_the_sites_own_or_chosen_by_size() -> None:
-    pieces = (Piece("only", False, (Site("a"), Site("b", Strategy.TWO_SHOT))),)
-    (calls,) = programs([Rank(pieces, steps=(10, 100), two_shot_from=100, payload=Payload.SUBNORMAL)])
+    pieces = (PlannedPiece("only", False, (PlannedSite("a"), PlannedSite("b", Strategy.TWO_SHOT))),)
+    (calls,) = programs([PlannedRank(pieces, steps=(10, 100), two_shot_from=100, payload=Payload.SUBNORMAL)])
     assert [call.strategy for call in calls] == [Strategy.ONE_SHOT] + [Strategy.TWO_SHOT] * 3
     assert {call.payload for call in calls} == {Payload.SUBNORMAL}
 
 
 def test_the_same_call_has_the_same_id_on_all_ranks() -> None:
     """Rank 1 has captured size 2 in step 0; rank 0 captures it in step 1."""
-    first, second = programs([Rank(PIECES[:1], (1, 2), (1, 2)), Rank(PIECES[:1], (2, 2), (1, 2))])
+    first, second = programs([PlannedRank(PIECES[:1], (1, 2), (1, 2)), PlannedRank(PIECES[:1], (2, 2), (1, 2))])
     assert [call.id for call in first] == [call.id for call in second] == [0, 1]
     assert [call.where for call in second] == ["step 0, first, first run", "step 1, first, replay"]
 
@@ -123,7 +123,7 @@ def test_the_worlds_that_kernels_serve_are_decided(ranks: int) -> None:
 
 def test_a_plan_without_a_collective_is_refused() -> None:
     with pytest.raises(PlanError, match="no collective"):
-        check("trtllm", "0.6.13", programs([Rank(even_pieces(0, 2, 3), steps=(1,))] * 2))
+        check("trtllm", "0.6.13", programs([PlannedRank(even_pieces(0, 2, 3), steps=(1,))] * 2))
 
 
 def test_an_unknown_collective_is_refused() -> None:

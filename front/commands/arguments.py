@@ -1,0 +1,40 @@
+"""Types of arguments, for argparse: what is no such thing is wrong usage, and the message says what is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+#: Where a command adds its parser.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def world_size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a world size of two or more")
+    return int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
+    return int(text)
+
+
+def layers(text: str) -> int:
+    if natural(text) > 1000:
+        raise argparse.ArgumentTypeError(f"'{text}' is more than 1000; layers repeat, so fewer tell as much")
+    return int(text)
+
+
+def bytes_(text: str) -> int:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M") else (text, "")
+    if not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write it as 65536, 64K or 8M")
+    return int(number) * {"": 1, "K": 1 << 10, "M": 1 << 20}[unit]

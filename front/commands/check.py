@@ -1,0 +1,147 @@
+"""``ringfence check``: can a plan of captured pieces hang, and how?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.errors import OptionsError, TraceError
+from ..runtime.hazards.situation import Collective, Payload, Situation, Strategy
+from ..runtime.protocol.plan import MODELLED, PlannedPiece, even_pieces, exercise, moe_pieces, programs
+from .arguments import Commands, count, layers, natural, world_size
+from .terminal import FAILED, OK, say_if_unread, stage, write
+
+if TYPE_CHECKING:
+    from ..runtime.protocol.answer import Answer
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="say whether a plan can hang, and show how",
+        description="Run a model of the collective's protocol in every order, for a plan of captured pieces on N "
+        "ranks: exit 0 when no order fails, 1 when one does, 2 on bad usage.",
+    )
+    parser.add_argument("--collective", choices=[str(c) for c in MODELLED], help="whose protocol")
+    parser.add_argument("--flashinfer", metavar="VERSION", help="in which version")
+    parser.add_argument("--tp", type=world_size, metavar="N", help="tensor-parallel world size: 2, 4, 8 or 16")
+    parser.add_argument(
+        "--layers",
+        type=layers,
+        default=80,
+        metavar="N",
+        help="layers of two calls each (all-reduces, or dispatch and combine), up to 1000 (default 80)",
+    )
+    parser.add_argument(
+        "--pieces", type=count, default=33, help="captured pieces that they are spread over (default 33)"
+    )
+    parser.add_argument(
+        "--capture-sizes", default="4,8", metavar="LIST", help="token counts to capture, as 4,8 (the default)"
+    )
+    parser.add_argument(
+        "--payload",
+        choices=("ordinary", "subnormal", "negative-zero", "any"),
+        default="any",
+        help="the worst word that a rank sends (default any: the answer holds for each)",
+    )
+    parser.add_argument("--strategy", choices=("one-shot", "two-shot", "auto"), default="auto", help="(default auto)")
+    parser.add_argument("--skip-rank", type=natural, metavar="R", help="let rank R leave out a call")
+    parser.add_argument("--skip-call", type=natural, metavar="C", help="which one, counted from 0")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="show the trace that --json printed before")
+    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> tuple[str, int]:
+    from ..runtime.protocol import timeline
+
+    extra: dict[str, Any]
+    if arguments.trace is not None:
+        if any(getattr(arguments, name) is not None for name in ("collective", "flashinfer", "tp")):
+            raise OptionsError("--trace shows what was asked before; leave --collective, --flashinfer and --tp out")
+        result, lines = timeline.load(_read(arguments.trace)), []
+        extra = {"safe": result.safe, "kind": str(result.failure or "safe")}
+    else:
+        answer = _ask(arguments)
+        result, lines, extra = answer.result, _lines(answer), _as_dict(answer)
+    if arguments.svg is not None:
+        write(arguments.svg, timeline.svg(result))
+    text = "\n".join([timeline.text(result), *lines])
+    if arguments.json:
+        text = json.dumps(json.loads(timeline.dump(result)) | extra, indent=2)
+    return text, OK if result.safe else FAILED
+
+
+def _lines(answer: Answer) -> list[str]:
+    """What the hazard table says, below the trace."""
+    row = answer.hazard
+    lines = [f"payload: {answer.payload}"] if not answer.safe else []
+    lines += [f"hazard: {row.id}, {row.title}"] if row is not None else []
+    lines += [f"remedy: {answer.remedy}"] if answer.remedy else []
+    return lines + [f"not in the model: {also.id}, {also.title.lower()}: {also.remedy}" for also in answer.also]
+
+
+def _as_dict(answer: Answer) -> dict[str, Any]:
+    row = answer.hazard
+    return {
+        "safe": answer.safe,
+        "kind": str(answer.result.failure or "safe"),
+        "payload": str(answer.payload),
+        "hazard": row.id if row is not None else None,
+        "invariant": str(row.invariants[0]) if row is not None and row.invariants else None,
+        "remedy": answer.remedy,
+        "also": [also.id for also in answer.also],
+    }
+
+
+def _ask(arguments: argparse.Namespace) -> Answer:
+    from ..runtime.protocol.answer import ask
+    from ..runtime.protocol.calls import without
+
+    missing = [name for name in ("collective", "flashinfer", "tp") if getattr(arguments, name) is None]
+    if missing:
+        raise OptionsError(f"ringfence check needs {', '.join('--' + name for name in missing)}, or --trace")
+    if (arguments.skip_rank is None) != (arguments.skip_call is None):
+        raise OptionsError("--skip-rank and --skip-call belong together")
+    collective, payload = Collective(arguments.collective), Payload(arguments.payload)
+    strategy = None if arguments.strategy == "auto" else Strategy(arguments.strategy)
+    rank = exercise(_pieces(arguments, collective, strategy), _sizes(arguments.capture_sizes), arguments.tp)
+    ranks = list(programs([rank] * arguments.tp))
+    if arguments.skip_rank is not None:
+        if arguments.skip_rank >= arguments.tp or arguments.skip_call >= len(ranks[0]):
+            raise OptionsError(
+                f"rank {arguments.skip_rank}, call {arguments.skip_call}: there are ranks 0 to {arguments.tp - 1} and "
+                f"calls 0 to {len(ranks[0]) - 1}"
+            )
+        ranks[arguments.skip_rank] = without(ranks[arguments.skip_rank], arguments.skip_call)
+    situation = Situation(collective, arguments.flashinfer, world_size=arguments.tp, strategy=strategy, payload=payload)
+    say_if_unread(arguments.flashinfer)
+    with stage("exploring"):
+        return ask(situation, ranks)
+
+
+def _pieces(
+    arguments: argparse.Namespace, collective: Collective, strategy: Strategy | None
+) -> tuple[PlannedPiece, ...]:
+    if collective is not Collective.MOE_ALL_TO_ALL:
+        return even_pieces(arguments.layers, 2, arguments.pieces, strategy)
+    if strategy is not None:
+        raise OptionsError(f"--strategy {strategy} is for all-reduces; a MoE layer is a dispatch and a combine")
+    return moe_pieces(arguments.layers, arguments.pieces)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise OptionsError(f"--capture-sizes '{text}' is not a list of token counts; write it as 4,8")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"'{path}' cannot be read: {error}") from error

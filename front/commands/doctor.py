@@ -1,0 +1,116 @@
+"""``ringfence doctor``: what is here, what ``collective="auto"`` would choose, and which hazards apply."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from .arguments import Commands
+from .terminal import FAILED, OK, stage
+
+if TYPE_CHECKING:
+    from ..doctor import Advice, Facts
+
+#: Version of the JSON; docs/report.md describes it.
+SCHEMA = 1
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is here, what collective='auto' would choose, and which hazards apply",
+        description="Look at this machine, with or without GPUs: exit 0 when it is healthy, 1 when a hazard that "
+        "decides against capture applies, 2 on bad usage.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> tuple[str, int]:
+    from ..doctor import gather
+
+    with stage("looking at this machine"):
+        facts = gather()
+    text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts)
+    return text, OK if facts.healthy else FAILED
+
+
+def as_dict(facts: Facts) -> dict[str, Any]:
+    """JSON-ready."""
+    return {"schema": SCHEMA, "healthy": facts.healthy} | dataclasses.asdict(facts)
+
+
+def as_text(facts: Facts) -> str:
+    """For a terminal."""
+    from tabulate import tabulate
+
+    unusable = (
+        f" (not used: {facts.flashinfer_unusable})" if facts.flashinfer.value and facts.flashinfer_unusable else ""
+    )
+    turned_off = ", ".join(facts.opt_outs)
+    versions = [
+        ("ringfence", facts.ringfence),
+        ("python", facts.python),
+        ("torch", facts.torch),
+        ("CUDA of torch", facts.cuda),
+        ("NCCL", facts.nccl),
+        ("FlashInfer", f"{facts.flashinfer}{unusable}" if facts.flashinfer.value else facts.flashinfer_unusable),
+        ("driver", facts.driver),
+        ("multicast", f"turned off by {turned_off}" if turned_off else "no variable turns it off"),
+    ]
+    lines = [tabulate(versions, tablefmt="plain", disable_numparse=True), ""]
+    if facts.devices.value is None:
+        lines.append(f"devices: none ({facts.devices.why})")
+    else:
+        lines.append(tabulate(_device_rows(facts), headers="keys", disable_numparse=True))
+        if facts.links.value is None:
+            lines.append(f"NVLinks: {facts.links}")
+    lines += ["", 'collective="auto" would choose']
+    for advice in facts.advice:
+        where = f" ({advice.not_here})" if advice.not_here else ""
+        lines.append(f"  {advice.world_size} ranks{where}: {_chosen(advice)}")
+        lines += [f"    {candidate}" for candidate in advice.candidates[:-1]]
+    for title, against in (("hazards that decide against capture", True), ("other hazards", False)):
+        found = [hazard for hazard in facts.hazards if hazard.against_capture is against]
+        lines += ["", f"{title}: {'' if found else 'none'}".rstrip()]
+        for hazard in found:
+            lines.append(f"  {hazard.id} {hazard.title} ({hazard.decides})")
+            lines += [f"    applies to: {'; '.join(hazard.applies_to)}", f"    remedy: {hazard.remedy}"]
+    return "\n".join(lines)
+
+
+def _device_rows(facts: Facts) -> list[dict[str, Any]]:
+    rows = []
+    devices = facts.devices.value or ()
+    for device in devices:
+        row: dict[str, Any] = {
+            "device": device.index,
+            "name": device.name,
+            "capability": "SM{}{}".format(*device.capability),
+            "memory": f"{device.memory / 2**30:.0f} GiB",
+            "multicast": device.multicast if device.multicast.value is None else _yes(device.multicast.value),
+        }
+        mine = facts.links.value[device.index] if facts.links.value else None
+        for other in devices:
+            peer = device.peers.value[other.index] if device.peers.value else None
+            cell = "unknown" if device.peers.value is None else "peer" if peer else "no peer"
+            if mine is not None and mine.to[other.index]:
+                cell += f", {mine.to[other.index]} NVLinks"
+            row[f"to {other.index}"] = "-" if other is device else cell
+        if mine is not None:
+            row["to a switch or others"] = f"{mine.elsewhere} NVLinks"
+        rows.append(row)
+    return rows
+
+
+def _yes(value: bool | None) -> str:
+    return "yes" if value else "no"
+
+
+def _chosen(advice: Advice) -> str:
+    if advice.transport is None:
+        return str(advice.collective)
+    mib = [f"{size / 2**20:g} MiB" for size in (advice.one_shot, advice.fused)]
+    return f"{advice.collective}/{advice.transport}, one-shot up to {mib[0]}, fused up to {mib[1]}"
