@@ -31,8 +31,15 @@ _NOT_FUNCTIONAL = (
     torch.ops.c10d.allreduce_,
 )
 
+#: What an option says of an engine's op: it takes the name of its process group as an argument (None), it runs over
+#: this one, or the names that it takes are the engine's own and stand for these.
+GroupOf = str | Mapping[str, str] | None
+
 #: Names of a custom op's argument that says what it reduces with.
 _REDUCE_OP_NAMES = ("reduce_op", "op")
+
+#: And of the one that names its group.
+_GROUP_NAMES = ("group_name", "group")
 
 
 @dataclass(frozen=True)
@@ -58,24 +65,52 @@ class AllReduce:
 
 def is_all_reduce(node: Node, all_reduce_ops: Collection[str]) -> bool:
     """Whether ``node`` starts an all-reduce in any of the forms that :func:`find` knows."""
-    return roles.calls(node, c10d.all_reduce.default, *_NOT_FUNCTIONAL) or _custom_name(node) in all_reduce_ops
+    return roles.calls(node, c10d.all_reduce.default, *_NOT_FUNCTIONAL) or _listed(node, all_reduce_ops) is not None
 
 
-def _custom_name(node: Node) -> str | None:
-    """``"namespace::name"`` of a custom op, also inside ``auto_functionalized``."""
-    if node.op != "call_function":
+@dataclass(frozen=True)
+class EngineCall:
+    """A call of one of an engine's ops: its name in the option, and the process group that it runs over.
+
+    ``overruled`` is what the call itself says of the group, where the option says another.
+    """
+
+    op: str
+    group: object
+    overruled: str | None = None
+
+
+def engine_call(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> EngineCall | None:
+    """How ``node`` calls one of an engine's ops; None where it does not."""
+    name = _listed(node, all_reduce_ops)
+    if name is None:
+        return None
+    arguments = dict(node.kwargs) if _is_functionalized(node) else roles.bound_arguments(node)
+    argument, said = _group_argument(arguments), all_reduce_ops[name]
+    if said is None:
+        return EngineCall(name, argument)
+    if not isinstance(said, str):
+        return EngineCall(name, said.get(argument, argument) if isinstance(argument, str) else argument)
+    by_name = next((str(arguments[n]) for n in _GROUP_NAMES if isinstance(arguments.get(n), str)), said)
+    return EngineCall(name, said, None if by_name == said else by_name)
+
+
+def _listed(node: Node, all_reduce_ops: Collection[str]) -> str | None:
+    """The option's name for a custom op, also inside ``auto_functionalized``: with its overload, or without."""
+    if node.op != "call_function" or not all_reduce_ops:
         return None
     target = node.args[0] if _is_functionalized(node) else node.target
     if not isinstance(target, torch._ops.OpOverload):
         return None
-    return target._schema.name
+    name = target._schema.name
+    return next((n for n in (f"{name}.{target._overloadname}", name) if n in all_reduce_ops), None)
 
 
 def _is_functionalized(node: Node) -> bool:
     return roles.calls(node, torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
 
 
-def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -> AllReduce | Decline | None:
+def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> AllReduce | Decline | None:
     if roles.calls(node, c10d.all_reduce.default):
         bound = roles.bound_arguments(node)
         return _walk(node, bound["input"], str(bound["reduce_op"]), bound["group_name"], node)
@@ -84,11 +119,12 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -
             Reason.ALL_REDUCE_FORM,
             f"'{node.name}' ({node.target}) is not functional; run the passes on a graph from aot_autograd",
         )
-    name = _custom_name(node)
-    if name is None or name not in all_reduce_ops:
+    call = engine_call(node, all_reduce_ops)
+    if call is None:
         return None
+    name, group = call.op, call.group
     if _is_functionalized(node):
-        return _functionalized(node, all_reduce_ops[name])
+        return _functionalized(node, name, group)
     bound = roles.bound_arguments(node)
     tensors = [v for v in bound.values() if roles.is_tensor(v)]
     if len(tensors) != 1 or not roles.is_tensor(node):
@@ -97,12 +133,11 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, str | None]) -
             f"'{name}' takes {len(tensors)} tensors and cannot be an all-reduce of one; "
             "register an op that takes one tensor and returns its sum",
         )
-    return _walk(node, tensors[0], _reduce_op(bound), all_reduce_ops[name] or _group_argument(bound), node)
+    return _walk(node, tensors[0], _reduce_op(bound), group, node)
 
 
-def _functionalized(node: Node, group: str | None) -> AllReduce | Decline:
+def _functionalized(node: Node, name: str, group: object) -> AllReduce | Decline:
     """An op that mutates its input, as AOT functionalises it."""
-    name = _custom_name(node)
     arguments: dict[str, Any] = dict(node.kwargs)
     bases = arguments.pop("_all_bases", None)
     tensors = bases if bases is not None else [v for v in arguments.values() if roles.is_tensor(v)]
@@ -114,7 +149,7 @@ def _functionalized(node: Node, group: str | None) -> AllReduce | Decline:
             f"'{name}' mutates its input, and what it returns or which part it writes is not plain; "
             "register an op that returns the sum, or pass a whole tensor",
         )
-    return _walk(node, tensors[0], _reduce_op(arguments), group or _group_argument(arguments), values[0])
+    return _walk(node, tensors[0], _reduce_op(arguments), group, values[0])
 
 
 def _covers_base(arguments: Mapping[str, object], base: Node) -> bool:
@@ -136,7 +171,7 @@ def _reduce_op(arguments: Mapping[str, object]) -> str:
 
 def _group_argument(arguments: Mapping[str, object]) -> object:
     """The group's name among a custom op's arguments: by name, else the only string."""
-    for name in ("group_name", "group"):
+    for name in _GROUP_NAMES:
         if name in arguments:
             return arguments[name]
     strings = [v for k, v in arguments.items() if isinstance(v, str) and k not in _REDUCE_OP_NAMES]

@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from ..runtime.groups import Group
 from ..runtime.replay.program import SizeRule
 from ..runtime.watch.agree import PlanDigest
+from .groups import collectives_of, group_of
 from .host import op_names
-from .judge import Verdict, collectives_of, group_of
+from .judge import Verdict
 from .roles import dtype_text
 from .split import SplitPlan
 

@@ -20,7 +20,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from . import roles
-from .all_reduce import AllReduce, recognise_all_reduce
+from .all_reduce import AllReduce, GroupOf, recognise_all_reduce
 from .norms import Norm, recognise_rms_norm
 from .provenance import module_of, source_of
 from .reasons import Decline, Reason, Rounding
@@ -112,14 +112,15 @@ def find(
     *,
     strict: bool = False,
     groups: Collection[str] | None = None,
-    all_reduce_ops: Mapping[str, str | None] | None = None,
+    all_reduce_ops: Mapping[str, GroupOf] | None = None,
 ) -> list[Candidate]:
     """One candidate for every all-reduce of a functional ATen graph, in graph order.
 
     ``strict`` declines a site whose source rounds differently from the fused op.
     ``groups``, when given, are the names of the process groups to fuse over.
     ``all_reduce_ops`` maps an engine's own op (``"namespace::name"``) to the group it
-    reduces over, or to None when the op takes the group's name as an argument.
+    reduces over, to a mapping from the names that it takes to groups, or to None when the
+    op takes the group's name as an argument.
 
     Raises :class:`GraphMetadataError` for nodes without ``val`` metadata.
     """

@@ -15,7 +15,6 @@ from enum import StrEnum
 import torch
 from torch.fx import GraphModule, Node
 
-from ..runtime.collectives.ops import all_reduce
 from ..runtime.errors import HazardError
 from ..runtime.hazards.catalogue import applicable
 from ..runtime.hazards.engine_default import engine_default
@@ -23,8 +22,9 @@ from ..runtime.hazards.situation import Collective, Fact, Situation, Strategy
 from ..runtime.hazards.table import Action, Hazard
 from .all_reduce import is_all_reduce
 from .fuse import SITE
+from .groups import find_group, is_ours_or_torchs
 from .host import op_names, reads_data, sizes_given_as_data, touches_host, waits_for_device
-from .roles import bound_arguments, c10d, calls, dtype_text, first_node, tensor
+from .roles import dtype_text, first_node, tensor
 
 
 class Decision(StrEnum):
@@ -64,7 +64,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class OpFacts:
-    """What the rules may ask about a node. ``carrier`` is who carries out a fused site."""
+    """What the rules may ask about a node.
+
+    ``carrier`` is who carries out a fused site; ``engine_op`` says that it is an all-reduce of an engine, of whose
+    inside nothing is known.
+    """
 
     op: str
     backend: str | None
@@ -75,6 +79,7 @@ class OpFacts:
     data_dependent: bool
     touches_host: bool
     tagged_unsafe: bool
+    engine_op: bool = False
     capture_failure: str | None = None
 
 
@@ -86,8 +91,6 @@ class Rule:
     message: str
     source: str
 
-
-_NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem"})
 
 #: Backends whose collectives are carried out by the host, or by nobody.
 _HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
@@ -168,7 +171,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "nccl",
-        lambda f: f.collective and f.backend == "nccl" and f.carrier in (None, Collective.NCCL, Collective.REFERENCE),
+        lambda f: (
+            f.collective
+            and not f.engine_op
+            and f.backend == "nccl"
+            and f.carrier in (None, Collective.NCCL, Collective.REFERENCE)
+        ),
         Decision.IN_GRAPH,
         "over NCCL it is stream work with its epoch on the device",
         "NCCL user guide, Using NCCL with CUDA Graphs (2.9 and later)",
@@ -247,23 +255,6 @@ def judge(
     return verdicts
 
 
-def groups_of(gm: GraphModule) -> set[str]:
-    """The names of the process groups that the graph's collectives run over."""
-    return {name for node in gm.graph.nodes if (name := _group_of(node)) is not None}
-
-
-def collectives_of(gm: GraphModule) -> list[Node]:
-    """The collectives over known groups, in order; a wait belongs to the one that it waits for."""
-    return [n for n in gm.graph.nodes if not calls(n, c10d.wait_tensor.default) and _group_of(n) is not None]
-
-
-def group_of(node: Node) -> str:
-    """The name of the process group of one of :func:`collectives_of`."""
-    name = _group_of(node)
-    assert name is not None, f"'{node.name}' is no collective over a known group"
-    return name
-
-
 # -- hazards -----------------------------------------------------------------------
 
 
@@ -321,19 +312,6 @@ def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:
 # -- facts about a node --------------------------------------------------------------
 
 
-def _group_of(node: Node) -> str | None:
-    """The process group of a collective whose implementation is known; of an engine's own op it says nothing."""
-    if calls(node, c10d.wait_tensor.default):
-        source = first_node(node)
-        return _group_of(source) if source is not None else None
-    named = SITE in node.meta or calls(node, all_reduce)
-    if not named and op_names(node)[0].split("::")[0] not in _NAMESPACES:
-        return None
-    bound = bound_arguments(node)
-    group = bound.get("group_name", bound.get("group"))
-    return group if isinstance(group, str) else None
-
-
 def _facts(
     node: Node,
     backends: Mapping[str, str],
@@ -344,8 +322,9 @@ def _facts(
     given: frozenset[object],
 ) -> OpFacts:
     op, full = op_names(node)
-    group = _group_of(node)
-    ours = SITE in node.meta or calls(node, all_reduce)
+    group = find_group(node)
+    known = is_ours_or_torchs(node)
+    ours = known and op.split("::")[0] == "ringfence"
     carrier = (situation.collective if situation is not None else Collective.REFERENCE) if ours else None
     return OpFacts(
         op=op,
@@ -353,7 +332,8 @@ def _facts(
         carrier=carrier,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
-        collective=ours or is_all_reduce(node, all_reduce_ops) or op.split("::")[0] in _NAMESPACES,
+        collective=known or is_all_reduce(node, all_reduce_ops),
+        engine_op=not known and is_all_reduce(node, all_reduce_ops),
         data_dependent=reads_data(node, given) or waits_for_device(node),
         touches_host=touches_host(node),
         tagged_unsafe=torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()),

@@ -15,7 +15,7 @@ from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
 from ..runtime.replay.program import Program, Step
-from .judge import collectives_of, group_of
+from .groups import collectives_of, group_of
 from .roles import arguments
 from .split import SplitPlan
 

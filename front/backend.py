@@ -31,8 +31,9 @@ from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, Site, find
 from .compile_passes.fuse import fuse
+from .compile_passes.groups import collectives_of, describe_groups
 from .compile_passes.host import op_names
-from .compile_passes.judge import Decision, Verdict, collectives_of, groups_of, judge
+from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.mutations import hoist_writes, read_in_place
 from .compile_passes.prove import prove
@@ -48,7 +49,7 @@ from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, referen
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
-from .runtime.groups import Group, describe_group, nccl_version
+from .runtime.groups import Group, nccl_version
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.program import SizeRule
@@ -128,7 +129,7 @@ class Backend:
         """Compile one functional ATen graph. Called by AOT, with fake tensors."""
         options = self.options
         device = _device(example_inputs)
-        groups = {name: describe_group(name, device) for name in groups_of(gm)}
+        groups = describe_groups(gm, device, options.all_reduce_ops)
         channels = self.supervisor.open(groups.values(), device)
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)

@@ -18,6 +18,7 @@ from .runtime.collectives.size_table import read_table
 from .runtime.errors import OptionsError
 
 if TYPE_CHECKING:
+    from .compile_passes.all_reduce import GroupOf
     from .compile_passes.report import CompileReport
 
 _CHOICES = {
@@ -57,9 +58,10 @@ class Options:
     verify: run every rewrite against what it replaces, on generated inputs, before it is accepted.
     max_tokens: the largest token count that a fused kernel's workspace is made for; no capture
         size may exceed it. The reference collective has no workspace.
-    all_reduce_ops: an engine's own all-reduce ops: names, or a mapping from name to group name for
-        ops that do not take the group as an argument. Such an op sums its one tensor over the
-        ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
+    all_reduce_ops: an engine's own all-reduce ops: names of those that take the name of a torch process group as an
+        argument, or a mapping from name to group. An op whose groups have names of the engine's own is mapped to
+        a mapping from those names: ``{"vllm::all_reduce": {"tp:0": tp_group.group_name}}``. Such an op
+        sums its one tensor over the ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
     groups: names of the process groups to fuse over; None means all.
     graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs, and nothing elsewhere. ``"simulated"`` is for
         tests: it keeps the rules of a capture on any device, and is no faster.
@@ -96,7 +98,7 @@ class Options:
     numerics: str = "kernel"
     verify: bool = False
     max_tokens: int | None = None
-    all_reduce_ops: Mapping[str, str | None] = field(default_factory=dict)
+    all_reduce_ops: Mapping[str, GroupOf] = field(default_factory=dict)
     groups: tuple[str, ...] | None = None
     graphs: str = "auto"
     pad_to_capture_size: bool = False
@@ -230,17 +232,26 @@ def _check_op_name(key: str, name: str) -> None:
         raise OptionsError(f"{key} holds '{name}'; an op is named 'namespace::name' or 'namespace::name.overload'")
 
 
-def _all_reduce_ops(value: object) -> dict[str, str | None]:
-    ops: dict[str, str | None]
+def _all_reduce_ops(value: object) -> dict[str, GroupOf]:
+    ops: dict[str, GroupOf]
     if isinstance(value, Mapping):
-        ops = dict(value)
-        if any(not isinstance(k, str) or not isinstance(v, str | None) for k, v in ops.items()):
-            raise OptionsError(f"all_reduce_ops={value!r} does not map op names to group names (or None)")
+        ops = {k: dict(v) if isinstance(v, Mapping) else v for k, v in value.items()}
+        if not all(isinstance(k, str) and _names_groups(v) for k, v in ops.items()):
+            raise OptionsError(
+                f"all_reduce_ops={value!r} does not map op names to group names (strings, None, or mappings from the "
+                "names that the op takes; of a ProcessGroup pass .group_name)"
+            )
     else:
         ops = dict.fromkeys(_strings("all_reduce_ops", value))
     for name in ops:
         _check_op_name("all_reduce_ops", name)
     return ops
+
+
+def _names_groups(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+    return isinstance(value, str | None)
 
 
 def _check_sizes(checked: dict[str, Any]) -> None:

@@ -48,6 +48,15 @@ def describe_group(name: str, device: torch.device) -> Group:
     return Group(name, backend, group.size(), group.rank())
 
 
+def group_exists(name: str) -> bool:
+    """Whether this process has a process group of that name."""
+    try:
+        distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    except RuntimeError:
+        return False
+    return True
+
+
 def ranks_of(name: str) -> tuple[int, ...]:
     """The global ranks of a group that exists."""
     group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
