@@ -6,6 +6,10 @@ Each pass is a function and works alone on any functional ATen graph:
     sites = fuse(gm, candidates)
 """
 
+if __name__ != "ringfence.compile_passes":  # the clone's root is on the path: every module would be there twice
+    raise ImportError("import ringfence.compile_passes, not compile_passes")
+
+
 from .find import Candidate, Kind, Match, Site, find
 from .fuse import fuse
 from .reasons import Decline, Reason, Rounding

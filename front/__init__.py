@@ -12,6 +12,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if __name__ != "ringfence":  # the clone's root is on the path: every module would be there twice
+    raise ImportError("import ringfence, not front")
+
 if TYPE_CHECKING:
     from .backend import Backend
     from .compile_passes.report import CompileReport, assert_fused

@@ -1,7 +1,7 @@
 """Doctor: what is here, what ``collective="auto"`` would choose here and why, and which hazards apply.
 
 Runs on any machine: without a GPU, without FlashInfer, outside of any process group. What
-cannot be read is a :class:`Reading` with a reason, never an error. Devices are asked for their
+cannot be read is a :class:`Found` with a reason, never an error. Devices are asked for their
 attributes and nothing else: no memory, no CUDA context, and above all no multicast object.
 """
 
@@ -41,7 +41,7 @@ _MULTICAST_SUPPORTED = 132
 
 
 @dataclass(frozen=True)
-class Reading(Generic[T]):
+class Found(Generic[T]):
     """A value, or why there is none."""
 
     value: T | None
@@ -52,7 +52,7 @@ class Reading(Generic[T]):
 
 
 @dataclass(frozen=True)
-class CudaDevice:
+class Gpu:
     """A CUDA device that this process sees. memory: bytes. multicast: what the driver says, whatever is opted out of.
 
     peers: for each device, whether this one can address its memory; None for itself.
@@ -62,8 +62,8 @@ class CudaDevice:
     name: str
     capability: tuple[int, int]
     memory: int
-    multicast: Reading[bool]
-    peers: Reading[tuple[bool | None, ...]]
+    multicast: Found[bool]
+    peers: Found[tuple[bool | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class Facts:
     ringfence: str
     python: str
     torch: str
-    cuda: Reading[str]
-    nccl: Reading[str]
-    flashinfer: Reading[str]
+    cuda: Found[str]
+    nccl: Found[str]
+    flashinfer: Found[str]
     flashinfer_unusable: str | None
-    driver: Reading[str]
-    devices: Reading[tuple[CudaDevice, ...]]
-    links: Reading[tuple[Links, ...]]
+    driver: Found[str]
+    devices: Found[tuple[Gpu, ...]]
+    links: Found[tuple[Links, ...]]
     opt_outs: tuple[str, ...]
     advice: tuple[Advice, ...]
     hazards: tuple[KnownHazard, ...]
@@ -128,24 +128,24 @@ class Facts:
 
 def gather() -> Facts:
     """Look at this machine. Never raises."""
-    devices = _reading(_devices)
+    devices = _found(_devices)
     found = devices.value or ()
-    version, nccl = _flashinfer_version(), _reading(_nccl)
-    package = _reading(load)
+    version, nccl = _flashinfer_version(), _found(_nccl)
+    package = _found(load)
     unusable = package.why or (package.value.reason if isinstance(package.value, Unavailable) else None)
-    ranks = _reading(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
+    ranks = _found(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
     advice, hazards = advise(ranks.value or (), ranks.why or devices.why)
     return Facts(
         ringfence=importlib.metadata.version("ringfence"),
         python=platform.python_version(),
         torch=torch.__version__,
-        cuda=Reading(torch.version.cuda, None if torch.version.cuda else "this torch is built without CUDA"),
+        cuda=Found(torch.version.cuda, None if torch.version.cuda else "this torch is built without CUDA"),
         nccl=nccl,
         flashinfer=version,
         flashinfer_unusable=unusable,
-        driver=_reading(_driver),
+        driver=_found(_driver),
         devices=devices,
-        links=_reading(_links) if found else Reading(None, devices.why),
+        links=_found(_links) if found else Found(None, devices.why),
         opt_outs=own_opt_outs(),
         advice=advice,
         hazards=_merged([*hazards_of_version(version.value), *hazards_of_nccl(nccl.value), *hazards]),
@@ -197,14 +197,14 @@ def hazards_of_nccl(version: str | None) -> list[tuple[Hazard, str]]:
     return [(hazard, f"NCCL {version}, captured, in a group of several nodes") for hazard in applicable(situation)]
 
 
-def _flashinfer_version() -> Reading[str]:
+def _flashinfer_version() -> Found[str]:
     """What is installed, without an import: that fails where it is too old for this torch."""
     for name in ("flashinfer-python", "flashinfer"):
         try:
-            return Reading(importlib.metadata.version(name))
+            return Found(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Reading(None, "FlashInfer is not installed")
+    return Found(None, "FlashInfer is not installed")
 
 
 def _merged(found: Sequence[tuple[Hazard, str]]) -> tuple[KnownHazard, ...]:
@@ -218,12 +218,12 @@ def _merged(found: Sequence[tuple[Hazard, str]]) -> tuple[KnownHazard, ...]:
     )
 
 
-def _reading(read: Callable[[], T]) -> Reading[T]:
+def _found(read: Callable[[], T]) -> Found[T]:
     try:
-        return Reading(read())
+        return Found(read())
     except Exception as error:  # torch, NVML and the driver raise what they like
         text = " ".join(str(error).split())
-        return Reading(None, text if isinstance(error, _Absent) else f"{type(error).__name__}: {text}")
+        return Found(None, text if isinstance(error, _Absent) else f"{type(error).__name__}: {text}")
 
 
 class _Absent(Exception):
@@ -237,7 +237,7 @@ def _nccl() -> str:
     return version
 
 
-def _devices() -> tuple[CudaDevice, ...]:
+def _devices() -> tuple[Gpu, ...]:
     if torch.version.cuda is None:
         raise _Absent("this torch is built without CUDA")
     count = torch.cuda.device_count()
@@ -247,9 +247,9 @@ def _devices() -> tuple[CudaDevice, ...]:
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
-        multicast = _reading(lambda index=index: _driver_offers_multicast(index))  # type: ignore[misc]
-        peers = _reading(lambda index=index: _peers(index, count))  # type: ignore[misc]
-        found.append(CudaDevice(index, properties.name, capability, properties.total_memory, multicast, peers))
+        multicast = _found(lambda index=index: _driver_offers_multicast(index))  # type: ignore[misc]
+        peers = _found(lambda index=index: _peers(index, count))  # type: ignore[misc]
+        found.append(Gpu(index, properties.name, capability, properties.total_memory, multicast, peers))
     return tuple(found)
 
 

@@ -2,3 +2,6 @@
 
 Never imports compile_passes.
 """
+
+if __name__ != "ringfence.runtime":  # the clone's root is on the path: every module would be there twice
+    raise ImportError("import ringfence.runtime, not runtime")

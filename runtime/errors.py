@@ -153,10 +153,6 @@ class UnknownHazardError(RingfenceError, LookupError):
     """No row of the hazard table has this id."""
 
 
-class ModelError(RingfenceError, ValueError):
-    """A model of a plan holds a program that no host could run."""
-
-
 class PlanError(RingfenceError, ValueError):
     """A plan that no protocol can be asked about: no collective, or a world size that does not exist."""
 

@@ -24,6 +24,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringfence.compile_passes import Site, find, fuse
 
+if __name__ != "support":  # of the clone's root, which is no package
+    raise ImportError("import support, with tests/ on the path")
+
 #: Largest |ours - reference| / |reference|, by dtype: two roundings in half precision,
 #: the order of a sum in float32.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-6}

@@ -16,7 +16,7 @@ from ringfence import doctor
 from ringfence.cli import main
 from ringfence.commands.doctor import as_dict, as_text
 from ringfence.commands.terminal import FAILED, OK, USAGE
-from ringfence.doctor import CudaDevice, Facts, Links, Reading, advise, gather, hazards_of_version
+from ringfence.doctor import Facts, Found, Gpu, Links, advise, gather, hazards_of_version
 from ringfence.runtime.collectives.choice import MULTICAST_OPT_OUTS
 from ringfence.runtime.hazards.situation import Collective
 
@@ -24,7 +24,7 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a mach
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
-    found = Reading(version) if version else Reading[str](None, "FlashInfer is not installed")
+    found = Found(version) if version else Found[str](None, "FlashInfer is not installed")
     monkeypatch.setattr(doctor, "_flashinfer_version", lambda: found)
     monkeypatch.setattr(doctor, "nccl_version", lambda: None)
 
@@ -150,13 +150,11 @@ def test_an_old_nccl_is_named_and_does_not_make_the_machine_ill(
 def _made_up() -> Facts:
     advice, _ = advise([FACTS] * 2)
     devices = tuple(
-        CudaDevice(
-            i, "NVIDIA H200", (9, 0), 141 << 30, Reading(True), Reading((None, True) if i == 0 else (True, None))
-        )
+        Gpu(i, "NVIDIA H200", (9, 0), 141 << 30, Found(True), Found((None, True) if i == 0 else (True, None)))
         for i in range(2)
     )
-    links = Reading((Links((0, 6), 12), Links((6, 0), 12)))
-    return replace(gather(), devices=Reading(devices), links=links, advice=advice, hazards=())
+    links = Found((Links((0, 6), 12), Links((6, 0), 12)))
+    return replace(gather(), devices=Found(devices), links=links, advice=advice, hazards=())
 
 
 def test_devices_and_links_are_shown() -> None:
@@ -165,7 +163,7 @@ def test_devices_and_links_are_shown() -> None:
     assert "141 GiB" in text and "SM90" in text and "peer, 6 NVLinks" in text and "12 NVLinks" in text
     assert "2 ranks: mnnvl/peer, one-shot up to 8 MiB, fused up to 8 MiB" in text
     assert json.loads(json.dumps(as_dict(facts)))["links"]["value"][0] == {"to": [0, 6], "elsewhere": 12}
-    text = as_text(replace(facts, links=Reading(None, "no pynvml")))
+    text = as_text(replace(facts, links=Found(None, "no pynvml")))
     assert "NVLinks: unknown (no pynvml)" in text and "peer" in text and "to 1" in text
 
 

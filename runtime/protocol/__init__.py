@@ -7,9 +7,7 @@
     machine    what ops do, and what a failure is
     explore    every order, a shortest trace
     order, decide      one order that speaks for all, for programs of any length
-    arrival    the counter that launches share
     answer     the row of the hazard table that explains a failure
-    device, instructions      what runs when: streams, slots, programmatic launches, hosts
     timeline   a trace as text, SVG and JSON
 
 Plain Python: nothing here needs torch or a device.

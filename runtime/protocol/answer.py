@@ -13,8 +13,8 @@ from ..errors import PlanError
 from ..hazards.catalogue import applicable
 from ..hazards.situation import Fact, Payload, Situation, Strategy
 from ..hazards.table import Action, Hazard
-from .calls import Program, changed
-from .explore import Failure, Result
+from .calls import Calls, changed
+from .explore import ModelFailure, Result
 from .machine import State
 from .plan import check
 
@@ -46,7 +46,7 @@ class Answer:
         return self.hazard.remedy if self.hazard is not None else "no row of the hazard table explains this; report it"
 
 
-def ask(situation: Situation, ranks: Sequence[Program]) -> Answer:
+def ask(situation: Situation, ranks: Sequence[Calls]) -> Answer:
     """Run the protocol of the situation's collective and version with these programs, one per rank.
 
     A payload of ANY stands for each kind of word in turn, the plainest first. Raises
@@ -72,7 +72,7 @@ def _payloads(payload: Payload) -> Iterator[Payload]:
     yield from (Payload.ORDINARY, Payload.NEGATIVE_ZERO, Payload.SUBNORMAL) if payload is Payload.ANY else (payload,)
 
 
-def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Program]) -> Hazard | None:
+def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Calls]) -> Hazard | None:
     """The first row that applies and fails in this way; None where no row does."""
     version = situation.flashinfer or ""
     diverge = any(_shape(calls) != _shape(ranks[0]) for calls in ranks)
@@ -85,9 +85,9 @@ def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Pr
             facts = {Fact.DIVERGENT_SEQUENCE}
         situation = replace(situation, facts=frozenset(facts))
         return next((row for row in applicable(situation) if any(when.facts for when in row.when)), None)
-    wrong = result.failure is not Failure.DEADLOCK
+    wrong = result.failure is not ModelFailure.DEADLOCK
     return next((row for row in applicable(situation) if (row.id in _WRONG_NUMBERS) == wrong), None)
 
 
-def _shape(calls: Program) -> list[tuple[object, ...]]:
+def _shape(calls: Calls) -> list[tuple[object, ...]]:
     return [(c.id, c.strategy, c.tokens, c.workspace) for c in calls]

@@ -42,32 +42,30 @@ class Call:
         return f"{self.strategy}{size}{f', {self.where}' if self.where else ''}"
 
 
-Program: TypeAlias = tuple[Call, ...]
+Calls: TypeAlias = tuple[Call, ...]
 
 
-def program(
-    sizes: Iterable[int], strategy: Strategy = Strategy.ONE_SHOT, payload: Payload = Payload.ORDINARY
-) -> Program:
+def program(sizes: Iterable[int], strategy: Strategy = Strategy.ONE_SHOT, payload: Payload = Payload.ORDINARY) -> Calls:
     """Calls 0, 1, 2, ... with these token counts."""
     return tuple(Call(i, strategy, tokens, payload) for i, tokens in enumerate(sizes))
 
 
-def rounds(count: int) -> Program:
+def rounds(count: int) -> Calls:
     """Dispatch, combine, dispatch, combine, ..."""
     return tuple(Call(i, (Strategy.DISPATCH, Strategy.COMBINE)[i % 2]) for i in range(2 * count))
 
 
-def without(calls: Program, *ids: int) -> Program:
+def without(calls: Calls, *ids: int) -> Calls:
     """The program of a rank that skips these calls."""
     return tuple(call for call in calls if call.id not in ids)
 
 
-def until(calls: Program, id: int) -> Program:
+def until(calls: Calls, id: int) -> Calls:
     """The program of a rank that stops before call ``id`` (a host exception, a graph that never progresses)."""
     return tuple(call for call in calls if call.id < id)
 
 
-def swapped(calls: Program, first: int, second: int) -> Program:
+def swapped(calls: Calls, first: int, second: int) -> Calls:
     """The program of a rank that makes two calls in each other's place."""
     place = {call.id: i for i, call in enumerate(calls)}
     order = list(calls)
@@ -75,6 +73,6 @@ def swapped(calls: Program, first: int, second: int) -> Program:
     return tuple(order)
 
 
-def changed(calls: Program, *ids: int, **fields: object) -> Program:
+def changed(calls: Calls, *ids: int, **fields: object) -> Calls:
     """The program of a rank whose calls ``ids`` differ: ``tokens=``, ``strategy=``, ``payload=``, ..."""
     return tuple(replace(call, **fields) if call.id in ids else call for call in calls)  # type: ignore[arg-type]

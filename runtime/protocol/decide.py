@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TooManyStatesError
-from .explore import Failure, Result, explore
+from .explore import ModelFailure, Result, explore
 from .machine import Machine, State, perform, ready
-from .order import Order, Step, Suspicion
+from .order import OpPlace, Order, Suspicion
 
 
 @dataclass(frozen=True)
 class _Run:
     """One order. ``quiet`` has the latest states in which all ranks were between calls, oldest first."""
 
-    trace: tuple[Step, ...]
+    trace: tuple[OpPlace, ...]
     end: State
     quiet: tuple[State, ...]
-    failure: Failure | None = None
+    failure: ModelFailure | None = None
     suspicion: Suspicion | None = None
 
 
@@ -39,7 +39,7 @@ def decide(machine: Machine, *, limit: int = 40_000) -> Result[State]:
     visited = len(run.trace) + 1
     if run.failure is None and run.suspicion is None:
         return Result(None, visited)
-    if run.failure is Failure.DEADLOCK and run.suspicion is None:  # every order gets stuck after the same steps
+    if run.failure is ModelFailure.DEADLOCK and run.suspicion is None:  # every order gets stuck after the same steps
         stuck = _run(machine, run.quiet[-1])
         return replace(_report(machine, run.quiet[-1], stuck, visited), shortest=True)
     for quiet in dict.fromkeys((run.quiet[0], run.quiet[-1])):
@@ -77,7 +77,7 @@ def _run(
     hold: its first step is made only after the second, or when nothing else can be made.
     """
     progress, memory = [list(p) for p in start[0]], list(start[1])
-    trace: list[Step] = []
+    trace: list[OpPlace] = []
     quiet = [start]
     held = hold.first if hold is not None else None
     bound = _complete(start) if hold is None else len(max(machine.programs, key=len))
@@ -96,9 +96,9 @@ def _run(
             while again:
                 again = False
                 for i, op in enumerate(ops):
-                    if done >> i & 1 or op.after & ~done or (op.action.waits and not ready(op, memory)):
+                    if done >> i & 1 or op.after & ~done or (op.kind.waits and not ready(op, memory)):
                         continue
-                    step = Step(rank, at, i)
+                    step = OpPlace(rank, at, i)
                     if step == held:
                         continue
                     trace.append(step)
@@ -127,12 +127,12 @@ def _run(
             bound += 1
         else:
             suspicion = order.judge_stuck(machine, progress) if order is not None else None
-            return _Run(tuple(trace), state(), tuple(quiet), Failure.DEADLOCK, suspicion=suspicion)
+            return _Run(tuple(trace), state(), tuple(quiet), ModelFailure.DEADLOCK, suspicion=suspicion)
 
 
 def _report(machine: Machine, start: State, run: _Run, visited: int) -> Result[State]:
     """The failure of a run as a result, less the steps that it does not need."""
-    deadlock = run.failure is Failure.DEADLOCK
+    deadlock = run.failure is ModelFailure.DEADLOCK
     memory, events = list(start[1]), []
     for step in run.trace if deadlock else _slice(machine, start, run):
         failure, note = perform(machine.programs[step.rank][step.at].ops[step.op], memory)
@@ -141,7 +141,7 @@ def _report(machine: Machine, start: State, run: _Run, visited: int) -> Result[S
     return Result(run.failure, visited, tuple(events), waiting, run.end, shortest=False, skipped=_complete(start))
 
 
-def _slice(machine: Machine, start: State, run: _Run) -> tuple[Step, ...]:
+def _slice(machine: Machine, start: State, run: _Run) -> tuple[OpPlace, ...]:
     """The run without the steps that its failure does not need, later ones first."""
     steps = list(run.trace)
     for i in reversed(range(len(steps) - 1)):
@@ -151,7 +151,7 @@ def _slice(machine: Machine, start: State, run: _Run) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _ends_in(machine: Machine, start: State, steps: Sequence[Step]) -> Failure | None:
+def _ends_in(machine: Machine, start: State, steps: Sequence[OpPlace]) -> ModelFailure | None:
     """How the last of these steps fails; None where it does not, or they cannot be made in this order."""
     progress, memory = [list(p) for p in start[0]], list(start[1])
     failure = None
@@ -159,7 +159,7 @@ def _ends_in(machine: Machine, start: State, steps: Sequence[Step]) -> Failure |
         at, done = progress[step.rank]
         ops = machine.programs[step.rank][step.at].ops
         op = ops[step.op]
-        if failure is not None or at != step.at or op.after & ~done or (op.action.waits and not ready(op, memory)):
+        if failure is not None or at != step.at or op.after & ~done or (op.kind.waits and not ready(op, memory)):
             return None
         failure, _ = perform(op, memory)
         done |= 1 << step.op

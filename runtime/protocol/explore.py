@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 from ..errors import TooManyStatesError
 
 
-class Failure(StrEnum):
+class ModelFailure(StrEnum):
     """What can go wrong in a run."""
 
     DEADLOCK = "deadlock"
@@ -37,7 +37,7 @@ class Event:
     call: int | None
     action: str
     detail: str = ""
-    failure: Failure | None = None
+    failure: ModelFailure | None = None
 
 
 State = TypeVar("State", bound=Hashable)
@@ -66,7 +66,7 @@ class Result(Generic[State]):
     shortest: no shorter trace leads from there to a failure.
     """
 
-    failure: Failure | None
+    failure: ModelFailure | None
     states: int
     trace: tuple[Event, ...] = ()
     waiting: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ def explore(model: Model[State], *, start: State | None = None, limit: int = 2_0
                     reached.append(after)
             if stuck and not model.finished(state):
                 return Result(
-                    Failure.DEADLOCK, len(came_from), _trace(came_from, state), model.waiting(state), end=state
+                    ModelFailure.DEADLOCK, len(came_from), _trace(came_from, state), model.waiting(state), end=state
                 )
         if len(came_from) > limit:
             raise TooManyStatesError(len(came_from), limit)

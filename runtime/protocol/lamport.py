@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..hazards.situation import Payload
 from .calls import Call
-from .machine import EMPTY, UNSEEN, Action, Memory, Op, tag
+from .machine import EMPTY, UNSEEN, CellTable, Op, OpKind, tag
 from .rules import LamportRules, Sentinel
 
 
@@ -42,7 +42,7 @@ def _sum_of(payload: Payload) -> Payload:
 class Mailbox:
     """The rotating buffers of one workspace, in rows of one token: (rank, buffer, row) -> cell."""
 
-    def __init__(self, memory: Memory, name: str = "") -> None:
+    def __init__(self, memory: CellTable, name: str = "") -> None:
         self._memory = memory
         self._name = f"{name} " if name else ""
 
@@ -56,4 +56,4 @@ class Mailbox:
             self.row(rank, buffer, row, second) for row in rows for second in ((False, True) if torn else (False,))
         ]
         detail = f"{len(rows)} row{'s' * (len(rows) != 1)} from row {rows.start} of buffer {buffer}"
-        return (Op(Action.CLEAR, tuple(cells), (EMPTY,) * len(cells), detail=detail),) if cells else ()
+        return (Op(OpKind.CLEAR, tuple(cells), (EMPTY,) * len(cells), detail=detail),) if cells else ()

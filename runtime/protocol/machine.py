@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from .explore import Event, Failure
+from .explore import Event, ModelFailure
 
 #: A data cell that holds the sentinel. Other data is a tag while unread, and its negative afterwards.
 EMPTY = 0
@@ -48,7 +48,7 @@ def flag(number: int, call: int | None = None) -> int:
     return number + (0 if call is None else (call + 1) * _FLAGS_OF_A_CALL)
 
 
-class Action(Enum):
+class OpKind(Enum):
     PUSH = "push"
     POLL = "poll"
     CLEAR = "clear"
@@ -58,7 +58,7 @@ class Action(Enum):
 
     @property
     def waits(self) -> bool:
-        return self in (Action.POLL, Action.AWAIT_CHANGE, Action.AWAIT_EQUAL)
+        return self in (OpKind.POLL, OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Op:
     trusted: the last so many cells are consumed without having been looked at.
     """
 
-    action: Action
+    kind: OpKind
     cells: tuple[int, ...]
     values: tuple[int, ...]
     after: int = 0
@@ -83,17 +83,17 @@ class Op:
 
     def passes(self, found: int, value: int) -> bool:
         """Whether a poll is content with this word where it waits for ``value``."""
-        match self.action:
-            case Action.POLL:
+        match self.kind:
+            case OpKind.POLL:
                 return found != EMPTY and abs(found) < UNSEEN
-            case Action.AWAIT_CHANGE:
+            case OpKind.AWAIT_CHANGE:
                 return found % 3 != (value - 1) % 3
             case _:
                 return found % _FLAGS_OF_A_CALL == value % _FLAGS_OF_A_CALL
 
     def right(self, found: int, value: int) -> bool:
         """Whether it is the word that was meant, unread; or a flag of that barrier or a later one, and of that call."""
-        if self.action is not Action.AWAIT_CHANGE:
+        if self.kind is not OpKind.AWAIT_CHANGE:
             return found == value
         call, number = divmod(value, _FLAGS_OF_A_CALL)
         return found % _FLAGS_OF_A_CALL >= number and call in (0, found // _FLAGS_OF_A_CALL)
@@ -109,7 +109,7 @@ class Launch:
 
 
 @dataclass
-class Memory:
+class CellTable:
     """Numbers the cells in the order in which they are first named."""
 
     names: list[str] = field(default_factory=list)
@@ -130,7 +130,7 @@ class Machine:
         self.programs = tuple(tuple(launch for launch in launches if launch.ops) for launches in programs)
         self.names = tuple(names)
         self.events = tuple(
-            tuple(tuple(Event(rank, m.call, op.action.value, op.detail) for op in m.ops) for m in launches)
+            tuple(tuple(Event(rank, m.call, op.kind.value, op.detail) for op in m.ops) for m in launches)
             for rank, launches in enumerate(self.programs)
         )
 
@@ -149,7 +149,7 @@ class Machine:
             for i, op in enumerate(ops):
                 if done >> i & 1 or op.after & ~done:
                     continue
-                if op.action.waits and not ready(op, memory):
+                if op.kind.waits and not ready(op, memory):
                     continue
                 cells = list(memory)
                 failure, note = perform(op, cells)
@@ -158,7 +158,7 @@ class Machine:
                 here = (at + 1, 0) if now == (1 << len(ops)) - 1 else (at, now)
                 yield event, ((*progress[:rank], here, *progress[rank + 1 :]), tuple(cells))
 
-    def event(self, rank: int, at: int, op: int, failure: Failure | None = None, note: str = "") -> Event:
+    def event(self, rank: int, at: int, op: int, failure: ModelFailure | None = None, note: str = "") -> Event:
         event = self.events[rank][at][op]
         if not note:
             return event
@@ -176,7 +176,7 @@ class Machine:
         for i, op in enumerate(launch.ops):
             if done >> i & 1 or op.after & ~done:
                 continue
-            for cell, value in zip(op.cells[: op.tested], op.values, strict=False) if op.action.waits else ():
+            for cell, value in zip(op.cells[: op.tested], op.values, strict=False) if op.kind.waits else ():
                 if not op.passes(memory[cell], value):
                     return f"{here} polls {op.detail}; {self.names[cell]} holds {describe(op, memory[cell], value)}"
         return f"{here} can go on"
@@ -186,37 +186,40 @@ def ready(op: Op, memory: Sequence[int]) -> bool:
     return all(op.passes(memory[op.cells[i]], op.values[i]) for i in range(op.tested))
 
 
-def perform(op: Op, memory: list[int]) -> tuple[Failure | None, str]:
+def perform(op: Op, memory: list[int]) -> tuple[ModelFailure | None, str]:
     """Carry out an op that is ready. Returns how it failed, if it did, and what is worth telling about it."""
-    match op.action:
-        case Action.PUSH:
+    match op.kind:
+        case OpKind.PUSH:
             lost = [memory[cell] for cell in op.cells if 0 < memory[cell] < UNSEEN]
             for cell, value in zip(op.cells, op.values, strict=True):
                 memory[cell] = value
-            return (Failure.LOST_WRITE, f"overwrites {describe(op, lost[0])}, unread") if lost else (None, "")
-        case Action.CLEAR:
+            return (ModelFailure.LOST_WRITE, f"overwrites {describe(op, lost[0])}, unread") if lost else (None, "")
+        case OpKind.CLEAR:
             wiped = [memory[cell] for cell in op.cells if memory[cell] > 0]
             for cell in op.cells:
                 memory[cell] = EMPTY
             return None, f"wipes {describe(op, wiped[0])}, unread" if wiped else ""
-        case Action.RAISE:
+        case OpKind.RAISE:
             for cell, value in zip(op.cells, op.values, strict=True):
                 memory[cell] = value
             return None, ""
     for cell, value in zip(op.cells, op.values, strict=True):
         if not op.right(memory[cell], value):
-            return Failure.STALE_READ, f"takes {describe(op, memory[cell], value)} for {describe(op, value, value)}"
-        if op.action is Action.POLL:
+            return (
+                ModelFailure.STALE_READ,
+                f"takes {describe(op, memory[cell], value)} for {describe(op, value, value)}",
+            )
+        if op.kind is OpKind.POLL:
             memory[cell] = -memory[cell]
     return None, ""
 
 
 def describe(op: Op, found: int, value: int = EMPTY) -> str:
     """A word as a person would call it; ``value`` is what a poll waits for."""
-    if op.action in (Action.AWAIT_CHANGE, Action.AWAIT_EQUAL):
+    if op.kind in (OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL):
         call, number = divmod(found, _FLAGS_OF_A_CALL)
         raised = f", raised in call {call - 1}" if call else ""
-        if op.action is Action.AWAIT_EQUAL:
+        if op.kind is OpKind.AWAIT_EQUAL:
             return f"{number}{raised}"
         return f"{number % 3} (barrier {number}{raised})"
     if found == EMPTY:

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..hazards.situation import Strategy
-from .calls import Call, Program
+from .calls import Call, Calls
 from .lamport import Mailbox, part, total
-from .machine import Action, Launch, Machine, Memory, Op, tag
+from .machine import CellTable, Launch, Machine, Op, OpKind, tag
 from .rules import Clear, Epoch, LamportRules, Words
 
 #: Up to this many ranks a rank keeps its own part in registers, from FlashInfer 0.6.13 on.
@@ -32,7 +32,7 @@ _OWN_IN_REGISTERS = 8
 
 
 @dataclass(frozen=True)
-class ControlWords:
+class MnnvlControlWords:
     """The ``buffer_flags`` of one rank: nine uint32, in this order.
 
     cur: the buffer of the next call. dirty: that of the call before, which the next call clears.
@@ -52,39 +52,39 @@ class ControlWords:
         return (self.cur, self.dirty, self.bytes, self.dirty_stages, *self.clear, self.access)
 
     @staticmethod
-    def initial(buffer_bytes: int, buffers: int = 3) -> ControlWords:
-        return ControlWords(0, buffers - 1, buffer_bytes)
+    def initial(buffer_bytes: int, buffers: int = 3) -> MnnvlControlWords:
+        return MnnvlControlWords(0, buffers - 1, buffer_bytes)
 
-    def after(self, call: Call, world_size: int, row_bytes: int, buffers: int = 3) -> ControlWords:
+    def after(self, call: Call, world_size: int, row_bytes: int, buffers: int = 3) -> MnnvlControlWords:
         """The words once ``call`` is complete. A fused two-shot is complete after its second launch."""
         if call.strategy is Strategy.TWO_SHOT:
             scattered = _scattered_rows(call.tokens, world_size)
             stages, clear = 2, (scattered * row_bytes, call.tokens * row_bytes, 0, 0)
         else:
             stages, clear = 1, (call.tokens * world_size * row_bytes, 0, 0, 0)
-        return ControlWords((self.cur + 1) % buffers, self.cur, self.bytes, stages, clear)
+        return MnnvlControlWords((self.cur + 1) % buffers, self.cur, self.bytes, stages, clear)
 
 
 def control_words(
     calls: Sequence[Call], world_size: int, hidden: int, element_size: int, buffer_bytes: int
-) -> list[ControlWords]:
+) -> list[MnnvlControlWords]:
     """The nine words of a rank before the first call and after each, as the real kernel leaves them."""
-    words = [ControlWords.initial(buffer_bytes)]
+    words = [MnnvlControlWords.initial(buffer_bytes)]
     for call in calls:
         words.append(words[-1].after(call, world_size, hidden * element_size))
     return words
 
 
-def mnnvl(programs: Sequence[Program], rules: LamportRules, *, torn: bool = False) -> Machine:
+def mnnvl(programs: Sequence[Calls], rules: LamportRules, *, torn: bool = False) -> Machine:
     """The machine that these programs, one per rank, make of an MNNVL workspace.
 
     torn: 16-byte stores may arrive word by word. PTX does not promise otherwise, and no
     released kernel was seen to suffer from it.
     """
-    memory = Memory()
+    memory = CellTable()
     world_size = len(programs)
     capacity = max((_rows(call, world_size) for calls in programs for call in calls), default=0)
-    ranks = [_Rank(rank, world_size, capacity, rules, torn, memory) for rank in range(world_size)]
+    ranks = [_MnnvlRank(rank, world_size, capacity, rules, torn, memory) for rank in range(world_size)]
     launches = [[ranks[rank].launch(call) for call in calls] for rank, calls in enumerate(programs)]
     return Machine(launches, memory.names)
 
@@ -100,22 +100,22 @@ def _rows(call: Call, world_size: int) -> int:
     return call.tokens * world_size
 
 
-class _Rank:
+class _MnnvlRank:
     """Compiles the calls of one rank, and keeps its control words, in rows instead of bytes."""
 
     def __init__(
-        self, rank: int, world_size: int, capacity: int, rules: LamportRules, torn: bool, memory: Memory
+        self, rank: int, world_size: int, capacity: int, rules: LamportRules, torn: bool, memory: CellTable
     ) -> None:
         self._rank, self._world, self._capacity = rank, range(world_size), capacity
         self._rules, self._torn, self._memory = rules, torn, memory
         self._polled = [r for r in self._world if r != rank or rules.polls_own or world_size > _OWN_IN_REGISTERS]
-        self._words: dict[int, ControlWords] = {}
+        self._words: dict[int, MnnvlControlWords] = {}
 
     def launch(self, call: Call) -> Launch:
         """The ops of one call."""
         rules = self._rules
         mailbox = Mailbox(self._memory, f"workspace {call.workspace}" if call.workspace else "")
-        words = self._words.get(call.workspace, ControlWords.initial(self._capacity, rules.buffers))
+        words = self._words.get(call.workspace, MnnvlControlWords.initial(self._capacity, rules.buffers))
         if rules.epoch is Epoch.HOST and call.epoch is not None:
             words = replace(words, cur=call.epoch % rules.buffers, dirty=(call.epoch - 1) % rules.buffers)
         self._words[call.workspace] = words.after(call, len(self._world), 1, rules.buffers)
@@ -130,11 +130,11 @@ class _Rank:
         for peer in world:
             if peer != rank or rank in self._polled:
                 slots = tuple(mailbox.row(peer, cur, token * len(world) + rank) for token in tokens)
-                ops.append(Op(Action.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
+                ops.append(Op(OpKind.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
         for token in tokens:
             slots = tuple(mailbox.row(rank, cur, token * len(world) + source) for source in self._polled)
             due = tuple(tag(call.id, token, source) for source in self._polled)
-            ops.append(Op(Action.POLL, slots, due, detail=f"token {token}, buffer {cur}"))
+            ops.append(Op(OpKind.POLL, slots, due, detail=f"token {token}, buffer {cur}"))
         return ops
 
     def _two_shot(self, call: Call, cur: int, mailbox: Mailbox) -> list[Op]:
@@ -144,21 +144,21 @@ class _Rank:
             owned = tokens[owner :: len(world)]
             slots = tuple(mailbox.row(owner, cur, token // len(world) * len(world) + rank) for token in owned)
             sent = tuple(part(call, token, rank, self._rules) for token in owned)
-            ops.append(Op(Action.PUSH, slots, sent, detail=f"to owner {owner}, buffer {cur}"))
+            ops.append(Op(OpKind.PUSH, slots, sent, detail=f"to owner {owner}, buffer {cur}"))
         for token in tokens[rank :: len(world)]:
             gathered = 1 << len(ops)
             slots = tuple(mailbox.row(rank, cur, token // len(world) * len(world) + source) for source in world)
             due = tuple(tag(call.id, token, source) for source in world)
-            ops.append(Op(Action.POLL, slots, due, detail=f"parts of token {token}, buffer {cur}"))
+            ops.append(Op(OpKind.POLL, slots, due, detail=f"parts of token {token}, buffer {cur}"))
             for peer in world:
                 for cell in self._sum_words(mailbox, peer, cur, token):
                     detail = f"sum of token {token} to rank {peer}, buffer {cur}"
-                    ops.append(Op(Action.PUSH, (cell,), (total(call, token, self._rules),), gathered, detail=detail))
+                    ops.append(Op(OpKind.PUSH, (cell,), (total(call, token, self._rules),), gathered, detail=detail))
         for token in tokens:
             cells = self._sum_words(mailbox, rank, cur, token)
             trusted = len(cells) - 1 if self._rules.words is Words.FIRST else 0
             due = (tag(call.id, token),) * len(cells)
-            ops.append(Op(Action.POLL, cells, due, trusted=trusted, detail=f"sum of token {token}, buffer {cur}"))
+            ops.append(Op(OpKind.POLL, cells, due, trusted=trusted, detail=f"sum of token {token}, buffer {cur}"))
         return ops
 
     def _sum_words(self, mailbox: Mailbox, rank: int, buffer: int, token: int) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ class _Rank:
         row = self._capacity // 2 + token
         return tuple(mailbox.row(rank, buffer, row, second) for second in ((False, True) if self._torn else (False,)))
 
-    def _clear(self, call: Call, words: ControlWords, mailbox: Mailbox) -> list[Op]:
+    def _clear(self, call: Call, words: MnnvlControlWords, mailbox: Mailbox) -> list[Op]:
         match self._rules.clear:
             case Clear.NONE:
                 return []

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .calls import Call, Program
-from .machine import Action, Launch, Machine, Memory, Op, flag
+from .calls import Call, Calls
+from .machine import CellTable, Launch, Machine, Op, OpKind, flag
 from .rules import MoeRules
 
 
-def moe_a2a(programs: Sequence[Program], rules: MoeRules) -> Machine:
+def moe_a2a(programs: Sequence[Calls], rules: MoeRules) -> Machine:
     """The machine that these programs of dispatches and combines, one per rank, make."""
-    memory = Memory()
+    memory = CellTable()
     launches = [
         [_launch(rank, len(programs), call, number, rules, memory) for number, call in enumerate(calls, start=1)]
         for rank, calls in enumerate(programs)
@@ -30,7 +30,7 @@ def moe_a2a(programs: Sequence[Program], rules: MoeRules) -> Machine:
     return Machine(launches, memory.names)
 
 
-def _launch(rank: int, world_size: int, call: Call, number: int, rules: MoeRules, memory: Memory) -> Launch:
+def _launch(rank: int, world_size: int, call: Call, number: int, rules: MoeRules, memory: CellTable) -> Launch:
     def cell(owner: int, source: int) -> int:
         array = call.strategy if rules.separate_flags else "completion"
         copy = "" if rules.shared_memory else f", as rank {rank} sees it"
@@ -40,9 +40,9 @@ def _launch(rank: int, world_size: int, call: Call, number: int, rules: MoeRules
     due = (flag(number, call.id),)
     peers = [peer for peer in active if peer != rank]
     ops = [
-        *(Op(Action.RAISE, (cell(peer, rank),), due, detail=f"flag of rank {peer} to {number}") for peer in peers),
+        *(Op(OpKind.RAISE, (cell(peer, rank),), due, detail=f"flag of rank {peer} to {number}") for peer in peers),
         *(
-            Op(Action.AWAIT_EQUAL, (cell(rank, peer),), due, detail=f"flag of rank {peer} for {number}")
+            Op(OpKind.AWAIT_EQUAL, (cell(rank, peer),), due, detail=f"flag of rank {peer} for {number}")
             for peer in peers
         ),
     ]

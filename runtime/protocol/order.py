@@ -46,11 +46,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .machine import EMPTY, Action, Machine, Op
+from .machine import EMPTY, Machine, Op, OpKind
 
 
 @dataclass(frozen=True)
-class Step:
+class OpPlace:
     """An op by its place: the ``op``-th of the ``at``-th launch of ``rank``."""
 
     rank: int
@@ -62,13 +62,13 @@ class Step:
 class Suspicion:
     """``first`` came before ``second`` in the run, and need not have."""
 
-    first: Step
-    second: Step
+    first: OpPlace
+    second: OpPlace
 
 
 @dataclass(frozen=True)
 class _Write:
-    step: Step
+    step: OpPlace
     value: int
     knows: tuple[int, ...]
 
@@ -76,8 +76,8 @@ class _Write:
 @dataclass
 class _Cell:
     writes: list[_Write] = field(default_factory=list)
-    polls: list[tuple[Step, Op, int]] = field(default_factory=list)
-    taken: dict[int, Step] = field(default_factory=dict)
+    polls: list[tuple[OpPlace, Op, int]] = field(default_factory=list)
+    taken: dict[int, OpPlace] = field(default_factory=dict)
 
 
 class Order:
@@ -93,7 +93,7 @@ class Order:
         self._ends: list[dict[int, tuple[int, ...]]] = [{} for _ in range(ranks)]
         self._cells: dict[int, _Cell] = {}
 
-    def judge(self, step: Step, op: Op) -> Suspicion | None:
+    def judge(self, step: OpPlace, op: Op) -> Suspicion | None:
         """Take the step into the order, or say which pair is not in order."""
         knows = self._start[step.rank]
         ends = self._ends[step.rank]
@@ -105,7 +105,7 @@ class Order:
         after = knows
         for i, (cell, value) in enumerate(zip(op.cells, op.values, strict=True)):
             history = self._cells.setdefault(cell, _Cell())
-            if not op.action.waits:
+            if not op.kind.waits:
                 write = _Write(step, value, self._with(knows, step.rank, step.at, op.after | 1 << step.op))
                 suspicion = self._unordered(history, write, op, knows)
                 history.writes.append(write)
@@ -128,8 +128,8 @@ class Order:
         for rank, (at, done) in enumerate(progress):
             ops = machine.programs[rank][at].ops if at < len(machine.programs[rank]) else ()
             for i, op in enumerate(ops):
-                if op.action.waits and not done >> i & 1 and not op.after & ~done:
-                    suspicion = self.judge(Step(rank, at, i), op)
+                if op.kind.waits and not done >> i & 1 and not op.after & ~done:
+                    suspicion = self.judge(OpPlace(rank, at, i), op)
                     if suspicion is not None:
                         return suspicion
         return None
@@ -148,21 +148,21 @@ class Order:
         # What comes before this write comes before all later ones, and is settled.
         history.polls = [poll for poll in history.polls if not self._before(poll[0], knows)]
         for step, poll, value in history.polls:
-            consumed = op.action is Action.PUSH and poll.action is Action.POLL
+            consumed = op.kind is OpKind.PUSH and poll.kind is OpKind.POLL
             if consumed or not (poll.passes(write.value, value) and poll.right(write.value, value)):
                 return Suspicion(step, write.step)
         return None
 
-    def _twice(self, history: _Cell, step: Step, op: Op, knows: tuple[int, ...]) -> Suspicion | None:
+    def _twice(self, history: _Cell, step: OpPlace, op: Op, knows: tuple[int, ...]) -> Suspicion | None:
         """C for two polls of one word, of which each would take it."""
-        if op.action is not Action.POLL:
+        if op.kind is not OpKind.POLL:
             return None
         others = [other for other in history.taken.values() if not self._before(other, knows)]
         history.taken[step.rank] = step  # what comes after it comes after this rank's earlier ones
         return Suspicion(others[0], step) if others else None
 
     def _seen(
-        self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]
+        self, history: _Cell, step: OpPlace, op: Op, value: int, knows: tuple[int, ...]
     ) -> tuple[_Write | None, Suspicion | None]:
         """B. The first write that can have ended the poll; None for the word of the beginning."""
         first: _Write | None = None
@@ -177,7 +177,7 @@ class Order:
                 first, accepted = write, True
         return first, None
 
-    def _untested(self, history: _Cell, step: Step, op: Op, value: int, knows: tuple[int, ...]) -> Suspicion | None:
+    def _untested(self, history: _Cell, step: OpPlace, op: Op, value: int, knows: tuple[int, ...]) -> Suspicion | None:
         sight = self._sight(history, knows)
         for i, write in enumerate(sight):
             if write is None or not op.right(write.value, value):
@@ -193,7 +193,7 @@ class Order:
                 return sight[::-1]
         return [None, *sight[::-1]]
 
-    def _before(self, step: Step, knows: tuple[int, ...]) -> bool:
+    def _before(self, step: OpPlace, knows: tuple[int, ...]) -> bool:
         at, done = knows[step.rank] >> self._width, knows[step.rank]
         return at > step.at or (at == step.at and bool(done >> step.op & 1))
 
@@ -207,7 +207,7 @@ class Order:
         return tuple([x | y if x >> width == y >> width else max(x, y) for x, y in zip(a, b, strict=True)])
 
 
-def _held(sight: Sequence[_Write | None], wrong: int, accepted: bool, poll: Step) -> Suspicion:
+def _held(sight: Sequence[_Write | None], wrong: int, accepted: bool, poll: OpPlace) -> Suspicion:
     """The write that hides the wrong word from the poll in the run, and that another order brings later."""
     after = sight[wrong + 1] if wrong + 1 < len(sight) and not accepted else sight[wrong]
     return Suspicion(after.step if after is not None else poll, poll)

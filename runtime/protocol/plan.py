@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import PlanError
 from ..hazards.situation import Collective, Payload, Strategy
-from .calls import Call, Program
+from .calls import Call, Calls
 from .decide import decide
 from .explore import Result
 from .machine import Machine, State
@@ -113,7 +113,7 @@ class _Launched:
     where: str
 
 
-def programs(ranks: Sequence[PlannedRank]) -> tuple[Program, ...]:
+def programs(ranks: Sequence[PlannedRank]) -> tuple[Calls, ...]:
     """The calls of every rank. A call has the same id on all ranks that make it in the same step."""
     launched = [list(_launched(rank)) for rank in ranks]
     keys = sorted({call.key for calls in launched for call in calls})
@@ -162,7 +162,7 @@ def _strategy(rank: PlannedRank, site: PlannedSite, tokens: int) -> Strategy:
     return Strategy.TWO_SHOT if two_shot else Strategy.ONE_SHOT
 
 
-def reduced(ranks: Sequence[Program]) -> tuple[Program, ...]:
+def reduced(ranks: Sequence[Calls]) -> tuple[Calls, ...]:
     """The same programs with few tokens instead of many.
 
     Rules treat tokens alike: a call covers the tokens below its count, no two of them share a
@@ -183,7 +183,7 @@ def reduced(ranks: Sequence[Program]) -> tuple[Program, ...]:
     return tuple(tuple(replace(call, tokens=small[call.tokens]) for call in calls) for calls in ranks)
 
 
-def with_grids(ranks: Sequence[Program]) -> tuple[Program, ...]:
+def with_grids(ranks: Sequence[Calls]) -> tuple[Calls, ...]:
     """Calls with a grid each: equal where ranks agree on the tokens, which the grid depends on."""
     counts: dict[int, set[int]] = {}
     for call in _all(ranks):
@@ -194,7 +194,7 @@ def with_grids(ranks: Sequence[Program]) -> tuple[Program, ...]:
     )
 
 
-def machine_for(collective: str, version: str, ranks: Sequence[Program]) -> Machine:
+def machine_for(collective: str, version: str, ranks: Sequence[Calls]) -> Machine:
     """The protocol of this collective in this FlashInfer, run by these programs, one per rank.
 
     Raises :class:`PlanError` or :class:`~ringfence.runtime.errors.VersionError`.
@@ -213,12 +213,12 @@ def machine_for(collective: str, version: str, ranks: Sequence[Program]) -> Mach
     raise PlanError(f"no model of collective '{collective}'; there are {_listed(MODELLED)}")
 
 
-def check(collective: str, version: str, ranks: Sequence[Program]) -> Result[State]:
+def check(collective: str, version: str, ranks: Sequence[Calls]) -> Result[State]:
     """Whether these programs, one per rank, can deadlock, read stale data or lose a write."""
     return decide(machine_for(collective, version, ranks))
 
 
-def _all(ranks: Sequence[Program]) -> Iterator[Call]:
+def _all(ranks: Sequence[Calls]) -> Iterator[Call]:
     return (call for calls in ranks for call in calls)
 
 

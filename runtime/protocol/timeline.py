@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from tabulate import tabulate
 
 from ..errors import TraceError
-from .explore import Event, Failure, Result
+from .explore import Event, ModelFailure, Result
 
 _FORMAT = 1
 
@@ -123,8 +123,8 @@ def _event(value: Mapping[str, Any]) -> Event:
     )
 
 
-def _failure(value: str | None) -> Failure | None:
-    return None if value is None else Failure(value)
+def _failure(value: str | None) -> ModelFailure | None:
+    return None if value is None else ModelFailure(value)
 
 
 def _typed(value: Any, kind: type) -> Any:

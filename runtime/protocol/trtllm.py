@@ -7,7 +7,7 @@ b, b + grid, b + 2 grid, ... of every peer, and waits while its own flag b, as e
 it, still has the previous value.
 
 Each strategy has its own buffers and its own flag among the five control words; the arrival
-``counter`` is shared, and must equal the grid exactly: see :mod:`.arrival`.
+``counter`` is shared, and must equal the grid exactly; it is not modelled here.
 
 Source: trtllm_allreduce_fusion.cuh of FlashInfer 0.6.0 to 0.7.2.
 """
@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..hazards.situation import Strategy
-from .calls import Call, Program
+from .calls import Call, Calls
 from .lamport import Mailbox, part
-from .machine import Action, Launch, Machine, Memory, Op, flag, tag
+from .machine import CellTable, Launch, Machine, Op, OpKind, flag, tag
 from .rules import Clear, Epoch, LamportRules
 
 
 @dataclass(frozen=True)
-class ControlWords:
+class TrtllmControlWords:
     """The five int32 of one rank, in this order.
 
     counter: how many blocks of the running call have arrived. sync: value of the barrier flags.
@@ -44,40 +44,40 @@ class ControlWords:
         return (self.counter, self.sync, self.lamport, self.comm_size, self.clear)
 
     @staticmethod
-    def initial(comm_size: int) -> ControlWords:
-        return ControlWords(0, 0, 0, comm_size, 0)
+    def initial(comm_size: int) -> TrtllmControlWords:
+        return TrtllmControlWords(0, 0, 0, comm_size, 0)
 
-    def after(self, call: Call, world_size: int, row: int, buffers: int = 3) -> ControlWords:
+    def after(self, call: Call, world_size: int, row: int, buffers: int = 3) -> TrtllmControlWords:
         """The words once ``call`` is complete; ``row`` is what one token counts in ``clear``."""
         if call.strategy is Strategy.TWO_SHOT:
             return replace(self, sync=(self.sync + 2) % 3)  # two barriers
         return replace(self, lamport=(self.lamport + 1) % buffers, clear=call.tokens * world_size * row)
 
 
-def control_words(calls: Sequence[Call], world_size: int, hidden: int, comm_size: int) -> list[ControlWords]:
+def control_words(calls: Sequence[Call], world_size: int, hidden: int, comm_size: int) -> list[TrtllmControlWords]:
     """The five words of a rank before the first call and after each, as the real kernel leaves them."""
-    words = [ControlWords.initial(comm_size)]
+    words = [TrtllmControlWords.initial(comm_size)]
     for call in calls:
         words.append(words[-1].after(call, world_size, hidden))
     return words
 
 
-def trtllm(programs: Sequence[Program], rules: LamportRules) -> Machine:
+def trtllm(programs: Sequence[Calls], rules: LamportRules) -> Machine:
     """The machine that these programs, one per rank, make of a trtllm workspace."""
-    memory = Memory()
+    memory = CellTable()
     flags = max((call.ctas for calls in programs for call in calls), default=1)
-    ranks = [_Rank(rank, len(programs), flags, rules, memory) for rank in range(len(programs))]
+    ranks = [_TrtllmRank(rank, len(programs), flags, rules, memory) for rank in range(len(programs))]
     launches = [[ranks[rank].launch(call) for call in calls] for rank, calls in enumerate(programs)]
     return Machine(launches, memory.names)
 
 
-class _Rank:
+class _TrtllmRank:
     """Compiles the calls of one rank. ``flags`` stands for the 256 of the real workspace."""
 
-    def __init__(self, rank: int, world_size: int, flags: int, rules: LamportRules, memory: Memory) -> None:
+    def __init__(self, rank: int, world_size: int, flags: int, rules: LamportRules, memory: CellTable) -> None:
         self._rank, self._world, self._flags = rank, range(world_size), flags
         self._rules, self._memory = rules, memory
-        self._words: dict[int, ControlWords] = {}
+        self._words: dict[int, TrtllmControlWords] = {}
         self._barriers: dict[int, int] = {}
 
     def launch(self, call: Call) -> Launch:
@@ -87,7 +87,7 @@ class _Rank:
     def _one_shot(self, call: Call) -> list[Op]:
         rank, world, rules = self._rank, self._world, self._rules
         mailbox = Mailbox(self._memory, f"workspace {call.workspace}" if call.workspace else "")
-        words = self._words.get(call.workspace, ControlWords.initial(0))
+        words = self._words.get(call.workspace, TrtllmControlWords.initial(0))
         if rules.epoch is Epoch.HOST and call.epoch is not None:
             words = replace(words, lamport=call.epoch % rules.buffers)
         self._words[call.workspace] = after = words.after(call, len(world), 1, rules.buffers)
@@ -97,11 +97,11 @@ class _Rank:
         for peer in world:
             rows = range(rank * call.tokens, (rank + 1) * call.tokens)
             slots = tuple(mailbox.row(peer, cur, row) for row in rows)
-            ops.append(Op(Action.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
+            ops.append(Op(OpKind.PUSH, slots, sent, detail=f"to rank {peer}, buffer {cur}"))
         for token in range(call.tokens):
             slots = tuple(mailbox.row(rank, cur, source * call.tokens + token) for source in world)
             due = tuple(tag(call.id, token, source) for source in world)
-            ops.append(Op(Action.POLL, slots, due, detail=f"token {token}, buffer {cur}"))
+            ops.append(Op(OpKind.POLL, slots, due, detail=f"token {token}, buffer {cur}"))
         cleared = {Clear.RECORDED: words.clear, Clear.CURRENT: after.clear, Clear.NONE: 0}[rules.clear]
         return [*ops, *mailbox.clear(rank, dirty, range(cleared))]
 
@@ -117,14 +117,14 @@ class _Rank:
                         self._flag(call, peer, number, self._rank) for number in range(block, self._flags, call.ctas)
                     )
                     detail = f"block {block}: flags of rank {peer} to {barrier % 3}"
-                    ops.append(Op(Action.RAISE, cells, (flag(barrier, call.id),) * len(cells), before, detail=detail))
+                    ops.append(Op(OpKind.RAISE, cells, (flag(barrier, call.id),) * len(cells), before, detail=detail))
                 raised = before | self._mask(ops)
                 # The first barrier says that peers have put their input there: that of this call.
                 due = flag(barrier, call.id if barrier == passed + 1 else None)
                 for peer in self._peers():
                     cells = (self._flag(call, self._rank, block, peer),)
                     detail = f"block {block}: flag {block} from rank {peer} for {barrier % 3}"
-                    ops.append(Op(Action.AWAIT_CHANGE, cells, (due,), raised, detail=detail))
+                    ops.append(Op(OpKind.AWAIT_CHANGE, cells, (due,), raised, detail=detail))
                 before = raised | self._mask(ops)
         return ops
 

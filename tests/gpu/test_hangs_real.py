@@ -20,8 +20,8 @@ from gpu.cases import NEVER, RETURNED, WRONG, Case
 from gpu.children import run_child
 from ringfence.runtime.hazards.situation import Payload, Strategy
 from ringfence.runtime.protocol import mnnvl, trtllm
-from ringfence.runtime.protocol.calls import Call, Program, changed, program, swapped, until, without
-from ringfence.runtime.protocol.explore import Failure
+from ringfence.runtime.protocol.calls import Call, Calls, changed, program, swapped, until, without
+from ringfence.runtime.protocol.explore import ModelFailure
 from ringfence.runtime.protocol.plan import check
 
 pytestmark = pytest.mark.xdist_group("gpu")
@@ -33,7 +33,7 @@ PAYLOADS = {
     "small activations": Payload.SUBNORMAL,
     "negative zeros": Payload.NEGATIVE_ZERO,
 }
-SAYS = {None: RETURNED, Failure.DEADLOCK: NEVER, Failure.STALE_READ: WRONG}
+SAYS = {None: RETURNED, ModelFailure.DEADLOCK: NEVER, ModelFailure.STALE_READ: WRONG}
 
 #: At once: each hanging case takes a share of the one GPU.
 _TOGETHER = 6
@@ -47,7 +47,7 @@ class Claim:
     """
 
     case: Case
-    ranks: tuple[Program, Program]
+    ranks: tuple[Calls, Calls]
     expect: str
     exact: bool = True
 
@@ -60,7 +60,7 @@ class Claim:
 
 
 def make_claim(
-    what: str, collective: str, release: str, ranks: tuple[Program, Program], expect: str, *, exact: bool = True,
+    what: str, collective: str, release: str, ranks: tuple[Calls, Calls], expect: str, *, exact: bool = True,
     **fields: Any,
 ) -> Claim:  # fmt: skip
     programs = tuple(tuple((c.id, c.strategy is Strategy.TWO_SHOT, c.tokens) for c in calls) for calls in ranks)
@@ -100,7 +100,7 @@ def divergence(collective: str) -> list[Claim]:
     calls, sizes = program([4] * 6), program([8, 4, 8, 4])
     claims = []
 
-    def add(what: str, first: Program, second: Program, expect: str, **fields: Any) -> None:
+    def add(what: str, first: Calls, second: Calls, expect: str, **fields: Any) -> None:
         claims.append(make_claim(what, collective, NEW, (first, second), expect, **fields))
 
     for captured in (False, True):

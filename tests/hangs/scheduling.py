@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ringfence.runtime.protocol.device import Devices, State
-from ringfence.runtime.protocol.explore import Failure, Result, explore
+from hangs.models.device import Devices, State
+from ringfence.runtime.protocol.explore import ModelFailure, Result, explore
 
 PAIR = (0, 1)
 
 
-def assert_fails(devices: Devices, failure: Failure, *words: str) -> Result[State]:
+def assert_fails(devices: Devices, failure: ModelFailure, *words: str) -> Result[State]:
     """Some order fails in that way, and what is told of it has these words in this order."""
     result = explore(devices, limit=100_000)
     assert result.failure is failure, result

@@ -7,15 +7,15 @@ import pytest
 from ringfence.runtime.errors import PlanError, VersionError
 from ringfence.runtime.hazards.situation import Collective, Payload, Situation, Strategy
 from ringfence.runtime.protocol.answer import ask
-from ringfence.runtime.protocol.calls import Program, changed, program, swapped, without
-from ringfence.runtime.protocol.explore import Failure
+from ringfence.runtime.protocol.calls import Calls, changed, program, swapped, without
+from ringfence.runtime.protocol.explore import ModelFailure
 
 MNNVL, TRTLLM = Collective.MNNVL, Collective.TRTLLM
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 CALLS = program([4, 8, 8, 4, 4])
 
 
-def answered(collective: Collective, version: str, *ranks: Program, payload: Payload = Payload.ANY) -> tuple[str, str]:
+def answered(collective: Collective, version: str, *ranks: Calls, payload: Payload = Payload.ANY) -> tuple[str, str]:
     """(failure, row) of the answer."""
     answer = ask(Situation(collective, version, world_size=len(ranks), payload=payload), ranks)
     assert answer.safe == (answer.hazard is None) == (answer.remedy is None) == (answer.result.failure is None)
@@ -51,15 +51,15 @@ def test_trtllm_never_mistook_a_word() -> None:
 @pytest.mark.parametrize(
     ("other", "failure"),
     [
-        (without(CALLS, 1), Failure.STALE_READ),
-        (without(CALLS, 4), Failure.DEADLOCK),
+        (without(CALLS, 1), ModelFailure.STALE_READ),
+        (without(CALLS, 4), ModelFailure.DEADLOCK),
         (changed(CALLS, 1, tokens=4), None),
         (swapped(CALLS, 0, 1), None),
     ],
     ids=["skipped", "skipped at the end", "another size", "another order"],
 )
 def test_ranks_that_differ_are_explained_by_their_difference(
-    collective: Collective, other: Program, failure: Failure | None
+    collective: Collective, other: Calls, failure: ModelFailure | None
 ) -> None:
     kind, row = answered(collective, "0.7.0", CALLS, other)
     assert row == "M25" and kind != "safe"

@@ -12,10 +12,10 @@ import pytest
 
 from ringfence.runtime.errors import TooManyStatesError
 from ringfence.runtime.hazards.situation import Payload, Strategy
-from ringfence.runtime.protocol.calls import Call, Program, changed, program, rounds, swapped, until, without
+from ringfence.runtime.protocol.calls import Call, Calls, changed, program, rounds, swapped, until, without
 from ringfence.runtime.protocol.decide import decide
-from ringfence.runtime.protocol.explore import Failure, Result, explore
-from ringfence.runtime.protocol.machine import Action, Launch, Machine, Op, State
+from ringfence.runtime.protocol.explore import ModelFailure, Result, explore
+from ringfence.runtime.protocol.machine import Launch, Machine, Op, OpKind, State
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
 from ringfence.runtime.protocol.plan import PlannedRank, check, even_pieces, machine_for, programs, reduced
@@ -25,7 +25,7 @@ from ringfence.runtime.protocol.trtllm import trtllm
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 
 
-def diverging(rng: random.Random, calls: Program) -> Program:
+def diverging(rng: random.Random, calls: Calls) -> Calls:
     """One rank's program: often as the others', else with one fault."""
     id, other = rng.choice(calls).id, rng.choice(calls).id
     strategies = [call.strategy for call in calls if call.id == id]
@@ -91,13 +91,13 @@ def replays(machine: Machine, result: Result[State]) -> bool:
         return True
     for event in result.trace:
         states = {after for state in states for step, after in machine.steps(state) if step == event}
-    if result.failure is Failure.DEADLOCK:
+    if result.failure is ModelFailure.DEADLOCK:
         return any(not list(machine.steps(state)) and not machine.finished(state) for state in states)
     return bool(states)
 
 
-def compare(seeds: Iterable[int], limit: int) -> Counter[Failure | None]:
-    seen: Counter[Failure | None] = Counter()
+def compare(seeds: Iterable[int], limit: int) -> Counter[ModelFailure | None]:
+    seen: Counter[ModelFailure | None] = Counter()
     for seed in seeds:
         machine = random_machine(random.Random(seed))
         try:
@@ -117,9 +117,9 @@ def compare(seeds: Iterable[int], limit: int) -> Counter[Failure | None]:
 def test_random_machines_are_decided_as_the_unreduced_search_decides_them() -> None:
     seen = compare([*range(300), 2071], 10_000)
     assert seen[None] > 60
-    assert seen[Failure.DEADLOCK] > 60
-    assert seen[Failure.STALE_READ] > 20
-    assert seen[Failure.LOST_WRITE] >= 2
+    assert seen[ModelFailure.DEADLOCK] > 60
+    assert seen[ModelFailure.STALE_READ] > 20
+    assert seen[ModelFailure.LOST_WRITE] >= 2
 
 
 def test_without_the_exhaustive_search_the_held_order_finds_the_failure_too() -> None:
@@ -163,7 +163,7 @@ def test_a_sliced_trace_can_lose_no_step() -> None:
     calls = program([1] * 8)
     machine = machine_for("mnnvl", "0.6.13", [calls] * 7 + [without(calls, 4)])
     result = decide(machine)
-    assert result.failure is Failure.STALE_READ
+    assert result.failure is ModelFailure.STALE_READ
     assert not result.shortest
     assert len(result.trace) < 12
 
@@ -174,7 +174,7 @@ def test_every_rank_count_loses_the_same_protections(world_size: int, clear: Cle
     calls = program([2, 1, 1, 1, 1, 2, 2])
     assert decide(mnnvl([calls] * world_size, mnnvl_rules("0.6.13"))).safe
     result = decide(mnnvl([calls] * world_size, replace(mnnvl_rules("0.6.13"), clear=clear)))
-    assert result.failure is Failure.STALE_READ
+    assert result.failure is ModelFailure.STALE_READ
 
 
 @pytest.mark.parametrize("strategy", [ONE, TWO])
@@ -203,7 +203,7 @@ def test_a_machine_is_left_as_it_was() -> None:
     assert decide(machine) == decide(machine)
 
 
-PUSH, POLL, CLEAR, RAISE, AWAIT = Action.PUSH, Action.POLL, Action.CLEAR, Action.RAISE, Action.AWAIT_EQUAL
+PUSH, POLL, CLEAR, RAISE, AWAIT = OpKind.PUSH, OpKind.POLL, OpKind.CLEAR, OpKind.RAISE, OpKind.AWAIT_EQUAL
 
 
 def by_hand(*ranks: list[list[Op]]) -> Machine:
@@ -219,12 +219,12 @@ def by_hand(*ranks: list[list[Op]]) -> Machine:
                 [[Op(PUSH, (0,), (1,))], [Op(AWAIT, (1,), (1,)), Op(PUSH, (0,), (2,), after=1)]],
                 [[Op(POLL, (0,), (1,)), Op(RAISE, (1,), (1,), after=1)], [Op(POLL, (0,), (2,))]],
             ),
-            Failure.STALE_READ,
+            ModelFailure.STALE_READ,
             id="the second poll can see the first word, which was never cleared",
         ),
         pytest.param(
             by_hand([[Op(PUSH, (0,), (1,)), Op(PUSH, (1,), (1,))]], [[Op(POLL, (0, 1), (1, 1), trusted=1)]]),
-            Failure.STALE_READ,
+            ModelFailure.STALE_READ,
             id="the untested word can come after the tested one",
         ),
         pytest.param(
@@ -232,22 +232,22 @@ def by_hand(*ranks: list[list[Op]]) -> Machine:
                 [[Op(PUSH, (0,), (1,)), Op(RAISE, (1,), (1,), after=1)]],
                 [[Op(AWAIT, (1,), (1,)), Op(CLEAR, (0,), (0,), after=1), Op(POLL, (0,), (2,), after=1)]],
             ),
-            Failure.STALE_READ,
+            ModelFailure.STALE_READ,
             id="the poll that waits in vain can come before the clear",
         ),
         pytest.param(
             by_hand([[Op(PUSH, (0,), (1,))], [Op(PUSH, (0,), (2,))]], [[Op(POLL, (0,), (1,))], [Op(POLL, (0,), (2,))]]),
-            Failure.LOST_WRITE,
+            ModelFailure.LOST_WRITE,
             id="the second write can come before the first poll",
         ),
         pytest.param(
             by_hand([[Op(PUSH, (0,), (1,))], [Op(PUSH, (0,), (1,))]], [[Op(POLL, (0,), (1,))]]),
-            Failure.LOST_WRITE,
+            ModelFailure.LOST_WRITE,
             id="a second write of the right word can come before the poll",
         ),
         pytest.param(
             by_hand([[Op(PUSH, (0,), (1,))], [Op(POLL, (0,), (1,))]], [[Op(POLL, (0,), (1,))]]),
-            Failure.STALE_READ,
+            ModelFailure.STALE_READ,
             id="two polls take one word",
         ),
         pytest.param(
@@ -255,17 +255,17 @@ def by_hand(*ranks: list[list[Op]]) -> Machine:
                 [[Op(POLL, (0,), (1,)), Op(PUSH, (0,), (1,), after=1)]],
                 [[Op(PUSH, (0,), (1,))], [Op(POLL, (0,), (1,))]],
             ),
-            Failure.STALE_READ,
+            ModelFailure.STALE_READ,
             id="a poll can come between another rank's poll and the word that replaces it",
         ),
         pytest.param(
             by_hand([[Op(PUSH, (0,), (1,))]], [[Op(CLEAR, (0,), (0,))], [Op(POLL, (0,), (1,))]]),
-            Failure.DEADLOCK,
+            ModelFailure.DEADLOCK,
             id="the clear can come after the push",
         ),
     ],
 )
-def test_a_run_that_ends_well_does_not_hide_another_order(machine: Machine, failure: Failure) -> None:
+def test_a_run_that_ends_well_does_not_hide_another_order(machine: Machine, failure: ModelFailure) -> None:
     assert explore(machine).failure is failure
     assert decide(machine).failure is failure
     assert decide(machine, limit=0).failure is not None

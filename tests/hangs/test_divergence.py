@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from ringfence.runtime.hazards.situation import Strategy
-from ringfence.runtime.protocol.calls import Program, changed, program, swapped, until, without
-from ringfence.runtime.protocol.explore import Failure, explore
+from ringfence.runtime.protocol.calls import Calls, changed, program, swapped, until, without
+from ringfence.runtime.protocol.explore import ModelFailure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.plan import PlannedRank, check, even_pieces, programs
 from ringfence.runtime.protocol.rules import Epoch, mnnvl_rules, trtllm_rules
@@ -22,7 +22,7 @@ RANK = PlannedRank(even_pieces(2, 2, 2), steps=(4, 4, 4), capture_sizes=(4, 8))
 COLLECTIVES = ["mnnvl", "trtllm"]
 
 
-def failure_of(collective: str, ranks: list[Program] | tuple[Program, ...]) -> Failure | None:
+def failure_of(collective: str, ranks: list[Calls] | tuple[Calls, ...]) -> ModelFailure | None:
     return check(collective, "0.6.13", ranks).failure
 
 
@@ -46,7 +46,7 @@ def test_m15_an_epoch_that_the_host_holds_cannot_be_captured(sites: int) -> None
 
 def test_m22_unequal_grids_deadlock_and_equal_ones_do_not() -> None:
     calls = program([8] * 3, Strategy.TWO_SHOT)
-    assert failure_of("trtllm", [calls, changed(calls, 0, 1, 2, tokens=4)]) is Failure.DEADLOCK
+    assert failure_of("trtllm", [calls, changed(calls, 0, 1, 2, tokens=4)]) is ModelFailure.DEADLOCK
     assert failure_of("trtllm", [calls, calls]) is None
 
 
@@ -54,7 +54,7 @@ def test_m22_unequal_grids_deadlock_and_equal_ones_do_not() -> None:
 def test_m23_a_rank_that_falls_back_leaves_the_others_waiting(collective: str) -> None:
     """What the rank calls instead is another collective, on another workspace: here it calls nothing."""
     calls = program([4] * 6)
-    assert failure_of(collective, [calls, ()]) is Failure.DEADLOCK
+    assert failure_of(collective, [calls, ()]) is ModelFailure.DEADLOCK
     assert failure_of(collective, [calls, calls]) is None
 
 
@@ -94,7 +94,7 @@ def test_m26_a_rank_tuned_to_another_strategy_fails(collective: str) -> None:
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_m27_a_rank_without_tokens_launches_nothing(collective: str) -> None:
     idle = programs([replace(RANK, steps=(4, 1), capture_sizes=()), replace(RANK, steps=(4, 0), capture_sizes=())])
-    assert failure_of(collective, idle) is Failure.DEADLOCK
+    assert failure_of(collective, idle) is ModelFailure.DEADLOCK
     padded = programs([replace(RANK, steps=(4, 1), capture_sizes=())] * 2)
     assert failure_of(collective, padded) is None
 
@@ -109,7 +109,7 @@ def test_m29_an_exception_that_jumps_to_a_collective_in_finally() -> None:
 def test_m31_a_rank_that_recreated_its_workspace_is_alone_with_it() -> None:
     calls = program([4] * 6)
     recreated = changed(calls, 3, 4, 5, workspace=1)
-    assert explore(mnnvl([calls, recreated], mnnvl_rules("0.6.13"))).failure is Failure.DEADLOCK
+    assert explore(mnnvl([calls, recreated], mnnvl_rules("0.6.13"))).failure is ModelFailure.DEADLOCK
     assert explore(mnnvl([recreated, recreated], mnnvl_rules("0.6.13"))).safe, "all ranks captured again"
 
 
@@ -118,7 +118,7 @@ def test_m36_the_rank_that_spins_is_the_victim(strategy: Strategy) -> None:
     """SGL#38300: rank 1's graph never progresses, and rank 0 is found spinning."""
     calls = program([4] * 6, strategy)
     result = check("mnnvl", "0.6.17", [calls, until(calls, 3)])
-    assert result.failure is Failure.DEADLOCK
+    assert result.failure is ModelFailure.DEADLOCK
     assert result.waiting[0].startswith("rank 0 in call 3")
     assert result.waiting[1] == "rank 1 waits for nothing: its program has ended"
     assert check("mnnvl", "0.6.17", [calls, calls]).safe
@@ -127,13 +127,13 @@ def test_m36_the_rank_that_spins_is_the_victim(strategy: Strategy) -> None:
 def test_m37_two_streams_in_another_order_read_each_others_data() -> None:
     calls = program([4] * 6)
     result = check("mnnvl", "0.6.13", [calls, swapped(calls, 2, 3)])
-    assert result.failure is Failure.STALE_READ
+    assert result.failure is ModelFailure.STALE_READ
 
 
 def test_m42_a_graph_that_one_rank_did_not_update_fails() -> None:
     """SGL#29625: one executable graph serves equal segments; rank 1 replays the one of another size."""
     calls = program([8, 4, 8, 4])
-    assert failure_of("mnnvl", [calls, changed(calls, 1, tokens=8)]) is Failure.DEADLOCK
+    assert failure_of("mnnvl", [calls, changed(calls, 1, tokens=8)]) is ModelFailure.DEADLOCK
     assert failure_of("mnnvl", [calls, calls]) is None
 
 

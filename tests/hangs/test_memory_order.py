@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import pytest
 
-from ringfence.runtime.protocol.explore import Event, Failure, explore
+from ringfence.runtime.protocol.explore import Event, ModelFailure, explore
 
 Memory: TypeAlias = dict[str, int]
 State: TypeAlias = tuple[tuple[int, ...], tuple[tuple[str, int], ...]]
@@ -54,7 +54,7 @@ class Threads:
             step, memory = self.programs[thread][position], dict(words)
             if not step.when(memory):
                 continue
-            failure = Failure.STALE_READ if step.expects and not memory[step.expects] else None
+            failure = ModelFailure.STALE_READ if step.expects and not memory[step.expects] else None
             step.then(memory)
             after = (*positions[:thread], position + 1, *positions[thread + 1 :])
             yield Event(thread, 0, step.does, failure=failure), (after, tuple(memory.items()))
@@ -67,12 +67,12 @@ class Threads:
         return tuple(program[p].does for p, program in pairs if p < len(program))
 
 
-def outcome(*programs: list[Step], **words: int) -> Failure | None:
+def outcome(*programs: list[Step], **words: int) -> ModelFailure | None:
     return explore(Threads(tuple(map(tuple, programs)), tuple(words.items()))).failure
 
 
-@pytest.mark.parametrize(("release", "failure"), [(False, Failure.STALE_READ), (True, None)])
-def test_m10_without_release_a_late_clear_wipes_the_next_payload(release: bool, failure: Failure | None) -> None:
+@pytest.mark.parametrize(("release", "failure"), [(False, ModelFailure.STALE_READ), (True, None)])
+def test_m10_without_release_a_late_clear_wipes_the_next_payload(release: bool, failure: ModelFailure | None) -> None:
     """A block clears a slot and arrives; after the rotation a peer pushes into that slot, and the block reads it."""
     clear, arrive = sets("slot", 0), sets("arrived")
     peer = [waits("arrived"), sets("slot"), sets("pushed")]
@@ -81,8 +81,8 @@ def test_m10_without_release_a_late_clear_wipes_the_next_payload(release: bool, 
     assert outcome(*block, peer, reader, slot=0, arrived=0, pushed=0) == failure
 
 
-@pytest.mark.parametrize(("barrier", "failure"), [(False, Failure.STALE_READ), (True, None)])
-def test_m11_a_head_without_a_block_barrier_overtakes_its_payload(barrier: bool, failure: Failure | None) -> None:
+@pytest.mark.parametrize(("barrier", "failure"), [(False, ModelFailure.STALE_READ), (True, None)])
+def test_m11_a_head_without_a_block_barrier_overtakes_its_payload(barrier: bool, failure: ModelFailure | None) -> None:
     writer = [sets("payload"), sets("written")]
     publisher = [*([waits("written")] if barrier else []), sets("head")]
     receiver = [waits("head"), reads("payload")]

@@ -6,7 +6,7 @@ import pytest
 
 from ringfence.runtime.errors import PlanError, VersionError
 from ringfence.runtime.hazards.situation import Payload, Strategy
-from ringfence.runtime.protocol.calls import Call, Program, program, rounds
+from ringfence.runtime.protocol.calls import Call, Calls, program, rounds
 from ringfence.runtime.protocol.plan import (
     WORLD_SIZES,
     PlannedPiece,
@@ -33,7 +33,7 @@ PIECES = (
 )
 
 
-def told(calls: Program) -> list[tuple[int, str, int | None]]:
+def told(calls: Calls) -> list[tuple[int, str, int | None]]:
     return [(call.tokens, call.where, call.epoch) for call in calls]
 
 

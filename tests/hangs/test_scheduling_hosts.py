@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Devices
-from ringfence.runtime.protocol.explore import Failure
-from ringfence.runtime.protocol.instructions import (
+from hangs.models.device import Devices
+from hangs.models.instructions import (
     Await,
     HostOp,
     Launch,
@@ -20,6 +18,8 @@ from ringfence.runtime.protocol.instructions import (
     launch,
     replay,
 )
+from hangs.scheduling import PAIR, assert_fails, assert_safe
+from ringfence.runtime.protocol.explore import ModelFailure
 
 Program = list[HostOp]
 
@@ -48,7 +48,7 @@ def rendezvous(*, over_group: bool) -> Devices:
 def test_m21_a_rendezvous_over_world_waits_for_ranks_that_are_elsewhere() -> None:
     assert_fails(
         rendezvous(over_group=False),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "rank 0: its host waits to meet ranks (0, 1, 2, 3) at 'rendezvous of the workspace', without rank 2, 3",
         "rank 2: its host waits to take 'a' of rank 0 from 'activations'",
     )
@@ -75,7 +75,7 @@ def fallback(able: tuple[bool, ...], *, vote: bool) -> Devices:
 def test_m23_one_rank_falls_back_and_both_wait_in_different_collectives() -> None:
     assert_fails(
         fallback((True, False), vote=False),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "rank 0: 'all_reduce of workspace' waits to take 'x' of rank 1",
         "rank 1: 'all_reduce of nccl' waits to take 'x' of rank 0",
     )
@@ -94,7 +94,7 @@ def probe(multicast: tuple[bool, ...], *, vote: bool) -> Devices:
 
 
 def test_m24_ranks_that_probe_differently_never_meet() -> None:
-    assert_fails(probe((True, False), vote=False), Failure.DEADLOCK, "fabric", "without rank 1", "POSIX")
+    assert_fails(probe((True, False), vote=False), ModelFailure.DEADLOCK, "fabric", "without rank 1", "POSIX")
 
 
 def test_m24_the_and_of_the_probes_is_safe() -> None:
@@ -117,7 +117,7 @@ def autotune(*, before: bool) -> Devices:
 def test_m26_tuning_on_one_rank_while_the_other_spins() -> None:
     assert_fails(
         autotune(before=False),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "rank 0: its host waits to read the result, which needs its streams idle",
         "'all_reduce of workspace' waits to take 'x' of rank 1",
         "rank 1: its host waits to meet ranks (0, 1) at 'broadcast of the tactic', without rank 0",
@@ -134,7 +134,7 @@ def tactics(scratch: tuple[int, int], *, broadcast: bool) -> Devices:
 
 
 def test_m26_tactics_measured_per_rank_register_different_scratch() -> None:
-    assert_fails(tactics((64, 128), broadcast=False), Failure.DEADLOCK, "register 64", "register 128")
+    assert_fails(tactics((64, 128), broadcast=False), ModelFailure.DEADLOCK, "register 64", "register 128")
 
 
 def test_m26_a_tactic_that_is_broadcast_is_safe() -> None:
@@ -160,7 +160,7 @@ def test_m28_a_lazy_module_load_waits_for_a_kernel_that_waits_for_the_peer() -> 
     """CUDA C++ Programming Guide, Lazy Loading: loading may need the context idle, and concurrent kernels deadlock."""
     assert_fails(
         lazy_loading(lazy=True),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "rank 0: its host waits to load a module, which needs its streams idle; 'all_reduce of a'",
         "rank 1: its host waits to load a module, which needs its streams idle; 'all_reduce of b'",
     )
@@ -184,7 +184,7 @@ def neighbour(*, defined_padding: bool) -> Devices:
 
 def test_m43_a_kernel_that_never_ends_shows_as_a_spin_of_the_peer() -> None:
     """So does a replay that never progresses (M36, PT#196133), whatever stops it: the sentences name it."""
-    result = assert_fails(neighbour(defined_padding=False), Failure.DEADLOCK)
+    result = assert_fails(neighbour(defined_padding=False), ModelFailure.DEADLOCK)
     assert result.waiting == (
         "rank 0: 'all_reduce of workspace' waits to take 'x' of rank 1 from 'workspace'",
         "rank 1: 'top_k' waits to see 'rows' at least 0",
@@ -203,7 +203,7 @@ def idle_rank(tokens: tuple[int, int], *, pad: bool) -> Devices:
 
 
 def test_m27_a_rank_without_tokens_skips_the_call() -> None:
-    assert_fails(idle_rank((3, 0), pad=False), Failure.DEADLOCK, "of rank 1 from 'workspace', which has ended")
+    assert_fails(idle_rank((3, 0), pad=False), ModelFailure.DEADLOCK, "of rank 1 from 'workspace', which has ended")
 
 
 def test_m27_at_least_one_padded_token_is_safe() -> None:
@@ -235,7 +235,7 @@ def capture(*, vote: bool, raises: int | None = 1) -> Devices:
 def test_m29_a_collective_in_finally_hides_the_exception_in_a_hang() -> None:
     assert_fails(
         capture(vote=False),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "rank 0: its host waits to warm up",
         "waits to take 'warm-up 1' of rank 1",
         "rank 1: its host waits to meet ranks (0, 1) at 'register_graph_buffers', without rank 0",
@@ -265,7 +265,7 @@ def creation(*, before: bool) -> Devices:
 def test_m30_a_workspace_made_in_warm_up_waits_for_a_rank_that_spins() -> None:
     assert_fails(
         creation(before=False),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "waits to take 'x' of rank 1",
         "rank 1: its host waits to meet ranks (0, 1) at 'barrier of the workspace', without rank 0",
     )
@@ -302,7 +302,7 @@ def warm_up_then_capture(*, barrier: bool) -> Devices:
 def test_m33_registration_of_the_capture_meets_a_peer_in_its_warm_up() -> None:
     assert_fails(
         warm_up_then_capture(barrier=False),
-        Failure.STALE_READ,
+        ModelFailure.STALE_READ,
         "write 'graph buffer' to 'table' of rank",
         "all_reduce[0] read 'eager buffer' in 'table'",
     )
@@ -325,4 +325,4 @@ def test_m33_the_barrier_alone_is_not_enough() -> None:
             Write("table", "graph buffer", of=1 - rank),
         ]
 
-    assert_fails(Devices([program(rank) for rank in PAIR]), Failure.STALE_READ)
+    assert_fails(Devices([program(rank) for rank in PAIR]), ModelFailure.STALE_READ)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Devices
-from ringfence.runtime.protocol.explore import Failure
-from ringfence.runtime.protocol.instructions import (
+from hangs.models.device import Devices
+from hangs.models.instructions import (
     Free,
     HostOp,
     Kernel,
@@ -24,6 +22,8 @@ from ringfence.runtime.protocol.instructions import (
     launch,
     replay,
 )
+from hangs.scheduling import PAIR, assert_fails, assert_safe
+from ringfence.runtime.protocol.explore import ModelFailure
 
 Program = list[HostOp]
 
@@ -49,7 +49,9 @@ def two_launches(order: str) -> Devices:
 
 
 def test_m20_another_call_between_the_halves_overwrites_what_was_scattered() -> None:
-    assert_fails(two_launches("a1 b1 b2 a2"), Failure.LOST_WRITE, "a, scatter[0] push 'a'", "b, scatter[0] push 'b'")
+    assert_fails(
+        two_launches("a1 b1 b2 a2"), ModelFailure.LOST_WRITE, "a, scatter[0] push 'a'", "b, scatter[0] push 'b'"
+    )
 
 
 def test_m20_halves_side_by_side_are_safe_even_in_two_pieces() -> None:
@@ -76,7 +78,7 @@ def regrown(*, regrow: bool, recapture: bool = False) -> Devices:
 
 def test_m31_a_graph_writes_to_a_workspace_that_is_gone() -> None:
     assert_fails(
-        regrown(regrow=True), Failure.LOST_WRITE, "free 'workspace 0'", "push 'step 1' into 'workspace 0' of rank"
+        regrown(regrow=True), ModelFailure.LOST_WRITE, "free 'workspace 0'", "push 'step 1' into 'workspace 0' of rank"
     )
 
 
@@ -106,7 +108,7 @@ def registered(pieces: tuple[int, ...]) -> Devices:
 
 
 def test_m32_a_piece_captured_outside_the_context_has_no_peer_address() -> None:
-    assert_fails(registered((0,)), Failure.STALE_READ, "piece 1[0] read 'address' in 'table[1]'")
+    assert_fails(registered((0,)), ModelFailure.STALE_READ, "piece 1[0] read 'address' in 'table[1]'")
 
 
 def test_m32_one_context_for_all_pieces_is_safe() -> None:
@@ -139,7 +141,7 @@ def staged(*, split: bool) -> Devices:
 
 
 def test_m34_the_hosts_part_of_a_captured_collective_is_not_replayed() -> None:
-    assert_fails(staged(split=False), Failure.STALE_READ, "replay copy out, copy in", "read 'sum 1' in 'landing'")
+    assert_fails(staged(split=False), ModelFailure.STALE_READ, "replay copy out, copy in", "read 'sum 1' in 'landing'")
 
 
 def test_m34_an_island_for_the_hosts_part_is_safe() -> None:
@@ -162,7 +164,9 @@ def island(*, copy: bool) -> Devices:
 
 
 def test_m40_a_piece_reads_the_output_that_the_island_had_at_capture() -> None:
-    assert_fails(island(copy=False), Failure.STALE_READ, "write 'y1' to 'y at 1'", "piece 1[0] read 'y1' in 'y at 0'")
+    assert_fails(
+        island(copy=False), ModelFailure.STALE_READ, "write 'y1' to 'y at 1'", "piece 1[0] read 'y1' in 'y at 0'"
+    )
 
 
 def test_m40_an_output_copied_to_where_the_piece_looks_is_safe() -> None:
@@ -191,7 +195,9 @@ def pool(*, join: bool, same_memory: bool = True) -> Devices:
 
 
 def test_m41_a_piece_overwrites_what_an_island_still_reads() -> None:
-    assert_fails(pool(join=False), Failure.STALE_READ, "piece 1[0] write 'temporary' to 'pool'", "island[0] read 'x'")
+    assert_fails(
+        pool(join=False), ModelFailure.STALE_READ, "piece 1[0] write 'temporary' to 'pool'", "island[0] read 'x'"
+    )
 
 
 @pytest.mark.parametrize("policy", [{"join": True}, {"join": False, "same_memory": False}], ids=["join", "kept"])
@@ -217,7 +223,7 @@ def zero_copy(*, end_barrier: bool) -> Devices:
 
 
 def test_m41_memory_is_used_again_while_a_peer_reads_it() -> None:
-    assert_fails(zero_copy(end_barrier=False), Failure.STALE_READ, "next[0] write", "read 'x' in 'pool' of rank")
+    assert_fails(zero_copy(end_barrier=False), ModelFailure.STALE_READ, "next[0] write", "read 'x' in 'pool' of rank")
 
 
 def test_m41_a_barrier_at_the_end_of_a_zero_copy_collective_is_safe() -> None:
@@ -241,7 +247,7 @@ def shared_executable(*, updated: tuple[bool, bool]) -> Devices:
 
 
 def test_m42_a_segment_updated_on_one_rank_only() -> None:
-    assert_fails(shared_executable(updated=(True, False)), Failure.STALE_READ, "rank 0", "take 'b' of rank 1")
+    assert_fails(shared_executable(updated=(True, False)), ModelFailure.STALE_READ, "rank 0", "take 'b' of rank 1")
 
 
 def test_m42_a_segment_updated_on_all_ranks_is_safe() -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Devices
-from ringfence.runtime.protocol.explore import Failure
-from ringfence.runtime.protocol.instructions import (
+from hangs.models.device import Devices
+from hangs.models.instructions import (
     Add,
     Await,
     Grid,
@@ -20,6 +18,8 @@ from ringfence.runtime.protocol.instructions import (
     launch,
     replay,
 )
+from hangs.scheduling import PAIR, assert_fails, assert_safe
+from ringfence.runtime.protocol.explore import ModelFailure
 
 TRIGGER, WAIT = Grid.TRIGGER, Grid.WAIT
 
@@ -39,7 +39,7 @@ def early_trigger(*, at_end: bool = False, reader_waits: bool = False, reader_pd
 
 
 def test_m16_early_trigger_lets_the_next_kernel_read_what_is_not_there() -> None:
-    assert_fails(early_trigger(), Failure.STALE_READ, "fused[0] trigger", "qkv[0] read 'h' in 'norm_out'")
+    assert_fails(early_trigger(), ModelFailure.STALE_READ, "fused[0] trigger", "qkv[0] read 'h' in 'norm_out'")
 
 
 @pytest.mark.parametrize("policy", ["at_end", "reader_waits"])
@@ -60,7 +60,9 @@ def chain(*, middle_waits: bool) -> Devices:
 
 
 def test_m16_a_wait_covers_only_the_kernel_directly_before() -> None:
-    assert_fails(chain(middle_waits=False), Failure.STALE_READ, "gemm[0] pass its grid-dependency wait", "gemm[0] read")
+    assert_fails(
+        chain(middle_waits=False), ModelFailure.STALE_READ, "gemm[0] pass its grid-dependency wait", "gemm[0] read"
+    )
 
 
 def test_m16_a_chain_in_which_everyone_waits_is_safe() -> None:
@@ -81,7 +83,9 @@ def early_load(*, pdl: bool, between: bool = False) -> Devices:
 
 
 def test_m17_residual_is_loaded_before_its_producer_wrote_it() -> None:
-    assert_fails(early_load(pdl=True), Failure.STALE_READ, "embedding[0] trigger", "fused[0] read 'r' in 'residual'")
+    assert_fails(
+        early_load(pdl=True), ModelFailure.STALE_READ, "embedding[0] trigger", "fused[0] read 'r' in 'residual'"
+    )
 
 
 def test_m17_without_pdl_behind_the_producer_is_safe() -> None:
@@ -96,7 +100,7 @@ def test_m17_eager_launches_are_paired_as_captured_ones_are_and_a_piece_boundary
     """M20: programmatic edges end at a graph's border, whichever side the graph is on."""
     embedding = kernel("embedding", TRIGGER, Write("residual", "r"))
     fused = kernel("fused", Read("residual", "r"), pdl=True)
-    assert_fails(Devices([[launch(embedding), launch(fused)]]), Failure.STALE_READ)
+    assert_fails(Devices([[launch(embedding), launch(fused)]]), ModelFailure.STALE_READ)
     assert_safe(Devices([[replay(embedding), replay(fused)]]))
     assert_safe(Devices([[launch(embedding), replay(fused)]]))
     assert_safe(Devices([[replay(embedding), launch(fused)]]))
@@ -118,7 +122,7 @@ def starved(*, pdl: bool, side_first: bool = False, slots: int = 2) -> Devices:
 def test_m18_waiting_dependents_hold_the_slot_that_their_producer_needs() -> None:
     assert_fails(
         starved(pdl=True),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "rank 0: ",
         "'chunks' waits to see 'chunk' at least 1",
         "'finalize' waits for 'chunks' to end",
@@ -128,7 +132,7 @@ def test_m18_waiting_dependents_hold_the_slot_that_their_producer_needs() -> Non
 
 
 def test_m18_launching_the_other_stream_first_does_not_help() -> None:
-    assert_fails(starved(pdl=True, side_first=True), Failure.DEADLOCK, "'gemm' waits for a slot")
+    assert_fails(starved(pdl=True, side_first=True), ModelFailure.DEADLOCK, "'gemm' waits for a slot")
 
 
 def test_m18_a_big_grid_that_is_no_programmatic_dependent_is_safe() -> None:
@@ -147,7 +151,9 @@ def core_dump(*, pdl: bool = True, early: bool = True) -> Devices:
 
 
 def test_m18_as_in_the_core_dump_most_of_the_producer_has_no_slot() -> None:
-    assert_fails(core_dump(), Failure.DEADLOCK, "'gemm' waits for a slot; they are held by 'finalize'", "'gemm' to end")
+    assert_fails(
+        core_dump(), ModelFailure.DEADLOCK, "'gemm' waits for a slot; they are held by 'finalize'", "'gemm' to end"
+    )
 
 
 def test_m18_the_core_dump_cannot_be_had_by_the_rule_of_the_guide() -> None:

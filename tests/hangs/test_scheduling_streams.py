@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hangs.scheduling import PAIR, assert_fails, assert_safe
-from ringfence.runtime.protocol.device import Devices
-from ringfence.runtime.protocol.explore import Failure
-from ringfence.runtime.protocol.instructions import (
+from hangs.models.device import Devices
+from hangs.models.instructions import (
     Add,
     Await,
     BlockOp,
@@ -22,6 +20,8 @@ from ringfence.runtime.protocol.instructions import (
     launch,
     replay,
 )
+from hangs.scheduling import PAIR, assert_fails, assert_safe
+from ringfence.runtime.protocol.explore import ModelFailure
 
 Program = list[HostOp]
 
@@ -52,7 +52,7 @@ ORDERED = pytest.mark.parametrize("how", ["one stream", "chained"])
 
 def test_m37_two_trtllm_calls_at_a_time_count_past_the_number() -> None:
     assert_fails(
-        in_flight(trtllm("a"), trtllm("b"), "two streams"), Failure.DEADLOCK, "waits to see 'counter' at exactly 2"
+        in_flight(trtllm("a"), trtllm("b"), "two streams"), ModelFailure.DEADLOCK, "waits to see 'counter' at exactly 2"
     )
 
 
@@ -63,7 +63,7 @@ def test_m37_trtllm_calls_in_order_are_safe(how: str) -> None:
 
 def test_m37_two_mnnvl_calls_at_a_time_use_one_epoch() -> None:
     machine = in_flight(mnnvl(0), mnnvl(1), "two streams", Write("epoch", 0))
-    assert_fails(machine, Failure.STALE_READ, "call 1[0] read '1' in 'epoch'")
+    assert_fails(machine, ModelFailure.STALE_READ, "call 1[0] read '1' in 'epoch'")
 
 
 @ORDERED
@@ -78,7 +78,7 @@ def test_m37_two_calls_at_a_time_arrive_in_another_order_at_the_peer() -> None:
         calls = [kernel(value, *all_reduce(rank, PAIR, value)) for value in "ab"]
         return [replay(calls[0]), replay(calls[1], stream=stream)]
 
-    assert_fails(Devices([program(r, "side") for r in PAIR]), Failure.STALE_READ)
+    assert_fails(Devices([program(r, "side") for r in PAIR]), ModelFailure.STALE_READ)
     assert_safe(Devices([program(r, "main") for r in PAIR]))
 
 
@@ -100,7 +100,7 @@ def two_grids(how: str, *, slots: int) -> Devices:
 def test_m38_two_grids_with_half_of_the_slots_each() -> None:
     assert_fails(
         two_grids("two streams", slots=2),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "'a' waits to see 'arrived at a' at least 2",
         "'a' waits for a slot; they are held by 'a', 'b'",
     )
@@ -128,7 +128,7 @@ def persistent_neighbour(*, slots: int) -> Devices:
 def test_m38_a_side_stream_takes_a_slot_of_a_co_resident_grid() -> None:
     assert_fails(
         persistent_neighbour(slots=2),
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         "'all_reduce' waits for a slot; they are held by 'worker', 'all_reduce'",
         "rank 1: 'all_reduce' waits to take 'x' of rank 0",
     )
@@ -155,7 +155,7 @@ def reset(*, all_wait: bool, monotone: bool = False) -> Devices:
 
 def test_m39_the_leader_resets_the_counter_before_another_block_has_seen_it() -> None:
     assert_fails(
-        reset(all_wait=True), Failure.DEADLOCK, "[0] write '0' to 'counter'", "waits to see 'counter' at least 2"
+        reset(all_wait=True), ModelFailure.DEADLOCK, "[0] write '0' to 'counter'", "waits to see 'counter' at least 2"
     )
 
 

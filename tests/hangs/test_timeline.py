@@ -12,7 +12,7 @@ import pytest
 
 from ringfence.runtime.errors import TraceError
 from ringfence.runtime.protocol.calls import program, until, without
-from ringfence.runtime.protocol.explore import Event, Failure, Result
+from ringfence.runtime.protocol.explore import Event, ModelFailure, Result
 from ringfence.runtime.protocol.plan import check
 from ringfence.runtime.protocol.timeline import dump, load, svg, text
 
@@ -26,7 +26,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def test_a_timeline_has_a_column_per_rank_and_a_row_per_step() -> None:
     result: Result[Any] = Result(
-        Failure.DEADLOCK,
+        ModelFailure.DEADLOCK,
         7,
         (Event(0, 0, "push", "to rank 1"), Event(1, 0, "poll", "token 0")),
         ("rank 0 waits",),
@@ -73,11 +73,11 @@ def test_the_picture_shows_every_step_and_every_wait(result: Result[Any]) -> Non
     assert all(event.detail in title for event, title in zip(result.trace, titles, strict=True))
     words = [e.text for e in root.iter(f"{SVG}text")]
     assert set(result.waiting) <= set(words)
-    assert sum(box.get("fill") == "#ffd9de" for box in boxes) == (result.failure is Failure.STALE_READ)
+    assert sum(box.get("fill") == "#ffd9de" for box in boxes) == (result.failure is ModelFailure.STALE_READ)
 
 
 def test_the_picture_escapes_what_it_is_told() -> None:
-    result: Result[Any] = Result(Failure.STALE_READ, 1, (Event(0, 0, "poll", 'a < b & "c"'),))
+    result: Result[Any] = Result(ModelFailure.STALE_READ, 1, (Event(0, 0, "poll", 'a < b & "c"'),))
     assert 'a < b & "c"' in "".join(ElementTree.fromstring(svg(result)).itertext())
 
 

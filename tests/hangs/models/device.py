@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..errors import ModelError
-from .explore import Event, Failure
+from ringfence.runtime.protocol.explore import Event, ModelFailure
+
 from .instructions import (
     Add,
     Await,
@@ -32,6 +32,7 @@ from .instructions import (
     Launch,
     Meet,
     MemoryOp,
+    ModelError,
     Poll,
     Push,
     Read,
@@ -284,17 +285,17 @@ def _reached(work: Kernel | Record | WaitEvent, events: set[str]) -> bool:
 # -- memory --------------------------------------------------------------------------
 
 
-def _perform(op: MemoryOp, rank: int, memory: _Memory) -> tuple[_Memory, Failure | None] | None:
+def _perform(op: MemoryOp, rank: int, memory: _Memory) -> tuple[_Memory, ModelFailure | None] | None:
     """The memory after an instruction, and how that failed; None while the instruction has to wait."""
     key, writes = _key(op, rank)
     held = dict(memory)
     if held.get((key[0], key[1], None)) == _FREED:
-        return memory, Failure.LOST_WRITE if writes else Failure.STALE_READ
+        return memory, ModelFailure.LOST_WRITE if writes else ModelFailure.STALE_READ
     value = held.get(key)
     failure = None
     match op:
         case Read():
-            return memory, None if value == op.value else Failure.STALE_READ
+            return memory, None if value == op.value else ModelFailure.STALE_READ
         case Write():
             held[key] = op.value
         case Add():
@@ -304,12 +305,12 @@ def _perform(op: MemoryOp, rank: int, memory: _Memory) -> tuple[_Memory, Failure
             return (memory, None) if reached else None
         case Push():
             box = value if isinstance(value, tuple) else ()
-            failure = Failure.LOST_WRITE if len(box) == op.depth else None
+            failure = ModelFailure.LOST_WRITE if len(box) == op.depth else None
             held[key] = (*box, op.value)
         case Poll():
             if not isinstance(value, tuple) or not value:
                 return None
-            failure = Failure.STALE_READ if value[0] != op.value else None
+            failure = ModelFailure.STALE_READ if value[0] != op.value else None
             held[key] = value[1:]
     return frozenset(held.items()), failure
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from ..errors import ModelError
+
+class ModelError(ValueError):
+    """A model holds a program that no host could run."""
 
 
 class _Told:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from ringfence.runtime.errors import ModelError
-from ringfence.runtime.protocol.device import Devices
-from ringfence.runtime.protocol.explore import Failure, Result, explore
-from ringfence.runtime.protocol.instructions import (
+from hangs.models.device import Devices
+from hangs.models.instructions import (
     Add,
     Await,
     Free,
@@ -18,6 +16,7 @@ from ringfence.runtime.protocol.instructions import (
     Kernel,
     Launch,
     Meet,
+    ModelError,
     Poll,
     Push,
     Read,
@@ -30,6 +29,7 @@ from ringfence.runtime.protocol.instructions import (
     launch,
     replay,
 )
+from ringfence.runtime.protocol.explore import ModelFailure, Result, explore
 
 WRITE = kernel("write", Write("x", "v"))
 READ = kernel("read", Read("x", "v"))
@@ -50,29 +50,29 @@ def test_kernels_of_a_stream_run_one_after_the_other(submit: Callable[..., Launc
 
 def test_streams_run_side_by_side_until_an_event_joins_them() -> None:
     write, read = launch(WRITE, stream="a"), launch(READ, stream="b")
-    assert run([write, read]).failure is Failure.STALE_READ
+    assert run([write, read]).failure is ModelFailure.STALE_READ
     assert run([write, Record("e", "a"), WaitEvent("e", "b"), read]).safe
 
 
 def test_an_event_covers_what_was_launched_before_it_and_no_more() -> None:
     read = launch(READ, stream="b")
     early = [Record("e", "a"), launch(WRITE, stream="a"), WaitEvent("e", "b"), read]
-    assert run(early).failure is Failure.STALE_READ
+    assert run(early).failure is ModelFailure.STALE_READ
 
 
 def test_a_host_does_not_wait_for_its_launches_and_does_when_it_synchronises() -> None:
-    assert run([launch(WRITE), Read("x", "v")]).failure is Failure.STALE_READ
+    assert run([launch(WRITE), Read("x", "v")]).failure is ModelFailure.STALE_READ
     assert run([launch(WRITE), Synchronize("main"), Read("x", "v")]).safe
     assert run([launch(WRITE), Synchronize(), Read("x", "v")]).safe
-    assert run([launch(WRITE), Synchronize("side"), Read("x", "v")]).failure is Failure.STALE_READ
+    assert run([launch(WRITE), Synchronize("side"), Read("x", "v")]).failure is ModelFailure.STALE_READ
 
 
 def test_hosts_meet_when_they_agree_and_not_otherwise() -> None:
     meet = Meet("m", (0, 1))
     assert run([Write("x", "v", of=1), meet], [meet, Read("x", "v")]).safe
-    assert run([meet], [Meet("n", (0, 1))]).failure is Failure.DEADLOCK
+    assert run([meet], [Meet("n", (0, 1))]).failure is ModelFailure.DEADLOCK
     assert run([meet], []).waiting == ("rank 0: its host waits to meet ranks (0, 1) at 'm', without rank 1",)
-    assert run([Meet("m", (0, 1, 2))], [Meet("m", (1, 2))], [Meet("m", (1, 2))]).failure is Failure.DEADLOCK
+    assert run([Meet("m", (0, 1, 2))], [Meet("m", (1, 2))], [Meet("m", (1, 2))]).failure is ModelFailure.DEADLOCK
 
 
 def test_a_stream_that_waits_for_an_event_is_told() -> None:
@@ -100,12 +100,12 @@ def test_a_kernel_that_is_no_dependent_waits_for_all_before_it() -> None:
     first = kernel("first", Grid.TRIGGER, Write("x", "v"))
     middle = kernel("middle", Write("y", "v"), pdl=True)
     assert run([launch(first, middle, READ)]).safe
-    assert run([launch(first, middle, dependent(Grid.WAIT))]).failure is Failure.STALE_READ
+    assert run([launch(first, middle, dependent(Grid.WAIT))]).failure is ModelFailure.STALE_READ
 
 
 def test_an_event_lies_between_a_kernel_and_its_dependent() -> None:
     primary = kernel("primary", Grid.TRIGGER, Write("x", "v"))
-    assert run([launch(primary), launch(dependent())]).failure is Failure.STALE_READ
+    assert run([launch(primary), launch(dependent())]).failure is ModelFailure.STALE_READ
     assert run([launch(primary), Record("e", "main"), launch(dependent())]).safe
 
 
@@ -126,7 +126,7 @@ def test_blocks_are_dispatched_in_order() -> None:
     """A block may wait for one of a lower number, which was there first; not the other way round."""
     add, wait = (Add("n"),), (Await("n", 1),)
     assert run([launch(Kernel("up", (add, wait)))], slots=1).safe
-    assert run([launch(Kernel("down", (wait, add)))], slots=1).failure is Failure.DEADLOCK
+    assert run([launch(Kernel("down", (wait, add)))], slots=1).failure is ModelFailure.DEADLOCK
 
 
 def test_each_rank_has_slots_of_its_own() -> None:
@@ -143,42 +143,42 @@ def test_a_box_holds_two_calls() -> None:
     assert run(*calls).safe
     pushes = [Push("box", 0, f"{n}") for n in range(3)]
     assert run(pushes[:2]).safe
-    assert run(pushes).failure is Failure.LOST_WRITE
+    assert run(pushes).failure is ModelFailure.LOST_WRITE
 
 
 def test_a_skipped_call_is_first_a_stale_read() -> None:
     call = [[kernel(f"call {n}", *all_reduce(rank, (0, 1), f"{n}")) for n in range(3)] for rank in range(2)]
     result = run([launch(*call[0])], [launch(call[1][0], call[1][2])])
-    assert result.failure is Failure.STALE_READ
+    assert result.failure is ModelFailure.STALE_READ
 
 
 def test_a_poll_takes_what_came_first() -> None:
     pushes = [Push("box", 1, "a"), Push("box", 1, "b")]
     assert run(pushes, [Poll("box", 0, "a"), Poll("box", 0, "b")]).safe
-    assert run(pushes, [Poll("box", 0, "b")]).failure is Failure.STALE_READ
-    assert run([], [Poll("box", 0, "a")]).failure is Failure.DEADLOCK
+    assert run(pushes, [Poll("box", 0, "b")]).failure is ModelFailure.STALE_READ
+    assert run([], [Poll("box", 0, "a")]).failure is ModelFailure.DEADLOCK
 
 
 @pytest.mark.parametrize(
     ("op", "failure"),
     [
-        (Read("box", "v"), Failure.STALE_READ),
-        (Poll("box", 0, "v"), Failure.STALE_READ),
-        (Await("box", 0), Failure.STALE_READ),
-        (Write("box", "v"), Failure.LOST_WRITE),
-        (Add("box"), Failure.LOST_WRITE),
-        (Push("box", 0, "v"), Failure.LOST_WRITE),
+        (Read("box", "v"), ModelFailure.STALE_READ),
+        (Poll("box", 0, "v"), ModelFailure.STALE_READ),
+        (Await("box", 0), ModelFailure.STALE_READ),
+        (Write("box", "v"), ModelFailure.LOST_WRITE),
+        (Add("box"), ModelFailure.LOST_WRITE),
+        (Push("box", 0, "v"), ModelFailure.LOST_WRITE),
     ],
     ids=str,
 )
-def test_memory_that_was_freed(op: HostOp, failure: Failure) -> None:
+def test_memory_that_was_freed(op: HostOp, failure: ModelFailure) -> None:
     assert run([Push("box", 0, "v"), Write("box", "v"), Free("box"), op]).failure is failure
 
 
 def test_a_counter_awaited_exactly_can_be_missed() -> None:
     adds = launch(kernel("adds", Add("n"), Add("n")))
     watch = [launch(kernel("watch", Await("n", 1, exact=True)), stream="side")]
-    assert run([adds, *watch]).failure is Failure.DEADLOCK
+    assert run([adds, *watch]).failure is ModelFailure.DEADLOCK
     assert run([adds, launch(kernel("watch", Await("n", 1)), stream="side")]).safe
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from .explore import Event, Failure
+from ringfence.runtime.protocol.explore import Event, ModelFailure
 
 
 class _At(IntEnum):
@@ -94,9 +94,9 @@ class Arrival:
         if _At.ARRIVE not in blocks:
             return self._event(n, block, note)
         note += ", before every block has arrived"
-        return self._event(n, block, note, None if self.exact else Failure.STALE_READ)
+        return self._event(n, block, note, None if self.exact else ModelFailure.STALE_READ)
 
-    def _event(self, n: int, block: int, detail: str, failure: Failure | None = None) -> Event:
+    def _event(self, n: int, block: int, detail: str, failure: ModelFailure | None = None) -> Event:
         return Event(0, n, f"block {block}", detail, failure)
 
     @staticmethod
