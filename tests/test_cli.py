@@ -181,7 +181,7 @@ def test_hazards_lists_every_row(ringfence: Run) -> None:
     code, out, err = ringfence("hazards")
     assert code == OK, err
     header, _, *lines = out.splitlines()
-    assert header.split() == ["id", "title", "applies", "decides", "source"]
+    assert header.split() == ["id", "title", "applies", "decides", "in", "a", "run", "source"]
     assert [line.split()[0] for line in lines if line.startswith("M")] == [f"M{n}" for n in range(1, 49)]
     assert max(map(len, lines)) < 160
 
@@ -195,6 +195,7 @@ def test_hazards_prints_one_row_in_full(ringfence: Run, id: str) -> None:
         "mechanism",
         "applies",
         "decides",
+        "in a run",
         "invariant",
         "remedy",
         "certainty",
@@ -203,6 +204,19 @@ def test_hazards_prints_one_row_in_full(ringfence: Run, id: str) -> None:
     ):
         assert f"\n{label} " in out
     assert "0.6.12" in out and "I1: " in out and "FI#3304" in out and "M2" not in out
+
+
+@pytest.mark.parametrize(
+    ("id", "line"),
+    [
+        ("M1", "in a run   prevented: FlashInfer before 0.6.18 is not used"),
+        ("M12", "in a run   reached: trtllm: IN_GRAPH"),
+        ("M36", "in a run   not seen: what an engine copies"),
+        ("M33", "guard      the ranks meet before each capture"),
+    ],
+)
+def test_hazards_says_whether_a_run_can_reach_the_row(ringfence: Run, id: str, line: str) -> None:
+    assert f"\n{line}" in ringfence("hazards", id)[1]
 
 
 def test_hazards_says_why_a_row_is_not_shown(ringfence: Run) -> None:

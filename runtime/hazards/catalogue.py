@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UnknownHazardError
-from .situation import Collective, Fact, Payload, Situation, Strategy, Transport, When
+from .reached import REACHED
+from .situation import Collective, Fact, Payload, Situation, Strategy, When
 from .table import HAZARDS, REPOSITORIES, Action, Certainty, Hazard, Invariant
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "Payload",
     "Situation",
     "Strategy",
-    "Transport",
     "When",
     "applicable",
     "as_dict",
@@ -59,13 +59,13 @@ def as_dict(hazards: tuple[Hazard, ...] = HAZARDS) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "hazards": [
-            {f.name: getattr(hazard, f.name) for f in dataclasses.fields(hazard)}
-            | {"when": [when.to_dict() for when in hazard.when]}
+            dataclasses.asdict(hazard)
+            | {"when": [when.to_dict() for when in hazard.when], "reached": REACHED.get(hazard.id, {})}
             for hazard in hazards
         ],
         "meanings": {
             kind.__name__.lower(): {code: code.meaning for code in kind}
-            for kind in (Action, Certainty, Collective, Fact, Invariant, Payload, Transport)
+            for kind in (Action, Certainty, Collective, Fact, Invariant, Payload)
         },
     }
 
@@ -74,9 +74,10 @@ def summary_table(hazards: tuple[Hazard, ...] = HAZARDS) -> str:
     """One short line per row, for a terminal."""
     from tabulate import tabulate
 
-    rows = [(h.id, h.title, _applies(h), h.decides, h.source) for h in hazards]
-    widths = [None, 36, 44, None, 30]
-    return tabulate(rows, ("id", "title", "applies", "decides", "source"), maxcolwidths=widths, disable_numparse=True)
+    rows = [(h.id, h.title, _applies(h), h.decides, _in_a_run(h), h.source) for h in hazards]
+    widths = [None, 36, 44, None, None, 30]
+    headers = ("id", "title", "applies", "decides", "in a run", "source")
+    return tabulate(rows, headers, maxcolwidths=widths, disable_numparse=True)
 
 
 def as_text(hazard: Hazard) -> str:
@@ -99,10 +100,11 @@ def as_markdown() -> str:
         "strategy, dtype, payload) may be the worst; what is not known of the machine is taken to be nothing special.",
         "",
         *_markdown_table(
-            ("id", "title", "applies", "decides"),
-            [(f"[{h.id}](#{h.id.lower()})", h.title, _applies(h), h.decides) for h in HAZARDS],
+            ("id", "title", "applies", "decides", "in a run"),
+            [(_link(h.id), h.title, _applies(h), h.decides, _in_a_run(h)) for h in HAZARDS],
         ),
         "",
+        *_what_a_run_reaches(),
         "## Rows",
     ]
     for hazard in HAZARDS:
@@ -113,6 +115,65 @@ def as_markdown() -> str:
     links = [(short, f"[{name}](https://github.com/{name})") for short, name in REPOSITORIES.items()]
     lines += ["", "## Sources", "", *_markdown_table(("abbreviation", "repository"), links), ""]
     return "\n".join(lines)
+
+
+def _what_a_run_reaches() -> list[str]:
+    """Computed from the product's code by tests/hangs/reach.py, but for the reasons."""
+    options = ("choice", "split", "refuse", "raise", "clean")
+    outcomes = [
+        (_link(id), collective, *(what.get(option, "") for option in options))
+        for id, by in REACHED.items()
+        for collective, what in by.items()
+    ]
+    prevented: dict[str, list[str]] = {}
+    for hazard in HAZARDS:
+        if hazard.prevented_by is not None:
+            prevented.setdefault(str(hazard.prevented_by), []).append(_link(hazard.id))
+    return [
+        "## What a run can reach",
+        "",
+        "Computed from the code: every situation that the choice of a collective and the compile passes can build,",
+        "and what the judge makes of it under each value of the option `on_hazard`. *choice*: the collective is passed",
+        "over, before anything is made.",
+        "",
+        *_markdown_table(("row", "collective", *options), outcomes),
+        "",
+        "The other rows decide nothing in a run. They are for jobs that hang ([hangs.md](hangs.md)), for `check`,",
+        "`explain --collective` and `doctor`, and for other code that runs these collectives. Prevented:",
+        "",
+        *_markdown_table(("by", "rows"), [(check, ", ".join(ids)) for check, ids in prevented.items()]),
+        "",
+        "Not to be seen in a plan, so nothing is decided:",
+        "",
+        *_markdown_table(("row", "why"), [(_link(h.id), h.not_seen) for h in HAZARDS if h.not_seen]),
+        "",
+    ]
+
+
+def _link(id: str) -> str:
+    return f"[{id}](#{id.lower()})"
+
+
+def _in_a_run(hazard: Hazard) -> str:
+    if hazard.id in REACHED:
+        return "reached"
+    return "prevented" if hazard.prevented_by is not None else "not seen"
+
+
+def _outcomes(hazard: Hazard) -> str:
+    """What comes of the row in a run, by collective, or why nothing does."""
+    if hazard.id not in REACHED:
+        return (
+            f"prevented: {hazard.prevented_by}" if hazard.prevented_by is not None else f"not seen: {hazard.not_seen}"
+        )
+    texts = []
+    for collective, outcomes in REACHED[hazard.id].items():
+        options: dict[str, list[str]] = {}
+        for option, what in outcomes.items():
+            options.setdefault(what, []).append(option)
+        parts = [what if len(options) == 1 else f"{what} ({', '.join(names)})" for what, names in options.items()]
+        texts.append(f"{collective}: {', '.join(parts)}")
+    return "reached: " + "; ".join(texts)
 
 
 def _applies(hazard: Hazard) -> str:
@@ -126,6 +187,8 @@ def _details(hazard: Hazard) -> list[tuple[str, str]]:
         ("mechanism", hazard.mechanism),
         ("applies", _applies(hazard)),
         ("decides", f"{hazard.decides}: {hazard.decides.meaning}{instead}"),
+        ("in a run", _outcomes(hazard)),
+        *((("guard", str(hazard.guard)),) if hazard.guard is not None else ()),
         *(("invariant", f"{invariant}: {invariant.meaning}") for invariant in hazard.invariants),
         ("remedy", hazard.remedy),
         ("certainty", f"{hazard.certainty}: {hazard.certainty.meaning}"),

@@ -34,7 +34,7 @@ class Action(Explained):
     REFUSE = "refuse", "do not run this plan; splitting does not help"
     CLEAN_PAYLOAD = "clean_payload", "flush the words that a receiver would take for the sentinel"
     WARN = "warn", "run it, and say so"
-    RUNTIME_GUARD = "runtime_guard", "run it with the check or the wait that the remedy names"
+    RUNTIME_GUARD = "runtime_guard", "run it; the guard that the row names acts when it happens"
 
 
 class Certainty(Explained):
@@ -80,10 +80,25 @@ class Invariant(Explained):
 
 
 @dataclass(frozen=True)
+class Check:
+    """Something of ringfence that stands before a mechanism. where: ``path::name`` in the repository."""
+
+    where: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.says} ({self.where})"
+
+
+@dataclass(frozen=True)
 class Hazard:
     """One mechanism. It applies where any of ``when`` holds.
 
-    ``instead`` lists other decisions that avoid it too, for a user who prefers one.
+    instead: other decisions that avoid it too, for a user who prefers one.
+    guard: what acts at run time, of a row that decides RUNTIME_GUARD.
+
+    A row that no run of ours reaches (:mod:`.reached`) says why, in one of two ways. prevented_by: no plan of
+    ours is such a situation. not_seen: nothing says so of a plan; the row is for people, and for ``check``.
     """
 
     id: str
@@ -99,6 +114,9 @@ class Hazard:
     instead: tuple[Action, ...] = ()
     shown_by: str | None = None
     not_shown: str | None = None
+    guard: Check | None = None
+    prevented_by: Check | None = None
+    not_seen: str | None = None
 
 
 MNNVL, CUTEDSL, TRTLLM = Collective.MNNVL, Collective.MNNVL_CUTEDSL, Collective.TRTLLM

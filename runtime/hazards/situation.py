@@ -58,16 +58,6 @@ class Payload(Explained):
     ANY = "any", "nothing is known about the values"
 
 
-class Transport(Explained):
-    """What connects the ranks of a node, or the nodes."""
-
-    NVSWITCH = "nvswitch", "every pair of GPUs over a switch"
-    NVLINK_BRIDGE = "nvlink-bridge", "NVLink between some pairs of GPUs only"
-    PCIE = "pcie", "peer-to-peer over PCIe"
-    INFINIBAND = "infiniband", "between nodes without an NVLink fabric"
-    HOST = "host", "staged through host memory"
-
-
 class Fact(Explained):
     """Something true of a plan, or seen in a run, that a hazard rests on."""
 
@@ -135,7 +125,7 @@ class Situation:
     """One collective in one plan.
 
     What is not known of the plan (version, strategy, dtype, payload) may be the worst.
-    What is not known of the machine (capability, transport, multicast) is taken to be
+    What is not known of the machine (capability, multicast) is taken to be
     nothing special: probe it. A fact that is not listed does not hold.
     """
 
@@ -144,7 +134,6 @@ class Situation:
     world_size: int = 2
     nodes: int = 1
     capability: tuple[int, int] | None = None
-    transport: Transport | None = None
     multicast: bool | None = None
     strategy: Strategy | None = None
     payload: Payload = Payload.ANY
@@ -175,7 +164,6 @@ class When:
     world_sizes: tuple[int, ...] = ()
     multi_node: bool | None = None
     capabilities: tuple[tuple[int, int], ...] = ()
-    transports: tuple[Transport, ...] = ()
     multicast: bool | None = None
     facts: tuple[Fact, ...] = ()
 
@@ -190,7 +178,6 @@ class When:
             and (not self.world_sizes or s.world_size in self.world_sizes)
             and (self.multi_node is None or (s.nodes > 1) == self.multi_node)
             and (not self.capabilities or s.capability in self.capabilities)
-            and (not self.transports or s.transport in self.transports)
             and (self.multicast is None or s.multicast == self.multicast)
             and s.facts.issuperset(self.facts)
         )
@@ -206,7 +193,6 @@ class When:
             f"{', '.join(map(str, self.world_sizes))} ranks" if self.world_sizes else None,
             {None: None, True: "several nodes", False: "one node"}[self.multi_node],
             ", ".join(f"SM{major}{minor}" for major, minor in self.capabilities),
-            ", ".join(self.transports),
             {None: None, True: "with multicast", False: "no multicast"}[self.multicast],
             " and ".join(self.facts),
         ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.runtime.errors import OptionsError, UnknownHazardError, VersionError
+from ringfence.runtime.errors import UnknownHazardError, VersionError
 from ringfence.runtime.hazards.catalogue import (
     HAZARDS,
     Action,
@@ -23,13 +23,12 @@ from ringfence.runtime.hazards.catalogue import (
     Payload,
     Situation,
     Strategy,
-    Transport,
     applicable,
     as_dict,
     as_markdown,
     find_hazard,
 )
-from ringfence.runtime.hazards.engine_default import FIELD_RULES, engine_default
+from ringfence.runtime.hazards.engine_default import ENGINE_DEFAULTS, engine_default
 from ringfence.runtime.hazards.situation import facts_of_nccl
 from ringfence.runtime.hazards.table import REPOSITORIES
 from ringfence.runtime.versions import parse_version
@@ -133,7 +132,7 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
     ),
     "M23": ([newest(MNNVL, Fact.RANK_LOCAL_FALLBACK)], [newest(MNNVL)]),
     "M24": (
-        [but(newest(MNNVL), multicast=False), but(newest(CUTEDSL), multicast=True, transport=Transport.INFINIBAND)],
+        [but(newest(MNNVL), multicast=False), but(newest(CUTEDSL), multicast=False, nodes=2)],
         [newest(MNNVL), but(newest(MNNVL), multicast=True, nodes=2), but(newest(TRTLLM), multicast=False)],
     ),
     "M25": ([newest(MNNVL, Fact.DIVERGENT_SEQUENCE), newest(TRTLLM, Fact.RANK_LOCAL_CHOICE)], [newest(MNNVL)]),
@@ -156,14 +155,12 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
     "M33": ([newest(MNNVL, Fact.NO_BARRIER_BEFORE_CAPTURE)], [newest(MNNVL)]),
     "M34": (
         [
-            but(newest(NCCL), transport=Transport.HOST),
             newest(NCCL, Fact.NCCL_SYMMETRIC_MEMORY),
             _sparks,
             newest(MNNVL, Fact.UNMARKED_UNSAFE_OP),
         ],
         [
             newest(NCCL),
-            but(newest(NCCL), transport=Transport.HOST, capture=False),
             but(_sparks, capability=(12, 1), nodes=2),
             but(_sparks, Fact.NCCL_BEFORE_2_30_4, nodes=1),
             but(_sparks, Fact.NCCL_BEFORE_2_30_4, capability=(9, 0)),
@@ -311,7 +308,7 @@ def test_json_is_plain_and_complete() -> None:
     table = json.loads(json.dumps(as_dict()))
     assert table["schema"] == 1 and len(table["hazards"]) == len(HAZARDS)
     first = table["hazards"][0]
-    assert set(first) == {field.name for field in dataclasses.fields(Hazard)}
+    assert set(first) == {field.name for field in dataclasses.fields(Hazard)} | {"reached"}
     assert first["when"] == [{"collectives": ["mnnvl"], "high": "0.6.12", "payload": "subnormal"}]
     described = (ROOT / "docs" / "report.md").read_text()
     for name in itertools.chain(table, first, *(when for hazard in table["hazards"] for when in hazard["when"])):
@@ -344,34 +341,12 @@ def test_the_table_needs_no_torch() -> None:
 # -- the field's rule, for profile="conservative" ------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("collective", "auto", "decides"),
-    [
-        ("mnnvl", None, Action.SPLIT),
-        ("auto", MNNVL, Action.SPLIT),
-        ("trtllm", None, Action.CAPTURE),
-        ("auto", TRTLLM, Action.CAPTURE),
-        ("trtllm", MNNVL, Action.CAPTURE),  # what auto would take does not matter
-        ("mnnvl", TRTLLM, Action.SPLIT),
-    ],
-)
-def test_conservative_profile_goes_by_the_name(collective: str, auto: Collective | None, decides: Action) -> None:
-    rule = engine_default(collective, auto=auto)
+@pytest.mark.parametrize(("collective", "decides"), [(MNNVL, Action.SPLIT), (TRTLLM, Action.CAPTURE)])
+def test_conservative_profile_goes_by_the_name(collective: Collective, decides: Action) -> None:
+    rule = engine_default(collective)
     assert rule is not None and rule.decides is decides and rule.why and rule.source
 
 
-@pytest.mark.parametrize(("collective", "auto"), [("nccl", None), ("reference", None), ("auto", NCCL)])
-def test_conservative_profile_says_nothing_of_others(collective: str, auto: Collective | None) -> None:
-    assert engine_default(collective, auto=auto) is None
-
-
-def test_conservative_profile_has_one_rule_for_each_collective() -> None:
-    assert [rule.collective for rule in FIELD_RULES] == [MNNVL, TRTLLM]
-
-
-@pytest.mark.parametrize(
-    ("collective", "message"), [("auto", "has not been resolved"), ("mnvl", "'mnvl' is not one of")]
-)
-def test_conservative_profile_refuses_what_it_cannot_resolve(collective: str, message: str) -> None:
-    with pytest.raises(OptionsError, match=message):
-        engine_default(collective)
+def test_conservative_profile_says_nothing_of_others() -> None:
+    assert [rule.collective for rule in ENGINE_DEFAULTS] == [MNNVL, TRTLLM]
+    assert engine_default(NCCL) is None and engine_default(Collective.REFERENCE) is None

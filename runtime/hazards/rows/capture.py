@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .. import checks
 from ..hazard import WITH_WORKSPACE, Action, Certainty, Hazard, Invariant
-from ..situation import Collective, Fact, Transport, When
+from ..situation import Collective, Fact, When
 
 ROWS: tuple[Hazard, ...] = (
     Hazard(
@@ -18,6 +19,7 @@ ROWS: tuple[Hazard, ...] = (
         source="TRT#8781, TRT#8803, V#55973",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m30_a_workspace_made_in_warm_up_waits_for_a_rank_that_spins",
+        prevented_by=checks.NOT_IN_CAPTURE,
     ),
     Hazard(
         id="M31",
@@ -32,6 +34,8 @@ ROWS: tuple[Hazard, ...] = (
         source="SGL#40648, FI#3745, FI#3727, FI#3950",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_captured_pieces.py::test_m31_a_replay_uses_the_workspace_that_was_captured",
+        guard=checks.CLOSED,
+        prevented_by=checks.NEVER_REPLACED,
     ),
     Hazard(
         id="M32",
@@ -46,6 +50,7 @@ ROWS: tuple[Hazard, ...] = (
         source="SGL#14193, SGL#12106, V#30650",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_memory.py::test_m32_a_piece_captured_outside_the_context_has_no_peer_address",
+        prevented_by=checks.NOT_OURS,
     ),
     Hazard(
         id="M33",
@@ -60,15 +65,16 @@ ROWS: tuple[Hazard, ...] = (
         source="SGL#33795, SGL#34286",
         certainty=Certainty.ANALYSIS,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m33_registration_of_the_capture_meets_a_peer_in_its_warm_up",
+        guard=checks.BEFORE_CAPTURE,
+        prevented_by=checks.BEFORE_CAPTURE,
     ),
     Hazard(
         id="M34",
         title="A collective is captured that cannot be",
-        symptom="A hang or wrong data at replay; the op is over the host, or its author said not to capture it.",
+        symptom="A hang or wrong data at replay; part of the op is the host's, or its author said not to capture it.",
         mechanism="Part of the collective happens on the host or in memory that a replay does not restore, so the "
         "graph repeats only the rest.",
         when=(
-            When((Collective.NCCL,), capture=True, transports=(Transport.HOST,)),
             When((Collective.NCCL,), capture=True, facts=(Fact.NCCL_SYMMETRIC_MEMORY,)),
             # Where M48 was reported, twice: between DGX Sparks.
             When(
@@ -100,5 +106,6 @@ ROWS: tuple[Hazard, ...] = (
         source="V#48486 (open)",
         certainty=Certainty.OPEN,
         not_shown="seen on B300 under Nsight Systems only",
+        prevented_by=checks.NOT_OURS,
     ),
 )

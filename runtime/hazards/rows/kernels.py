@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import checks
 from ..hazard import ALL_REDUCES, MNNVL, MOE, TRTLLM, Action, Certainty, Hazard, Invariant
 from ..situation import Collective, Fact, Strategy, When
 
@@ -19,6 +20,7 @@ ROWS: tuple[Hazard, ...] = (
         source="TRT#8612, FI#2118",
         certainty=Certainty.ANALYSIS,
         shown_by="tests/hangs/test_memory_order.py::test_m10_without_release_a_late_clear_wipes_the_next_payload",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M11",
@@ -33,6 +35,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#4092",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_memory_order.py::test_m11_a_head_without_a_block_barrier_overtakes_its_payload",
+        prevented_by=checks.NOT_OURS,
     ),
     Hazard(
         id="M12",
@@ -42,9 +45,10 @@ ROWS: tuple[Hazard, ...] = (
         mechanism="Both kernels count arrivals in one word and test it for equality. After any overlap, lost launch "
         "or aborted kernel the count never matches again, for either strategy.",
         when=(When((TRTLLM,), facts=(Fact.STRATEGIES_SHARE_WORKSPACE,)),),
-        decides=Action.RUNTIME_GUARD,
+        decides=Action.WARN,
         invariants=(Invariant.I4,),
-        remedy="Give each strategy a workspace of its own, or check between steps that the counter is 0.",
+        remedy="Nothing, while calls on a workspace never overlap (M37). With max_tokens within the one-shot sizes of "
+        "the size table, or deterministic=True, a workspace serves one strategy; after a failure, make it anew.",
         source="TS#351; the shared counter was read in FlashInfer's source",
         certainty=Certainty.ANALYSIS,
         shown_by="tests/hangs/test_counters.py::test_m12_what_an_aborted_launch_left_hangs_the_next",
@@ -62,6 +66,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3879, FI#3880",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_arithmetic.py::test_m13_rounding_warps_down_scales_the_norm",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M14",
@@ -83,6 +88,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#2557, V#34395",
         certainty=Certainty.CERTAIN,
         not_shown="the FP4 epilogue exists on Blackwell only",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M15",
@@ -101,6 +107,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3903, TRT#16200, microsoft/mscclpp#502, local-inference-lab/b12x#103",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_divergence.py::test_m15_an_epoch_that_the_host_holds_cannot_be_captured",
+        prevented_by=checks.HOST_RULES,
     ),
     Hazard(
         id="M16",
@@ -115,6 +122,7 @@ ROWS: tuple[Hazard, ...] = (
         source="V#45448, V#43103, SGL#29274, TS#842, FI#3323",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_pdl.py::test_m16_early_trigger_lets_the_next_kernel_read_what_is_not_there",
+        prevented_by=checks.TRTLLM_LAUNCH,
     ),
     Hazard(
         id="M17",
@@ -129,6 +137,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#5081 (open); read in FlashInfer's source",
         certainty=Certainty.ANALYSIS,
         shown_by="tests/hangs/test_scheduling_pdl.py::test_m17_residual_is_loaded_before_its_producer_wrote_it",
+        prevented_by=checks.TRTLLM_LAUNCH,
     ),
     Hazard(
         id="M18",
@@ -143,6 +152,7 @@ ROWS: tuple[Hazard, ...] = (
         source="SGL#34789, FI#3835, FI#4172, FI#4174, FI#3279, V#42186",
         certainty=Certainty.ANALYSIS,
         shown_by="tests/hangs/test_scheduling_pdl.py::test_m18_waiting_dependents_hold_the_slot_that_their_producer_needs",
+        not_seen="what an engine launches on other streams is not in the graph; mnnvl's one-shot is launched with PDL",
     ),
     Hazard(
         id="M19",
@@ -157,6 +167,7 @@ ROWS: tuple[Hazard, ...] = (
         source="TRT#14066, FI#3697",
         certainty=Certainty.OPEN,
         not_shown="the mechanism is not known, so there is nothing to model",
+        prevented_by=checks.NOT_OURS,
     ),
     Hazard(
         id="M20",
@@ -171,5 +182,6 @@ ROWS: tuple[Hazard, ...] = (
         source="read in FlashInfer's source (two-shot with rmsNormLamport; the LL and BT protocols of CuTe DSL)",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_scheduling_memory.py::test_m20_another_call_between_the_halves_overwrites_what_was_scattered",
+        prevented_by=checks.ONE_OP,
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import checks
 from ..hazard import ALL_REDUCES, CUTEDSL, MNNVL, MOE, TRTLLM, Action, Certainty, Hazard, Invariant
 from ..situation import Collective, Fact, When
 
@@ -18,6 +19,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3371, TRT#14550; related: FI#4139, FI#3210, FI#4183",
         certainty=Certainty.OPEN,
         shown_by="tests/hangs/test_moe.py::test_m45_flags_in_private_memory_are_seen_by_nobody",
+        prevented_by=checks.NOT_OURS,
     ),
     Hazard(
         id="M46",
@@ -36,6 +38,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#2662, V#34458, V#35426, FI#3903, FI#2006, V#38136",
         certainty=Certainty.CERTAIN,
         not_shown="needs several GPUs, or several nodes",
+        prevented_by=checks.ONE_NODE,
     ),
     Hazard(
         id="M47",
@@ -52,6 +55,7 @@ ROWS: tuple[Hazard, ...] = (
         source="radixark/miles#935, FI#3745",
         certainty=Certainty.CERTAIN,
         not_shown="needs multicast hardware",
+        not_seen="whether an engine puts a model to sleep is not in the graph; close_workspaces gives the memory back",
     ),
     Hazard(
         id="M48",

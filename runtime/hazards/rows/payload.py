@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import checks
 from ..hazard import ALL_REDUCES, MNNVL, TRTLLM, WITH_WORKSPACE, Action, Certainty, Hazard, Invariant
 from ..situation import Fact, Payload, Strategy, When
 
@@ -22,6 +23,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3053, FI#3304, FI#2923, V#35772, SGL#23402; reproduced on H200 with FlashInfer's kernel",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_sentinel.py::test_m1_a_negative_subnormal_is_never_seen_before_0_6_12",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M2",
@@ -46,6 +48,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3385; the comments of TS's port; read in FlashInfer 0.6.12 and 0.6.13",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_sentinel.py::test_m2_a_sum_that_rounds_to_the_sentinel_is_never_seen_in_0_6_12",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M3",
@@ -61,6 +64,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3385; read in FlashInfer 0.6.12 and 0.6.13",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_sentinel.py::test_m3_a_torn_pack_is_taken_when_only_its_first_word_is_checked",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M4",
@@ -76,6 +80,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#1136, FI#3304",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_sentinel.py::test_m4_negative_zero_is_never_seen_unless_the_input_is_sanitised",
+        prevented_by=checks.SELF_TEST,
     ),
     Hazard(
         id="M5",
@@ -90,6 +95,7 @@ ROWS: tuple[Hazard, ...] = (
         source="TRT#6237, FI#1321",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_sentinel.py::test_m5_a_clear_of_the_wrong_size_leaves_old_words",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M6",
@@ -104,6 +110,7 @@ ROWS: tuple[Hazard, ...] = (
         source="read in FlashInfer's trtllm_allreduce_fusion.cuh",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_arithmetic.py::test_m6_clear_offset_wraps_beyond_one_gib",
+        prevented_by=checks.BUFFER_SIZE,
     ),
     Hazard(
         id="M7",
@@ -118,6 +125,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#4473",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_arithmetic.py::test_m7_half_of_a_buffer_may_be_misaligned",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M8",
@@ -131,6 +139,7 @@ ROWS: tuple[Hazard, ...] = (
         source="V#47284, V#47589, FI#3869 (open)",
         certainty=Certainty.CERTAIN,
         not_shown="the out-of-bounds write needs FlashInfer's kernel on a GPU",
+        prevented_by=checks.FITS,
     ),
     Hazard(
         id="M9",
@@ -145,5 +154,7 @@ ROWS: tuple[Hazard, ...] = (
         source="TRT#5698",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_counters.py::test_m9_a_foreign_write_into_a_flag_opens_a_barrier_or_shuts_it",
+        guard=checks.BUFFER_DUMP,
+        not_seen="not a fact of a plan: another op's fault, looked for when a job hangs",
     ),
 )

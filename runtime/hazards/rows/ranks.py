@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .. import checks
 from ..hazard import ALL_REDUCES, CUTEDSL, MNNVL, TRTLLM, WITH_WORKSPACE, Action, Certainty, Hazard, Invariant
-from ..situation import Fact, Strategy, Transport, When
+from ..situation import Fact, Strategy, When
 
 ROWS: tuple[Hazard, ...] = (
     Hazard(
@@ -22,6 +23,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#2955, FI#3247, FI#3408, FI#3418, V#45917, SGL#24452",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m21_a_rendezvous_over_world_waits_for_ranks_that_are_elsewhere",
+        prevented_by=checks.CHANNEL,
     ),
     Hazard(
         id="M22",
@@ -36,6 +38,7 @@ ROWS: tuple[Hazard, ...] = (
         source="V#43616; shown by model, no incident is known",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_divergence.py::test_m22_unequal_grids_deadlock_and_equal_ones_do_not",
+        prevented_by=checks.SAME_MACHINES,
     ),
     Hazard(
         id="M23",
@@ -50,6 +53,7 @@ ROWS: tuple[Hazard, ...] = (
         source="V#53377, V#55973; read in SGLang's flashinfer_comm_fusion.py",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m23_one_rank_falls_back_and_both_wait_in_different_collectives",
+        prevented_by=checks.VOTE,
     ),
     Hazard(
         id="M24",
@@ -57,16 +61,14 @@ ROWS: tuple[Hazard, ...] = (
         symptom="A hang in the rendezvous, or a crash at the first capture although creation succeeded.",
         mechanism="The device attribute says that multicast is supported while the topology cannot carry it: "
         "bridged GPUs, or nodes joined by InfiniBand only.",
-        when=(
-            When((MNNVL, CUTEDSL), multicast=False),
-            When((MNNVL, CUTEDSL), transports=(Transport.NVLINK_BRIDGE, Transport.PCIE, Transport.INFINIBAND)),
-        ),
+        when=(When((MNNVL, CUTEDSL), multicast=False),),
         decides=Action.REFUSE,
         invariants=(Invariant.I18,),
         remedy="Use trtllm or NCCL; choose mnnvl only after a multicast store and load has worked on all ranks.",
         source="V#45800, V#48071, V#45604, V#51986, V#53377, V#47293, TS#925, FI#3701, FI#2546",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m24_ranks_that_probe_differently_never_meet",
+        prevented_by=checks.MULTICAST,
     ),
     Hazard(
         id="M25",
@@ -84,6 +86,7 @@ ROWS: tuple[Hazard, ...] = (
         source="V#25906, V#23595, V#42271, V#48720, V#13418",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_divergence.py::test_m25_ranks_that_choose_different_graphs_fail",
+        prevented_by=checks.AGREEMENT,
     ),
     Hazard(
         id="M26",
@@ -97,6 +100,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3187, FI#4192",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m26_tactics_measured_per_rank_register_different_scratch",
+        prevented_by=checks.SIZE_TABLE,
     ),
     Hazard(
         id="M27",
@@ -111,6 +115,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#4531, TS#596; read in FlashInfer's source",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m27_a_rank_without_tokens_skips_the_call",
+        prevented_by=checks.NOT_EMPTY,
     ),
     Hazard(
         id="M28",
@@ -125,6 +130,8 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#4032, FI#4814, FI#3329, SGL#30209, TS#486, TRT#17376",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m28_a_lazy_module_load_waits_for_a_kernel_that_waits_for_the_peer",
+        guard=checks.CULPRIT,
+        not_seen="not a fact of a plan: what stops a rank shows when its peers wait",
     ),
     Hazard(
         id="M29",
@@ -139,5 +146,7 @@ ROWS: tuple[Hazard, ...] = (
         source="SGL#11275",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m29_a_collective_in_finally_hides_the_exception_in_a_hang",
+        guard=checks.TELLS_OTHERS,
+        not_seen="not a fact of a plan: it happens when a step breaks off",
     ),
 )

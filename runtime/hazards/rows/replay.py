@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import checks
 from ..hazard import ALL_REDUCES, CUTEDSL, MOE, TRTLLM, WITH_WORKSPACE, Action, Certainty, Hazard, Invariant
 from ..situation import Fact, When
 
@@ -14,12 +15,13 @@ ROWS: tuple[Hazard, ...] = (
         mechanism="Not known, and not in the collective: one GPU and the driver alone show it. Graphs are replayed "
         "back to back on one stream while another copies to the host.",
         when=(When(capture=True, capabilities=((10, 3),), facts=(Fact.COPY_ON_OTHER_STREAM,)),),
-        decides=Action.RUNTIME_GUARD,
+        decides=Action.WARN,
         invariants=(Invariant.I12,),
         remedy="Make the replay stream wait for the copy before the first piece of a step, or copy on that stream.",
         source="SGL#38300, SGL#38463, PT#196133",
         certainty=Certainty.OPEN,
         shown_by="tests/hangs/test_divergence.py::test_m36_the_rank_that_spins_is_the_victim",
+        not_seen="what an engine copies on other streams is not in the graph",
     ),
     Hazard(
         id="M37",
@@ -48,6 +50,7 @@ ROWS: tuple[Hazard, ...] = (
         source="SGL#36657, FI#3615, FI#4595, ROCm/aiter#4977; for trtllm and CuTe DSL inferred",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_scheduling_streams.py::test_m38_two_grids_with_half_of_the_slots_each",
+        not_seen="what else runs on the device is not in the graph",
     ),
     Hazard(
         id="M39",
@@ -62,6 +65,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3615",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_streams.py::test_m39_the_leader_resets_the_counter_before_another_block_has_seen_it",
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M40",
@@ -76,6 +80,7 @@ ROWS: tuple[Hazard, ...] = (
         source="SGL#12106, V#37361, V#57227, V#52339",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_captured_pieces.py::test_m40_a_piece_computes_with_the_output_of_an_earlier_step",
+        prevented_by=checks.LANDING,
     ),
     Hazard(
         id="M41",
@@ -90,6 +95,7 @@ ROWS: tuple[Hazard, ...] = (
         source="inferred from the caching allocator; compare SGL#31023, SGL#33356",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_captured_pieces.py::test_m41_a_replay_reads_memory_that_was_given_to_another_tensor",
+        prevented_by=checks.ONE_STREAM,
     ),
     Hazard(
         id="M42",
@@ -104,6 +110,7 @@ ROWS: tuple[Hazard, ...] = (
         source="inferred from SGL#29625",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_scheduling_memory.py::test_m42_a_segment_updated_on_one_rank_only",
+        prevented_by=checks.OWN_GRAPHS,
     ),
     Hazard(
         id="M43",
@@ -118,6 +125,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#5015, V#51593",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_captured_pieces.py::test_m43_padding_that_nobody_defines_reaches_the_kernel",
+        prevented_by=checks.ZERO_ROWS,
     ),
     Hazard(
         id="M44",

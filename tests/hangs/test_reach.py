@@ -1,0 +1,122 @@
+"""What the table says of our own runs: computed anew, and compared with what is generated and with what rows claim."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hangs import reach
+from ringfence.compile_passes.judge import KNOWN_UNSAFE
+from ringfence.options import Options
+from ringfence.runtime.collectives.flashinfer import SUPPORTED
+from ringfence.runtime.hazards import checks
+from ringfence.runtime.hazards.hazard import Check
+from ringfence.runtime.hazards.reached import REACHED
+from ringfence.runtime.hazards.situation import Fact, When
+from ringfence.runtime.hazards.table import HAZARDS, Action, Hazard
+from ringfence.runtime.versions import parse_version
+
+ROOT = Path(__file__).resolve().parents[2]
+UNREACHED = [hazard for hazard in HAZARDS if hazard.id not in REACHED]
+CHECKS = {name: check for name, check in vars(checks).items() if isinstance(check, Check)}
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_the_generated_table_is_up_to_date() -> None:
+    assert reach.reached() == REACHED, "stale: run `PYTHONPATH=tests python tests/hangs/reach.py`"
+
+
+def test_a_row_says_why_no_run_reaches_it_exactly_where_none_does() -> None:
+    for hazard in HAZARDS:
+        reasons = [hazard.prevented_by, hazard.not_seen]
+        assert sum(reason is not None for reason in reasons) == (hazard.id not in REACHED), hazard.id
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_every_fact_of_a_cut_is_looked_for_in_a_graph_that_has_it() -> None:
+    text = (ROOT / "compile_passes" / "facts.py").read_text()
+    named = {Fact[name] for name in re.findall(r"Fact\.([A-Z0-9_]+)", text)} | set(KNOWN_UNSAFE.values())
+    assert reach.careless_facts() == named
+    assert reach.plan_facts() == {Fact.TWO_STREAMS}, "the judge's own plans have no other"
+
+
+@functools.cache
+def _chosen() -> tuple[frozenset[str], frozenset[Fact]]:
+    """Whom the product gives a call to, and the facts that it can say of that."""
+    situations = set().union(*reach.judged_situations(reach.chosen_situations()[0]))
+    return frozenset(s.collective for s in situations), frozenset().union(*(s.facts for s in situations))
+
+
+def _out_of_reach(when: When, by: Check | None) -> bool:
+    """Whether this reason keeps this condition from holding, as far as data can tell."""
+    collectives, facts = _chosen()
+    if by is checks.RELEASES:
+        return when.high is not None and parse_version(when.high) <= parse_version(SUPPORTED[0])
+    if by is checks.NOT_OURS:
+        return bool(when.collectives) and not collectives & set(when.collectives)
+    return bool(set(when.facts) - facts) or when.multicast is False or when.multi_node is True
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("hazard", UNREACHED, ids=lambda hazard: hazard.id)
+def test_the_reason_is_of_the_kind_that_keeps_the_row_away(hazard: Hazard) -> None:
+    by = hazard.prevented_by
+    reasons = (by, checks.RELEASES, checks.NOT_OURS)
+    assert all(any(_out_of_reach(when, reason) for reason in reasons) for when in hazard.when)
+    if by in (checks.RELEASES, checks.NOT_OURS):
+        assert all(_out_of_reach(when, by) for when in hazard.when)
+
+
+# -- checks of ours --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_names_what_exists(name: str) -> None:
+    path, _, place = CHECKS[name].where.partition("::")
+    body = ast.parse((ROOT / path).read_text()).body
+    for part in place.split("."):
+        found = [node for node in body if part in _names(node)]
+        assert found, f"{path} has no {place}"
+        body = getattr(found[0], "body", [])
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [target.id for target in targets if isinstance(target, ast.Name)]
+    return [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+
+
+def test_every_check_is_a_rows() -> None:
+    used = {check for hazard in HAZARDS for check in (hazard.guard, hazard.prevented_by)}
+    assert used - {None} == set(CHECKS.values())
+
+
+def test_a_guard_is_what_acts_at_run_time_and_is_called() -> None:
+    called = set(_called())
+    for hazard in HAZARDS:
+        assert (hazard.guard is not None) == (hazard.decides is Action.RUNTIME_GUARD), hazard.id
+        if hazard.guard is not None:
+            name = hazard.guard.where.rpartition("::")[2].rpartition(".")[2]
+            assert name in called, f"{hazard.id}: nothing calls {name}"
+
+
+def _called() -> Iterator[str]:
+    for top in ("front", "compile_passes", "runtime"):
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call):
+                    function = node.func
+                    yield function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def test_the_option_says_which_rows_make_it_act() -> None:
+    acting = [id for id, by in REACHED.items() if any(len(set(what.values()) - {"IN_GRAPH"}) for what in by.values())]
+    document = " ".join(str(Options.__doc__).split())
+    (listed,) = re.findall(r"With the releases that run, ([M0-9, and]+) make it act", document)
+    assert re.findall(r"M\d+", listed) == acting
