@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -49,6 +50,35 @@ def weak_memory(tensor: Tensor) -> Callable[[], Tensor | None]:
         return None if alive is None else torch.empty(0, dtype=dtype, device=device).set_(alive, *layout)
 
     return revive
+
+
+def tensor_at(address: int, nbytes: int, keeper: object) -> Tensor:
+    """Bytes at an address, as uint8 with a storage of their own. They keep ``keeper`` alive, and nothing else.
+
+    The device is that of ``keeper`` where it is a tensor on a GPU, else the CPU.
+    """
+    device = keeper.device if isinstance(keeper, Tensor) else torch.device("cpu")
+    with torch.inference_mode(False):
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        if device.type == "cuda":
+            return torch.as_tensor(_DeviceMemory(address, nbytes, keeper), device=device)
+        memory = (ctypes.c_ubyte * nbytes).from_address(address)
+        memory.keeper = keeper  # type: ignore[attr-defined]
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class _DeviceMemory:
+    """Memory of a GPU, in the words of numba's protocol, which torch reads."""
+
+    def __init__(self, address: int, nbytes: int, keeper: object) -> None:
+        self.keeper = keeper
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 def _first_of_repeats(tensor: Tensor) -> Tensor:

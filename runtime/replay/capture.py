@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..errors import CaptureError
-from .buffers import copy_into, static_like, weak_memory
+from ..errors import CaptureError, NestedCaptureError
+from .pool import Pool
+from .tape import CompiledKernels, Tape
 
 
 class CapturedPiece(Protocol):
@@ -114,86 +115,80 @@ class _CudaPiece:
 class SimulatedGraphs:
     """CUDA-graph semantics on any device, for tests and for machines without a GPU.
 
-    What it keeps of the real thing: inputs are read from the addresses seen at capture
-    and outputs land at fixed ones; a capture changes nothing, so outputs hold poison
-    until the first replay; nesting, host syncs and host collectives inside a capture are
-    errors; inputs are not kept alive. What it does not model: host code of a piece runs
-    again at each replay, what a custom op does inside is not looked at, and nothing is
-    faster.
+    A capture runs the host code of a piece once and records the kernels that it launches (:class:`Tape`); a replay
+    launches those again, on the same addresses, and nothing else. So Python, ops on the host's tensors and the
+    inside of custom ops do not run again, outputs that are views stay views, and what a kernel writes stays written.
+    A capture changes nothing on the device: memory and random state are given back as they were, and outputs hold
+    poison until the first replay. What it may not capture raises :class:`CaptureError`, as nesting does.
+
+    on_device: whether a tensor that a piece is given, or a factory makes, plays the device's memory; the others play
+    the host's. Ops on the host's alone are not recorded, and a scalar of the host's is read once.
     """
 
     name = "simulated"
 
-    def __init__(self) -> None:
+    def __init__(self, on_device: Callable[[Tensor], bool] = lambda tensor: True) -> None:
+        self._on_device = on_device
         self._capturing_thread: int | None = None
+        self._kernels = CompiledKernels()
+        self._pool: Pool | None = None
 
     def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
         return call(*args)
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
+        if self.is_capturing():
+            raise NestedCaptureError("a capture was started inside another one")
+        devices = [a.device for a in args if isinstance(a, Tensor)]
+        if self._pool is None:
+            self._pool = Pool(devices[0] if devices else torch.device("cpu"))
+        tape = Tape(self._pool, self._on_device)
         self._capturing_thread = threading.get_ident()
+        cuda = {d.index for d in devices if d.type == "cuda"}
         try:
-            with _CaptureRules(), torch.random.fork_rng(devices=()):
-                seen = call(*[_copy(a) if isinstance(a, Tensor) else a for a in args])
+            with torch.random.fork_rng(cuda), self._kernels.over(tape), tape, torch.no_grad():
+                outputs = tuple(call(*args))
         finally:
             self._capturing_thread = None
-        return _SimulatedPiece(call, args, tuple(_poisoned_like(o) if isinstance(o, Tensor) else o for o in seen))
+            tape.undo()
+        return _SimulatedPiece(tape, outputs, self._pool)
 
     def is_capturing(self) -> bool:
-        # The mode stack shows captures of other instances, and is empty inside a custom op.
+        # The mode stack shows captures of other instances, and is empty inside a kernel.
         here = self._capturing_thread == threading.get_ident()
-        return here or any(isinstance(m, _CaptureRules) for m in _get_current_dispatch_mode_stack())
+        return here or any(isinstance(m, Tape) for m in _get_current_dispatch_mode_stack())
 
 
 class _SimulatedPiece:
-    def __init__(self, call: Callable[..., Sequence[Any]], args: Sequence[Any], outputs: tuple[Any, ...]) -> None:
+    def __init__(self, tape: Tape, outputs: tuple[Any, ...], pool: Pool) -> None:
         self.outputs = outputs
-        self._call = call
-        self._args = [weak_memory(a) if isinstance(a, Tensor) else a for a in args]
+        self.replay = tape.replay
+        self._pool = pool
+        for output in outputs:
+            if isinstance(output, Tensor) and pool.block_of(output) in tape.used:
+                _poison(output)
 
-    def replay(self) -> None:
-        args = [a() if callable(a) else a for a in self._args]
-        for landing, value in zip(self.outputs, self._call(*args), strict=True):
-            if isinstance(landing, Tensor):
-                copy_into(landing, value)
+    def free(self, position: int) -> Any:
+        """Give an output's memory to whatever is captured later; a tensor that reads it without keeping it."""
+        output = self.outputs[position]
+        block = self._pool.block_of(output) if isinstance(output, Tensor) else None
+        if block is not None:
+            output = block.like(output)
+            self.outputs = (*self.outputs[:position], output, *self.outputs[position + 1 :])
+        return output
 
     def release(self) -> None:
         self.outputs = ()
-        self._args = []
+        self.replay = _released
 
 
-class _CaptureRules(TorchDispatchMode):
-    """Raises on what a CUDA stream capture would reject or silently leave out."""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if isinstance(func, torch._ops.HigherOrderOperator):
-            return func(*args, **(kwargs or {}))
-        if torch.Tag.data_dependent_output in func.tags or _size_depends_on_data(func, args):
-            raise CaptureError(f"{func} synchronises with the host and cannot be captured; add it to split_ops")
-        if func.namespace in ("_c10d_functional", "c10d", "ringfence"):
-            raise CaptureError(f"{func} runs on the host here and cannot be captured; add it to split_ops")
-        return func(*args, **(kwargs or {}))
+def _released() -> None:
+    raise CaptureError("a piece that was released cannot be replayed")
 
 
-def _size_depends_on_data(func: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    if func is torch.ops.aten.index.Tensor:  # tagged for its boolean indices only
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return True
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copy = static_like(tensor)
-    copy_into(copy, tensor)
-    return copy
-
-
-def _poisoned_like(tensor: Tensor) -> Tensor:
-    """A buffer of the same layout, full of what no computation could have written."""
-    poison = static_like(tensor)
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        return poison.fill_(float("nan"))
-    return poison.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)
+def _poison(output: Tensor) -> None:
+    """Fill an output with what no computation could have written."""
+    if output.dtype.is_floating_point or output.dtype.is_complex:
+        output.fill_(float("nan"))
+    else:
+        output.fill_(True if output.dtype is torch.bool else torch.iinfo(output.dtype).max)

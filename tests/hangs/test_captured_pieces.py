@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ringfence.runtime.errors import CaptureError
 from ringfence.runtime.replay.buffers import copy_into
 from ringfence.runtime.replay.capture import SimulatedGraphs
 
@@ -38,7 +39,7 @@ def test_m31_a_replay_on_a_workspace_that_is_gone_fails() -> None:
     piece = SimulatedGraphs().capture(lambda w: (w + 1,), [workspace])
     del workspace
     gc.collect()
-    with pytest.raises(TypeError):  # on a GPU: an illegal access, or somebody else's memory
+    with pytest.raises(CaptureError, match="freed"):  # on a GPU: an illegal access, or somebody else's memory
         piece.replay()
 
 

@@ -1003,9 +1003,10 @@ def test_runner_padded_rows_are_zero_after_a_larger_call(make_graphs: Callable[[
     for n in (5, 8, 3, 7, 1, 8, 6):
         x = rows(n) + 10
         assert_close(runner(x), [x + 1, x.abs().sum(0)])
-        assert seen[-1].shape == (8, HIDDEN)
-        assert torch.equal(seen[-1][:n], x)
-        assert not seen[-1][n:].any()
+        if make_graphs is RecordingGraphs:  # the simulation does not run the piece's Python again
+            assert seen[-1].shape == (8, HIDDEN)
+            assert torch.equal(seen[-1][:n], x)
+            assert not seen[-1][n:].any()
 
 
 @both_backends
@@ -1024,8 +1025,9 @@ def test_runner_pads_each_dimension_of_each_input(make_graphs: Callable[[], Grap
         mask, x, bias = torch.randn(n, n), torch.randn(HIDDEN, n), weights()
         out = runner(mask, x, bias)
         assert_close(out, [mask @ x.t() + bias, mask + 1])
-        assert not seen[-1][n:].any() and not seen[-1][:, n:].any()
-        assert torch.equal(seen[-1][:n, :n], mask)
+        if make_graphs is RecordingGraphs:
+            assert not seen[-1][n:].any() and not seen[-1][:, n:].any()
+            assert torch.equal(seen[-1][:n, :n], mask)
 
 
 @both_backends
