@@ -26,7 +26,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .compile_passes.clean import clean_payload
 from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
-from .compile_passes.digest import digest
+from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, Site, find
@@ -172,22 +172,24 @@ class Backend:
         read_in_place(whole)
         dump_graph("split", whole)
 
-        chosen, versions = options.as_dict(), _versions()
+        chosen, versions, inputs = options.as_dict(), _versions(), input_names(gm, dynamo_names)
+        sizes = with_shared_sizes(gm, sizes, groups)
         agreed = digest(
             gm,
-            plan,
             verdicts,
             sizes,
             groups,
-            collective=str(situation.collective),
             options=chosen,
             versions=versions,
             device=device,
+            captures=graphs is not None,
+            pads=pads is not None,
+            inputs=inputs,
         )
         supervision = self.supervisor.supervise(channels, agreed)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, input_names(gm, dynamo_names), static_inputs, written)
+        program = lower(plan, whole, compile_piece, inputs, static_inputs, written)
         runner = PiecewiseRunner(
             program,
             sizes,

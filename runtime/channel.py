@@ -291,15 +291,18 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def first_difference(digests: Sequence[tuple[tuple[str, str], ...]], ranks: Sequence[int] | None = None) -> str:
-    """The first part in which ranks differ, and which ranks hold which side."""
-    for sides in zip_longest(*digests):
-        if len(set(sides)) == 1:
-            continue
-        names = list(dict.fromkeys(side[0] for side in sides if side is not None))
-        if len(names) == 1:
-            values = ["nothing" if side is None else side[1] for side in sides]
-            return f"{names[0]} differs: {by_value(values, ranks)}"
-        said = ["nothing" if s is None else f"{s[0]} = {s[1]}" for s in sides]
-        return f"the parts differ: {by_value(said, ranks)}"
+def first_difference(
+    digests: Sequence[tuple[tuple[str, str], ...]],
+    ranks: Sequence[int] | None = None,
+    told: Sequence[tuple[tuple[str, str], ...]] | None = None,
+) -> str:
+    """The first part in which ranks differ, and which ranks hold which side.
+
+    told: the same parts in the words that people are shown.
+    """
+    compared = [dict(parts) for parts in digests]
+    shown = [dict(parts) for parts in told] if told is not None else compared
+    for name in dict.fromkeys(name for sides in zip_longest(*digests) for name, _ in filter(None, sides)):
+        if len({parts.get(name) for parts in compared}) > 1:
+            return f"{name} differs: {by_value([parts.get(name, 'nothing') for parts in shown], ranks)}"
     return "no part differs"

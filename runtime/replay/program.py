@@ -54,14 +54,20 @@ class SizeRule:
     dimension ``d`` of argument ``i``. The tuple of their values is a call's *sizes*;
     every shape in the graph is a function of it. ``tokens`` computes the token count,
     the number of rows that the first all-reduce sums; it is None where the arguments do
-    not tell that number.
+    not tell that number. ``shared`` are the bindings that collectives depend on, so that all ranks
+    have them, in an order that all ranks have; None stands for all of them.
     """
 
     bindings: tuple[tuple[int, int | None], ...]
     tokens: Callable[[tuple[int, ...]], int] | None
+    shared: tuple[int, ...] | None = None
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(args[i] if d is None else args[i].shape[d] for i, d in self.bindings)
+
+    def of_all_ranks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of a call's sizes that are the same on all ranks."""
+        return sizes if self.shared is None else tuple(sizes[i] for i in self.shared)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,10 @@ class PiecewiseRunner:
         self._closed = closed
         self._max_tokens = max_tokens
         self._static_outputs = static_outputs
+        #: Whether captured pieces hold collectives, which every rank must capture then.
+        self._lockstep = self._graphs is not None and any(s.calls for s in program.steps if not s.island)
+        #: Sizes of all ranks that were captured, or tried -> their token count.
+        self._met: dict[tuple[int, ...], int] = {}
         self._failed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
         self._read_by_pieces = {i for step in program.steps if not step.island for i in step.inputs}
@@ -178,14 +182,34 @@ class PiecewiseRunner:
         finally:
             self._in_use.release()
 
+    def _together(self, target: tuple[int, ...]) -> bool:
+        """Whether every rank captures in this step, so that they can agree on it.
+
+        Where captured pieces hold collectives, all must. Where not, they do when they first meet sizes that all of them
+        have; what else a capture is for, such as a rank's own sizes and addresses, is its own business.
+        """
+        if self._lockstep:
+            return True
+        shared = self._compared(target)
+        first = shared not in self._met
+        self._met.setdefault(shared, self._tokens(target))
+        return first
+
+    def _compared(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """What of a step's sizes must be the same on all ranks."""
+        return sizes if self._lockstep else self._sizes.of_all_ranks(sizes)
+
     def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         addresses = tuple([args[i].data_ptr() for i in self._static])
         entry = self._entries.get((target, addresses))
+        together = False
         if entry is None:
             self._check_parameters(target)
-            if (target, addresses) in self._failed or self._has_enough(target, addresses):
+            together = self._together(target)
+            if (target, addresses) in self._failed or self._has_enough(target, addresses, together):
                 return self._run(args, sizes)
-            self._supervision.before_capture(target)
+            if together:
+                self._supervision.before_capture(self._compared(target))
             parameters = [_Parameter(args[i]) for i in self._static]
             entry = _Entry(target, [], [], [], addresses, parameters)
             run, how = self._capture, CAPTURE
@@ -199,7 +223,7 @@ class PiecewiseRunner:
         try:
             self._step(target, how, run, entry, sizes, args)
             if how is CAPTURE:
-                self._keep_or_drop(entry)
+                self._keep_or_drop(entry, together)
             self._write_back(entry, sizes, args)
             return self._outputs(entry, sizes, args)
         finally:
@@ -207,7 +231,7 @@ class PiecewiseRunner:
 
     def _step(self, sizes: tuple[int, ...], how: str, body: Callable[..., None], *args: Any) -> None:
         """``body(marks, *args)`` as one step of the journal; the other ranks hear of it when it fails."""
-        self._supervision.before_step(sizes, how)
+        self._supervision.before_step(self._compared(sizes), how)
         marks = self._journal.begin(self._number, sizes, how)
         try:
             body(marks, *args)
@@ -228,11 +252,16 @@ class PiecewiseRunner:
                 "another kernel would not return the same bits"
             )
 
-    def _has_enough(self, target: tuple[int, ...], addresses: tuple[int, ...]) -> bool:
-        tokens = self._sizes.tokens
-        assert tokens is not None
-        alike = (s for s, a in self._entries if a == addresses and tokens(s) == tokens(target))
+    def _has_enough(self, target: tuple[int, ...], addresses: tuple[int, ...], together: bool) -> bool:
+        tokens = self._tokens(target)
+        if together and not self._lockstep:  # what all ranks count alike; this one is among them already
+            return sum(1 for n in self._met.values() if n == tokens) > _CAPTURES_PER_TOKEN_COUNT
+        alike = (s for s, a in self._entries if a == addresses and self._tokens(s) == tokens)
         return sum(1 for _ in alike) >= _CAPTURES_PER_TOKEN_COUNT
+
+    def _tokens(self, sizes: tuple[int, ...]) -> int:
+        assert self._sizes.tokens is not None
+        return self._sizes.tokens(sizes)
 
     def _replay(self, marks: Marks, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         self._load(entry, sizes, args)
@@ -367,11 +396,12 @@ class PiecewiseRunner:
             entry.release()
             raise
 
-    def _keep_or_drop(self, entry: _Entry) -> None:
-        """Use the captures from now on if every rank has its own; if not, no rank does."""
+    def _keep_or_drop(self, entry: _Entry, together: bool) -> None:
+        """Use the captures from now on if every rank that captured has its own; if not, no rank does."""
         key = entry.sizes, entry.addresses
+        vote = self._supervision.after_capture if together else self._supervision.after_own_capture
         try:
-            failures = self._supervision.after_capture(entry.failed)
+            failures = vote(entry.failed)
         except BaseException:
             entry.release()
             raise

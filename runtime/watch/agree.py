@@ -25,10 +25,19 @@ class PlanDigest:
     """What must be equal on all ranks: named parts, in the order in which a difference is looked for.
 
     Causes come before consequences (versions before ops), so that the first difference is
-    the one to mend.
+    the one to mend. ``sources`` say where in the user's code a part comes from; they may differ. ``lockstep``:
+    collectives are captured, so that all ranks must capture in the same steps.
     """
 
     parts: tuple[tuple[str, str], ...]
+    sources: tuple[tuple[str, str], ...] = ()
+    lockstep: bool = True
+
+    @property
+    def told(self) -> tuple[tuple[str, str], ...]:
+        """The parts with their sources."""
+        where = dict(self.sources)
+        return tuple((name, f"{text} ({where[name]})" if name in where else text) for name, text in self.parts)
 
     @functools.cached_property
     def short(self) -> str:
@@ -44,8 +53,9 @@ def agree(channel: Channel, digest: PlanDigest, *, what: str = "compiled graph")
     topic = f"agree on the {what}"
     if len(set(channel.exchange(topic, digest.short))) == 1:
         return
-    digests = channel.exchange(f"{topic}: the difference", digest.parts)
-    raise RankMismatch(f"the ranks do not agree on the {what}: {first_difference(digests, channel.ranks)}")
+    digests = channel.exchange(f"{topic}: the difference", (digest.parts, digest.told))
+    difference = first_difference([parts for parts, _ in digests], channel.ranks, [told for _, told in digests])
+    raise RankMismatch(f"the ranks do not agree on the {what}: {difference}")
 
 
 def vote(channel: Channel, topic: str, failure: str | None) -> Failures:
@@ -97,7 +107,7 @@ class GroupAgreement:
         """The opt-in check of every step. Raises :class:`RankMismatch` where ranks choose differently."""
         for channel in self._channels:
             answers = channel.exchange("step", (step, sizes, how))
-            if len(set(answers)) > 1:
+            if len({said if self._digest.lockstep else said[:2] for said in answers}) > 1:
                 said = [f"step {n} of {sizes_text(s)}, {h}" for n, s, h in answers]
                 raise RankMismatch(
                     f"the ranks do not take the same step: {by_value(said, channel.ranks)}; what chooses a graph "

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..channel import DEFAULT_SECONDS, Channel, failures_text, open_channel
-from ..errors import ChannelTimeoutError, GroupFailureError, PeerFailedError, RankMismatch
+from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, PeerFailedError, RankMismatch
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
 from .culprit import Failure, where
@@ -25,7 +25,13 @@ T = TypeVar("T")
 
 
 class Supervision:
-    """What a runner asks for. This one is for a rank on its own: nobody to agree with."""
+    """What a runner asks for. This one is for a rank on its own: nobody to agree with.
+
+    raise_on_capture: a capture that fails is an error, instead of a step down.
+    """
+
+    def __init__(self, *, raise_on_capture: bool = False) -> None:
+        self._raise_on_capture = raise_on_capture
 
     def check(self) -> None:
         """Before anything else of a call. Raises :class:`PoisonedError` where the ranks are out of step."""
@@ -38,6 +44,12 @@ class Supervision:
 
     def after_capture(self, failure: str | None) -> tuple[str, ...]:
         """Why the captures of that step are not to be kept; empty where they are."""
+        return self.after_own_capture(failure)
+
+    def after_own_capture(self, failure: str | None) -> tuple[str, ...]:
+        """The same of a capture that is no other rank's business. Raises :class:`CaptureError` where that was asked."""
+        if failure is not None and self._raise_on_capture:
+            raise CaptureError(f"{failure} (on_capture_failure='raise')")
         return () if failure is None else (failure,)
 
     def failed(self, error: BaseException) -> None:
@@ -64,9 +76,10 @@ class GroupSupervision(Supervision):
         every_step: bool = False,
         raise_on_capture: bool = False,
     ) -> None:
+        super().__init__(raise_on_capture=raise_on_capture)
         self._journal, self._health = journal, health
         self._agreement, self._watchdog, self._folder = agreement, watchdog, folder
-        self._every_step, self._raise_on_capture = every_step, raise_on_capture
+        self._every_step = every_step
         self._steps = 0
 
     def check(self) -> None:
@@ -203,7 +216,7 @@ class Supervisor:
         Raises :class:`RankMismatch` and :class:`ChannelTimeoutError`.
         """
         if not channels:
-            return Supervision()
+            return Supervision(raise_on_capture=self._raise_on_capture)
         return GroupSupervision(
             self.journal,
             self.health,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ringfence
+from ringfence.runtime.hazards.situation import Collective, Situation
 from ringfence.runtime.watch.agree import PlanDigest, first_difference
 from ringfence.runtime.watch.supervision import Supervision
 
@@ -29,7 +31,14 @@ def other_model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(y, (16,), weight)
 
 
-def digest_of(fn: Any = model, dtype: torch.dtype = torch.float32, **options: Any) -> PlanDigest:
+def digest_of(
+    fn: Any = model,
+    dtype: torch.dtype = torch.float32,
+    *,
+    judged: Situation | None = None,
+    dynamic: bool = False,
+    **options: Any,
+) -> PlanDigest:
     digests: list[PlanDigest] = []
 
     def supervise(_: Any, digest: PlanDigest) -> Supervision:
@@ -38,8 +47,11 @@ def digest_of(fn: Any = model, dtype: torch.dtype = torch.float32, **options: An
 
     torch._dynamo.reset()
     backend = ringfence.Backend(piece_compiler="eager", **options)
+    backend.judge_as = judged
     backend.supervisor.supervise = supervise  # type: ignore[method-assign]
     inputs = [torch.randn(s, dtype=dtype) for s in ((4, 16), (4, 16), (16,))]
+    for tensor in inputs[: 2 + (fn is own_size)] if dynamic else ():
+        torch._dynamo.mark_dynamic(tensor, 0)
     with torch.no_grad():
         torch.compile(fn, backend=backend, fullgraph=True)(*inputs)
     return digests[-1]
@@ -57,7 +69,7 @@ def test_compiling_twice_gives_the_same() -> None:
     [
         ({"capture_sizes": [4]}, "option capture_sizes differs"),
         ({"split_ops": ["aten::mul"]}, "option split_ops differs"),
-        ({"fn": other_model}, "call 0 differs"),
+        ({"fn": other_model}, "call 1 differs"),
         ({"dtype": torch.bfloat16}, "call 0 differs"),
     ],
 )
@@ -80,3 +92,34 @@ def test_what_is_a_ranks_own_business_is_left_out() -> None:
     assert dist.group.WORLD is not None
     name = dist.group.WORLD.group_name
     assert all(f"'{name}'" not in text for _, text in digest_of().parts)
+
+
+def with_bias(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    y = x * 2 + residual.sin()
+    dist.all_reduce(y)
+    return F.rms_norm(y.relu() + residual, (16,), weight)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_local_work_is_left_out_and_so_is_what_follows_a_sum_of_torchs() -> None:
+    a, b = digest_of(), digest_of(with_bias)
+    assert a.parts == b.parts and a.sources != b.sources
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("collective", [None, Collective.MNNVL])
+def test_sizes_are_named_where_collectives_are_captured(collective: Collective | None) -> None:
+    judged = Situation(collective, "0.7.0") if collective is not None else None
+    a, b = (
+        digest_of(fn, judged=judged, dynamic=True, capture_sizes=[4], graphs="simulated") for fn in (model, own_size)
+    )
+    assert a.lockstep is b.lockstep is (collective is not None)
+    if collective is None:
+        assert a.parts == b.parts
+    else:
+        said = first_difference([a.parts, b.parts])
+        assert re.fullmatch(r"sizes that a capture is for differs: rank 0: .*x.*; rank 1: .*x.*weight.*", said), said
+
+
+def own_size(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return model(x, residual, torch.ones(16)), weight * 2

@@ -46,9 +46,18 @@ def test_the_first_difference_is_named_with_both_sides_on_every_rank() -> None:
 def test_a_plan_that_is_longer_on_one_rank() -> None:
     short, long = digest(a="1").parts, digest(a="1", op1="all_reduce").parts
     assert first_difference([short, long]) == "op1 differs: rank 0: nothing; rank 1: all_reduce"
-    assert first_difference([long, digest(a="1", piece="p").parts]) == (
-        "the parts differ: rank 0: op1 = all_reduce; rank 1: piece = p"
+    assert (
+        first_difference([long, digest(a="1", piece="p").parts]) == "op1 differs: rank 0: all_reduce; rank 1: nothing"
     )
+
+
+def test_a_difference_is_told_with_its_source_which_alone_is_none() -> None:
+    def at(line: int, call: str) -> PlanDigest:
+        return PlanDigest((("call 0", "sum"), ("call 1", call)), (("call 0", f"m.py:{line}"), ("call 1", "m.py:9")))
+
+    assert run_threaded(2, lambda rank: agree(channel(), at(rank, "sum")) or "agreed") == ["agreed"] * 2
+    (said,) = raises_on_every_rank(2, lambda rank: agree(channel(), at(rank, "max" if rank else "sum")))
+    assert said.endswith("call 1 differs: rank 0: sum (m.py:9); rank 1: max (m.py:9)")
 
 
 def test_a_rank_that_does_not_come_to_agree_is_named() -> None:
@@ -95,6 +104,18 @@ def test_steps_are_compared_where_asked_for() -> None:
 
     (said,) = raises_on_every_rank(2, body)
     assert "rank 0: step 1 of fixed sizes, replayed; rank 1: step 1 of sizes (4,), uncaptured" in said
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_how_a_step_runs_matters_where_collectives_are_captured(lockstep: bool) -> None:
+    def body(rank: int) -> None:
+        agreement = GroupAgreement([channel()], PlanDigest((("a", "1"),), lockstep=lockstep))
+        agreement.before_step(0, (4,), "captured" if rank else "replayed")
+
+    if lockstep:
+        assert "step 0 of sizes (4,), replayed" in raises_on_every_rank(2, body).pop()
+    else:
+        run_threaded(2, body)
 
 
 def mesh(store: Any, rank: int, rows: int, columns: int, seconds: float = 20) -> list[Channel]:

@@ -1,0 +1,193 @@
+"""Ranks that do other local work: served where their collectives are the same, and named where they are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ringfence
+from support import run_ranks
+
+H = 16
+
+
+class Model(nn.Module):
+    """Row-parallel layers; what a rank does more than others is in :meth:`local`."""
+
+    def __init__(self, rank: int, layers: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(rank)
+        self.rank = rank
+        self.w = nn.ParameterList(nn.Parameter(torch.randn(H, H) / 4) for _ in range(layers + rank))
+        self.b = nn.Parameter(torch.randn(H))
+        self.norm = nn.RMSNorm(H, eps=1e-6)
+
+    def local(self, x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return x @ w
+
+    def forward(self, x: Tensor, r: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        for w in self.w[:2]:
+            y = self.local(x, r, w)
+            dist.all_reduce(y)
+            r = r + y
+            x = self.norm(r)
+        return x, r
+
+
+class Local(Model):
+    """A bias and the residual on rank 0 only, more experts on rank 1, an output that rank 0 alone returns."""
+
+    def local(self, x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        y = F.linear(x, w, self.b if self.rank == 0 else None) + (r if self.rank == 0 else 0)
+        return y + sum((F.silu(x @ e) for e in self.w), torch.zeros(()))
+
+    def forward(self, x: Tensor, r: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        x, r = super().forward(x, r)
+        return (x, r, x @ self.w[0].t()) if self.rank == 0 else (x, r)
+
+
+class Islands(Model):
+    """Rank 1 has islands around its collectives. Rank 0 reads a sum itself, so that site is declined: a peer meets
+    the same all-reduce."""
+
+    def local(self, x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return (x.sinh() @ w).sinh() * 0.1 if self.rank == 1 else x @ w
+
+    def forward(self, x: Tensor, r: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        x, r = super().forward(x, r)
+        y = x @ self.w[0]
+        dist.all_reduce(y)
+        z = y.relu() if self.rank == 0 else x
+        return self.norm(y + r), z
+
+
+class OwnSizes(Model):
+    """A tensor of each rank's own, of another length in each step; rank 1 reads it before anything else."""
+
+    def local(self, x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return x @ w
+
+    def forward(self, x: Tensor, r: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        if self.rank == 1:
+            x = own[0].sum(0) + x
+        x, r = super().forward(x, r)
+        return x, r, own[0] * 2
+
+
+MODELS: Sequence[type[Model]] = (Local, Islands, OwnSizes)
+
+
+def _inputs(rank: int, model: type[Model]) -> Iterator[tuple[Tensor, ...]]:
+    torch.manual_seed(7)
+    for step, n in enumerate((4, 5, 4, 4, 3, 5, 4)):
+        shared = torch.randn(n, H), torch.randn(n, H)
+        # Their lengths come back on rank 0 and not on rank 1, which captures where rank 0 replays.
+        own = torch.randn(7 + step * rank, H)
+        yield (*shared, own) if model is OwnSizes else shared
+
+
+def _differences(rank: int) -> dict[str, tuple[float, str]]:
+    torch.set_grad_enabled(False)
+    found = {}
+    for model in MODELS:
+        for sizes in ((), (4, 5)):
+            torch._dynamo.reset()
+            backend = ringfence.Backend(
+                piece_compiler="eager",
+                capture_sizes=sizes,
+                graphs="simulated",
+                split_ops=["aten::sinh"],
+                agree_seconds=30,
+                check_every_step=bool(sizes) == (model is OwnSizes),
+            )
+            ours = model(rank)
+            compiled = torch.compile(ours, backend=backend, fullgraph=True, dynamic=True)
+            worst = 0.0
+            for inputs in _inputs(rank, model):
+                expected, actual = ours(*inputs), compiled(*inputs)
+                worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True)))
+            (report,) = backend.reports
+            found[f"{model.__name__}{list(sizes)}"] = worst, report.summary
+    return found
+
+
+def test_other_local_work_is_served_fused_and_right() -> None:
+    ranks = run_ranks(2, _differences, timeout=300)
+    for rank, found in enumerate(ranks):
+        assert len(found) == 2 * len(MODELS)
+        for name, (worst, summary) in found.items():
+            assert worst <= 1e-4, (rank, name, worst)
+            fused = {"Islands": "2 of 3" if rank == 0 else "3 of 3"}.get(name.split("[")[0], "2 of 2")
+            assert summary.startswith(f"{fused} all-reduces fused"), (rank, name, summary)
+
+
+# -- what does matter
+
+
+def _extra_call(rank: int, x: Tensor) -> Tensor:
+    y = x * 2
+    dist.all_reduce(y)
+    if rank == 1:
+        y = y.sin()
+        dist.all_reduce(y)  # the extra one
+    return y + x
+
+
+def _other_amount(rank: int, x: Tensor) -> Tensor:
+    y = torch.cat([x, x]) if rank == 1 else x * 2
+    dist.all_reduce(y)
+    return y[: x.shape[0]]
+
+
+def _other_op(rank: int, x: Tensor) -> Tensor:
+    y = x * 2
+    dist.all_reduce(y, op=dist.ReduceOp.MAX if rank == 1 else dist.ReduceOp.SUM)
+    return y + x
+
+
+def _other_option(rank: int, x: Tensor) -> Tensor:
+    y = x * 2
+    dist.all_reduce(y)
+    return y
+
+
+REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "extra call": (
+        _extra_call,
+        r"call 1 differs: rank 0: nothing; rank 1: sum over 2 ranks .* \(.*uneven_ranks.py:\d+",
+    ),
+    "other amount": (
+        _other_amount,
+        r"call 0 differs: rank 0: sum over 2 ranks \(group 0\) of n0\*n1 float32 \(.*uneven_ranks.py:\d+.*\); "
+        r"rank 1: .* of 2\*n0\*n1 float32 \(.*uneven_ranks.py:\d+",
+    ),
+    "other op": (_other_op, r"call 0 differs: rank 0: sum over .*; rank 1: max over "),
+    "other option": (_other_option, r"option capture_sizes differs: rank 0: \[\]; rank 1: \[4\]"),
+}
+
+
+def _refusals(rank: int) -> dict[str, str]:
+    torch.set_grad_enabled(False)
+    said = {}
+    for name, (model, _) in REFUSED.items():
+        torch._dynamo.reset()
+        sizes = [4] if name == "other option" and rank == 1 else []
+        backend = ringfence.Backend(piece_compiler="eager", agree_seconds=30, capture_sizes=sizes)
+        try:
+            torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(rank, torch.randn(4, H))
+        except Exception as error:
+            inner = getattr(error, "inner_exception", error)
+            said[name] = f"{type(inner).__name__}: {inner}"
+    return said
+
+
+def test_other_collectives_are_refused_and_the_first_is_named() -> None:
+    for said in run_ranks(2, _refusals):
+        for name, (_, pattern) in REFUSED.items():
+            assert said[name].startswith("RankMismatch"), (name, said)
+            assert re.search(pattern, said[name]), (name, said[name])
