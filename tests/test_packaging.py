@@ -75,3 +75,11 @@ def test_no_class_name_has_two_homes() -> None:
                     homes[node.name].add(str(path.relative_to(ROOT)))
     double = {name: sorted(files) for name, files in homes.items() if len(files) > 1 and name not in STILL_DOUBLE}
     assert not double
+
+
+def test_the_glossary_is_short_and_has_each_word_once() -> None:
+    section = (ROOT / "docs" / "design.md").read_text().partition("## Words\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    words = [word.strip("| ") for row in rows for word in row[0].split(",")]
+    assert 20 <= len(rows) <= 25 and len(set(words)) == len(words)
+    assert all(len(row) == 2 and row[1].strip("| ") for row in rows)
