@@ -22,8 +22,8 @@ from ..runtime.replay.program import SizeRule
 from ..runtime.watch.agree import PlanDigest
 from .fuse import SITE
 from .groups import collectives_of, group_of
-from .host import op_names
 from .judge import Decision, Verdict
+from .op_calls import op_calls, op_names
 from .provenance import module_of, source_of
 from .roles import arguments, bound_arguments, c10d, calls, dtype_text, is_tensor, tensor
 
@@ -61,7 +61,8 @@ def digest(
     """
     told = _Symbols(gm, sizes)
     shared = _shared(gm, groups)
-    captured = {v.node for v in verdicts if v.decision is Decision.IN_GRAPH} if captures else set()
+    in_graph = {v.node for v in verdicts if v.decision is Decision.IN_GRAPH} if captures else set()
+    captured = {call.node.name for n in gm.graph.nodes if n.name in in_graph for call in op_calls(n)}
     calls = {f"call {i}": node for i, node in enumerate(shared)}
     texts = _calls(shared, groups, captured, {v.node for v in verdicts if v.clean}, told)
     lockstep = any(node.name in captured for node in shared)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule
 
 from ..runtime.hazards.situation import Fact
 from .fuse import SITE
-from .host import op_names, reads_data, sizes_given_as_data, stream_of, touches_host, waits_for_device
-from .judge import KNOWN_UNSAFE
+from .host import Unsafe, stream_of, surroundings_of, unsafe_for
+from .op_calls import op_calls
+from .rules import KNOWN_UNSAFE
 from .split import SplitPlan
 
 
@@ -39,21 +39,21 @@ def facts_of(plan: SplitPlan, whole: GraphModule) -> tuple[Evidence, ...]:
 
 def _captured_ops(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
     """Ops inside captured pieces that a replay would leave out or repeat."""
-    given = sizes_given_as_data(whole)
+    about = surroundings_of(whole)
     for part in plan.pieces:
         if part.island:
             continue
-        for node in whole.get_submodule(part.name).graph.nodes:  # type: ignore[union-attr]
-            if node.op != "call_function":
-                continue
-            op, _ = op_names(node)
-            what = f"'{node.name}' ({op}) in the captured {part.name}"
-            if reads_data(node, given) or touches_host(node) or waits_for_device(node):
-                yield Evidence(Fact.HOST_SYNC_IN_PIECE, node.name, f"{what} needs the host")
+        for call in (c for n in whole.get_submodule(part.name).graph.nodes for c in op_calls(n)):  # type: ignore[union-attr]
+            op, _ = call.names
+            what = f"'{call.node.name}' ({op}) in the captured {part.name}"
+            unsafe = unsafe_for(call, about)
+            if unsafe - {Unsafe.TAGGED}:
+                yield Evidence(Fact.HOST_SYNC_IN_PIECE, call.node.name, f"{what} needs the host")
             if op in KNOWN_UNSAFE:
-                yield Evidence(KNOWN_UNSAFE[op], node.name, f"{what}: {KNOWN_UNSAFE[op].meaning}")
-                if torch.Tag.cudagraph_unsafe not in getattr(node.target, "tags", ()):
-                    yield Evidence(Fact.UNMARKED_UNSAFE_OP, node.name, f"{what} carries no torch.Tag.cudagraph_unsafe")
+                yield Evidence(KNOWN_UNSAFE[op], call.node.name, f"{what}: {KNOWN_UNSAFE[op].meaning}")
+                if Unsafe.TAGGED not in unsafe:
+                    message = f"{what} carries no torch.Tag.cudagraph_unsafe"
+                    yield Evidence(Fact.UNMARKED_UNSAFE_OP, call.node.name, message)
 
 
 def _across_parts(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:

@@ -17,8 +17,8 @@ from ..runtime.errors import OptionsError
 from ..runtime.groups import Group, describe_group, group_exists
 from .all_reduce import EngineCall, GroupOf, engine_call
 from .fuse import SITE
-from .host import op_names
-from .roles import bound_arguments, c10d, calls, first_node
+from .op_calls import nodes_of, op_arguments, op_names
+from .roles import c10d, calls, first_node
 
 #: Key of ``node.meta`` under which an engine's all-reduce keeps the name of its process group.
 GROUP = "ringfence_group"
@@ -36,7 +36,7 @@ def describe_groups(
     ``all_reduce_ops`` does not tell which one an op runs over.
     """
     named: dict[str, str | None] = {}
-    for node in gm.graph.nodes:
+    for node in nodes_of(gm):
         call = engine_call(node, all_reduce_ops) if all_reduce_ops and not is_ours_or_torchs(node) else None
         if call is not None and isinstance(call.group, str):  # if not, find declines it
             _check_engine_call(node, call, named.setdefault(call.op, call.overruled))
@@ -67,16 +67,16 @@ def is_ours_or_torchs(node: Node) -> bool:
 
 
 def groups_of(gm: GraphModule) -> list[str]:
-    """The names of the process groups that the graph's collectives run over, by first use.
+    """The names of the process groups that the graph's collectives run over, by first use, also in nested regions.
 
     The order is the same on all ranks of a model; the names are each rank's own.
     """
-    return list(dict.fromkeys(group for node in gm.graph.nodes if (group := find_group(node)) is not None))
+    return list(dict.fromkeys(group for node in nodes_of(gm) if (group := find_group(node)) is not None))
 
 
 def collectives_of(gm: GraphModule) -> list[Node]:
-    """The collectives over known groups, in order; a wait belongs to the one that it waits for."""
-    return [n for n in gm.graph.nodes if not calls(n, c10d.wait_tensor.default) and find_group(n) is not None]
+    """The collectives over known groups, in order, also in nested regions; a wait belongs to the one it waits for."""
+    return [n for n in nodes_of(gm) if not calls(n, c10d.wait_tensor.default) and find_group(n) is not None]
 
 
 def group_of(node: Node) -> str:
@@ -95,6 +95,6 @@ def find_group(node: Node) -> str | None:
         return str(node.meta[GROUP])
     if node.op != "call_function" or not is_ours_or_torchs(node):
         return None
-    bound = bound_arguments(node)
+    bound = op_arguments(node)
     group = bound.get("group_name", bound.get("group"))
     return group if isinstance(group, str) else None

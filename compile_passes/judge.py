@@ -8,34 +8,25 @@ collective meet, in this version, on this machine? The stricter answer holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
-import torch
 from torch.fx import GraphModule, Node
 
 from ..runtime.errors import HazardError
 from ..runtime.hazards.catalogue import applicable
 from ..runtime.hazards.engine_default import engine_default
-from ..runtime.hazards.situation import Collective, Fact, Situation, Strategy
+from ..runtime.hazards.situation import Collective, Situation, Strategy
 from ..runtime.hazards.table import Action, Hazard
 from .all_reduce import is_all_reduce
+from .constants import mark_constants
 from .fuse import SITE
 from .groups import find_group, is_ours_or_torchs
-from .host import op_names, reads_data, sizes_given_as_data, touches_host, waits_for_device
+from .host import Surroundings, surroundings_of, unsafe_for
+from .op_calls import OpCall, op_calls
 from .roles import dtype_text, first_node, tensor
-
-
-class Decision(StrEnum):
-    """Where an op runs: inside a piece, eagerly between pieces, or not at all.
-
-    A fused site that is refused is carried out by the reference collective, between pieces.
-    """
-
-    IN_GRAPH = "IN_GRAPH"
-    SPLIT = "SPLIT"
-    REFUSE = "REFUSE"
+from .rules import RULES, OpFacts, Rule
+from .rules import Decision as Decision
 
 
 @dataclass(frozen=True)
@@ -60,135 +51,6 @@ class Verdict:
     fact: str | None = None
     remedy: str | None = None
     clean: bool = False
-
-
-@dataclass(frozen=True)
-class OpFacts:
-    """What the rules may ask about a node.
-
-    ``carrier`` is who carries out a fused site; ``engine_op`` says that it is an all-reduce of an engine, of whose
-    inside nothing is known.
-    """
-
-    op: str
-    backend: str | None
-    carrier: Collective | None
-    named_split: bool
-    capture: bool
-    collective: bool
-    data_dependent: bool
-    touches_host: bool
-    tagged_unsafe: bool
-    engine_op: bool = False
-    capture_failure: str | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    id: str
-    applies: Callable[[OpFacts], bool]
-    decision: Decision
-    message: str
-    source: str
-
-
-#: Backends whose collectives are carried out by the host, or by nobody.
-_HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
-
-#: Who keeps the epoch, slot and flags of a call in words on the device.
-_DEVICE_EPOCH = frozenset({Collective.MNNVL, Collective.TRTLLM, Collective.MNNVL_CUTEDSL})
-
-#: Ops of engines and of FlashInfer that must not be in a captured piece, though nothing marks them.
-KNOWN_UNSAFE: Mapping[str, Fact] = {
-    "flashinfer::trtllm_custom_all_reduce": Fact.HOST_EPOCH,
-    "_C_custom_ar::all_reduce": Fact.BUFFERS_NOT_REGISTERED,
-    "sgl_kernel::all_reduce": Fact.BUFFERS_NOT_REGISTERED,
-}
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        "split_op",
-        lambda f: f.named_split,
-        Decision.SPLIT,
-        "named in split_ops",
-        "option split_ops",
-    ),
-    Rule(
-        "no_capture",
-        lambda f: not f.capture,
-        Decision.IN_GRAPH,
-        "nothing is captured, so nothing needs to be split off",
-        "option capture_sizes",
-    ),
-    Rule(
-        "data_dependent",
-        lambda f: f.data_dependent,
-        Decision.SPLIT,
-        "a shape or value that it reads or returns depends on data; a replay would repeat the one seen at capture",
-        "CUDA C++ Programming Guide, CUDA Graphs: a synchronising call invalidates the capture",
-    ),
-    Rule(
-        "host_memory",
-        lambda f: f.touches_host,
-        Decision.SPLIT,
-        "it moves a value between the host and the device; a replay would repeat the one seen at capture",
-        "CUDA C++ Programming Guide, CUDA Graphs: kernel arguments are recorded, pageable copies synchronise",
-    ),
-    Rule(
-        "cudagraph_unsafe",
-        lambda f: f.tagged_unsafe,
-        Decision.SPLIT,
-        "it carries torch.Tag.cudagraph_unsafe",
-        "torch/_C Tag.cudagraph_unsafe: its author says that it cannot be captured",
-    ),
-    Rule(
-        "known_unsafe",
-        lambda f: f.op in KNOWN_UNSAFE,
-        Decision.SPLIT,
-        "it is known that it cannot be captured in a piece, and it does not carry torch.Tag.cudagraph_unsafe",
-        "hazards M15 and M32",
-    ),
-    Rule(
-        "self_test",
-        lambda f: f.capture_failure is not None,
-        Decision.SPLIT,
-        "{capture_failure}",
-        "the start-up self-test of its workspace",
-    ),
-    Rule(
-        "device_epoch",
-        lambda f: f.carrier in _DEVICE_EPOCH,
-        Decision.IN_GRAPH,
-        "{carrier} keeps the epoch and the flags of its calls on the device, so a replay goes on from the last call",
-        "invariant I6; read in FlashInfer 0.6.0 to 0.7.x",
-    ),
-    Rule(
-        "host_collective",
-        lambda f: f.collective and f.backend in _HOST_BACKENDS and f.carrier in (None, Collective.REFERENCE),
-        Decision.SPLIT,
-        "runs on the host over {backend}; a replayed piece would not run it again",
-        "docs/design.md, what decides capture",
-    ),
-    Rule(
-        "nccl",
-        lambda f: (
-            f.collective
-            and not f.engine_op
-            and f.backend == "nccl"
-            and f.carrier in (None, Collective.NCCL, Collective.REFERENCE)
-        ),
-        Decision.IN_GRAPH,
-        "over NCCL it is stream work with its epoch on the device",
-        "NCCL user guide, Using NCCL with CUDA Graphs (2.9 and later)",
-    ),
-    Rule(
-        "unknown_collective",
-        lambda f: f.collective,
-        Decision.SPLIT,
-        "nothing is known about it under capture; an epoch held by the host would be baked into the graph",
-        "docs/design.md, what decides capture",
-    ),
-)
 
 
 def judge(
@@ -224,22 +86,23 @@ def judge(
     ``profile="conservative"`` decides fused sites by the rule of the field instead
     (:mod:`ringfence.runtime.hazards.engine_default`).
     """
-    given = sizes_given_as_data(gm)
-    verdicts = []
-    for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        facts = _facts(node, backends, capture, split_ops, all_reduce_ops, situation, given)
+    mark_constants(gm)
+    about = surroundings_of(gm)
+
+    def of(call: OpCall, outer: Node) -> Verdict | None:
+        node = call.node
+        facts = _facts(call, backends, capture, split_ops, all_reduce_ops, situation, about)
         if facts.carrier is not None:
             facts = replace(facts, capture_failure=capture_failure)
-        unsafe = facts.data_dependent or facts.touches_host or facts.tagged_unsafe or facts.op in KNOWN_UNSAFE
-        if not (facts.named_split or facts.collective or unsafe):
-            continue
+        if not facts.matters:
+            return None
         rule = next(r for r in rules if r.applies(facts))
         message = rule.message.format(
             backend=facts.backend, carrier=facts.carrier, capture_failure=facts.capture_failure
         )
-        verdict = Verdict(node.name, facts.op, rule.decision, rule.id, message, rule.source, node.meta.get(SITE), None)
+        if node is not outer:
+            message = f"{message} (it is in a region that '{outer.name}' calls)"
+        verdict = Verdict(outer.name, facts.op, rule.decision, rule.id, message, rule.source, node.meta.get(SITE), None)
         if facts.carrier is not None and situation is not None:  # an all-reduce without a norm too
             source = first_node(node)
             assert source is not None, "a fused op takes its input first"
@@ -251,8 +114,10 @@ def judge(
         if nccl is not None and verdict.rule == "nccl":  # nothing else could carry it out, so no refusal
             mine = replace(nccl, capture=capture)
             verdict = _by_hazards(verdict, mine, on_hazard if on_hazard == "raise" else "split")
-        verdicts.append(verdict)
-    return verdicts
+        return verdict
+
+    found = ([v for call in op_calls(node) if (v := of(call, node)) is not None] for node in gm.graph.nodes)
+    return [max(verdicts, key=_strictness) for verdicts in found if verdicts]  # the first of the strictest
 
 
 # -- hazards -----------------------------------------------------------------------
@@ -313,15 +178,15 @@ def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:
 
 
 def _facts(
-    node: Node,
+    call: OpCall,
     backends: Mapping[str, str],
     capture: bool,
     split_ops: Collection[str],
     all_reduce_ops: Collection[str],
     situation: Situation | None,
-    given: frozenset[object],
+    about: Surroundings,
 ) -> OpFacts:
-    op, full = op_names(node)
+    node, (op, full) = call.node, call.names
     group = find_group(node)
     known = is_ours_or_torchs(node)
     ours = known and op.split("::")[0] == "ringfence"
@@ -333,8 +198,6 @@ def _facts(
         named_split=op in split_ops or full in split_ops,
         capture=capture,
         collective=known or is_all_reduce(node, all_reduce_ops),
+        unsafe=unsafe_for(call, about),
         engine_op=not known and is_all_reduce(node, all_reduce_ops),
-        data_dependent=reads_data(node, given) or waits_for_device(node),
-        touches_host=touches_host(node),
-        tagged_unsafe=torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()),
     )

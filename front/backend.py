@@ -26,16 +26,17 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .compile_passes.clean import clean_payload
 from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
+from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import Candidate, Site, find
 from .compile_passes.fuse import fuse
 from .compile_passes.groups import collectives_of, describe_groups
-from .compile_passes.host import op_names
 from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.mutations import hoist_writes, read_in_place
+from .compile_passes.op_calls import op_names
 from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names
 from .compile_passes.report import CompileReport
@@ -106,7 +107,6 @@ class Backend:
         if _needs_grad(gm, example_inputs):
             return self._without_fusion(gm, example_inputs)
         self.options.check_registered()
-        _check_devices(example_inputs)
         _specialise_floats(gm)
         inductor = self.options.piece_compiler == "inductor"
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
@@ -128,7 +128,7 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one functional ATen graph. Called by AOT, with fake tensors."""
         options = self.options
-        device = _device(example_inputs)
+        device = device_of(gm)
         groups = describe_groups(gm, device, options.all_reduce_ops)
         channels = self.supervisor.open(groups.values(), device)
         static_inputs = _static_inputs(example_inputs)
@@ -355,14 +355,6 @@ def _needs_grad(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _check_devices(example_inputs: Sequence[Any]) -> None:
-    """Raises :class:`InputError` for weights and activations on several devices; indices may be on the CPU."""
-    tensors = [x for x in example_inputs if isinstance(x, Tensor) and x.ndim and x.is_floating_point()]
-    devices = {str(t.device) for t in tensors}
-    if len(devices) > 1:
-        raise InputError(f"the inputs are on several devices: {sorted(devices)}; move model and inputs to one")
-
-
 def _check_deterministic(
     sites: Sequence[Site], verdicts: Sequence[Verdict], carried: str | None, carrier: ReadyCollective
 ) -> None:
@@ -408,12 +400,6 @@ def _specialise_floats(gm: GraphModule) -> None:
         expression = value.node.expr
         if isinstance(expression, sympy.Symbol) and symbol_is_type(expression, SymT.FLOAT):
             float(value)
-
-
-def _device(example_inputs: Sequence[Any]) -> torch.device:
-    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
-    sized = [t for t in tensors if t.ndim]
-    return (sized or tensors)[0].device if tensors else torch.device("cpu")
 
 
 def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
