@@ -261,6 +261,7 @@ class Backend:
             max_tokens=options.max_tokens,
             deterministic=options.deterministic,
             table=(*table, *TABLE),
+            other_dtypes=_other_dtypes(candidates, mine),
         )
         self.supervisor.health.share(workspaces_of(name))
         # Real memory and real launches, in the midst of a trace with fake tensors.
@@ -353,6 +354,13 @@ def compiler(
 def _needs_grad(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
     tensors = [*gm.parameters(), *(x for x in example_inputs if isinstance(x, Tensor))]
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _other_dtypes(candidates: Sequence[Candidate], mine: Sequence[Site]) -> tuple[torch.dtype, ...]:
+    """What the group of these sites sums, besides the dtype of most of them."""
+    most = Counter(site.dtype for site in mine).most_common(1)[0][0]
+    found = {c.site.dtype for c in candidates if c.site.group == mine[0].group}
+    return tuple(getattr(torch, name) for name in ("float16", "bfloat16", "float32") if name in found - {most})
 
 
 def _check_deterministic(

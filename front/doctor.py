@@ -174,7 +174,9 @@ def advise(
         sizes = (row.one_shot, row.fused) if row is not None else (0, 0)
         advice.append(Advice(size, not_here, choice.collective, choice.transport, *sizes, choice.reasons))
         name = f"{choice.collective}/{choice.transport}" if choice.transport else str(choice.collective)
-        hazards += [(hazard, f"{name}, {size} ranks") for hazard in applicable(situation_of(choice, world))]
+        hazards += [
+            (hazard, f"{name}, {size} ranks") for hazard in applicable(situation_of(choice, world, dtype="bfloat16"))
+        ]
     return tuple(advice), hazards
 
 
@@ -187,7 +189,7 @@ def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
     return [
         (hazard, f"{collective} of FlashInfer {version}")
         for collective in (Collective.MNNVL, Collective.TRTLLM)
-        for hazard in applicable(Situation(collective, version))
+        for hazard in applicable(Situation(collective, version, dtype="bfloat16"))  # float16 has a row more, M49
     ]
 
 

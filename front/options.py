@@ -71,7 +71,7 @@ class Options:
         ``"split"`` runs it between pieces if that avoids the mechanism, and by the reference
         collective if not; ``"refuse"`` is always the reference collective; ``"raise"`` is an error;
         ``"clean"`` flushes the words that a faulty receiver waits for, where that helps (one-shot).
-        With the releases that run, M34 and M37 make it act; the other rows are prevented (docs/hazards.md).
+        With the releases that run, M34, M37 and M49 make it act; the other rows are prevented (docs/hazards.md).
     profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name.
     static_outputs: return the captured output buffers themselves. They hold until the next call.
     on_report: called with the :class:`CompileReport` of every compiled graph.

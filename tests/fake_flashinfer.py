@@ -45,6 +45,12 @@ def memory(collective: Collective = Collective.TRTLLM, **other: Any) -> Memory:
     return Memory(collective, **given | other)
 
 
+def one_shot_norm(total: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
+    """The formula of the one-shot mnnvl kernel: squares in the activation dtype, which are widened then."""
+    mean = (total * total).float().mean(-1, keepdim=True)
+    return (total.float() * torch.rsqrt(mean + eps) * (weight_bias + weight.float())).to(total.dtype)
+
+
 class FakeKernels:
     def __init__(self, package: FakeFlashInfer, group: str, strategies: tuple[Strategy, ...], name: str) -> None:
         self.package, self.group, self.strategies, self.name = package, group, strategies, name
@@ -68,6 +74,8 @@ class FakeKernels:
         self.memory.note(x, strategy)
         self.words += 1
         norm, out = reference.add_rms_norm(reference.all_reduce(x, self.group), residual, weight, eps, weight_bias)
+        if self.name.startswith("mnnvl") and strategy is Strategy.ONE_SHOT:
+            norm = one_shot_norm(out, weight, eps, weight_bias)
         norm_out.copy_(norm)
         residual_out.copy_(out)
         if self.name in self.package.wrong:

@@ -178,12 +178,14 @@ def choose(
     wanted: str = "auto",
     transport: str = "auto",
     deterministic: bool = False,
+    dtype: str = "bfloat16",
     table: Sequence[SizeRow] = TABLE,
     failed: Mapping[tuple[Collective, str], str] | None = None,
 ) -> Choice:
     """The first candidate that nothing speaks against. ``ranks`` are the facts of all ranks, by rank.
 
     wanted: "auto", or the collective that the user insists on; then a table row is not needed.
+    dtype: that of most sites, which some hazards depend on.
     failed: what was tried before on this group, and how it failed; it is not tried again.
     Raises :class:`CollectiveUnavailableError` where the user insists and cannot have it, with the reasons.
     """
@@ -200,7 +202,9 @@ def choose(
             row = find_row(table, collective, way, ranks[0].capability, len(ranks))
             if row is None and wanted != "auto":
                 row = forced_row(collective, way, ranks[0].capability, len(ranks))
-            why_not = (failed or {}).get((collective, way)) or _why_not(ranks, collective, way, row, deterministic)
+            why_not = (failed or {}).get((collective, way)) or _why_not(
+                ranks, collective, way, row, deterministic, dtype
+            )
         considered.append(Candidate(collective, way, why_not))
         if why_not is None:
             return Choice(collective, way, row, tuple(considered))
@@ -211,7 +215,12 @@ def choose(
 
 
 def _why_not(
-    ranks: Sequence[RankFacts], collective: Collective, transport: str, row: SizeRow | None, deterministic: bool
+    ranks: Sequence[RankFacts],
+    collective: Collective,
+    transport: str,
+    row: SizeRow | None,
+    deterministic: bool,
+    dtype: str,
 ) -> str | None:
     if missing := next((f.flashinfer_missing for f in ranks if f.flashinfer_missing), None):
         return missing
@@ -239,7 +248,7 @@ def _why_not(
     if deterministic and not row.bitwise:
         return "not shown to return the same bits whatever the token count"
     situation = Situation(
-        collective, version, len(ranks), capability=ranks[0].capability, payload=Payload.ANY, capture=False
+        collective, version, len(ranks), capability=ranks[0].capability, payload=Payload.ANY, dtype=dtype, capture=False
     )
     for hazard in applicable(situation):
         if hazard.decides is Action.REFUSE:

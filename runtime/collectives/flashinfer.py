@@ -139,6 +139,13 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         "FI#3880 (hazard M13)",
     ),
     Requirement(
+        "float16_square",
+        (Collective.MNNVL,),
+        lambda c: c.dtype != torch.float16 or c.strategy is not Strategy.ONE_SHOT,
+        "one-shot squares in float16, where a row with an element of 256 or more has the norm 0 (hazard M49)",
+        "trtllm_mnnvl_allreduce.cuh, 0.6.0 to 0.7.2",
+    ),
+    Requirement(
         "two_shot_tokens",
         (Collective.TRTLLM,),
         lambda c: c.strategy is Strategy.ONE_SHOT or c.tokens > c.world_size,

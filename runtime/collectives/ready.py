@@ -34,7 +34,8 @@ _MOST_TESTED = 8
 class Wanted:
     """What the user and the graph ask for. Equal on all ranks, or the channel says that it is not.
 
-    hidden: the largest hidden size of the sites. sizes: the token counts that will be captured.
+    hidden: the largest hidden size of the sites. dtype: that of most sites. sizes: the token counts that will be
+    captured. other_dtypes: what else is summed in the group; served where the same memory can and a self-test passes.
     max_tokens: the largest token count to serve; None leaves it to the size table.
     """
 
@@ -46,6 +47,7 @@ class Wanted:
     max_tokens: int | None = None
     deterministic: bool = False
     table: tuple[SizeRow, ...] = TABLE
+    other_dtypes: tuple[torch.dtype, ...] = ()
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
@@ -60,7 +62,7 @@ class ReadyCollective:
     """A collective that is ready. ``workspace`` is None for the reference.
 
     situation: what the hazard table is asked about. capture_failure: why its calls must not be
-    captured, though they run eagerly. candidates: everything that was considered.
+    captured, though they run eagerly. candidates: everything that was considered. notes: what the user should know.
     """
 
     collective: Collective
@@ -68,6 +70,7 @@ class ReadyCollective:
     candidates: tuple[Candidate, ...] = ()
     workspace: Workspace | None = None
     capture_failure: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def reference_collective(world_size: int, why_no_other: str | None = None) -> ReadyCollective:
@@ -100,6 +103,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
         if wanted.collective != "auto" or wanted.deterministic:
             raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
         return reference_collective(group.size, str(error))
+    dtype = str(wanted.dtype).removeprefix("torch.")
     unfit: dict[tuple[Collective, str], str] = {}  # of these sites, and not of the group
     while True:
         choice = choose(
@@ -107,11 +111,12 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
             wanted=wanted.collective,
             transport=wanted.transport,
             deterministic=wanted.deterministic,
+            dtype=dtype,
             table=wanted.table,
             failed=unfit | workspaces.failed,
         )
         if choice.row is None or choice.transport is None:
-            return ReadyCollective(Collective.REFERENCE, situation_of(choice, ranks), choice.candidates)
+            return ReadyCollective(Collective.REFERENCE, situation_of(choice, ranks, dtype=dtype), choice.candidates)
         way = (choice.collective, choice.transport)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
@@ -130,7 +135,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
             if made.workspace is None:
                 continue
             workspace = made.workspace
-        result = _tested(workspace, channel, wanted, limit)
+        result = _tested(workspace, channel, wanted, wanted.dtype, limit)
         if result.eager is not None:
             why_not = f"its self-test failed: {result.eager}"
             if shared:  # with graphs that were captured over it, and for whose calls it passed
@@ -138,14 +143,20 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
             else:
                 workspaces.retire(workspace, channel, why_not)
             continue
+        others = _others_tested(workspace, channel, wanted, limit)
+        captured = next((r.captured for r in (result, *others.values()) if r.captured), None)
+        part_of_world = group.size < torch.distributed.get_world_size()
         return ReadyCollective(
             choice.collective,
-            situation_of(
-                choice, ranks, sizes=wanted.sizes, part_of_world=group.size < torch.distributed.get_world_size()
-            ),
+            situation_of(choice, ranks, dtype=dtype, sizes=wanted.sizes, part_of_world=part_of_world),
             choice.candidates,
             workspace,
-            f"its self-test failed: {result.captured}" if result.captured else None,
+            f"its self-test failed: {captured}" if captured else None,
+            tuple(
+                f"calls of {dtype} are carried out by the reference: {r.eager}"
+                for dtype, r in others.items()
+                if r.eager
+            ),
         )
 
 
@@ -184,14 +195,31 @@ def _check_alone(workspaces: Workspaces, choice: Choice, group: Group) -> None:
             )
 
 
-def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, limit: int) -> SelfTest:
+def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, dtype: torch.dtype, limit: int) -> SelfTest:
     """The result of the self-test, which graphs that want the same of a workspace share."""
-    tokens = {*wanted.sizes, *_TESTED_TOKENS, limit // (wanted.hidden * wanted.dtype.itemsize)}
+    tokens = {*wanted.sizes, *_TESTED_TOKENS, max(limit // (wanted.hidden * dtype.itemsize), 1)}
     chosen = (*sorted(tokens)[: _MOST_TESTED - 1], max(tokens))
-    key = Tested(wanted.hidden, wanted.dtype, chosen, capture=bool(wanted.sizes))
+    key = Tested(wanted.hidden, dtype, chosen, capture=bool(wanted.sizes))
     if key not in workspace.tested:
-        workspace.tested[key] = self_test(workspace, channel, key.hidden, key.dtype, key.tokens, capture=key.capture)
+        result = self_test(workspace, channel, key.hidden, key.dtype, key.tokens, capture=key.capture)
+        workspace.tested[key] = result
+        if result.eager is None:
+            workspace.passed.add(dtype)
     return workspace.tested[key]
+
+
+def _others_tested(workspace: Workspace, channel: Channel, wanted: Wanted, limit: int) -> dict[torch.dtype, SelfTest]:
+    """The results for the other dtypes; one that fails is left to the reference, on every rank."""
+    found = {}
+    for dtype in wanted.other_dtypes:
+        call = KernelCall(1, wanted.hidden, dtype, workspace.world_size, Strategy.ONE_SHOT)
+        if dtype not in workspace.dtypes:
+            found[dtype] = SelfTest(f"the workspace of {workspace.collective} is for {wanted.dtype}", None, 0)
+        elif requirement := unmet(workspace.collective, call):
+            found[dtype] = SelfTest(f"{requirement.message} ({requirement.source})", None, 0)
+        else:
+            found[dtype] = _tested(workspace, channel, wanted, dtype, limit)
+    return found
 
 
 def capacity(row: SizeRow, wanted: Wanted) -> int:
@@ -230,7 +258,7 @@ def _make(
 
 
 def situation_of(
-    choice: Choice, ranks: Sequence[RankFacts], *, sizes: Sequence[int] = (), part_of_world: bool = False
+    choice: Choice, ranks: Sequence[RankFacts], *, dtype: str, sizes: Sequence[int] = (), part_of_world: bool = False
 ) -> Situation:
     """The plan in the words of the hazard table. sizes: those to capture. part_of_world: there are other ranks."""
     nodes = len({facts.host for facts in ranks})
@@ -253,5 +281,6 @@ def situation_of(
         # The peer transport uses no multicast, so whether there is any does not matter.
         multicast=True if choice.transport == "multicast" else None,
         strategy=Strategy.ONE_SHOT if one_strategy else None,
+        dtype=dtype,
         facts=frozenset(facts),
     )

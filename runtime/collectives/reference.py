@@ -26,17 +26,17 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float) -> Tensor:
-    """``x * rsqrt(mean(x ** 2, -1) + eps) * (weight_bias + weight)``, computed in float32.
+    """``x * rsqrt(mean(x ** 2, -1) + eps) * (weight_bias + weight)``, computed in float32 (float64 for float64).
 
     ``x`` is ``[..., hidden]``; ``weight`` is ``[hidden]`` or None for ones. One
     rounding, at the end, to the dtype of ``x``.
     """
     if x.is_cuda and weight_bias == 0:  # one kernel with the same roundings, row by row whatever the token count
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
     out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        out = out * (weight.float() + weight_bias)
+        out = out * (weight.to(wide.dtype) + weight_bias)
     return out.to(x.dtype)
 
 

@@ -53,7 +53,10 @@ class SelfTest:
 
 @dataclass
 class Workspace:
-    """Memory and kernels of one collective for calls of up to ``capacity`` bytes on each rank."""
+    """Memory and kernels of one collective for calls of up to ``capacity`` bytes on each rank.
+
+    dtypes: what the memory is made for. passed: of these, what the self-test found right; nothing else is served.
+    """
 
     collective: Collective
     transport: str
@@ -63,6 +66,7 @@ class Workspace:
     world_size: int
     capacity: int
     dtypes: tuple[torch.dtype, ...]
+    passed: set[torch.dtype] = field(default_factory=set)
     tested: dict[Tested, SelfTest] = field(default_factory=dict)
     closed: bool = False
     _constants: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
@@ -75,6 +79,10 @@ class Workspace:
 
     def strategy(self, tokens: int, hidden: int, dtype: torch.dtype) -> Strategy | None:
         """How a fused call of this shape is carried out; None: by the reference collective."""
+        return self.planned(tokens, hidden, dtype) if dtype in self.passed else None
+
+    def planned(self, tokens: int, hidden: int, dtype: torch.dtype) -> Strategy | None:
+        """How it is carried out once the self-test of this dtype has passed."""
         strategy = self.row.strategy(tokens * hidden * dtype.itemsize)
         return strategy if strategy is not None and self._serves(tokens, hidden, dtype, strategy) else None
 

@@ -23,4 +23,13 @@ REACHED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "M48": {
         "nccl": {"split": "IN_GRAPH", "refuse": "IN_GRAPH", "raise": "IN_GRAPH", "clean": "IN_GRAPH"},
     },
+    "M49": {
+        "mnnvl": {
+            "choice": "passed over",
+            "split": "REFUSE",
+            "refuse": "REFUSE",
+            "raise": "HazardError",
+            "clean": "REFUSE",
+        },
+    },
 }

@@ -97,10 +97,12 @@ def test_clean_payload_makes_an_affected_release_safe(dtype: torch.dtype) -> Non
         (report,) = backend.reports
         assert report.plan is not None
         found[on_hazard] = report.plan.kind, {(v.decision, v.clean) for v in report.verdicts}
-    assert found == {
-        "uncleaned": ("deadlock", {(Decision.IN_GRAPH, False)}),
-        "clean": ("safe", {(Decision.IN_GRAPH, True)}),
-    }
+    uncleaned, cleaned = found["uncleaned"], found["clean"]
+    assert uncleaned == ("deadlock", {(Decision.IN_GRAPH, False)})
+    if dtype == torch.float16:  # whose rows one-shot loses, cleaned or not (M49)
+        assert cleaned == ("safe", {(Decision.REFUSE, False)})
+    else:
+        assert cleaned == ("safe", {(Decision.IN_GRAPH, True)})
 
 
 def test_payload_known_to_be_ordinary_is_safe() -> None:

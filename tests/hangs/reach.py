@@ -94,13 +94,13 @@ def chosen_situations() -> tuple[set[Situation], set[Situation]]:
     found: set[Situation] = set()
     wanted = (("auto", "auto"), ("reference", "auto"), ("trtllm", "auto"), ("mnnvl", "multicast"), ("mnnvl", "peer"))
     with instead_of(applicable, asks):
-        for ranks, (name, way), certain in itertools.product(worlds(), wanted, (True, False)):
+        for ranks, (name, way), certain, dtype in itertools.product(worlds(), wanted, (True, False), DTYPES[:2]):
             try:
-                choice = choose(ranks, wanted=name, transport=way, deterministic=certain)
+                choice = choose(ranks, wanted=name, transport=way, deterministic=certain, dtype=dtype)
             except CollectiveUnavailableError:
                 continue
             for sizes, part in itertools.product(((), (4,), (4, 8)), (True, False)):
-                found.add(situation_of(choice, ranks, sizes=sizes, part_of_world=part))
+                found.add(situation_of(choice, ranks, dtype=dtype, sizes=sizes, part_of_world=part))
     return found, asked
 
 
@@ -109,8 +109,8 @@ def judged_situations(chosen: Iterable[Situation]) -> tuple[set[Situation], set[
     facts = plan_facts()
     sites: set[Situation] = set()
     nccl: set[Situation] = set()
-    for situation, capture in itertools.product(chosen, (True, False)):
-        mine = replace(situation, capture=capture)
+    for situation, capture, dtype in itertools.product(chosen, (True, False), DTYPES):  # of the site, not of most
+        mine = replace(situation, capture=capture, dtype=dtype)
         sites |= {mine, *(replace(mine, facts=mine.facts | {fact}) for fact in facts if capture)}
         other = replace(mine, collective=Collective.NCCL, flashinfer=None)
         nccl |= {replace(other, facts=facts_of_nccl(version)) for version in NCCL_VERSIONS}
@@ -125,8 +125,8 @@ def layer(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return F.rms_norm(summed, (H,), None, 1e-6), summed
 
 
-def fused(fn: Callable[..., object]) -> GraphModule:
-    gm = aot_graph(fn, torch.randn(4, H), torch.randn(4, H))
+def fused(fn: Callable[..., object], dtype: torch.dtype = torch.float32) -> GraphModule:
+    gm = aot_graph(fn, *torch.randn(2, 4, H).to(dtype))
     fuse_graph(gm)
     return gm
 
@@ -207,12 +207,13 @@ def reached() -> Reached:
     table: defaultdict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     chosen, asked = chosen_situations()
     sites, nccl = judged_situations(chosen)
-    site, plain = fused(layer), aot_graph(lambda x: (c10d.wait_tensor(c10d.all_reduce(x, "sum", "0")),), torch.ones(4))
+    layers = {name: fused(layer, getattr(torch, name)) for name in DTYPES}
+    plain = aot_graph(lambda x: (c10d.wait_tensor(c10d.all_reduce(x, "sum", "0")),), torch.ones(4))
     for situation in sorted(asked, key=repr):
         for row in applicable(situation):
             if row.decides is Action.REFUSE:
                 table[row.id].setdefault(situation.collective, {})["choice"] = "passed over"
-    for kind, gm, situations in (("situation", site, sites), ("nccl", plain, nccl)):
+    for kind, situations in (("situation", sites), ("nccl", nccl)):
         tried = set()
         for situation in sorted(situations, key=repr):
             for row in applicable(situation):
@@ -221,6 +222,7 @@ def reached() -> Reached:
                     continue
                 tried.add(key)
                 outcomes = table[row.id].setdefault(situation.collective, {})
+                gm = layers[str(situation.dtype)] if kind == "situation" else plain
                 for option in ON_HAZARD:
                     new = outcome(gm, row, option, capture=situation.capture, **{kind: situation})
                     outcomes[option] = " or ".join(sorted({new, *outcomes.get(option, new).split(" or ")}))

@@ -67,6 +67,7 @@ _m39 = but(Situation(TRTLLM, "0.6.13"), Fact.RESETTING_GRID_BARRIER)
 _m46 = but(Situation(MNNVL, "0.6.6"), Fact.DEVICE_IS_NOT_RANK)
 _m47 = but(Situation(TRTLLM, "0.6.14"), Fact.WORKSPACE_KEPT_WHILE_ASLEEP)
 _sparks = but(newest(NCCL), Fact.NCCL_BEFORE_2_30_4, nodes=2, capability=(12, 1))
+_m49 = Situation(MNNVL, NEWEST, strategy=Strategy.ONE_SHOT, dtype="float16")
 _custom = Situation(Collective.TRTLLM_CUSTOM, "0.6.16", world_size=8, capture=False)
 
 EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
@@ -212,11 +213,25 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
             but(_sparks),
         ],
     ),
+    "M49": (
+        [
+            _m49,
+            but(_m49, strategy=None),
+            but(_m49, dtype=None),
+            but(_m49, strategy=Strategy.TWO_SHOT, flashinfer="0.6.12"),
+        ],
+        [
+            but(_m49, dtype="bfloat16"),
+            but(_m49, strategy=Strategy.TWO_SHOT),
+            but(_m49, collective=TRTLLM),
+            but(_m49, flashinfer="0.5.3"),
+        ],
+    ),
 }
 
 
 def test_every_mechanism_has_one_row_in_order() -> None:
-    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 49)]
+    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 50)]
 
 
 @pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.id)
@@ -255,15 +270,18 @@ def test_row_names_a_test_that_exists(hazard: Hazard) -> None:
 @pytest.mark.parametrize("capture", [True, False])
 def test_a_sound_plan_on_the_newest_release_meets_no_hazard(collective: Collective, capture: bool) -> None:
     captured_with_host_epoch = collective is Collective.TRTLLM_CUSTOM and capture
-    assert ids(but(newest(collective), capture=capture)) == (["M15"] if captured_with_host_epoch else [])
+    assert ids(but(newest(collective), capture=capture, dtype="bfloat16")) == (
+        ["M15"] if captured_with_host_epoch else []
+    )
 
 
 def test_unknown_version_strategy_and_payload_may_be_the_worst() -> None:
     unknown = Situation(MNNVL)
-    assert ids(unknown) == ["M1", "M2", "M3", "M5"]
-    assert ids(Situation(MNNVL, "0.6.10")) == ["M1", "M2", "M3"]
-    assert ids(Situation(MNNVL, "0.6.12")) == ["M2", "M3"]
-    assert ids(Situation(MNNVL, "0.6.13")) == []
+    assert ids(unknown) == ["M1", "M2", "M3", "M5", "M49"]
+    assert ids(Situation(MNNVL, "0.6.10")) == ["M1", "M2", "M3", "M49"]
+    assert ids(Situation(MNNVL, "0.6.12")) == ["M2", "M3", "M49"]
+    assert ids(Situation(MNNVL, "0.6.13")) == ["M49"]
+    assert ids(Situation(MNNVL, "0.6.13", dtype="bfloat16")) == []
 
 
 @pytest.mark.parametrize(
@@ -293,8 +311,8 @@ def test_decisions_follow_the_causes() -> None:
     assert [h.id for h in HAZARDS if h.certainty is Certainty.DISPROVED] == ["M44"]
     assert [h.id for h in HAZARDS if h.decides is Action.CAPTURE] == ["M44"]
     assert {h.id for h in HAZARDS if h.decides is Action.SPLIT} == {"M15", "M19", "M32", "M34"}
-    with pytest.raises(UnknownHazardError, match="no hazard 'M49'"):
-        find_hazard("M49")
+    with pytest.raises(UnknownHazardError, match="no hazard 'M99'"):
+        find_hazard("M99")
 
 
 def test_every_word_of_the_vocabulary_is_used() -> None:

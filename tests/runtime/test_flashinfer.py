@@ -57,6 +57,7 @@ EDGES: dict[str, tuple[Collective, dict[str, Any], dict[str, Any]]] = {
     "hidden": (MNNVL, {"hidden": 4100}, {"hidden": 4096}),
     "cluster": (MNNVL, {"hidden": 65536 + 256}, {"hidden": 65536}),
     "warp": (TRTLLM, {"hidden": 4096 + 8}, {"hidden": 4096 + 256}),
+    "float16_square": (MNNVL, {"dtype": torch.float16}, {"dtype": torch.float16, "strategy": TWO}),
     "two_shot_tokens": (TRTLLM, {"strategy": TWO, "tokens": 2}, {"strategy": TWO, "tokens": 3}),
 }
 

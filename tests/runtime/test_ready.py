@@ -232,6 +232,83 @@ def test_sizes_and_shapes_go_where_the_table_says() -> None:
         }
 
 
+def _half(rank: int, guarded: bool) -> Any:
+    """Float16 on two ranks whose mnnvl kernel squares in float16, as FlashInfer's does."""
+    name = dist.group.WORLD.group_name
+    group = describe_group(name, CPU)
+    package = FakeFlashInfer(name)
+    sound = contextlib.nullcontext() if guarded else mock.patch.object(ready, "unmet", lambda *_: None)
+    seen: dict[str, Any] = {}
+    with installed(package), sound, contextlib.ExitStack() as stack:
+        if not guarded:
+            stack.enter_context(mock.patch("ringfence.runtime.collectives.workspace.unmet", lambda *_: None))
+            stack.enter_context(mock.patch("ringfence.runtime.collectives.self_test.unmet", lambda *_: None))
+            stack.enter_context(mock.patch("ringfence.runtime.collectives.choice.applicable", lambda _: ()))
+        made = prepare(
+            open_channel(name, seconds=20), group, CPU, Wanted("auto", "auto", H, torch.float16, max_tokens=8)
+        )
+        seen["collective"], seen["candidates"] = str(made.collective), [str(c) for c in made.candidates]
+        seen["made"] = [m[0] for m in package.made]
+        x, residual, weight = torch.randn(4, H).half(), torch.zeros(4, H).half(), torch.ones(H).half()
+        residual[1, 3], residual[2, 0], residual[3, 9] = 300, 5000, 60000
+        norm, out = ops.all_reduce_add_rms_norm(x, residual, weight, 1e-6, 0.0, name, seen["collective"])
+        right = F.rms_norm(out.float(), (H,), None, 1e-6)
+        seen["error"] = float((norm.float() - right).abs().max() / right.abs().max())
+        close_workspaces(name)
+    return seen
+
+
+def test_float16_is_never_carried_out_by_mnnvl() -> None:
+    for seen in run_ranks(2, _half, True):
+        assert seen["collective"] == "trtllm" and seen["made"] == ["trtllm"]
+        assert "mnnvl/peer: M49, a row with a large element has the norm 0: Use bfloat16" in str(seen["candidates"])
+        assert seen["error"] < 2e-3
+
+
+def test_the_self_test_finds_it_where_no_table_does() -> None:
+    for seen in run_ranks(2, _half, False):
+        assert seen["collective"] == "trtllm" and seen["made"] == ["mnnvl/peer", "trtllm"]
+        lost = "payload large: norm of 1 x 256 torch.float16 one-shot is wrong: row 0 is lost"
+        assert f"rank 0: eager, {lost}" in str(seen["candidates"]) and f"rank 1: eager, {lost}" in str(
+            seen["candidates"]
+        )
+        assert seen["error"] < 2e-3
+
+
+def _dtypes(rank: int, collective: str) -> Any:
+    """A workspace for bfloat16, and calls of other dtypes over the same group."""
+    name = dist.group.WORLD.group_name
+    package = FakeFlashInfer(name)
+    others = (torch.float16, torch.float32)
+    with installed(package):
+        wanted = Wanted(collective, "auto", H, torch.bfloat16, max_tokens=8, other_dtypes=others)
+        made = prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted)
+        seen: dict[str, Any] = {"notes": made.notes, "dtype": made.situation.dtype}
+        for dtype in (torch.bfloat16, *others):
+            before, residual = len(package.calls), torch.zeros(4, H, dtype=dtype)
+            residual[1, 3] = 300
+            x = torch.randn(4, H).to(dtype)
+            norm, out = ops.all_reduce_add_rms_norm(x, residual, None, 1e-6, 0.0, name, collective)
+            ops.all_reduce(x, name, collective)
+            assert norm.abs().amax(-1).gt(1).all() and out.dtype == dtype
+            seen[str(dtype)] = len(package.calls) - before
+        close_workspaces(name)
+    return seen
+
+
+def test_a_workspace_serves_the_dtypes_that_were_tested_and_no_other() -> None:
+    for seen in run_ranks(2, _dtypes, "mnnvl"):
+        assert seen["torch.bfloat16"] == seen["torch.float32"] == 2 and seen["torch.float16"] == 0
+        (note,) = seen["notes"]
+        assert note.startswith("calls of torch.float16 are carried out by the reference: one-shot squares in float16")
+        assert seen["dtype"] == "bfloat16"
+    for seen in run_ranks(2, _dtypes, "trtllm"):
+        assert seen["torch.bfloat16"] == seen["torch.float16"] == 2 and seen["torch.float32"] == 0
+        assert seen["notes"] == (
+            "calls of torch.float32 are carried out by the reference: the workspace of trtllm is for torch.bfloat16",
+        )
+
+
 def _unlike(rank: int, what: str) -> str:
     """Ranks that ask for different things, and a rank that cannot even look at itself."""
     name = dist.group.WORLD.group_name

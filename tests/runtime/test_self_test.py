@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fake_flashinfer import memory
+from fake_flashinfer import memory, one_shot_norm
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import reference
 from ringfence.runtime.collectives import self_test as module
 from ringfence.runtime.collectives.buffer_dump import Memory
+from ringfence.runtime.collectives.flashinfer import KernelCall
+from ringfence.runtime.collectives.payloads import PAYLOADS, RANGES, draw
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import SelfTest, Workspace
@@ -135,7 +138,7 @@ def test_kernels_that_are_right(dtype: torch.dtype) -> None:
     result, calls = outcome(dtype=dtype)
     assert result == SelfTest(None, None, SHAPES)
     once = [(1, ONE), (4, ONE), (4, TWO), (8, ONE), (8, TWO), (4, ONE), (4, TWO), (1, ONE)]
-    assert calls == once * 3, "sizes up and down, strategies in turn, for each kind of payload"
+    assert calls == once * len(PAYLOADS), "sizes up and down, strategies in turn, for each kind of payload"
 
 
 def test_only_what_the_workspace_serves_is_called() -> None:
@@ -168,9 +171,9 @@ def test_one_wrong_element_of_one_call(dtype: torch.dtype, which: str, rank: int
     result, calls = outcome({rank: off_by(0.5, which, at=SHAPES)}, dtype)
     assert result.eager is not None and result.captured is None
     assert result.eager.startswith(
-        f"rank {rank}: eager, payload subnormal: {which} of 1 x {H} {dtype} one-shot is off by"
+        f"rank {rank}: eager, payload subnormal word: {which} of 1 x {H} {dtype} one-shot is off by"
     )
-    assert len(calls) == 3 * SHAPES
+    assert len(calls) == len(PAYLOADS) * SHAPES
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -181,7 +184,7 @@ def test_an_element_that_is_not_written(which: int) -> None:
         (norm, out)[which][0, 0] = float("nan")
 
     result, _ = outcome({1: fault})
-    assert result.eager is not None and "is off by inf" in result.eager
+    assert result.eager is not None and "is wrong: row 0 is not finite, and the largest" in result.eager
 
 
 def test_a_call_that_writes_nothing() -> None:
@@ -197,10 +200,10 @@ def test_a_call_that_writes_nothing() -> None:
         return self_test(workspace(kernels), channel, H, torch.bfloat16, TOKENS, capture=False).eager
 
     for said in on_ranks(body, {}):
-        assert "payload subnormal: norm of 1 x 256 torch.bfloat16 one-shot is off by inf" in said
+        assert "payload subnormal word: norm of 1 x 256 torch.bfloat16 one-shot is wrong: row 0 is not finite" in said
 
 
-WORDS = {"subnormal": -(2**31) + 0x50005, "negative zero": -(2**31)}
+WORDS = {"subnormal word": -(2**31) + 0x50005, "negative zero": -(2**31)}
 
 
 @pytest.mark.parametrize("pattern", WORDS)
@@ -215,6 +218,137 @@ def test_a_kernel_that_stumbles_over_a_payload(pattern: str, dtype: torch.dtype)
     assert "; rank 1: " in result.eager
 
 
+# -- payloads, and what each is for
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [2, 16])
+def test_a_payload_has_a_finite_sum_and_norm_and_is_the_same_on_every_rank(
+    dtype: torch.dtype, payload: str, ranks: int
+) -> None:
+    call = KernelCall(8, 512, dtype, ranks, ONE)
+    inputs, residual = draw(call, payload, 7, torch.device("cpu"))
+    again, _ = draw(call, payload, 7, torch.device("cpu"))
+    assert len(inputs) == ranks and all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True))
+    assert all(x.shape == (8, 512) and x.dtype == dtype for x in (*inputs, residual))
+    total = torch.stack([x.double() for x in (*inputs, residual)]).sum(0)
+    assert total.to(dtype).isfinite().all() and inputs[0].double().ne(inputs[1].double()).any()
+    assert total.float().square().sum(-1).isfinite().all(), "a norm in float32"
+    largest, smallest = total.abs().max(), torch.finfo(dtype).smallest_normal
+    nonzero = torch.stack([x.double().abs() for x in inputs])
+    if payload == "large":
+        assert largest > RANGES[dtype].large / 4
+    elif payload == "tiny":
+        assert ((nonzero > 0) & (nonzero < smallest)).any(-1).all(), "each row has subnormals"
+        assert (nonzero >= smallest).any(-1).all(), "and more"
+    elif payload == "zero rows":
+        assert total[::2].eq(0).all() and total[1::2].ne(0).any(-1).all()
+    elif payload == "hot element":
+        hot = total.abs().amax(-1)
+        assert hot[2] > 0.9 * RANGES[dtype].hot[2] and (hot > 250).all()
+        assert (total.abs() > 100).sum(-1).eq(1).all()
+
+
+def rounds_squares(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+    if strategy is ONE:
+        weight = norm.float() * torch.rsqrt(norm.float() * 0 + 1)  # the real one is not given: its ratio is
+        right = out.float() * torch.rsqrt(out.float().square().mean(-1, keepdim=True) + 1e-6)
+        weight = torch.where(right == 0, 0, weight / right)
+        norm.copy_(one_shot_norm(out, weight, 1e-6, 0.0))
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_squares_in_float16_lose_rows_and_pass_on_no_rank(ranks: list[int]) -> None:
+    """The mnnvl one-shot kernel's formula (M49): ordinary numbers do not show it."""
+    result, _ = outcome(dict.fromkeys(ranks, rounds_squares), torch.float16)
+    assert result.eager is not None
+    for rank in ranks:
+        assert (
+            f"rank {rank}: eager, payload large: norm of 1 x {H} torch.float16 one-shot is wrong: row 0 is lost: "
+            in (result.eager)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_squares_in_other_dtypes_lose_precision_alone(dtype: torch.dtype) -> None:
+    assert outcome(dict.fromkeys(range(RANKS), rounds_squares), dtype)[0].eager is None
+
+
+@pytest.mark.parametrize("element", [300.0, 5000.0, 60000.0])
+def test_one_hot_element_shows_it_too(element: float) -> None:
+    trial = module._Trial(workspace(Kernels(Meeting(), 0)), KernelCall(4, H, torch.float16, RANKS, ONE), 0)
+    trial.fill(3, "hot element")
+    assert trial.residual.abs().max() == 60000 and trial.residual[0].abs().max() == 300
+    total = torch.randn(4, H).half()
+    total[2, 5] = element
+    trial._total.copy_(total)
+    trial.out.copy_(total)
+    trial.norm.copy_(reference.rms_norm(total, trial.weight, 1e-6, 0.0))
+    assert trial.failure() is None
+    trial.norm.copy_(one_shot_norm(total, trial.weight, 1e-6, 0.0))
+    assert trial.failure() is not None and "norm of 4 x 256 torch.float16 one-shot is wrong: row 2 is lost" in str(
+        trial.failure()
+    )
+
+
+def flushes(border: float) -> Fault:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        lost = out.float().abs() < border
+        out[lost] = 0
+        norm[lost] = 0
+
+    return fault
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_device_flushes_is_no_fault_and_what_it_need_not_is(dtype: torch.dtype) -> None:
+    """Subnormals of float32 and bfloat16 may go, in float32 arithmetic; those of float16 are its small activations."""
+    result = outcome(dict.fromkeys(range(RANKS), flushes(torch.finfo(dtype).smallest_normal)), dtype)[0].eager
+    assert (result is not None and "payload tiny: " in result) if dtype == torch.float16 else result is None
+    more = outcome({1: flushes(2.0 ** (RANGES[dtype].tiny[1] - 2))}, dtype)[0].eager
+    assert more is not None and more.startswith("rank 1: eager, payload tiny: ")
+
+
+def test_a_row_of_zeros_has_a_norm_of_zeros() -> None:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        rows = (out == 0).all(-1)
+        norm[rows] = float("nan")  # 0 * rsqrt(0), where epsilon is left out
+
+    said = outcome({0: fault})[0].eager
+    assert (
+        said is not None and "payload zero rows: norm of 1 x 256 torch.bfloat16 one-shot is wrong: row 0 is not" in said
+    )
+
+
+def test_a_sum_that_overflows_is_not_finite() -> None:
+    def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        out[out.float().abs() > 32768] = float("inf")
+
+    said = outcome({0: fault}, torch.float16)[0].eager
+    assert (
+        said is not None and "payload large: sum of" in said and "is not finite, and the largest of the refer" in said
+    )
+
+
+def test_a_large_call_is_sent_what_the_protocol_could_stumble_over_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ARITHMETIC_UP_TO", 4 * H * 2)
+    _, calls = outcome()
+    assert calls.count((8, ONE)) == 3 and calls.count((4, ONE)) == 2 * len(PAYLOADS)
+
+
+def test_calls_that_no_kernel_serves_are_no_test_that_passes() -> None:
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        mine = dataclasses.replace(workspace(kernels), collective=Collective.MNNVL)
+        result = self_test(mine, channel, H, torch.float16, TOKENS, capture=False)
+        return result.eager, result.calls, kernels.calls
+
+    said = f"no call of {H} torch.float16 is served"
+    assert on_ranks(body, {}) == [(said, 0, [])] * RANKS
+
+
 def test_a_strategy_that_is_wrong() -> None:
     def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
         if strategy is TWO:
@@ -225,7 +359,7 @@ def test_a_strategy_that_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("at", [0, 3 * SHAPES - 1])
+@pytest.mark.parametrize("at", [0, len(PAYLOADS) * SHAPES - 1])
 def test_ranks_that_hold_different_bits(which: int, at: int) -> None:
     """Each is right within the rounding, and a model over them would drift apart."""
 
@@ -238,7 +372,7 @@ def test_ranks_that_hold_different_bits(which: int, at: int) -> None:
 
 
 def test_the_same_bits_in_another_order_are_different_bits() -> None:
-    one = module._Call(workspace(Kernels(Meeting(), 0)), module._Shape(4, H, torch.bfloat16, ONE), 0)
+    one = module._Trial(workspace(Kernels(Meeting(), 0)), KernelCall(4, H, torch.bfloat16, RANKS, ONE), 0)
     for out in (one.norm, one.out):
         out.view(torch.int32).copy_(torch.arange(4 * H // 2).view(4, -1))
     before = one.digest()
@@ -255,7 +389,7 @@ def test_a_failure_on_one_rank_leaves_no_other_waiting(rank: int) -> None:
     """The rank that fails makes all its calls: an early return would leave the others in theirs."""
     result, calls = outcome({rank: off_by(9.0, "norm", at=0)})
     assert result.eager is not None and result.eager.startswith(f"rank {rank}: eager, payload ordinary")
-    assert len(calls) == 3 * SHAPES
+    assert len(calls) == len(PAYLOADS) * SHAPES
 
 
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
@@ -268,7 +402,7 @@ def test_a_call_that_raises_is_a_failure_of_its_rank(ranks: list[int]) -> None:
     assert result.eager == "; ".join(
         f"rank {rank}: eager, payload ordinary: a call raised ValueError: no kernel image" for rank in ranks
     )
-    assert len(calls) == 3 * SHAPES
+    assert len(calls) == len(PAYLOADS) * SHAPES
 
 
 # -- captured
@@ -307,8 +441,8 @@ def captured(
     def body(kernels: Kernels, channel: Channel) -> Any:
         here.kernels = kernels
         one = workspace(kernels)
-        shapes = [module._Shape(n, H, torch.bfloat16, ONE) for n in TOKENS]
-        calls = [module._Call(one, shape, channel.rank) for shape in shapes]
+        shapes = [KernelCall(n, H, torch.bfloat16, RANKS, ONE) for n in TOKENS]
+        calls = [module._Trial(one, shape, channel.rank) for shape in shapes]
         why, digest = module._captured(calls, one, channel)
         return module._voted(channel, "self-test, captured", why, digest), here.graph.replays
 
@@ -326,7 +460,9 @@ def test_a_capture_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_replay_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     said, replays = captured(monkeypatch, {1: off_by(9.0, "norm", at=len(TOKENS))})
     assert (
-        said is not None and said.startswith("rank 1: replay 2, payload subnormal: norm of 1 x") and replays == [2, 2]
+        said is not None
+        and said.startswith("rank 1: replay 2, payload subnormal word: norm of 1 x")
+        and replays == [2, 2]
     )
 
 

@@ -49,6 +49,7 @@ def workspace(capacity: int = 16 * 512, **other: Any) -> Workspace:
         "world_size": 2,
         "capacity": capacity,
         "dtypes": HALF,
+        "passed": set(HALF),
     }
     return Workspace(**given | other)
 
@@ -76,6 +77,8 @@ def test_what_a_workspace_does_not_serve() -> None:
     assert workspace(4 * 512).strategy(4, 256, torch.bfloat16) is ONE
     assert workspace(4 * 512).strategy(5, 256, torch.bfloat16) is None, "too large for the memory"
     assert workspace().strategy(4, 128, torch.float32) is None, "another dtype"
+    half = workspace(passed={torch.bfloat16})
+    assert half.strategy(4, 256, torch.float16) is None and half.planned(4, 256, torch.float16) is ONE, "not tested"
     one_shot = workspace(kernels=Kernels((ONE,)))
     assert one_shot.strategy(8, 256, torch.bfloat16) is ONE and one_shot.strategy(9, 256, torch.bfloat16) is None
     assert workspace().strategy(4, 260, torch.bfloat16) is None, "no whole warps"

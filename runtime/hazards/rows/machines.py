@@ -1,10 +1,10 @@
-"""MoE, devices, handles and nodes: M45 to M48."""
+"""MoE, devices, handles, nodes, and arithmetic: M45 to M49."""
 
 from __future__ import annotations
 
 from .. import checks
 from ..hazard import ALL_REDUCES, CUTEDSL, MNNVL, MOE, TRTLLM, Action, Certainty, Hazard, Invariant
-from ..situation import Collective, Fact, When
+from ..situation import Collective, Fact, Strategy, When
 
 ROWS: tuple[Hazard, ...] = (
     Hazard(
@@ -74,5 +74,24 @@ ROWS: tuple[Hazard, ...] = (
         source="V#52504 (open), V#40969, marin-community/marin#8038; measured on H200",
         certainty=Certainty.OPEN,
         not_shown="seen between DGX Sparks only",
+    ),
+    Hazard(
+        id="M49",
+        title="A row with a large element has the norm 0",
+        symptom="No hang. Rows of the norm are 0 in float16, those whose residual stream holds an element of 256 or "
+        "more, and the model answers nonsense; bfloat16 is right.",
+        mechanism="The kernel squares each element in the activation dtype and widens the square. In half precision "
+        "256 squares to infinity, so the reciprocal root of the mean is 0, and with it the row. trtllm squares in "
+        "float32, as two-shot does from 0.6.13 on; bfloat16 only loses precision.",
+        when=(
+            When((MNNVL,), low="0.6.0", strategy=Strategy.ONE_SHOT, dtypes=("float16",)),
+            When((MNNVL,), high="0.6.13", strategy=Strategy.TWO_SHOT, dtypes=("float16",)),
+        ),
+        decides=Action.REFUSE,
+        invariants=(Invariant.I18,),
+        remedy="Use bfloat16, or trtllm, or the reference: collective='trtllm'.",
+        source="FI#2118; read in 0.3.0, 0.5.3, 0.6.0, 0.6.10 to 0.6.13, 0.6.18.post1 and 0.7.2; reproduced on H200",
+        certainty=Certainty.CERTAIN,
+        shown_by="tests/runtime/test_ready.py::test_float16_is_never_carried_out_by_mnnvl",
     ),
 )
