@@ -55,8 +55,7 @@ from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.program import SizeRule
 from .runtime.replay.runner import PiecewiseRunner
-from .runtime.watch.heartbeat import Deadlines
-from .runtime.watch.supervision import Supervisor
+from .runtime.watch.supervisor import OF_PROCESS, Asked, Supervisor, leave, supervisor_for
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +74,18 @@ class Backend:
         self.judge_as: Situation | None = None
         self.reports: list[CompileReport] = []
         given = self.options
-        #: Journal, watchdog and agreement of this rank (docs/operating.md).
-        self.supervisor = Supervisor(
-            on_hang=given.on_hang,
-            deadlines=Deadlines(given.step_seconds, given.warm_up_seconds),
+        self._asked = Asked(
+            {name: getattr(given, name) for name in OF_PROCESS if name in options},
             agree_seconds=given.agree_seconds,
-            folder=given.journal_dir,
             every_step=given.check_every_step,
             raise_on_capture=given.on_capture_failure == "raise",
         )
+        supervisor_for(self._asked)  # what differs from another backend's is told here
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Journal, watchdog and agreement of this process, which all backends share (docs/operating.md)."""
+        return supervisor_for(self._asked)
 
     def __repr__(self) -> str:
         """``<ringfence.Backend(capture_sizes=(1, 16)), 2 reports>``: the options that are not the defaults."""
@@ -92,16 +94,14 @@ class Backend:
         return f"<ringfence.Backend({given}), {count} report{'' if count == 1 else 's'}>"
 
     def close(self) -> None:
-        """Stop the watchdog, if there is one. What was compiled goes on working."""
-        self.supervisor.close()
+        """Ask for no watch any more; it ends with the last backend that does. What was compiled goes on working."""
+        leave(self._asked)
+        self._asked = replace(self._asked, process={})
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one Dynamo graph."""
-        self.supervisor.journal.compiling(True)
-        try:
+        with self.supervisor.compiling(self._asked):
             return self._compile_dynamo_graph(gm, example_inputs)
-        finally:
-            self.supervisor.journal.compiling(False)
 
     def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if _needs_grad(gm, example_inputs):

@@ -32,6 +32,17 @@ class RankLeftError(RankMismatch):
     """A rank will not come to what the others wait for: it gave up, or compiled other graphs than they did."""
 
 
+class RecompiledAloneError(RankMismatch):
+    """A rank compiles a graph that the others do not, and each waits for the other where it does not come.
+
+    ranks: those that compile.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class GroupFailureError(RingfenceError):
     """Another rank failed, so this one cannot go on.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..channel import Channel, Failures, by_value, first_difference
 from ..errors import RankMismatch
-from .journal import sizes_text
+from .position import sizes_text
 
 
 @dataclass(frozen=True)

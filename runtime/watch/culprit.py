@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..channel import ranks_text
-from .journal import Calls, Position, sizes_text
+from .position import Calls, Position, sizes_text
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch.distributed import DistError
 
 from ..channel import Store
 from .culprit import Failure
-from .journal import Journal, Position
+from .journal import Journal
+from .position import Position
 
 #: A position that was heard longer ago than so many beats is not judged.
 _STALE_BEATS = 3
@@ -90,7 +91,7 @@ class Heartbeat:
         self.peers: dict[int, _Peer] = {}
         #: All of them, of all ranks, in the order in which they came.
         self.reports: tuple[Report, ...] = ()
-        self._journal, self._connect, self._deadlines = journal, connect, deadlines
+        self._journal, self._connect, self.deadlines = journal, connect, deadlines
         self._store: Store | None = None
         self._store_error: str | None = None
         self._prefix = ""
@@ -157,12 +158,12 @@ class Heartbeat:
 
     def until_read(self, since: float) -> None:
         """Wait until all ranks that answer have read the reports: this process may end now, and the store with it."""
-        until = since + 4 * self._deadlines.beat
+        until = since + 4 * self.deadlines.beat
         while time.monotonic() < until and not self.store_is_gone():
             silent = self.silent()
             if all(p.reports >= max(1, len(self.reports)) for r, p in self.peers.items() if r not in silent):
                 return
-            time.sleep(self._deadlines.beat / 10)
+            time.sleep(self.deadlines.beat / 10)
 
     def positions(self) -> dict[int, Position]:
         """Where each rank is: this one now, the others when they were last heard of."""
@@ -183,7 +184,7 @@ class Heartbeat:
         met = {rank for name, ranks in self.members.items() if position.completed.get(name) for rank in ranks}
         silent = {}
         for rank, peer in self.peers.items():
-            limit = self._patience(position, peer) if patient else self._deadlines.silence
+            limit = self._patience(position, peer) if patient else self.deadlines.silence
             since = now - peer.heard
             if since > limit and (peer.position is not None or rank in met):
                 silent[rank] = f"has not been heard of for {since:.1f} s ({why})"
@@ -193,7 +194,7 @@ class Heartbeat:
         """The ranks that were heard of too long ago to be judged by it, and not long enough to be silent."""
         if self.store_is_gone():  # nothing will be heard any more
             return ()
-        silent, since = self.silent(), time.monotonic() - _STALE_BEATS * self._deadlines.beat
+        silent, since = self.silent(), time.monotonic() - _STALE_BEATS * self.deadlines.beat
         heard = {rank: peer.heard for rank, peer in self.peers.items() if peer.position is not None}
         return tuple(rank for rank, at in heard.items() if rank not in silent and at < since)
 
@@ -201,11 +202,11 @@ class Heartbeat:
         """How long a peer may be silent. Compilers hold Python's lock for seconds, and nobody spins meanwhile."""
         compiles = peer.position is not None and peer.position.phase in ("compile", "warm-up")
         short = position.stuck_in_piece and not compiles
-        return self._deadlines.silence if short else max(self._deadlines.silence, self._deadlines.steady)
+        return self.deadlines.silence if short else max(self.deadlines.silence, self.deadlines.steady)
 
     def store_is_gone(self) -> bool:
         """It failed, or a request to it does not return."""
-        return self._store_error is not None or time.monotonic() - self._talked > self._deadlines.silence
+        return self._store_error is not None or time.monotonic() - self._talked > self.deadlines.silence
 
     def forgive(self, seconds: float) -> None:
         """This process was stopped for so long: that says nothing of the others."""

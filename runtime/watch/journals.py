@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 from ..channel import ranks_text
 from ..errors import JournalError
 from .culprit import Failure, Finding, find_culprit, where
-from .journal import FORMAT, REPLAY, Position, sizes_text
+from .journal import FORMAT
+from .position import REPLAY, Position, sizes_text
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Watchdog: nothing freezes silently.
 
-Two daemon threads per backend, and only where the user asked for them (``on_hang``):
+Two daemon threads per process, and only where the user asked for them (``on_hang``):
 
 - one *talks* (:mod:`.heartbeat`): it says where this rank is and hears where the others are.
 - one *watches*: when nothing of this rank has moved for the deadline of its phase, it asks
@@ -23,28 +23,21 @@ import re
 import sys
 import threading
 import time
-import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch.distributed import DistError
 
-from ..channel import Store, ranks_text
-from ..errors import ChannelTimeoutError, GroupFailureError, HangError
+from ..channel import Store
+from ..errors import ChannelTimeoutError, RingfenceError
 from .culprit import Failure, Finding, compiles_too_long, find_culprit, where
 from .health import Health
 from .heartbeat import Deadlines, Heartbeat, Report, first_lines
-from .journal import Journal, Position
+from .journal import Journal
+from .position import Position
+from .reaction import EXIT_CODE, Reaction, bounded
 
 log = logging.getLogger(__name__)
-
-#: What the process ends with when a hang, or the failure of another rank, ends it.
-EXIT_CODE = 85
-
-#: For all probes together, of the second that writing a journal may take.
-_PROBE_SECONDS = 0.6
 
 #: How long a main thread leaves the watchdog to write, and to end the process where it does.
 _SECONDS_TO_ACT = 10.0
@@ -53,22 +46,6 @@ _SECONDS_TO_ACT = 10.0
 _OF_A_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed? ?out|aborted|socket|remote|peer", re.IGNORECASE
 )
-
-
-@dataclass(frozen=True)
-class Reaction:
-    """What follows a hang. folder: for the journals; None writes none.
-
-    on_hang: "raise", "abort" or "report". probes: name -> what returns JSON-ready values about
-    the state of a device's memory, called without any synchronisation. abort_groups: called
-    to wake a main thread that waits in a collective. end: ends the process.
-    """
-
-    on_hang: str
-    folder: str | None = None
-    probes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
-    abort_groups: Callable[[], None] | None = None
-    end: Callable[[int], Any] = os._exit
 
 
 class Watchdog:
@@ -97,22 +74,31 @@ class Watchdog:
         self._ended = threading.Event()
         self._own = False  # what was reported is this rank's own failure
         self._reached = False  # the main thread came here with an exception, so nobody need wake it
+        self._runs = False
         self._stop = threading.Event()
-        self._threads = [
+
+    def start(self) -> None:
+        """Watch, and go on watching after it was closed."""
+        if self._runs and not self._stop.is_set():
+            return
+        self._runs, self._stop = True, threading.Event()
+        threads = [
             threading.Thread(
                 target=_loop, args=(weakref.ref(self), self._stop, name), name=f"ringfence-{name}", daemon=True
             )
             for name in ("talk", "watch")
         ]
-        weakref.finalize(self, _end, self._stop, self._threads)  # also when the interpreter exits
-
-    def start(self) -> None:
-        for thread in self._threads:
+        weakref.finalize(self, _end, self._stop, threads)  # also when the interpreter exits
+        for thread in threads:
             thread.start()
 
     def close(self) -> None:
         """Stop watching. The threads end within a beat, unless the store keeps one of them."""
         self._stop.set()
+
+    def configure(self, reaction: Reaction, deadlines: Deadlines) -> None:
+        """What follows from now on, and when."""
+        self.reaction, self.deadlines, self.others.deadlines = reaction, deadlines, deadlines
 
     # -- called by the main thread ---------------------------------------------------------
 
@@ -145,7 +131,7 @@ class Watchdog:
         self.report, self._own = report, True
         self.health.poison(report.sentence, report.ranks)
         # Told first, the others end at once, and a launcher with them: this process may not come to print it.
-        _bounded(lambda: log.error("ringfence: %s", report.sentence, exc_info=error), 0.2)
+        bounded(lambda: log.error("ringfence: %s", report.sentence, exc_info=error), 0.2)
         told = time.monotonic()
         self.others.tell(report)
         self._write(report, error)
@@ -267,8 +253,8 @@ class Watchdog:
         reaction = self.reaction
         if reaction.on_hang != "report" or report.kind == "failure":
             self.health.poison(report.sentence, report.ranks)
-        _bounded(lambda: self._write(report), 1.0)
-        _bounded(lambda: log.error("ringfence: rank %d: %s", self._rank, report.sentence), 0.2)
+        bounded(lambda: self._write(report), 1.0)
+        bounded(lambda: log.error("ringfence: rank %d: %s", self._rank, report.sentence), 0.2)
         self._acted.set()
         if reaction.on_hang == "report":
             return
@@ -277,7 +263,7 @@ class Watchdog:
             if self._reached or not stuck.waits:
                 return  # it raises now, or when the model is called next
             if stuck.stuck_in_piece and reaction.abort_groups is not None:
-                _bounded(reaction.abort_groups, 0)  # it may never return: a kernel that polls keeps the device
+                bounded(reaction.abort_groups, 0)  # it may never return: a kernel that polls keeps the device
             until = time.monotonic() + self.deadlines.grace
             while time.monotonic() < until:
                 now = self.journal.position()
@@ -287,47 +273,15 @@ class Watchdog:
         self.others.until_read(started)
         last = "" if reaction.on_hang == "abort" else " (its main thread cannot be reached where it waits)"
         text = f"ringfence: rank {self._rank} ends with exit code {EXIT_CODE}{last}: {self._error(report)}\n"
-        _bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
+        bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
         reaction.end(EXIT_CODE)
         self._ended.set()
 
     def _write(self, report: Report, error: BaseException | None = None) -> None:
-        """Write the journal, and again with what the probes found: they may cost all the time that there is."""
-        lines = traceback.format_exception(error) if error is not None else []
-        self._write_with(report, traceback=lines, probes={})
-        if self.reaction.folder is not None and self.reaction.probes:
-            self._write_with(report, traceback=lines, probes=self._probe())
+        self.reaction.write(self.journal, self.others, report, error)
 
-    def _probe(self) -> dict[str, Any]:
-        probes = dict(self.reaction.probes)
-        found: dict[str, Any] = {}
-
-        def run() -> None:
-            self.journal.watch_from_here()
-            for name, probe in probes.items():
-                found[name] = _probed(probe)
-
-        _bounded(run, _PROBE_SECONDS)
-        late = f"no answer within {_PROBE_SECONDS} s"
-        return {name: found.get(name, late) for name in probes}
-
-    def _write_with(self, report: Report, **more: Any) -> None:
-        heard = {str(r): p.position.to_dict() for r, p in self.others.peers.items() if p.position is not None}
-        failures = [asdict(r.failure) for r in (*self.others.reports, report) if r.failure is not None]
-        self.journal.try_dump(
-            self.reaction.folder,
-            f"{report.kind}: {report.sentence}",
-            heard=heard,
-            silent={str(r): how for r, how in self.others.silent().items()},
-            failures=failures,
-            **more,
-        )
-
-    def _error(self, report: Report) -> GroupFailureError:
-        journals = f"; journals: ringfence journal {self.reaction.folder}" if self.reaction.folder is not None else ""
-        if report.kind == "hang":
-            return HangError(f"the ranks hang: {report.sentence}{journals}", report.ranks)
-        return GroupFailureError(f"{ranks_text(report.ranks)} broke off: {report.sentence}{journals}", report.ranks)
+    def _error(self, report: Report) -> RingfenceError:
+        return self.reaction.error(report)
 
 
 def open_watchdog(
@@ -377,20 +331,6 @@ def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) ->
                 said = repr(error)
                 log.exception("ringfence: the watchdog's thread '%s' goes on after an error", name)
         del watchdog
-
-
-def _bounded(body: Callable[[], Any], seconds: float) -> None:
-    """Give ``body`` some seconds: a full pipe, a dead file server or an abort that hangs must not stop the watchdog."""
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    thread.join(seconds)
-
-
-def _probed(probe: Callable[[], Any]) -> Any:
-    try:
-        return probe()
-    except Exception as error:  # a probe looks at memory that may be gone
-        return f"{type(error).__name__}: {error}"
 
 
 def _is_of_a_peer(error: BaseException) -> bool:

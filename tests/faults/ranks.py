@@ -181,7 +181,7 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
 def _stop_before_the_others_come(mine: bool, say: Callable[..., None]) -> None:
     """One rank is stopped in its compilation. To the others any request to the store is the first that hangs."""
     from ringfence import backend
-    from ringfence.runtime.watch.supervision import Supervisor
+    from ringfence.runtime.watch.supervisor import Supervisor
 
     opened = Supervisor.open
 

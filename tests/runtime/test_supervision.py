@@ -19,9 +19,8 @@ from ringfence.runtime.replay.capture import SimulatedGraphs
 from ringfence.runtime.replay.program import Program, SizeRule, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
 from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest
-from ringfence.runtime.watch.health import Health
-from ringfence.runtime.watch.journal import Journal
-from ringfence.runtime.watch.supervision import GroupSupervision, Supervision, Supervisor
+from ringfence.runtime.watch.supervision import Supervision
+from ringfence.runtime.watch.supervisor import Asked, Supervisor
 from support import run_threaded
 
 SIZES = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])
@@ -40,13 +39,21 @@ class Graphs(SimulatedGraphs):
         return super().capture(call, args)
 
 
+def of_rank(rank: int, asked: Asked) -> Supervisor:
+    supervisor = Supervisor()
+    supervisor.journal.rank = rank
+    supervisor.join(asked)
+    return supervisor
+
+
 def runner(rank: int, *, fail: bool = False, folder: Path | None = None, **options: Any) -> PiecewiseRunner:
     """One piece that doubles; sizes 2 and 4 are captured."""
     step = Step("submod_0", lambda x: (x * 2,), (0,), (1,), False)
     program = Program((step,), ("x",), (1,), 2, (), frozenset())
     channel = open_channel(dist.group.WORLD.group_name, seconds=10)
     agreement = GroupAgreement([channel], PlanDigest((("plan", "the same"),)))
-    supervision = GroupSupervision(Journal(rank), Health(), agreement, folder=folder, **options)
+    asked = Asked({"journal_dir": str(folder)} if folder is not None else {}, **options)
+    supervision = Supervision(of_rank(rank, asked), agreement, asked)
     return PiecewiseRunner(program, SIZES, Graphs(fail), [2, 4], supervision=supervision)
 
 
@@ -105,16 +112,18 @@ def test_steps_are_compared_where_asked_for() -> None:
 def test_an_error_in_a_step_without_a_watchdog_stays_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path, tmp_path / "file"):
-        supervision = GroupSupervision(Journal(0), Health(), None, folder=folder)
+        asked = Asked({"journal_dir": str(folder)})
+        supervision = Supervision(of_rank(0, asked), None, asked)
         supervision.failed(ValueError("mine"))
         supervision.check()
     assert (tmp_path / "journal-rank0.json").exists()
 
 
 def test_a_rank_on_its_own_agrees_with_nobody_and_starts_no_thread() -> None:
-    supervisor = Supervisor(on_hang="abort")
+    supervisor = Supervisor()
+    supervisor.join(asked := Asked({"on_hang": "abort"}))
     groups = [Group("0", "fake", 2, 0), Group("1", "gloo", 1, 0)]
     channels = supervisor.open(groups, torch.device("cpu"))
-    assert channels == {} and type(supervisor.supervise(channels, PlanDigest(()))) is Supervision
+    assert channels == {} and supervisor.supervise(channels, PlanDigest(())).supervisor is None
     assert supervisor.watchdog is None
-    supervisor.close()
+    supervisor.leave(asked)

@@ -1,0 +1,110 @@
+"""Position: where a rank is. What ranks tell each other, what is written down, and what culprits are found by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: How a step ran.
+UNCAPTURED, CAPTURE, REPLAY = "uncaptured", "capture", "replay"
+
+
+def sizes_text(sizes: Sequence[int]) -> str:
+    """``sizes (8,)``; a graph without a dynamic size has none: ``fixed sizes``."""
+    return f"sizes {tuple(sizes)}" if sizes else "fixed sizes"
+
+
+@dataclass(frozen=True)
+class PieceNote:
+    """What the journal knows of a piece: ``calls`` are the groups of its collectives, in order."""
+
+    name: str
+    island: bool
+    calls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProgramNote:
+    """A program as it is written down. strategy: how its collectives are carried out. name: of its graph."""
+
+    pieces: tuple[PieceNote, ...]
+    strategy: str = ""
+    name: str = ""
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """Those that it makes calls of."""
+        return frozenset(group for piece in self.pieces for group in piece.calls)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Collective calls of one group, from number ``first`` to number ``last``."""
+
+    group: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        numbers = f"call {self.first}" if self.first == self.last else f"calls {self.first} to {self.last}"
+        return f"{numbers} of group '{self.group}'"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank is.
+
+    phase: ``"step"``, ``"warm-up"`` (a capture, or the first step of a program), ``"compile"``, or ``"idle"``: outside.
+    step, piece, name, kind, sizes: of the oldest piece that is not complete; of the last one when idle.
+    calls: the collective calls in that piece (where only whole steps are marked, in that step).
+    submitted, completed: how many collective calls of each group the host has entered, and how many are done.
+    graph: whose program the step runs, where this process has several.
+    exchange: the topic of the exchange in which this rank waits for the others, beside steps; empty where it does not.
+    among: the ranks of that exchange.
+    compiles: what is compiled, and why; empty where nothing is.
+    still: seconds since anything moved.
+    moved: pieces entered and left, ever: it changes when anything moves.
+    """
+
+    rank: int
+    phase: str
+    step: int
+    sizes: tuple[int, ...] = ()
+    piece: int | None = None
+    name: str = ""
+    kind: str = ""
+    strategy: str = ""
+    calls: tuple[Calls, ...] = ()
+    submitted: Mapping[str, int] = field(default_factory=dict)
+    completed: Mapping[str, int] = field(default_factory=dict)
+    exchange: str = ""
+    still: float = 0.0
+    moved: int = 0
+    graph: str = ""
+    among: tuple[int, ...] = ()
+    compiles: str = ""
+
+    @property
+    def stuck_in_piece(self) -> bool:
+        """Whether a piece has been submitted that is not complete."""
+        return self.phase in ("step", "warm-up") and self.piece is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether this rank may be waiting for another one: in a piece, or in an exchange."""
+        return self.stuck_in_piece or bool(self.exchange)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Position:
+        """Raises KeyError, TypeError or ValueError for what :meth:`to_dict` did not write."""
+        fields = dict(value)
+        fields["sizes"], fields["among"] = tuple(fields["sizes"]), tuple(fields.get("among", ()))
+        fields["calls"] = tuple(Calls(**c) for c in fields["calls"])
+        position = cls(**fields)
+        if not isinstance(position.rank, int) or not isinstance(position.still, float | int):
+            raise TypeError(f"rank {position.rank!r}, still {position.still!r}")
+        return position

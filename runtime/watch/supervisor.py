@@ -1,0 +1,304 @@
+"""The supervisor of a process: one journal, one watchdog, one count of each group's calls, for all its backends.
+
+Ranks are processes, so whatever tells them apart belongs to the process: a draft and a target model, or the graphs
+of one model that are compiled by backends of their own, share it. It is found through the default process group,
+in a weak table which, with that of the workspaces, is this package's only state beyond a call. Who destroys the
+group and initialises it again starts anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import traceback
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..channel import DEFAULT_SECONDS, Channel, open_channel
+from ..errors import ChannelTimeoutError, GroupFailureError, OptionsError, PeerFailedError, RankMismatch
+from ..groups import Group, ranks_of
+from .agree import GroupAgreement, PlanDigest
+from .culprit import Failure, where
+from .health import Health
+from .heartbeat import Deadlines
+from .journal import Journal
+from .marks import CudaMarks
+from .recompile import CompiledGraph, graph_being_compiled
+from .supervision import Supervision
+from .watchdog import Reaction, Watchdog, open_watchdog
+
+#: The options that are the process's, not one graph's.
+OF_PROCESS = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")
+
+#: Groups whose ranks are not processes of their own.
+_WITHOUT_PEERS = frozenset({"fake", "threaded"})
+
+_COMPILATION = "the compilation of a graph"
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a backend asks of the supervisor.
+
+    process: of the options that are the process's (:data:`OF_PROCESS`), those that it was given. The rest is for its
+    own graphs: agree_seconds, how long an exchange waits; every_step, compare sizes and choice of graph before each
+    step; raise_on_capture, a capture that fails on one rank is an error on all, instead of a step down for all.
+    """
+
+    process: Mapping[str, Any] = field(default_factory=dict)
+    agree_seconds: float = DEFAULT_SECONDS
+    every_step: bool = False
+    raise_on_capture: bool = False
+
+
+@dataclass
+class _Graph:
+    """What is being compiled, for whom, and the channels that were opened for it."""
+
+    asked: Asked
+    about: CompiledGraph = field(default_factory=CompiledGraph)
+    opened: list[Channel] = field(default_factory=list)
+
+
+class Supervisor:
+    """See above. A backend joins it with what it asks for; what several ask of the process must be the same.
+
+    It watches as long as somebody asks for it (``on_hang``): a backend that was not closed, or a graph of one.
+    """
+
+    def __init__(self) -> None:
+        self.journal, self.health = Journal(), Health()
+        self.watchdog: Watchdog | None = None
+        #: Name -> what returns JSON-ready values about the state of a device's memory, for the journal of a hang.
+        self.probes: dict[str, Callable[[], Any]] = {}
+        self._asked: weakref.WeakSet[Asked] = weakref.WeakSet()
+        self._graph = _Graph(Asked())
+        self._has_marks = False
+
+    # -- who asks for what -------------------------------------------------------------------
+
+    def join(self, asked: Asked) -> None:
+        """Raises :class:`OptionsError` where another backend asks for something else of the process."""
+        if asked in self._asked:
+            return
+        if self._differs(asked) is not None:
+            gc.collect()  # a backend that nobody holds any more asks for nothing
+        if (differs := self._differs(asked)) is not None:
+            raise OptionsError(differs)
+        self._asked.add(asked)
+        weakref.finalize(asked, _rest, weakref.ref(self)).atexit = False
+        if self.watchdog is not None and self._settings:
+            self.watchdog.configure(self._reaction(), self._deadlines)
+
+    def leave(self, asked: Asked) -> None:
+        """The watch ends with the last that asked for it."""
+        self._asked.discard(asked)
+        self.rest()
+
+    def knows(self, asked: Asked) -> bool:
+        return asked in self._asked
+
+    def rest(self) -> None:
+        """Stop watching if nobody asks for it any more."""
+        if self._settings.get("on_hang") is None:
+            self.close()
+
+    def close(self) -> None:
+        """Stop watching, whoever asks for it."""
+        if self.watchdog is not None:
+            self.watchdog.close()
+
+    @property
+    def folder(self) -> str | None:
+        """Where journals go; None writes none."""
+        return self._settings.get("journal_dir")
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        for asked in self._asked:
+            settings |= asked.process
+        return settings
+
+    def _differs(self, asked: Asked) -> str | None:
+        settings = self._settings
+        for name, value in asked.process.items():
+            if name in settings and settings[name] != value:
+                return (
+                    f"{name}={value!r}, and another backend of this process has {name}={settings[name]!r}; journal and "
+                    f"watchdog are the process's, so give both the same, leave {name} out in one of them, or close() "
+                    "the other backend first"
+                )
+        return None
+
+    @property
+    def _deadlines(self) -> Deadlines:
+        settings, default = self._settings, Deadlines()
+        return Deadlines(settings.get("step_seconds", default.steady), settings.get("warm_up_seconds", default.warm_up))
+
+    def _reaction(self) -> Reaction:
+        on_hang = self._settings.get("on_hang") or "report"
+        return Reaction(on_hang, self.folder, self.probes, _abort_groups)
+
+    # -- while a graph is compiled ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def compiling(self, asked: Asked) -> Iterator[None]:
+        """Around all that a backend does for one graph."""
+        before, self._graph = self._graph, _Graph(asked, graph_being_compiled())
+        self.journal.compiling(True, self._graph.about.why)
+        try:
+            yield
+        finally:
+            self.journal.compiling(False)
+            self._graph = before
+
+    def open(self, groups: Collection[Group], device: torch.device) -> dict[str, Channel]:
+        """Channels among the ranks of a graph's groups, by name; this rank is watched from now on.
+
+        Empty where there is nobody to talk to. Every rank must open them for the same graphs, in the same order.
+        """
+        real = sorted((g for g in groups if g.size > 1 and g.backend not in _WITHOUT_PEERS), key=lambda g: g.name)
+        if not real:
+            return {}
+        self.journal.rank = dist.get_rank()
+        if device.type == "cuda" and not self._has_marks:
+            self.journal.use(CudaMarks(device, self.journal.slots))
+            self._has_marks = True
+        if self._settings.get("on_hang") is not None:
+            self._watch()
+        return {group.name: self._open(group.name) for group in real}
+
+    def _watch(self) -> None:
+        if self.watchdog is None:
+            self.watchdog = open_watchdog(self.journal, self._reaction(), self._deadlines, self.health)
+            self.journal.one_caller = True
+        else:
+            self.watchdog.start()
+
+    def _open(self, name: str) -> Channel:
+        ranks = ranks_of(name)
+        self.journal.name_group(name, ranks)
+        if self.watchdog is not None:
+            self.watchdog.others.join_group(name, ranks)
+        channel = open_channel(
+            name,
+            seconds=self._graph.asked.agree_seconds,
+            waiting=functools.partial(self.journal.waiting, among=ranks),
+            interrupt=self._interrupt,
+        )
+        self._graph.opened.append(channel)
+        return channel
+
+    def _interrupt(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.interrupt()
+
+    @contextlib.contextmanager
+    def compilation(self) -> Iterator[None]:
+        """Around what AOT has compiled: what one rank raises there, the others hear of instead of waiting for it."""
+        self._graph.opened.clear()
+        try:
+            yield
+        except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # not this rank's own
+            self.health.poison(str(error))
+            if self.watchdog is None or self.watchdog.report is None:  # the watchdog has written more
+                self.write(str(error))
+            for channel in self._graph.opened:  # of a mesh only the ranks of one group raise it by themselves
+                channel.leave(str(error))
+            raise
+        except BaseException as error:
+            try:
+                self.broke_off(error, _COMPILATION)
+            finally:
+                for channel in self._graph.opened:  # for ranks that nobody watches
+                    channel.leave(f"{type(error).__name__}: {error}")
+            raise
+
+    def supervise(self, channels: Mapping[str, Channel], digest: PlanDigest) -> Supervision:
+        """Agree on a compiled graph with the ranks of its groups, and accompany its steps.
+
+        Raises :class:`RankMismatch` and :class:`ChannelTimeoutError`.
+        """
+        graph = self._graph
+        if not channels:
+            return Supervision(asked=graph.asked, graph=graph.about.name)
+        agreement = GroupAgreement(tuple(channels.values()), digest)
+        for name, channel in channels.items():  # a rank that failed, or ran a step uncompiled, has counted fewer
+            self.journal.count_from(name, max(channel.exchange("calls so far", self.journal.calls(name))))
+        return Supervision(self, agreement, graph.asked, graph.about.name)
+
+    # -- when something breaks off ---------------------------------------------------------------
+
+    def broke_off(self, error: BaseException, place: str | None = None) -> None:
+        """Tell the others, and write the journal; place: if not in a step. Raises what is to be raised instead."""
+        if self.watchdog is None:
+            at = place if place is not None else where(self.journal.position())
+            text = f"{type(error).__name__}: {error}"
+            failures = [asdict(Failure(self.journal.rank, at, text))]
+            self.write(text, failures=failures, traceback=traceback.format_exception(error))
+        elif (instead := self.watchdog.failed(error, place)) is not error:
+            raise instead from error
+
+    def disagreed(self, error: Exception) -> None:
+        """An exchange beside the steps came to no agreement."""
+        self.health.poison(str(error))
+        if isinstance(error, ChannelTimeoutError) and self.watchdog is not None:
+            self.watchdog.failed(error)
+        elif self.watchdog is None or self.watchdog.report is None:
+            self.write(str(error))
+
+    def write(self, reason: str, **more: Any) -> None:
+        """Write the journal where somebody asked for it."""
+        self.journal.try_dump(self.folder, reason, **more)
+
+
+class _NoWorld:
+    """Stands for the default process group where there is none."""
+
+
+_NO_WORLD = _NoWorld()
+_of_world: weakref.WeakKeyDictionary[Any, Supervisor] = weakref.WeakKeyDictionary()
+
+
+def supervisor_for(asked: Asked) -> Supervisor:
+    """The supervisor of this process, which a backend has joined then.
+
+    One whose ranks are out of step serves its own backends only; another backend starts anew, as on the other ranks.
+    Raises :class:`OptionsError` where the backends ask for different things.
+    """
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    key = world if world is not None else _NO_WORLD
+    found = _of_world.get(key)
+    if found is None or (found.health.poisoned is not None and not found.knows(asked)):
+        for old in list(_of_world.values()):  # of a process group that was destroyed, too: something may still hold it
+            old.close()
+        _of_world[key] = found = Supervisor()
+    found.join(asked)
+    return found
+
+
+def leave(asked: Asked) -> None:
+    """What a backend asked for counts no more, in whatever process group it was used."""
+    for supervisor in list(_of_world.values()):
+        supervisor.leave(asked)
+
+
+def _rest(supervisor: weakref.ref[Supervisor]) -> None:
+    found = supervisor()
+    if found is not None:
+        found.rest()
+
+
+def _abort_groups() -> None:
+    """Wake a main thread that waits in NCCL. gloo has no abort."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        group.abort()
