@@ -30,8 +30,9 @@ from .heartbeat import Deadlines
 from .journal import Journal
 from .marks import CudaMarks
 from .recompile import CompiledGraph, graph_being_compiled
+from .reaction import Reaction
 from .supervision import Supervision
-from .watchdog import Reaction, Watchdog, open_watchdog
+from .watchdog import Watchdog, open_watchdog
 
 #: The options that are the process's, not one graph's.
 OF_PROCESS = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")
