@@ -29,8 +29,8 @@ from .health import Health
 from .heartbeat import Deadlines
 from .journal import Journal
 from .marks import CudaMarks
-from .recompile import CompiledGraph, graph_being_compiled
 from .reaction import Reaction
+from .recompile import CompiledGraph, graph_being_compiled
 from .supervision import Supervision
 from .watchdog import Watchdog, open_watchdog
 
