@@ -10,8 +10,9 @@ if __name__ != "ringfence.compile_passes":  # the clone's root is on the path: e
     raise ImportError("import ringfence.compile_passes, not compile_passes")
 
 
-from .find import Candidate, Kind, Match, Site, find
+from .find import find
 from .fuse import fuse
+from .match import Candidate, Match, Site
 from .reasons import Decline, Reason, Rounding
 
-__all__ = ["Candidate", "Decline", "Kind", "Match", "Reason", "Rounding", "Site", "find", "fuse"]
+__all__ = ["Candidate", "Decline", "Match", "Reason", "Rounding", "Site", "find", "fuse"]

@@ -19,6 +19,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
 from . import roles
+from .provenance import label
 from .reasons import Decline, Reason
 from .roles import c10d, same_size, tensor
 
@@ -117,7 +118,7 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> A
     if roles.calls(node, *_NOT_FUNCTIONAL):
         return Decline(
             Reason.ALL_REDUCE_FORM,
-            f"'{node.name}' ({node.target}) is not functional; run the passes on a graph from aot_autograd",
+            f"{label(node)} ({node.target}) is not functional; run the passes on a graph from aot_autograd",
         )
     call = engine_call(node, all_reduce_ops)
     if call is None:
@@ -185,7 +186,7 @@ def _walk(start: Node, source: Node, op: str, group: object, value: Node) -> All
         user = next(iter(value.users))
         if roles.calls(user, c10d.wait_tensor.default) or roles.copied_value(user) is value:
             pass
-        elif roles.view_input(user) is value:
+        elif roles.reshaped(user) is value:
             views.append(user)
         else:
             break

@@ -6,6 +6,8 @@ becomes
 
     norm, residual_out = ringfence.all_reduce_add_rms_norm(input, residual, weight, eps, ...)
 
+and several all-reduces of one sum become the one of the sum of their inputs (:mod:`.sums`).
+
 The fused op stands where the sum stood, because the residual may be computed
 after the all-reduce was issued. What it replaces is erased explicitly:
 ``wait_tensor`` is registered as side-effectful, so dead-code elimination would
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch._prims_common import is_contiguous_or_false
@@ -26,8 +27,10 @@ from torch.fx.node import map_arg
 # The ops must be registered before a graph can call them.
 from ..runtime.collectives import ops
 from ..runtime.errors import GraphMetadataError
-from .find import Candidate, Match, Site
+from .all_reduce import AllReduce
+from .match import Candidate, Match, Site
 from .roles import aten, cast_input, first_node, same_shape, tensor
+from .sums import Parts
 
 #: Key of ``node.meta`` under which a fused op keeps the index of its site.
 SITE = "ringfence_site"
@@ -49,7 +52,8 @@ def fuse(
                 raise GraphMetadataError(
                     f"site {candidate.site.index} was found in another graph; pass what find(gm) returns for this one"
                 )
-            rewriter.rewrite(candidate.site.index, candidate.match)
+            if candidate.site.merged_into is None:
+                rewriter.rewrite(candidate.site.index, candidate.match)
         sites.append(candidate.site)
     rewriter.finish()
     gm.recompile()
@@ -77,19 +81,16 @@ class _Rewriter:
         for late in match.late_weight:
             last.append(late)
             last = late
-        weight = self.current(norm.weight) if norm.weight is not None else None
         with self.graph.inserting_before(last.next):
-            value = self._through(all_reduce.views, self.current(all_reduce.input))
+            value, residual = Parts(self.graph, match.terms, self._input, self.current).write()
+            weight = self.current(norm.weight) if norm.weight is not None else None
+            operands = (value, weight) if residual is None else (value, residual, weight)
             collective = self.collectives_of.get(str(all_reduce.group), "reference")
-            tail: tuple[Any, ...] = (weight, norm.eps, norm.weight_bias, all_reduce.group, collective)
-            if match.residual is not None:
-                args = (value, self.current(match.residual), *tail)
-                fused = self.graph.call_function(ops.all_reduce_add_rms_norm, args)
-            else:
-                fused = self.graph.call_function(ops.all_reduce_rms_norm, (value, *tail))
+            op = getattr(ops, match.epilogue.op)
+            fused = self.graph.call_function(op, (*operands, norm.eps, norm.weight_bias, all_reduce.group, collective))
             norm_out = self.graph.call_function(operator.getitem, (fused, 0))
             summed = self.graph.call_function(operator.getitem, (fused, 1))
-        self._describe(fused, norm_out, summed, site, match)
+        self._describe(fused, norm_out, summed, site, match, value)
         with self.graph.inserting_before(norm.out):
             self._replace(norm.out, self._through(norm.views, norm_out))
         if tensor(match.sum).dtype == tensor(summed).dtype:
@@ -99,7 +100,12 @@ class _Rewriter:
                 if cast_input(user) is match.sum and tensor(user).dtype == tensor(summed).dtype:
                     self._replace(user, summed)
         self.sums.append(match.sum)
-        self.collectives.update(all_reduce.chain)
+        for merged in match.terms.all_reduces:
+            self.collectives.update(merged.chain)
+
+    def _input(self, all_reduce: AllReduce) -> Node:
+        """What an all-reduce adds up, in the shape of its value."""
+        return self._through(all_reduce.views, self.current(all_reduce.input))
 
     def _through(self, views: Iterable[Node], node: Node) -> Node:
         """``node`` seen through copies of ``views``."""
@@ -123,9 +129,8 @@ class _Rewriter:
         old.replace_all_uses_with(new)
         self.replaced[old] = new
 
-    def _describe(self, fused: Node, norm_out: Node, summed: Node, site: int, match: Match) -> None:
+    def _describe(self, fused: Node, norm_out: Node, summed: Node, site: int, match: Match, like: Node) -> None:
         """Metadata of the new nodes: shapes for later passes, provenance for people."""
-        like = match.all_reduce.value
         values = (_contiguous(match.norm.out, like), _contiguous(match.sum, like))
         provenance = ("stack_trace", "nn_module_stack", "custom")  # Dynamo keeps the stream in "custom"
         start = match.all_reduce.start.meta

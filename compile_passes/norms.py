@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from . import roles
+from .provenance import label
 from .reasons import Decline, Reason, Rounding
 from .roles import aten, dtype_text, same_size, shape_text, tensor
 
@@ -58,11 +59,23 @@ def recognise_rms_norm(value: Node, dtype: torch.dtype) -> Norm | Decline:
                 misses.append(found)
     if misses:
         return misses[0]
+    if _less_its_mean(value):
+        return Decline(Reason.LAYER_NORM, f"{label(value)} is read less its mean: a LayerNorm; the fused op is RMSNorm")
     users = ", ".join(sorted({str(u.target) for u in value.users})) or "nothing"
     return Decline(
         Reason.NO_NORM,
-        f"no RMSNorm over the last dimension reads '{value.name}', in a spelling that is known; it is read by {users}",
+        f"no RMSNorm over the last dimension reads {label(value)}, in a spelling that is known; it is read by {users}",
     )
+
+
+def _less_its_mean(value: Node) -> bool:
+    """Whether a mean of the value is subtracted from it, as in a LayerNorm that is written out."""
+    for reader in _readers(value):
+        for user in reader.node.users:
+            pair = roles.binary(user, aten.sub.Tensor)
+            if pair and pair[0] is reader.node and roles.calls(pair[1], aten.mean.dim):
+                return True
+    return False
 
 
 def _readers(value: Node) -> Iterator[_Reader]:
@@ -82,25 +95,25 @@ def _readers(value: Node) -> Iterator[_Reader]:
 
 def _whole_op(node: Node, reader: _Reader) -> _Core | Decline | None:
     if roles.calls(node, aten.native_layer_norm.default, aten.layer_norm.default):
-        return Decline(Reason.LAYER_NORM, f"'{node.name}' is a LayerNorm; the fused kernels compute RMSNorm only")
+        return Decline(Reason.LAYER_NORM, f"{label(node)} is a LayerNorm; the fused kernels compute RMSNorm only")
     if roles.calls(node, aten.var_mean.correction) and node.kwargs.get("correction") == 0:
-        return Decline(Reason.LAYER_NORM, f"'{node.name}' is the variance of a decomposed LayerNorm, not an RMSNorm")
+        return Decline(Reason.LAYER_NORM, f"{label(node)} is the variance of a decomposed LayerNorm, not an RMSNorm")
     if not roles.calls(node, aten.rms_norm.default, aten._fused_rms_norm.default) or node.args[0] is not reader.node:
         return None
     _, normalized_shape, weight, eps = (*roles.arguments(node), None, None)[:4]
     last = tensor(reader.node).shape[-1]
     if len(normalized_shape) != 1 or not same_size(normalized_shape[0], last):
         return Decline(
-            Reason.NORM_DIMS, f"'{node.name}' normalises over {list(normalized_shape)}, not over the last dimension"
+            Reason.NORM_DIMS, f"{label(node)} normalises over {list(normalized_shape)}, not over the last dimension"
         )
     compute = torch.float64 if tensor(reader.node).dtype is torch.float64 else torch.float32
     if eps is None:  # torch's default, of the dtype that it computes in
         eps = torch.finfo(compute).eps
     if roles.as_number(eps) is None:
-        return Decline(Reason.EPS_KIND, f"epsilon of '{node.name}' is a value of the graph, not a number")
+        return Decline(Reason.EPS_KIND, f"epsilon of {label(node)} is a value of the graph, not a number")
     out = roles.first_output(node) if node.target is aten._fused_rms_norm.default else node
     if out is None or any(u is not out for u in node.users if node is not out):
-        return Decline(Reason.NO_NORM, f"the reciprocal root of '{node.name}' is used; the fused op does not return it")
+        return Decline(Reason.NO_NORM, f"the reciprocal root of {label(node)} is used; the fused op does not return it")
     return _Core(out, roles.as_number(eps) or 0.0, compute, weight, weight_absorbed=True)
 
 
@@ -137,7 +150,7 @@ def _chain(node: Node, reader: _Reader, value: Node) -> _Core | Decline | None:
     if roles.origin(mean.source) is not roles.origin(value):
         return Decline(
             Reason.MEAN_OF_OTHER_TENSOR,
-            f"'{node.name}' scales '{x.name}' by the root mean square of '{mean.source.name}', another tensor",
+            f"{label(node)} scales {label(x)} by the root mean square of {label(mean.source)}, another tensor",
         )
     ndim = tensor(mean.source).ndim
     # One root per row, broadcast over that row: without this, a mean that lost its
@@ -148,15 +161,15 @@ def _chain(node: Node, reader: _Reader, value: Node) -> _Core | Decline | None:
     if tuple(d % ndim for d in mean.dims) != (ndim - 1,) or not one_per_row:
         return Decline(
             Reason.MEAN_DIM,
-            f"the mean square of '{mean.source.name}' is over {list(mean.dims)} of {shape_text(mean.source)}, "
-            f"not one per row of '{x.name}'",
+            f"the mean square of {label(mean.source)} is over {list(mean.dims)} of {shape_text(mean.source)}, "
+            f"not one per row of {label(x)}",
         )
     eps = roles.as_number(mean.eps)
     if eps is None:
-        return Decline(Reason.EPS_KIND, f"epsilon of the norm at '{node.name}' is a value of the graph, not a number")
+        return Decline(Reason.EPS_KIND, f"epsilon of the norm at {label(node)} is a value of the graph, not a number")
     compute = roles.coarsest((mean.source, *mean.nodes, factor, node))
     if compute is None:
-        return Decline(Reason.NO_NORM, f"the norm at '{node.name}' is not computed in floating point throughout")
+        return Decline(Reason.NO_NORM, f"the norm at {label(node)} is not computed in floating point throughout")
     return _Core(node, eps, compute)
 
 
@@ -254,7 +267,7 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
         if isinstance(weight, Decline):
             return weight
         if weight is None:
-            return Decline(Reason.WEIGHT_KIND, f"the weight of '{core.out.name}' is not a tensor of {hidden} elements")
+            return Decline(Reason.WEIGHT_KIND, f"the weight of {label(core.out)} is not a tensor of {hidden} elements")
         norm = replace(norm, weight=weight.node)
 
     best: Norm | None = None
@@ -278,10 +291,10 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
         if has_weight or pair is None or pair[0] is pair[1] or not roles.same_shape(user, node):
             break
         weight = _weight(pair[1] if pair[0] is node else pair[0], reader.node, hidden, dtype)
-        if isinstance(weight, Decline):
+        if isinstance(weight, Decline) and best is None:
             return weight
-        if weight is None:
-            break
+        if not isinstance(weight, _Weight):
+            break  # it ends at a gate, a modulation, a weight that the fused op cannot take: what reads it is no norm
         has_weight = True
         norm = replace(norm, weight=weight.node, weight_bias=weight.bias)
         if weight.bias_rounded:
@@ -292,7 +305,7 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
     if best is None:
         return Decline(
             Reason.NORM_DTYPE,
-            f"the norm leaves as {dtype_text(tensor(node).dtype)} at '{node.name}'; "
+            f"the norm leaves as {dtype_text(tensor(node).dtype)} at {label(node)}; "
             f"the fused op returns {dtype_text(dtype)}",
         )
     return best
@@ -327,11 +340,11 @@ def _weight(factor: object, x: Node, hidden: int | torch.SymInt, dtype: torch.dt
     if value.ndim == 0 or roles.same_shape(node, x):
         return None
     if value.ndim != 1 or not same_size(value.shape[0], hidden):
-        return Decline(Reason.WEIGHT_SHAPE, f"weight '{node.name}' has shape {shape_text(node)}, not [{hidden}]")
+        return Decline(Reason.WEIGHT_SHAPE, f"weight {label(node)} has shape {shape_text(node)}, not [{hidden}]")
     if value.dtype != dtype:
         return Decline(
             Reason.WEIGHT_DTYPE,
-            f"weight '{node.name}' is {dtype_text(value.dtype)} and the activations are {dtype_text(dtype)}; "
+            f"weight {label(node)} is {dtype_text(value.dtype)} and the activations are {dtype_text(dtype)}; "
             "the kernels read both as one dtype",
         )
     return _Weight(node, bias, rounded)

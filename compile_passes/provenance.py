@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from torch.fx import GraphModule, Node
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.+?)", line (?P<line>\d+), in ', re.MULTILINE)
 
-#: Frames that carry out the user's wish but are not the user's code.
-_LIBRARY = re.compile(r"[/\\](torch|transformers[/\\](distributed|integrations))[/\\]")
+#: Frames that carry out the user's wish but are not the user's code: torch where it is installed, whatever folders
+#: of that name a user has, and the tensor parallelism of transformers.
+_TORCH = str(Path(torch.__file__).parent)
+_TRANSFORMERS = re.compile(r"[/\\]transformers[/\\](distributed|integrations)[/\\]")
+
+#: Key of ``node.meta`` under which an input keeps the name that a person knows it by.
+NAME = "ringfence_name"
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith((f"{_TORCH}/", f"{_TORCH}\\")) or _TRANSFORMERS.search(file) is not None
 
 
 def source_of(node: Node) -> str | None:
     """``file:line`` of the innermost frame outside torch and the TP plumbing of transformers."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not _LIBRARY.search(f[0])] or frames
+    own = [f for f in frames if not _is_library(f[0])] or frames
     return f"{own[-1][0]}:{own[-1][1]}" if own else None
+
+
+def label(node: Node) -> str:
+    """A node in a message: an input by its name, any other by its own and the line that it comes from."""
+    if node.op == "placeholder":
+        return f"'{node.meta.get(NAME, node.name)}'"
+    source = source_of(node)
+    where = "/".join(source.replace("\\", "/").split("/")[-2:]) if source else node.target
+    return f"'{node.name}' ({where})"
+
+
+def name_inputs(gm: GraphModule, dynamo_names: Sequence[str]) -> None:
+    """Let :func:`label` call the inputs by the names of :func:`input_names`."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, name in zip(placeholders, input_names(gm, dynamo_names), strict=True):
+        node.meta[NAME] = name
 
 
 def input_names(gm: GraphModule, dynamo_names: Sequence[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ class Reason(StrEnum):
     OTHER_GROUP = "other_group"
     REDUCE_DTYPE = "reduce_dtype"
     ALL_REDUCE_FORM = "all_reduce_form"
+    NESTED_REGION = "nested_region"
     # what reads the reduced value
     ESCAPES_GRAPH = "escapes_graph"
     UNUSED = "unused"
@@ -26,12 +27,15 @@ class Reason(StrEnum):
     MUTATION_BETWEEN = "mutation_between"
     LAYOUT = "layout"
     CLAIMED = "claimed_by_another_site"
+    SCALE_KIND = "scale_kind"
+    SCALE_RANGE = "scale_range"
     # the residual add
     RESIDUAL_SHAPE = "residual_shape"
     RESIDUAL_DTYPE = "residual_dtype"
     RESIDUAL_KIND = "residual_kind"
     RESIDUAL_IS_REDUCED = "residual_is_reduced"
     ADD_ALPHA = "add_alpha"
+    BIAS = "bias_after_all_reduce"
     # the norm
     NO_NORM = "no_norm"
     LAYER_NORM = "layer_norm"
@@ -73,4 +77,8 @@ class Rounding(StrEnum):
     BEFORE_WEIGHT = "the source rounds the normalised value before the weight; the fused op rounds once, after it"
     FLOAT32_RESIDUAL = "the source normalises the unrounded float32 sum; the fused op normalises the rounded one"
     COMPUTE_DTYPE = "the source computes the norm in another precision than float32"
+    MERGED = "the source adds the results of several all-reduces; the fused op sums their inputs and reduces once"
+    SCALED = "the source scales the result of the all-reduce; the fused op scales what it adds up"
+    RESIDUALS = "the source adds to the reduced value one tensor after the other; the fused op adds their sum"
+    BIAS = "the source adds a bias to the reduced value before the residual; the fused op adds bias + residual"
     WEIGHT_BIAS = "the source rounds (bias + weight) before it multiplies; the fused op adds in float32"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..runtime.errors import NotFusedError
-from .find import Site
 from .judge import Verdict
+from .match import Site
 from .prove import PlanVerdict
 from .split import Piece
 
@@ -171,7 +171,7 @@ def assert_fused(report: CompileReport, count: int | None = None) -> None:
 def _site(site: Site) -> dict[str, Any]:
     return {
         "index": site.index,
-        "kind": str(site.kind) if site.kind else None,
+        "kind": site.kind,
         "fused": site.fused,
         "reason": str(site.decline.reason) if site.decline else None,
         "message": site.message,
@@ -183,6 +183,7 @@ def _site(site: Site) -> dict[str, Any]:
         "source": site.source,
         "module": site.module,
         "roundings": [r.name.lower() for r in site.roundings],
+        "merged_into": site.merged_into,
     }
 
 

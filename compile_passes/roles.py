@@ -9,6 +9,7 @@ one question about one node and never looks further than its arguments.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any, TypeGuard
@@ -16,6 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime.errors import GraphMetadataError
 
@@ -121,6 +123,14 @@ def view_input(node: object) -> Node | None:
     return source if keeps_rows else None
 
 
+def reshaped(node: object) -> Node | None:
+    """The input of a view or copy, whatever shape it gives the same elements."""
+    if not calls(node, *VIEWS, *COPIES):
+        return None
+    source = node.args[0]
+    return source if is_tensor(source) else None
+
+
 def cast_input(node: object) -> Node | None:
     """The input of a dtype conversion on the same device."""
     if not calls(node, *_CASTS):
@@ -200,8 +210,50 @@ def alpha(node: Node) -> object:
     return node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
 
 
+def factor(node: Node) -> float | None:
+    """What an add or a subtraction scales its second operand by; None when that is a value of the graph."""
+    number = as_number(alpha(node))
+    return -number if number is not None and is_sub(node) else number
+
+
 def is_add(node: object) -> TypeGuard[Node]:
     return calls(node, aten.add.Tensor, aten.add.Scalar)
+
+
+def is_sub(node: object) -> TypeGuard[Node]:
+    return calls(node, aten.sub.Tensor, aten.sub.Scalar)
+
+
+def scaled(node: object) -> tuple[Node, float] | None:
+    """``(x, c)`` of ``x * c``, ``x / c`` or ``-x``, where c is a number and the dtype is kept."""
+    if calls(node, aten.neg.default):
+        return (node.args[0], -1.0) if is_tensor(node.args[0]) else None
+    pair = mul_operands(node)
+    pairs = (pair, pair[::-1]) if pair else ()
+    quotient = binary(node, aten.div.Tensor, aten.div.Scalar)
+    for x, c in (*pairs, *((quotient,) if quotient else ())):
+        number = constant(c)
+        if number is not None and is_tensor(x) and tensor(x).dtype == tensor(node).dtype:  # type: ignore[arg-type]
+            if quotient is None:
+                return x, number
+            return x, 1 / number if number else math.inf
+    return None
+
+
+def constant(value: object) -> float | None:
+    """A number, or the one in a constant tensor without dimensions, of any floating dtype."""
+    if calls(value, aten.scalar_tensor.default, aten.full.default) and tensor(value).ndim == 0:
+        number = value.args[-1] if value.target is aten.full.default else value.args[0]
+        return as_number(number)
+    if calls(value, aten.lift_fresh_copy.default, *_CASTS) and is_tensor(value) and tensor(value).ndim == 0:
+        return constant(value.args[0])
+    if isinstance(value, Node) and value.op == "get_attr":
+        held = getattr(value.graph.owning_module, str(value.target), None)
+        if isinstance(held, torch.Tensor) and held.ndim == 0 and held.is_floating_point() and held.device.type == "cpu":
+            with _disable_current_modes():  # AOT compiles under a fake mode, and this is the number itself
+                return float(held) if type(held) is torch.Tensor else None
+        return None
+    return as_number(value)
 
 
 def mul_operands(node: object) -> tuple[object, object] | None:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..runtime.replay.program import Padding, SizeRule
-from .find import Candidate
+from .match import Candidate
 from .roles import is_tensor, tensor
 
 
@@ -55,7 +55,7 @@ def _row_counts(
 ) -> Iterator[int | torch.SymInt]:
     """What may be the token count, the best first."""
     by_name = {n.name: n for n in gm.graph.nodes}
-    matched = [by_name[c.site.node] for c in candidates if c.match is not None]
+    matched = [c.match.all_reduce.value for c in candidates if c.match is not None]
     others = [by_name[c.site.node] for c in candidates if c.match is None]
     for node in (*matched, *others):
         if is_tensor(node) and tensor(node).ndim > 1:

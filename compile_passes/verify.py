@@ -18,9 +18,10 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime.collectives import reference
-from .find import Candidate, Match
+from .match import Candidate, Match
 from .reasons import Decline, Reason
 from .roles import tensor
+from .sums import Parts
 
 #: Largest |difference| / |value|, in units of the dtype's epsilon: two roundings at
 #: another place in half precision; the order of a float32 sum over the hidden size.
@@ -47,7 +48,7 @@ def _check(match: Match, device: torch.device, known: dict[str, Decline | None])
     subgraph, inputs = _subgraph(match)
     # Layers repeat: the same operations on inputs of the same kind are the same computation.
     likes = [(tuple(x.shape), x.dtype) for x in inputs]
-    key = f"{_without_names(subgraph.graph)}{likes}{match.norm.eps}{match.norm.weight_bias}"
+    key = f"{_without_names(subgraph.graph)}{likes}{match.epilogue}"
     if key not in known:
         # AOT compiles under a fake mode, and here real numbers are wanted.
         with _disable_current_modes(), torch.no_grad():
@@ -58,28 +59,31 @@ def _check(match: Match, device: torch.device, known: dict[str, Decline | None])
 def _compare(match: Match, subgraph: GraphModule, likes: list[Tensor], device: torch.device) -> Decline | None:
     generator = torch.Generator().manual_seed(0)
     dtype = likes[0].dtype
+    weights = int(match.norm.weight is not None)
     for magnitude in _MAGNITUDES:
         drawn = [torch.randn(x.shape, generator=generator).to(x.dtype).to(device) for x in likes]
-        drawn[0], rest = drawn[0] * magnitude, drawn[1:]
-        residual = rest.pop(0) * magnitude if match.residual is not None else None
-        weight = rest.pop(0) if match.norm.weight is not None else None
+        values = [x if i >= len(drawn) - weights else x * magnitude for i, x in enumerate(drawn)]
         try:
-            source = subgraph(*(x for x in (drawn[0], residual, weight) if x is not None))
+            ((norm, summed), (value, residual)) = subgraph(*values)
         except Exception as error:  # whatever the model's own ops raise on sizes or values that are not its own
             return Decline(
                 Reason.VERIFY_FAILED,
                 f"what leads to '{match.norm.out.name}' cannot be run by itself: {type(error).__name__}: {error}",
             )
-        eps, bias = match.norm.eps, match.norm.weight_bias
+        weight, eps, bias = values[-1] if weights else None, match.norm.eps, match.norm.weight_bias
+        ours: tuple[Tensor, ...]
         if residual is None:
-            replacement: tuple[Tensor, ...] = (reference.rms_norm(drawn[0], weight, eps, bias),)
+            ours = (reference.rms_norm(value, weight, eps, bias), value)
         else:
-            replacement = reference.add_rms_norm(drawn[0], residual, weight, eps, bias)
-        for name, ours, theirs in zip(("norm", "sum"), replacement, source, strict=False):
-            theirs = theirs.reshape(ours.shape).to(torch.float64)
-            excess = (ours.double() - theirs).abs() / (theirs.abs() * torch.finfo(dtype).eps + _ABSOLUTE)
+            ours = reference.add_rms_norm(value, residual, weight, eps, bias)
+        roundings = 1.0 + len(match.terms.roundings)
+        for name, mine, theirs in zip(("norm", "sum"), ours, (norm, summed), strict=True):
+            theirs = theirs.reshape(mine.shape).to(torch.float64)
+            # A term that cancels leaves its rounding behind: what counts is the size of the row.
+            size = theirs.abs() if not match.terms.roundings else theirs.abs().amax(-1, keepdim=True)
+            excess = (mine.double() - theirs).abs() / (size * torch.finfo(dtype).eps + _ABSOLUTE)
             # A comparison that NaN fails: not (excess <= bound).
-            if not bool((excess <= _BOUND[dtype]).all()):
+            if not bool((excess <= _BOUND[dtype] * roundings).all()):
                 return Decline(
                     Reason.VERIFY_FAILED,
                     f"the replacement of '{match.norm.out.name}' differs in its {name} by {excess.max():.3g} times "
@@ -89,13 +93,22 @@ def _compare(match: Match, subgraph: GraphModule, likes: list[Tensor], device: t
 
 
 def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
-    """The nodes from the reduced value to the norm as a module, and tensors like its inputs."""
-    boundary = [n for n in (match.all_reduce.value, match.residual, match.norm.weight) if n is not None]
+    """The nodes from the inputs of the all-reduces to the norm beside the two parts of the replaced sum, as a module.
+
+    It returns ``(norm, sum), (what the ranks add up, residual or None)``; an all-reduce gives back what it gets. With
+    it, tensors like its inputs: those of the all-reduces, the residuals, the weight.
+    """
+    terms = match.terms
+    boundary = [*(a.input for a in terms.all_reduces), *terms.residuals]
+    if match.norm.weight is not None:
+        boundary.append(match.norm.weight)
     graph, likes = Graph(), []
     env: dict[Node, Node] = {}
-    for node in boundary:
-        env[node] = graph.placeholder(f"x{len(env)}")
-        likes.append(torch.empty([_concrete(d) for d in tensor(node).shape], dtype=tensor(node).dtype, device="meta"))
+    for i, node in enumerate(boundary):
+        placeholder = graph.placeholder(f"x{i}")
+        placeholder.meta["val"] = _like(tensor(node))
+        likes.append(placeholder.meta["val"])
+        env[node] = placeholder
 
     def copy(node: Node) -> Any:
         if node not in env:
@@ -105,11 +118,24 @@ def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
             arguments = [copy(n) for n in node.all_input_nodes]
             mapped = dict(zip(node.all_input_nodes, arguments, strict=True))
             env[node] = graph.node_copy(node, lambda n: mapped[n])
+            if isinstance(value, Tensor):
+                env[node].meta["val"] = torch.empty(
+                    [_concrete(d) for d in value.shape], dtype=value.dtype, device="meta"
+                )
         return env[node]
 
-    outputs = [copy(match.norm.out)] + ([copy(match.sum)] if match.residual is not None else [])
-    graph.output(tuple(outputs))
-    return GraphModule({}, graph), likes
+    for all_reduce in terms.all_reduces:
+        reduced = env[all_reduce.input]
+        for node in all_reduce.chain:
+            env[node] = reduced = copy(node) if node in all_reduce.views else reduced
+    source = (copy(match.norm.out), copy(match.sum))
+    graph.output((source, Parts(graph, terms, lambda a: env[a.value], copy).write()))
+    return GraphModule(match.sum.graph.owning_module or {}, graph), likes
+
+
+def _like(value: Tensor) -> Tensor:
+    """A tensor without memory, whose sizes are numbers."""
+    return torch.empty([_concrete(d) for d in value.shape], dtype=value.dtype, device="meta")
 
 
 def _without_names(graph: Graph) -> list[str]:

@@ -30,11 +30,12 @@ from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
-from .compile_passes.find import Candidate, Site, find
+from .compile_passes.find import find
 from .compile_passes.fuse import fuse
 from .compile_passes.groups import collectives_of, describe_groups
 from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
+from .compile_passes.match import Candidate, Site
 from .compile_passes.mutations import hoist_writes, read_in_place
 from .compile_passes.op_calls import op_names
 from .compile_passes.prove import prove

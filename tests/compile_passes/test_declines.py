@@ -73,13 +73,15 @@ def float32_root_elsewhere(x: Tensor, r: Tensor, w: Tensor) -> object:
     return (h * scale).to(x.dtype) * w, scale
 
 
-def second_site_of_one_sum(x: Tensor, r: Tensor, w: Tensor) -> object:
-    h = reduced(x) + reduced(r)
-    return norm(h, w), h
-
-
 def float32_gamma(h: Tensor, w: Tensor) -> Tensor:
     return (h.float() * rms(h) * w).to(h.dtype)
+
+
+def cohere_norm(h: Tensor, w: Tensor) -> Tensor:
+    wide = h.float()
+    mean = wide.mean(-1, keepdim=True)
+    variance = (wide - mean).pow(2).mean(-1, keepdim=True)
+    return (w.float() * ((wide - mean) * torch.rsqrt(variance + 1e-5))).to(h.dtype)
 
 
 def layer_norm_chain(h: Tensor, w: Tensor) -> Tensor:
@@ -89,18 +91,19 @@ def layer_norm_chain(h: Tensor, w: Tensor) -> Tensor:
 CASES: dict[str, tuple[Reason, Program]] = {
     "average": (Reason.REDUCE_OP, reduce_op(dist.ReduceOp.AVG)),
     "maximum": (Reason.REDUCE_OP, reduce_op(dist.ReduceOp.MAX)),
-    "broadcast residual": (Reason.RESIDUAL_SHAPE, lambda x, r, w: norm(reduced(x) + r[:1], w)),
-    "residual is a bias": (Reason.RESIDUAL_SHAPE, lambda x, r, w: norm(reduced(x) + r[0], w)),
     "residual that grows the sum": (Reason.RESIDUAL_SHAPE, lambda x, r, w: norm(reduced(x[:1]) + r, w)),
+    "scaled by a tensor": (Reason.SCALE_KIND, lambda x, r, w: norm(reduced(x) * w[0] + r, w)),
+    "gated": (Reason.SCALE_KIND, lambda x, r, w: norm(reduced(x) * torch.sigmoid(r[:, :1]) + r, w)),
+    "another op": (Reason.OP_BETWEEN, lambda x, r, w: norm(torch.relu(reduced(x)) + r, w)),
     "h + h": (Reason.RESIDUAL_IS_REDUCED, lambda x, r, w: norm((y := reduced(x)) + y, w)),
     "residual dtype": (Reason.RESIDUAL_DTYPE, lambda x, r, w: norm((reduced(x) + r.float().exp()).to(BF16), w)),
     "residual is a number": (Reason.RESIDUAL_KIND, lambda x, r, w: norm(reduced(x) + 1.5, w)),
-    "alpha": (Reason.ADD_ALPHA, lambda x, r, w: norm(torch.add(reduced(x), r, alpha=2), w)),
-    "subtraction": (Reason.OP_BETWEEN, lambda x, r, w: norm(reduced(x) - r, w)),
-    "scaled all-reduce": (Reason.OP_BETWEEN, lambda x, r, w: norm(reduced(x) * 0.5 + r, w)),
     "weight dtype": (Reason.WEIGHT_DTYPE, lambda x, r, w: float32_gamma(reduced(x) + r, w.float().exp())),
-    "weight shape": (Reason.WEIGHT_SHAPE, lambda x, r, w: chain(h := reduced(x) + r, rms(h), w[:1])),
-    "weight of two dimensions": (Reason.WEIGHT_SHAPE, lambda x, r, w: chain(h := reduced(x) + r, rms(h), r[:1])),
+    "weight shape": (Reason.WEIGHT_SHAPE, lambda x, r, w: float32_gamma(reduced(x) + r, w[:1])),
+    "weight of two dimensions": (Reason.WEIGHT_SHAPE, lambda x, r, w: float32_gamma(reduced(x) + r, r[:1])),
+    "layer norm, written out": (Reason.LAYER_NORM, lambda x, r, w: cohere_norm(reduced(x) + r, w)),
+    "layer norm behind a bias": (Reason.LAYER_NORM, lambda x, r, w: layer_norm_chain(r + (reduced(x) + w), w)),
+    "layer norm beside a residual": (Reason.LAYER_NORM, lambda x, r, w: layer_norm_chain(h := reduced(x), w) + (h + r)),
     "weight from the sum": (Reason.WEIGHT_NOT_READY, lambda x, r, w: norm(h := reduced(x) + r, h.sum(0))),
     "epsilon is a tensor": (
         Reason.EPS_KIND,
@@ -130,6 +133,9 @@ CASES: dict[str, tuple[Reason, Program]] = {
     "root of the float32 sum used elsewhere": (Reason.FLOAT32_SUM_USED_ELSEWHERE, float32_root_elsewhere),
     "reduced in float32": (Reason.REDUCE_DTYPE, lambda x, r, w: norm(reduced(x.float()).to(BF16) + r, w)),
     "leaves the graph": (Reason.ESCAPES_GRAPH, graph_break_shape),
+    "sum leaves the graph": (Reason.ESCAPES_GRAPH, lambda x, r, w: reduced(x) + r),
+    "scaled sum leaves the graph as a view": (Reason.ESCAPES_GRAPH, lambda x, r, w: (reduced(x) * 3).view(2, -1)),
+    "counters": (Reason.ACTIVATION_DTYPE, lambda x, r, w: reduced((x > 0).long()) + 1),
     "float64": (Reason.ACTIVATION_DTYPE, lambda x, r, w: norm(reduced(x.double()) + r.double(), w.double())),
 }
 
@@ -314,15 +320,6 @@ def test_layout_that_later_ops_were_traced_with() -> None:
     gm = aot_graph(run, torch.randn(4, 3, H), torch.randn(3, 4, H), torch.randn(H))
     (site,) = fuse_graph(gm)
     assert site.decline is not None and site.decline.reason is Reason.LAYOUT and "contiguous" in site.message
-
-
-@pytest.mark.usefixtures("fake_group")
-def test_second_all_reduce_of_one_sum_is_declined() -> None:
-    gm = aot_graph(second_site_of_one_sum, *(torch.randn(s).to(BF16) for s in ((4, H), (4, H), (H,))))
-    first, second = fuse_graph(gm)
-    assert first.fused
-    assert second.decline is not None and second.decline.reason is Reason.CLAIMED
-    assert len([n for n in gm.graph.nodes if "_c10d_functional.all_reduce" in str(n.target)]) == 1
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -2,8 +2,9 @@
 
 A :class:`Program` says what surrounds one to three all-reduces: views, residual, the spelling of the
 norm, who else reads what. It is traced as AOT would trace it, run node by node, rewritten, and run again
-on the same inputs. An all-reduce is an elementwise function that is not linear (:func:`stand_in`), so one
-that is dropped, doubled, moved past a change or sent to another group shows in the numbers.
+on the same inputs. An all-reduce is an elementwise function, linear as the sum of ranks is (:func:`stand_in`), so
+one that is dropped, doubled, moved past a change, sent to another group or given a term that is not its own shows in
+the numbers.
 
 No choice below is known to the recogniser: whether a program may fuse is its own decision, and only the
 answer and the number of collectives are checked.
@@ -15,7 +16,7 @@ import dataclasses
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves
 
-from ringfence.compile_passes import Candidate, Reason, Site, find, fuse
+from ringfence.compile_passes import Candidate, Reason, Rounding, Site, find, fuse
 from ringfence.runtime.collectives import ops, reference
 
 aten = torch.ops.aten
@@ -48,15 +49,13 @@ def _all_reduce(x: Tensor, group: str = "0", op: str = "sum") -> Tensor:
 
 # -- the all-reduce, without a process group ---------------------------------------
 
-#: By group: what a positive and what a negative element becomes. No two are alike.
-_SLOPES = {"0": (1.75, 1.25), "1": (0.75, 1.5)}
+#: By group: what an element is multiplied by. No two are alike, nor is one the other's multiple by a small number.
+_SLOPES = {"0": 1.75, "1": 0.6875}
 
 
 def stand_in(x: Tensor, group: str, op: str = "sum") -> Tensor:
     """An elementwise function in place of the sum over the ranks of ``group``; contiguous, as the sum is."""
-    up, down = _SLOPES[group]
-    scale = 1.0 if op == "sum" else 0.5
-    return torch.where(x > 0, x * (up * scale), x * (down * scale)).contiguous()
+    return (x * (_SLOPES[group] * (1.0 if op == "sum" else 0.5))).contiguous()
 
 
 @torch.library.custom_op("neighbourhoods::all_reduce", mutates_args=())
@@ -80,9 +79,11 @@ _CUSTOM_OPS = {"neighbourhoods::all_reduce": None, "neighbourhoods::all_reduce_i
 class _Run(Interpreter):
     """Runs a graph with :func:`stand_in` for its collectives, and compares each value with what its node promises."""
 
+    untrue: frozenset[str] = frozenset()
+
     def run_node(self, n: Node) -> Any:
         result, promised = super().run_node(n), n.meta.get("val")
-        if isinstance(result, Tensor) and isinstance(promised, Tensor):
+        if isinstance(result, Tensor) and isinstance(promised, Tensor) and n.name not in self.untrue:
             assert result.dtype == promised.dtype, f"'{n.name}' is {result.dtype}, and its metadata {promised.dtype}"
             if all(isinstance(d, int) for d in promised.shape):
                 assert result.shape == promised.shape and _strides(result) == _strides(promised), (
@@ -114,6 +115,7 @@ class Block:
     input: str = "fresh"
     layout: str = "plain"
     collective: str = "sum"
+    behind: str = "nothing"
     after_reduce: tuple[str, ...] = ()
     residual: str = "full"
     add: str = "plain"
@@ -173,16 +175,23 @@ _BLOCK: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]] = {
     "input": (("fresh", "previous"), (), 1),
     "layout": (("plain", "scaled"), ("transposed", "sliced", "expanded"), 6),
     "collective": (
-        ("sum", "sum", "custom", "custom_inplace"),
-        ("avg", "other_group", "in_float32", "twice", "unused_twin", "scaled_after"),
+        ("sum", "sum", "sum", "custom", "custom_inplace", "flat"),
+        ("avg", "other_group", "in_float32", "twice", "unused_twin"),
         12,
     ),
+    "behind": (
+        ("nothing",) * 16
+        + ("scaled", "halved", "divided", "negated", "by_constant", "biased", "shared")
+        + ("doubled", "doubled_first", "doubled_scaled", "less_another", "scaled_sum"),
+        ("gated", "by_tensor", "doubled_over_other_group", "doubled_read", "huge"),
+        4,
+    ),
     "residual": (
-        ("full", "none", "previous", "late", "other_reduce", "other_reduce_view", "transposed", "input"),
         (
-            "row",
-            "column",
-            "bias",
+            *("full", "none", "previous", "late", "other_reduce", "other_reduce_view", "transposed", "input"),
+            *("row", "column", "bias"),
+        ),
+        (
             "number",
             "zero_dim",
             "wider",
@@ -195,8 +204,8 @@ _BLOCK: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]] = {
         6,
     ),
     "add": (
-        ("plain", "swapped", "wide", "wide_mixed"),
-        ("alpha", "alpha_swapped", "sub", "rsub", "float64", "wide_view"),
+        ("plain", "swapped", "wide", "wide_mixed", "alpha", "alpha_swapped", "sub", "rsub", "scaled"),
+        ("float64", "wide_view", "alpha_third"),
         8,
     ),
     "mutate": (("nothing",), ("input", "scratch", "weight", "sum"), 40),
@@ -254,6 +263,8 @@ _READERS = (
     "sum_low",
     "sum_view",
     "sum_transposed",
+    "sum_again",
+    "sum_again_read",
     "reduced",
     "reduced_read",
     "residual",
@@ -436,6 +447,8 @@ class _Function:
         if block.collective == "in_float32":
             wide = _all_reduce(x.to(torch.float32))
             return wide.to(self.program.dtype)
+        if block.collective == "flat":
+            return _all_reduce(x.reshape(-1)).reshape(x.shape)
         op = "avg" if block.collective == "avg" else "sum"
         group = "1" if block.collective == "other_group" else "0"
         v = _all_reduce(x, group, op)
@@ -443,7 +456,31 @@ class _Function:
             v = _all_reduce(v, group, op)
         if block.collective == "unused_twin":
             _all_reduce(x * 2, group, op)
-        return v * 0.5 if block.collective == "scaled_after" else v
+        return v
+
+    def _behind(self, block: Block, v: Tensor, r: Tensor, w: Tensor, e: Tensor) -> Tensor:
+        """What stands between the all-reduce and the residual: scales, a bias, another sum."""
+        another: Callable[[str], Tensor] = lambda group="0": _all_reduce(torch.tanh(r).reshape(v.shape), group)  # noqa: E731
+        choices: dict[str, Callable[[], Tensor]] = {
+            "scaled": lambda: v * 0.22,
+            "halved": lambda: v * 0.5,
+            "divided": lambda: v / 3,
+            "negated": lambda: -v,
+            "huge": lambda: v * 3.0,
+            "by_constant": lambda: v * torch.full((), 0.3, dtype=v.dtype),
+            "by_tensor": lambda: v * e,
+            "gated": lambda: v * torch.sigmoid(r.reshape(v.shape)[..., :1]),
+            "biased": lambda: v + w,
+            "shared": lambda: v + torch.sin(r).reshape(v.shape),
+            "doubled": lambda: v + another("0"),
+            "doubled_first": lambda: another("0") + v,
+            "doubled_scaled": lambda: v + another("0") * 0.7,
+            "doubled_over_other_group": lambda: another("1") + v,
+            "doubled_read": lambda: (a := another("0")) + v + torch.relu(a),
+            "less_another": lambda: v - another("0"),
+            "scaled_sum": lambda: (v + w) * 0.4,
+        }
+        return choices.get(block.behind, lambda: v)()
 
     def _sum(self, block: Block, given_: Sequence[Tensor], h: Tensor | None, earlier: Sequence[_State]) -> _State:
         x, r, w, e = given_
@@ -454,6 +491,7 @@ class _Function:
             x.mul_(2)
         if block.mutate == "scratch":
             e.clone().add_(1)
+        v = self._behind(block, v, r, w.to(self.program.dtype), e)
         for kind in block.after_reduce:
             v = _view(kind, v, self.hidden)
         residual = self._residual(block, v, x if block.residual == "input" else r, e, earlier)
@@ -552,6 +590,8 @@ class _Function:
             "sum_low": lambda: s.to(self.program.dtype),
             "sum_view": lambda: s.reshape(-1, self.hidden),
             "sum_transposed": lambda: s.transpose(-1, -2).reshape(-1, s.shape[-2]) * 2,
+            "sum_again": lambda: _added(block.add, state.reduced, state.residual),
+            "sum_again_read": lambda: torch.exp(-_added(block.add, state.reduced, state.residual).abs()),
             "reduced": lambda: state.reduced,
             "reduced_read": lambda: -state.reduced,
             "residual": lambda: None if state.residual is None else -state.residual,
@@ -710,6 +750,10 @@ def _added(kind: str, v: Tensor, residual: Tensor | float | None) -> Tensor:
         return v
     if kind == "alpha":
         return torch.add(v, residual, alpha=2)
+    if kind == "alpha_third":
+        return torch.add(v, residual, alpha=1 / 3)
+    if kind == "scaled":
+        return (v + residual) * 0.6
     if kind == "sub":
         return v - residual
     if not isinstance(residual, Tensor):
@@ -785,9 +829,29 @@ def _find(program: Program, gm: GraphModule) -> list[Candidate]:
     return find(gm, strict=program.strict, groups=program.groups, all_reduce_ops=_CUSTOM_OPS)
 
 
-def execute(program: Program, gm: GraphModule) -> list[Tensor]:
+def execute(program: Program, gm: GraphModule, untrue: Collection[str] = ()) -> list[Tensor]:
+    """``untrue``: nodes whose metadata are not what torch's own op returns."""
+    run = _Run(gm)
+    run.untrue = frozenset(untrue)
     with torch.no_grad():
-        return [x for x in tree_leaves(_Run(gm).run(*_Function(program).inputs())) if isinstance(x, Tensor)]
+        return [x for x in tree_leaves(run.run(*_Function(program).inputs())) if isinstance(x, Tensor)]
+
+
+def _untrue(program: Program, gm: GraphModule) -> list[str]:
+    """The nodes of a graph as it was traced that are not what they promise: the meta kernel of some op is wrong."""
+    found: list[str] = []
+
+    class Look(_Run):
+        def run_node(self, n: Node) -> Any:
+            try:
+                return super().run_node(n)
+            except AssertionError:
+                found.append(n.name)
+                return Interpreter.run_node(self, n)
+
+    with torch.no_grad():
+        Look(gm).run(*_Function(program).inputs())
+    return found
 
 
 def _all_reduces(gm: GraphModule) -> int:
@@ -802,6 +866,8 @@ def _fused(gm: GraphModule) -> int:
     targets = (ops.all_reduce_add_rms_norm, ops.all_reduce_rms_norm)
     return sum(n.op == "call_function" and n.target in targets for n in gm.graph.nodes)
 
+
+_OF_TERMS = {Rounding.MERGED, Rounding.SCALED, Rounding.RESIDUALS, Rounding.BIAS}
 
 #: One unit in the last place, which a float32 sum in another order may flip; for float32 that sum itself.
 _ULP = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -818,21 +884,26 @@ def _errors(actual: Tensor, expected: Tensor, share: float) -> Tensor:
     return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, errors.nan_to_num(nan=torch.inf))
 
 
-def difference(program: Program, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+def difference(
+    program: Program, actual: Sequence[Tensor], expected: Sequence[Tensor], sites: Sequence[Site] = ()
+) -> str | None:
     """How two runs of a program differ by more than its options allow, or None."""
     if len(actual) != len(expected):
         return f"{len(actual)} outputs instead of {len(expected)}"
     used = {name for b in program.blocks for name in (b.middle, b.end, b.factor)}
     dtype, chain = program.dtype, len(program.blocks)
+    # Terms that are added in another order may cancel: their roundings are as large as they were.
+    terms = _OF_TERMS & {r for s in sites for r in s.roundings}
     if program.strict:
         bound = _ULP[dtype]
     else:  # The coarsest rounding in the source counts: the fused op may leave it out.
         bound = max(_ROUNDINGS[d] for d in {dtype, *(_ROUND_TRIPS[n] for n in used & {"bfloat16", "float16"})})
+    bound *= 2 if terms else 1
     bound *= chain**2  # a sum behind another site may cancel, and its norm then enlarges what came before
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"output {i} is {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}"
-        errors = _errors(a, b, share=0.01 if chain == 1 else 1.0)
+        errors = _errors(a, b, share=0.01 if chain == 1 and not terms else 1.0)
         wrong, unequal = int((errors > bound).sum()), int((errors > 0).sum())
         # A step function downstream of another rounding flips now and then; left out, it is wrong everywhere.
         steps = bool(used & {"int32", "float8", "bool"}) and not program.strict
@@ -850,16 +921,20 @@ def problem(program: Program) -> tuple[str | None, list[Site], str]:
     """What is wrong with the rewritten program, its sites, and both graphs as text."""
     gm = trace(program)
     text = gm.code
-    expected, before = execute(program, gm), _all_reduces(gm)
+    untrue = _untrue(program, gm)
+    expected, before = execute(program, gm, untrue), _all_reduces(gm)
     sites = fuse(gm, _find(program, gm))
     text += "\n# ---- becomes ----\n" + gm.code
     gm.graph.lint()
     fused, after = _fused(gm), _all_reduces(gm)
-    if fused != sum(s.fused for s in sites):
+    merged = [s for s in sites if s.merged_into is not None]
+    if fused != sum(s.fused for s in sites) - len(merged):
         return f"{sum(s.fused for s in sites)} sites are reported as fused, and {fused} are", sites, text
-    if fused + after != before or len(sites) != before:
+    if any(sites[s.merged_into].merged_into is not None or not sites[s.merged_into].fused for s in merged):
+        return "a site is merged into one that is not fused", sites, text
+    if fused + len(merged) + after != before or len(sites) != before:
         return f"{before} all-reduces became {fused} fused and {after} others in {len(sites)} sites", sites, text
-    return difference(program, execute(program, gm), expected), sites, text
+    return difference(program, execute(program, gm, untrue), expected, sites), sites, text
 
 
 @pytest.fixture(autouse=True)
@@ -914,6 +989,17 @@ _KNOWN = {
     "weight_right_behind_reduce": Program((Block(residual="none", weight="late", norm="rms_norm"),)),
     "mean_without_its_column": Program((Block(mean="lost"),), hidden=4),
     "mean_of_columns_as_column": Program((Block(mean="rows_lost"),), hidden=4),
+    "doubled": Program((Block(behind="doubled"),)),
+    "doubled_over_other_group": Program((Block(behind="doubled_over_other_group"),)),
+    "residual_is_another_sum": Program((Block(behind="scaled", residual="other_reduce_view"),), dtype=torch.bfloat16),
+    "bias_without_residual": Program((Block(behind="biased", residual="none"),), batch=2, strict=True),
+    "bias_of_dynamic_tokens": Program((Block(behind="biased", residual="none"),), dynamic="tokens"),
+    "bias_through_a_view": Program((Block(behind="biased", after_reduce=("to_3d",)),), batch=2),
+    "scale_of_the_whole": Program((Block(behind="biased", residual="column", add="scaled"),)),
+    "difference_of_sums": Program((Block(behind="less_another", add="rsub"),)),
+    "wide_sum_of_scaled": Program((Block(behind="scaled", add="wide", middle="dtype"),), dtype=torch.bfloat16),
+    "huge_in_half": Program((Block(behind="huge"),), dtype=torch.float16),
+    "sum_again": Program((Block(readers=("sum_again", "sum_again_read")),)),
     "heads": Program((Block(norm="heads"),)),
 }
 
@@ -957,7 +1043,8 @@ _COMMON = {
     Reason.RESIDUAL_DTYPE,
     Reason.RESIDUAL_KIND,
     Reason.RESIDUAL_IS_REDUCED,
-    Reason.ADD_ALPHA,
+    Reason.SCALE_KIND,
+    Reason.SCALE_RANGE,
     Reason.NO_NORM,
     Reason.LAYER_NORM,
     Reason.MEAN_DIM,

@@ -11,7 +11,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringfence.compile_passes import Kind, find
+from ringfence.compile_passes import find
 from ringfence.runtime.collectives import ops
 from support import TOLERANCE, aot_graph, fuse_graph, relative_error
 
@@ -118,7 +118,10 @@ def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (3, H)) -> tuple[Tensor,
     return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(H).to(dtype)
 
 
-def check(fn: Callable, args: tuple[Tensor, ...], kind: Kind = Kind.ADD_NORM, *, inductor: bool = False) -> None:
+ADD_NORM, NORM = "all_reduce_add_rms_norm", "all_reduce_rms_norm"
+
+
+def check(fn: Callable, args: tuple[Tensor, ...], kind: str = ADD_NORM, *, inductor: bool = False) -> None:
     gm = aot_graph(fn, *args, inductor=inductor)
     reference = [o.double() for o in gm(*args)]
     sites = fuse_graph(gm, all_reduce_ops=ENGINE_OPS)
@@ -167,7 +170,7 @@ def test_norm_without_residual_is_fused(norm: str) -> None:
         y = in_place(x * 2)
         return (NORMS | MORE_NORMS)[norm](y, w), y + r, y, w * 2
 
-    check(run, inputs(torch.bfloat16), Kind.NORM)
+    check(run, inputs(torch.bfloat16), NORM)
 
 
 @pytest.mark.usefixtures("fake_group")
@@ -315,4 +318,31 @@ def test_dtensor_row_parallel_linear_is_fused() -> None:
     block = parallelize_module(Block(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     gm = aot_graph(block, torch.randn(3, H), torch.randn(3, H))
     (site,) = fuse_graph(gm)
-    assert site.fused and site.kind is Kind.ADD_NORM, site.message
+    assert site.fused and site.kind == ADD_NORM, site.message
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [torch.randn(1, 1, H), torch.randn(1, 3, 1), torch.randn(1, 3, H), torch.randn(1), torch.tensor(0.3)],
+    ids=["a sample's", "a gate", "whole", "one element", "no dimension"],
+)
+@pytest.mark.usefixtures("fake_group")
+def test_weightless_norm_is_fused_whatever_scales_it(scale: Tensor) -> None:
+    """Modulations of diffusion models, gates of routers: what is no weight of H elements ends the norm."""
+
+    def run(x: Tensor, r: Tensor, scale: Tensor) -> object:
+        y = x * 2
+        dist.all_reduce(y)
+        h = r + y
+        return F.rms_norm(h, (H,), None, 1e-6) * (1 + scale), h
+
+    x, r = torch.randn(1, 3, H), torch.randn(1, 3, H)
+    gm = aot_graph(run, x, r, scale)
+    (site,) = fuse_graph(gm)
+    assert site.fused and not site.roundings, site.message
+    (fused,) = gm.graph.find_nodes(op="call_function", target=ops.all_reduce_add_rms_norm)
+    assert fused.args[2] is None
+    expected = F.rms_norm(2 * x + r, (H,), None, 1e-6) * (1 + scale)
+    given = {"arg0_1": x, "arg1_1": r, "arg2_1": scale}
+    out = gm(*(given[n.name] for n in gm.graph.find_nodes(op="placeholder")))[0]
+    assert relative_error(out, expected) <= TOLERANCE[torch.float32]

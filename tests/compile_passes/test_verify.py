@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringfence.compile_passes import Match, Reason, find
-from ringfence.compile_passes.find import Candidate
+from ringfence.compile_passes.match import Candidate
 from ringfence.compile_passes.verify import verify
 from support import aot_graph
 

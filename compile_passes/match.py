@@ -1,0 +1,101 @@
+"""What :func:`find` returns: Site for the report, Match for the rewrite, Candidate for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..runtime.collectives.epilogue import Epilogue, RmsNorm
+from .all_reduce import AllReduce
+from .norms import Norm
+from .reasons import Decline, Rounding
+from .sums import Sum
+
+
+@dataclass(frozen=True)
+class Site:
+    """One all-reduce of the graph and what became of it.
+
+    ``kind`` is the name of the fused op, None when no norm was recognised; ``decline`` is None when the site
+    is fused. ``dtype`` is the activation dtype; ``hidden_size`` the length of the
+    normalised dimension. ``source`` is ``file:line`` of the user's code, ``module``
+    the path of the ``nn.Module``. ``merged_into``: the site whose fused op carries out this one too.
+    """
+
+    index: int
+    node: str
+    kind: str | None
+    decline: Decline | None
+    group: str | None
+    dtype: str
+    hidden_size: int | None
+    eps: float | None
+    has_residual: bool
+    source: str | None
+    module: str | None
+    roundings: tuple[Rounding, ...] = ()
+    merged_into: int | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.decline is None
+
+    @property
+    def message(self) -> str:
+        if self.decline is not None:
+            return self.decline.message
+        return "; ".join(self.roundings)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The nodes that one fused op replaces: a sum, and the norm that reads it."""
+
+    terms: Sum
+    norm: Norm
+
+    @property
+    def sum(self) -> Node:
+        """The node that the norm reads."""
+        return self.terms.node
+
+    @property
+    def all_reduce(self) -> AllReduce:
+        """The first, of which the others are merged into one."""
+        return self.terms.all_reduces[0]
+
+    @property
+    def epilogue(self) -> Epilogue:
+        norm = self.norm
+        weighted = norm.weight is not None
+        return Epilogue(bool(self.terms.residuals), RmsNorm(norm.eps, norm.weight_bias, weighted))
+
+    @property
+    def roundings(self) -> tuple[Rounding, ...]:
+        return (*self.terms.roundings, *self.norm.roundings)
+
+    @property
+    def anchor(self) -> Node:
+        """The node behind which the fused op will stand: the residual may be computed after the all-reduce."""
+        return self.sum.prev if self.terms.steps else self.sum
+
+    @property
+    def late_weight(self) -> list[Node]:
+        """The weight and what it is computed from, as far as they stand behind :attr:`anchor`; in graph order."""
+        late: set[Node] = set()
+        queue = [self.norm.weight] if self.norm.weight is not None else []
+        while queue:
+            node = queue.pop()
+            if node not in late and self.anchor < node:
+                late.add(node)
+                queue.extend(node.all_input_nodes)
+        return sorted(late)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site and, where it is fused, its match, which the sites of merged all-reduces share."""
+
+    site: Site
+    match: Match | None
