@@ -77,7 +77,7 @@ def _cast_of_term(node: Node) -> bool:
 
 def read_sum(node: Node, all_reduces: Sequence[AllReduce]) -> Sum | Decline:
     """The terms of ``node``, to which :func:`last_step` led from each of ``all_reduces``; or why it has none."""
-    reader = _Reader({a.value: a for a in all_reduces}, node)
+    reader = _Terms({a.value: a for a in all_reduces}, node)
     part = reader.read(node)
     if isinstance(part, Decline):
         return part
@@ -94,7 +94,7 @@ class _Part:
     broadcast: bool = False
 
 
-class _Reader:
+class _Terms:
     """Reads a sum from its end; what leads to no all-reduce of ``values`` is a term of its own."""
 
     def __init__(self, values: Mapping[Node, AllReduce], end: Node) -> None:
