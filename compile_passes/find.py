@@ -170,8 +170,8 @@ def _leaves(value: Node) -> bool:
 def _left(value: Node) -> Decline:
     return Decline(
         Reason.ESCAPES_GRAPH,
-        f"the sum {label(value)} leaves this compiled region; if a norm follows, as where each layer is compiled by "
-        "itself, compile the whole model to fuse it with the next layer's norm",
+        f"the sum {label(value)} leaves this compiled region; if a norm follows, compile the whole model to fuse it "
+        "with the next layer's norm: layers that are compiled one by one, or a graph break, end a region before it",
     )
 
 
