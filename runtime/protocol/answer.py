@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import PlanError
 from ..hazards.catalogue import applicable
-from ..hazards.situation import Fact, Payload, Situation, Strategy
+from ..hazards.situation import Collective, Fact, Payload, Situation, Strategy
 from ..hazards.table import Action, Hazard
 from .calls import Calls, changed
 from .explore import ModelFailure, Result
@@ -58,7 +58,7 @@ def ask(situation: Situation, ranks: Sequence[Calls]) -> Answer:
     if version is None:
         raise PlanError("the protocols differ between FlashInfer releases; say which one")
     states = 0
-    for payload in _payloads(situation.payload):
+    for payload in _payloads(situation):
         programs = [changed(calls, *(c.id for c in calls), payload=payload) for calls in ranks]
         result = check(situation.collective, version, programs)
         states += result.states
@@ -70,8 +70,14 @@ def ask(situation: Situation, ranks: Sequence[Calls]) -> Answer:
     return Answer(result, payload, row, also)
 
 
-def _payloads(payload: Payload) -> Iterator[Payload]:
-    yield from (Payload.ORDINARY, Payload.NEGATIVE_ZERO, Payload.SUBNORMAL) if payload is Payload.ANY else (payload,)
+def _payloads(situation: Situation) -> Iterator[Payload]:
+    """Each kind of word, the plainest first; flags of an all-to-all are numbers, whatever is sent beside them."""
+    if situation.payload is not Payload.ANY:
+        yield situation.payload
+    elif situation.collective is Collective.MOE_ALL_TO_ALL:
+        yield Payload.ORDINARY
+    else:
+        yield from (Payload.ORDINARY, Payload.NEGATIVE_ZERO, Payload.SUBNORMAL)
 
 
 def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Calls]) -> Hazard | None:
