@@ -8,7 +8,7 @@ collective meet, in this version, on this machine? The stricter answer holds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
@@ -25,7 +25,7 @@ from .groups import find_group, is_ours_or_torchs
 from .host import Surroundings, surroundings_of, unsafe_for
 from .op_calls import OpCall, op_calls
 from .roles import dtype_text, first_node, tensor
-from .rules import RULES, OpFacts, Rule
+from .rules import RULES, OpFacts
 from .rules import Decision as Decision
 
 
@@ -65,7 +65,6 @@ def judge(
     on_hazard: str = "split",
     profile: str = "causes",
     nccl: Situation | None = None,
-    rules: Sequence[Rule] = RULES,
 ) -> list[Verdict]:
     """A verdict for every op that a rule has something to say about, in graph order.
 
@@ -96,7 +95,7 @@ def judge(
             facts = replace(facts, capture_failure=capture_failure)
         if not facts.matters:
             return None
-        rule = next(r for r in rules if r.applies(facts))
+        rule = next(r for r in RULES if r.applies(facts))
         message = rule.message.format(
             backend=facts.backend, carrier=facts.carrier, capture_failure=facts.capture_failure
         )

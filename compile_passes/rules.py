@@ -62,7 +62,7 @@ class Rule:
 _HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
 
 #: Who keeps the epoch, slot and flags of a call in words on the device.
-_DEVICE_EPOCH = frozenset({Collective.MNNVL, Collective.TRTLLM, Collective.MNNVL_CUTEDSL})
+_DEVICE_EPOCH = frozenset({Collective.MNNVL, Collective.TRTLLM})
 
 #: Ops of engines and of FlashInfer that must not be in a captured piece, though nothing marks them.
 KNOWN_UNSAFE: Mapping[str, Fact] = {

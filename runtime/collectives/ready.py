@@ -148,7 +148,14 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
         part_of_world = group.size < torch.distributed.get_world_size()
         return ReadyCollective(
             choice.collective,
-            situation_of(choice, ranks, dtype=dtype, sizes=wanted.sizes, part_of_world=part_of_world),
+            situation_of(
+                choice,
+                ranks,
+                dtype=dtype,
+                sizes=wanted.sizes,
+                part_of_world=part_of_world,
+                largest=workspace.largest,
+            ),
             choice.candidates,
             workspace,
             f"its self-test failed: {captured}" if captured else None,
@@ -258,13 +265,23 @@ def _make(
 
 
 def situation_of(
-    choice: Choice, ranks: Sequence[RankFacts], *, dtype: str, sizes: Sequence[int] = (), part_of_world: bool = False
+    choice: Choice,
+    ranks: Sequence[RankFacts],
+    *,
+    dtype: str,
+    sizes: Sequence[int] = (),
+    part_of_world: bool = False,
+    largest: int | None = None,
 ) -> Situation:
-    """The plan in the words of the hazard table. sizes: those to capture. part_of_world: there are other ranks."""
+    """The plan in the words of the hazard table.
+
+    sizes: those to capture. part_of_world: there are other ranks. largest: bytes of the largest call that its
+    workspace serves; None is what the size table says.
+    """
     nodes = len({facts.host for facts in ranks})
     if choice.row is None:
         return Situation(choice.collective, world_size=len(ranks), nodes=nodes, capability=ranks[0].capability)
-    one_strategy = choice.row.one_shot >= choice.row.fused
+    one_strategy = choice.row.one_shot >= (choice.row.fused if largest is None else largest)
     facts = set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE}
     if choice.collective is Collective.MNNVL:
         facts.add(Fact.PDL)

@@ -99,8 +99,10 @@ def chosen_situations() -> tuple[set[Situation], set[Situation]]:
                 choice = choose(ranks, wanted=name, transport=way, deterministic=certain, dtype=dtype)
             except CollectiveUnavailableError:
                 continue
-            for sizes, part in itertools.product(((), (4,), (4, 8)), (True, False)):
-                found.add(situation_of(choice, ranks, dtype=dtype, sizes=sizes, part_of_world=part))
+            served = (choice.row.one_shot, choice.row.fused) if choice.row is not None else (None,)
+            for sizes, part, largest in itertools.product(((), (4,), (4, 8)), (True, False), served):
+                given: dict[str, Any] = {"sizes": sizes, "part_of_world": part, "largest": largest}
+                found.add(situation_of(choice, ranks, dtype=dtype, **given))
     return found, asked
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hangs import reach
-from ringfence.compile_passes.judge import KNOWN_UNSAFE
+from ringfence.compile_passes.rules import KNOWN_UNSAFE
 from ringfence.options import Options
 from ringfence.runtime.collectives.flashinfer import SUPPORTED
 from ringfence.runtime.hazards import checks

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import ringfence
 from ringfence.runtime.channel import open_channel
 from ringfence.runtime.collectives import ops, ready
-from ringfence.runtime.collectives.ready import Wanted, prepare
+from ringfence.runtime.collectives.choice import choose
+from ringfence.runtime.collectives.ready import Wanted, prepare, situation_of
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import (
@@ -29,6 +30,7 @@ from ringfence.runtime.errors import (
     WorkspaceReplacedError,
 )
 from ringfence.runtime.groups import describe_group
+from ringfence.runtime.hazards.catalogue import applicable
 from ringfence.runtime.hazards.situation import Collective, Situation, Strategy
 from ringfence.runtime.watch.health import Health
 from support import run_ranks
@@ -429,6 +431,22 @@ def test_the_reference_knows_the_machines_that_it_runs_on() -> None:
     """No row of the size table is about them; what stays with NCCL is judged by them all the same."""
     expected = Situation(Collective.REFERENCE, world_size=2, nodes=2, capability=(12, 1))
     assert run_ranks(2, _sparks) == [expected] * 2
+
+
+def _small(rank: int) -> Any:
+    name = dist.group.WORLD.group_name
+    with installed(FakeFlashInfer(name)):
+        wanted = Wanted("trtllm", "auto", H, torch.float32, max_tokens=8)
+        return prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted).situation
+
+
+def test_a_workspace_of_small_calls_serves_one_strategy() -> None:
+    """So one-shot and two-shot share no counter (M12): what max_tokens can do about that row."""
+    for situation in run_ranks(2, _small):
+        assert situation.collective is Collective.TRTLLM and situation.strategy is Strategy.ONE_SHOT
+        assert "M12" not in [hazard.id for hazard in applicable(situation)]
+    choice = choose([FACTS] * 2, wanted="trtllm")
+    assert "M12" in [hazard.id for hazard in applicable(situation_of(choice, [FACTS] * 2, dtype="bfloat16"))]
 
 
 def _spoiled(rank: int, stuck: bool) -> Any:
