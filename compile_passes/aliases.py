@@ -1,0 +1,98 @@
+"""Which nodes share memory: what a view looks at, and who reads a value through views of it.
+
+Each function answers a question about one or two nodes, as in :mod:`.roles`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .roles import arguments, aten, bound_arguments, calls
+
+#: Views that keep the order of the elements: one undoes another where the shapes say so.
+_RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
+
+
+def viewed(node: Node) -> Node | None:
+    """The node whose memory ``node`` looks at; None for a value with memory of its own.
+
+    An item of a list of views looks at the list, which looks at what was split.
+    """
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return source if isinstance(source, Node) and viewed(source) is not None else None
+    if node.target is aten._unsafe_view.default:  # its schema does not say so
+        return arguments(node)[0]  # type: ignore[no-any-return]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    returned = [r.alias_info for r in node.target._schema.returns]
+    if not returned or returned[0] is None or returned[0].is_write:
+        return None
+    bound = bound_arguments(node)
+    for argument in node.target._schema.arguments:
+        alias = argument.alias_info
+        shares = alias is not None and (alias.before_set & returned[0].before_set or "*" in alias.after_set)
+        if shares and isinstance(bound[argument.name], Node):
+            return bound[argument.name]  # type: ignore[no-any-return]
+    return None
+
+
+def root(node: Node) -> Node:
+    """The node that owns the memory: no view."""
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
+
+
+def readers(node: Node) -> Iterator[tuple[Node, Node]]:
+    """Who reads the memory of a node, as ``(reader, what it reads of it)``: the node or a view of it."""
+    for user in node.users:
+        if viewed(user) is node:
+            yield from readers(user)
+        else:
+            yield user, node
+
+
+def same_view(one: Node, other: Node) -> bool:
+    """Whether two views are taken with the same arguments, whatever they are taken of."""
+    return one.target is other.target and one.args[1:] == other.args[1:] and one.kwargs == other.kwargs
+
+
+def undoes(back: Node, there: Node) -> bool:
+    """Whether a view of a view is what was looked at first, element for element; shapes are not compared."""
+    if back.target in _RESHAPES and there.target in _RESHAPES:
+        return True
+    if calls(there, aten.transpose.int) and calls(back, aten.transpose.int):
+        rank = back.meta["val"].ndim
+        first, second = ({d % rank for d in arguments(n)[1:3]} for n in (there, back))
+        return first == second
+    if calls(there, aten.permute.default) and calls(back, aten.permute.default):
+        first, second = (arguments(n)[1] for n in (there, back))
+        return [first[d] for d in second] == list(range(len(first)))
+    return calls(there, aten.t.default) and calls(back, aten.t.default)
+
+
+def fake_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call returns of the fake tensors of its arguments."""
+    values, named = map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
+    return target(*values, **named)  # type: ignore[misc]

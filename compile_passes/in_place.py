@@ -1,0 +1,565 @@
+"""In place, before the cut: what the model writes is written where it lies, and nothing of it crosses a cut as a copy.
+
+AOT makes a graph functional. A write into an input, such as a key-value cache, is a chain of *versions* of it: the
+input, what the first write made of it, and so on to the one that a ``copy_`` at the end of the graph puts back. In a
+graph that is cut, a version would cross as a value, and the whole cache would be copied twice in every step. So after
+this pass (all of it before the parts become modules of their own):
+
+- a part reads a written input from the input, and leaves the last version that it makes in it: an op that runs
+  eagerly writes in place, and a piece for Inductor ends with the ``copy_`` that Inductor turns into writes in place;
+- a read of a version that a later part needs and that is overwritten before, is a copy of what is read, taken in time;
+- a view is taken anew in each part that reads it, of the value that owns the memory, so no two values that cross a
+  cut share memory, and every alias inside of a part can be seen there;
+- a buffer that an op fills (``out=``) is written where it was made, unless somebody reads what was there before.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from .aliases import fake_call, readers, root, undoes, viewed
+from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
+from .parts import Part
+from .roles import arguments, aten, calls, same_shape, tensor
+
+#: What Inductor may take for the value that it copies, and read later: a copy of another written input is none then.
+_MAY_BE_ELIDED = 8
+
+
+@dataclass
+class _Buffer:
+    """An input that the graph writes into: its versions in order, of which the first is the input itself."""
+
+    memory: Node
+    copy: Node
+    versions: list[Node]
+    reads: list[list[tuple[Node, Node]]]
+
+
+def write_in_place(
+    gm: GraphModule, parts: Sequence[Part], *, eager_pieces: bool
+) -> tuple[tuple[Part, ...], frozenset[int]]:
+    """The parts anew, and which inputs they write into; see the module.
+
+    ``eager_pieces`` is whether pieces run op by op, as islands do. Changes ``gm``; a part may vanish, and an island
+    may come between.
+    """
+    rewriter = _Rewriter(gm, parts, eager_pieces)
+    done = rewriter.run()
+    gm.graph.lint()
+    gm.recompile()
+    return done, rewriter.written
+
+
+class _Rewriter:
+    def __init__(self, gm: GraphModule, parts: Sequence[Part], eager_pieces: bool) -> None:
+        self.graph, self.parts = gm.graph, list(parts)
+        self.eager = [part.island or eager_pieces for part in parts]
+        self.place = {node: i for i, part in enumerate(parts) for node in part.nodes}
+        (self.output,) = gm.graph.find_nodes(op="output")
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        self.buffers = list(_buffers(gm, placeholders))
+        self.written = frozenset(placeholders.index(b.memory) for b in self.buffers)
+        #: Which buffer a version is of, and its number.
+        self.version = {
+            v: (b, k) for b in reversed(self.buffers) for k, v in enumerate(b.versions) if k == 0 or _own(v)
+        }
+        self.at = {
+            _at(b, k): b.versions[k] for b in self.buffers for k in range(1, len(b.versions)) if _own(b.versions[k])
+        }
+        #: Where a version lies, if not in memory of its own.
+        self.home: dict[Node, Node] = {}
+        #: What a reader takes instead of something that is overwritten before.
+        self.saved: dict[tuple[Node, Node], Node] = {}
+        self.taken: dict[tuple[int, Node], Node] = {}
+        #: Nodes that nothing needs any more.
+        self.replaced: dict[Node, None] = {}
+        self.copies = {buffer.copy for buffer in self.buffers}
+        #: Writes that must not be in the piece before them, by the number of that piece.
+        self.tails: dict[Node, int] = {}
+        self.last = {i: part.nodes[-1] for i, part in enumerate(parts)}
+
+    def run(self) -> tuple[Part, ...]:
+        for p, part in enumerate(self.parts):
+            for node in part.nodes:
+                self._visit(node, p)
+            self._end(p)
+        self._return()
+        for node in reversed(self.graph.nodes):
+            if not node.users and (node in self.replaced or _is_free(node)):
+                self.graph.erase_node(node)
+        return self._regrouped()
+
+    # -- one node --------------------------------------------------------------------
+
+    def _visit(self, node: Node, p: int) -> None:
+        if node in self.replaced or node in self.copies:
+            return
+        if not self.eager[p]:
+            self._localise(node, p)
+            return
+        change = mutation(node)
+        if change is not None and change.written:
+            self._run_mutation(node, change, p)
+        elif node in self.at and self._write_version(node, p):
+            pass
+        else:
+            self._localise(node, p)
+
+    def _localise(self, node: Node, p: int) -> None:
+        for argument in node.all_input_nodes:
+            node.replace_input_with(argument, self._local(argument, node, p))
+
+    def _local(self, value: Node, reader: Node | None, p: int) -> Node:
+        """What a reader in part ``p`` takes for ``value``."""
+        if reader is not None and (reader, value) in self.saved:
+            return self.saved[reader, value]
+        if value in self.home:
+            return self.home[value]
+        source = viewed(value)
+        if source is None or self.place.get(value) == p:
+            return value
+        if (p, value) not in self.taken:
+            anchor = reader if reader is not None and self.place.get(reader) == p else None
+            with self._inserting(anchor, p):
+                of = {a: self._local(a, reader, p) for a in value.all_input_nodes}
+                copy = self.graph.node_copy(value, lambda n: of[n])
+            copy.meta = dict(value.meta)
+            if any(of[a].meta.get("val") is not a.meta.get("val") for a in of):
+                copy.meta["val"] = fake_call(copy.target, copy.args, copy.kwargs)  # type: ignore[arg-type]
+            self._put(copy, anchor, p)
+            self.taken[p, value] = copy
+        return self.taken[p, value]
+
+    def _inserting(self, anchor: Node | None, p: int) -> Any:
+        """Before a node, or else at the end of a part."""
+        return self.graph.inserting_before(anchor) if anchor is not None else self.graph.inserting_after(self.last[p])
+
+    def _put(self, node: Node, anchor: Node | None, p: int) -> None:
+        self.place[node] = p
+        if anchor is None:
+            self.last[p] = node
+
+    def _new(
+        self,
+        anchor: Node | None,
+        p: int,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any = None,
+        like: Node | None = None,
+    ) -> Node:
+        with self._inserting(anchor, p):
+            node = self.graph.call_function(target, args, kwargs or {})
+        if like is not None:
+            node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+        if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+            node.meta["val"] = fake_call(target, args, kwargs or {})
+        self._put(node, anchor, p)
+        return node
+
+    # -- overwriting -----------------------------------------------------------------
+
+    def _save(self, version: Node, anchor: Node | None, p: int, late: Callable[[Node], bool]) -> None:
+        """Copy what ``late`` readers read of a version, before it is overwritten."""
+        buffer, k = self.version[version]
+        copies: dict[Node, Node] = {}
+        for reader, value in buffer.reads[k]:
+            if (reader, value) in self.saved or not late(reader):
+                continue
+            if value not in copies:
+                local = self._local_at(value, anchor, p)
+                copies[value] = self._new(anchor, p, aten.clone.default, (local,))
+            self.saved[reader, value] = copies[value]
+
+    def _local_at(self, value: Node, anchor: Node | None, p: int) -> Node:
+        """A value as it is at ``anchor``: views are taken there."""
+        if value in self.home:
+            return self.home[value]
+        source = viewed(value)
+        if source is None or (self.place.get(value) == p and (anchor is None or value < anchor)):
+            return value
+        of = {a: self._local_at(a, anchor, p) for a in value.all_input_nodes}
+        args, kwargs = map_arg((value.args, value.kwargs), lambda n: of[n])  # type: ignore[misc]
+        return self._new(anchor, p, value.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _claim(self, version: Node, anchor: Node, p: int) -> Node:
+        """The memory that the next version of a buffer is written into, at ``anchor``."""
+        buffer, k = self.version[version]
+        memory = self.home.get(version, version)
+        older = [v for v in buffer.versions[: k + 1] if self.home.get(v, v) is memory]
+        for v in older:
+            self._save(v, anchor, p, lambda reader: reader.op == "output" or anchor < reader)
+        return memory
+
+    def _settle(self, version: Node, memory: Node, anchor: Node, p: int) -> None:
+        """A version lies in ``memory`` now. The caller of the graph gets a copy: an input's memory is its own."""
+        self.home[version] = memory
+        if memory.op != "placeholder" or version not in self.version:
+            return
+        buffer, k = self.version[version]
+        for reader, value in buffer.reads[k]:
+            if reader.op == "output":
+                self.saved[reader, value] = self._new(
+                    anchor, p, aten.clone.default, (self._local_at(value, anchor, p),)
+                )
+
+    # -- ops that write into arguments -------------------------------------------------
+
+    def _run_mutation(self, node: Node, change: Mutation, p: int) -> None:
+        """Call the op itself, on the memory or on a copy of what somebody reads later."""
+        given: dict[str, Any] = map_arg(change.arguments, lambda n: self._local(n, node, p))  # type: ignore[assignment]
+        given |= {name: [None] * length for name, length in change.lengths.items()}
+        given |= {name: None for name, place in change.absent if place is None}
+        memories = []
+        for written in change.written:
+            memory, settled = self._memory(node, written, p)
+            memories.append((memory, settled))
+            for name, place, view in written.names:
+                seen = self._seen(memory, written.old, view, node, p)
+                if place is None:
+                    given[name] = seen
+                else:
+                    given[name][place] = seen
+        call = self._new(node, p, change.op, (), given, like=node)
+        self._return_values(node, change, call, given, p)
+        for written, (memory, settled) in zip(change.written, memories, strict=True):
+            value = new_value(node, written.output)
+            if value is not None:
+                self.replaced[value] = None
+                self._settle(value, memory, node, p)
+            if settled is not None:
+                self.replaced[settled] = None
+                self._settle(settled, self.home[settled], node, p)
+        self.replaced[node] = None
+
+    def _memory(self, node: Node, written: Written, p: int) -> tuple[Node, Node | None]:
+        """Where the op may write, and which version that is, if a scatter would have made it."""
+        value = new_value(node, written.output)
+        old = written.old
+        if value in self.version and self._is_next(old, value):
+            return self._claim(old, node, p), None
+        scatter = _scatter_of(node, value)
+        if scatter is not None and self._is_next(arguments(scatter)[0], scatter):
+            memory = self._claim(arguments(scatter)[0], node, p)
+            self.home[scatter] = memory
+            seen = self._new(node, p, old.target, (memory, *arguments(old)[1:]), dict(old.kwargs))  # type: ignore[arg-type]
+            return seen, scatter
+        local = self._local(old, node, p)
+        read_later = any(node < reader for reader, _ in readers(old) if reader is not node)
+        if viewed(old) is None and old.op == "call_function" and local is old and not read_later:
+            return old, None
+        return self._new(node, p, aten.clone.default, (local,)), None
+
+    def _is_next(self, old: Node, new: Node | None) -> bool:
+        if new not in self.version or old not in self.version:
+            return False
+        buffer, k = self.version[new]
+        return k > 0 and buffer.versions[k - 1] is old and self._same_layout(new, self.home.get(old, old))
+
+    def _same_layout(self, one: Node, other: Node) -> bool:
+        strides = [tuple(tensor(n).stride()) for n in (one, other)]
+        return same_shape(one, other) and all(_equal(a, b) for a, b in zip(*strides, strict=True))
+
+    def _seen(self, memory: Node, old: Node, view: View, anchor: Node, p: int) -> Node:
+        """What of the memory an argument looks at. A trace counts strided views from the start of the storage."""
+        if view.target is None:
+            return memory
+        args = map_arg(view.args, lambda n: self._local(n, anchor, p))
+        if view.target is not aten.as_strided.default:
+            return self._new(anchor, p, view.target, (memory, *args))  # type: ignore[misc]
+        size, stride, offset = args  # type: ignore[misc]
+        inside = self._difference(offset, tensor(old).storage_offset(), anchor, p)
+        if memory.op == "placeholder":
+            start = self._new(anchor, p, aten.sym_storage_offset.default, (memory,))
+            inside = self._new(anchor, p, operator.add, (start, inside))
+        return self._new(anchor, p, aten.as_strided.default, (memory, size, stride, inside))
+
+    def _difference(self, offset: Any, base: Any, anchor: Node, p: int) -> Any:
+        if isinstance(base, int) and base == 0:
+            return offset
+        if isinstance(offset, int) and isinstance(base, int):
+            return offset - base
+        value = offset.meta["val"] if isinstance(offset, Node) else offset
+        if _equal(value, base):
+            return 0
+        return self._new(anchor, p, operator.sub, (offset, base)) if isinstance(base, int) else offset
+
+    def _return_values(self, node: Node, change: Mutation, call: Node, given: dict[str, Any], p: int) -> None:
+        """The readers of what the op itself returns read it of the call."""
+        returns = change.op._schema.returns
+        vals = node.meta.get("val") or ()
+        call.meta["val"] = vals[0] if len(returns) == 1 else tuple(vals[: len(returns)]) if returns else None
+        for i, returned in enumerate(returns):
+            value = new_value(node, i)
+            if value is None:
+                continue
+            if returned.alias_info is not None and returned.alias_info.is_write:  # it returns its argument
+                name = next(
+                    a.name for a in change.op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+                )
+                self.home[value] = given[name]
+            elif len(returns) == 1:
+                self.home[value] = call
+            else:
+                item = self._new(node, p, operator.getitem, (call, i))
+                self.home[value] = item
+            self.replaced[value] = None
+
+    # -- ATen ops ------------------------------------------------------------------------
+
+    def _write_version(self, node: Node, p: int) -> bool:
+        """Write the version that an ATen op makes where the one before lies; whether that can be done."""
+        version = self.at[node]
+        buffer, k = self.version[version]
+        old = buffer.versions[k - 1]
+        if not self._is_next(old, version) or self._reads_versions(arguments(node)[1:], node.kwargs, buffer, node):
+            return False
+        memory = self._claim(old, node, p)
+        if version is not node:  # a view of what was made of a view: both are all of it
+            seen = self._local_at_memory(arguments(node)[0], memory, node, p)
+            self._write(seen, node, lambda n: n is arguments(node)[0], node, p)
+        else:
+            self._write(memory, node, lambda n: n is old, node, p)
+        self.replaced |= dict.fromkeys((node, version))
+        self._settle(version, memory, node, p)
+        return True
+
+    def _local_at_memory(self, view: Node, memory: Node, anchor: Node, p: int) -> Node:
+        return self._new(anchor, p, view.target, (memory, *arguments(view)[1:]), dict(view.kwargs))  # type: ignore[arg-type]
+
+    def _reads_versions(self, args: Any, kwargs: Any, buffer: _Buffer, node: Node) -> bool:
+        """Whether a call reads the memory that it would write into through another argument."""
+        found: list[Node] = []
+        map_arg((args, kwargs), found.append)  # type: ignore[arg-type, func-returns-value]
+        if node.target in SCATTERS:
+            found = found[1:]  # the source may be a write of its own, see _write
+            source = arguments(node)[1]
+            if isinstance(source, Node) and viewed(source) is not None and root(source) in buffer.versions:
+                return True
+        return any(root(n) in buffer.versions for n in found)
+
+    def _write(self, memory: Node, value: Node, is_old: Callable[[Node], bool], anchor: Node, p: int) -> None:
+        """Put ``value`` into memory that holds what ``is_old`` says that a node is."""
+        form = in_place_form(value)
+        base = arguments(value)[0] if value.args else None
+        if value.target in SCATTERS and isinstance(base, Node) and is_old(base):
+            look = SCATTERS[value.target]
+            rest = map_arg(arguments(value)[2:], lambda n: self._local(n, anchor, p))
+            named = {k: map_arg(v, lambda n: self._local(n, anchor, p)) for k, v in value.kwargs.items()}
+            seen = self._new(anchor, p, look, (memory, *rest), named)  # type: ignore[misc]
+
+            def is_part(node: Node) -> bool:
+                source = viewed(node)
+                alike = (
+                    node.target is look and arguments(node)[1:] == arguments(value)[2:] and node.kwargs == value.kwargs
+                )
+                return source is not None and alike and is_old(source)
+
+            source = arguments(value)[1]
+            if self._can_move(source, value, p):
+                self._write(seen, source, is_part, anchor, p)
+            else:
+                self._new(anchor, p, aten.copy_.default, (seen, self._local(source, value, p)))
+        elif form is not None and isinstance(base, Node) and is_old(base):
+            rest, named = map_arg((arguments(value)[1:], dict(value.kwargs)), lambda n: self._local(n, value, p))  # type: ignore[misc]
+            self._new(anchor, p, form, (memory, *rest), named, like=value)
+        else:
+            self._new(anchor, p, aten.copy_.default, (memory, self._local(value, anchor, p)))
+
+    def _can_move(self, source: Any, user: Node, p: int) -> bool:
+        """Whether an op may run where its only reader stands: nothing that it reads is written in between."""
+        if not isinstance(source, Node) or list(source.users) != [user] or self.place.get(source) != p:
+            return False
+        written = {v for b in self.buffers for v in (b.memory, *b.versions)}
+        return not any(root(n) in written for n in source.all_input_nodes if n is not source.args[0])
+
+    # -- the end of a part -----------------------------------------------------------------
+
+    def _end(self, p: int) -> None:
+        """Leave the last version of each buffer that this part makes in the buffer's memory."""
+        stores: list[tuple[_Buffer, Node, Node]] = []
+        for buffer in self.buffers:
+            made = [v for k, v in enumerate(buffer.versions) if k and self._made_in(buffer, v) == p]
+            if made and made[-1] is buffer.versions[-1]:
+                self.replaced[buffer.copy] = None
+            if made and self.home.get(made[-1]) is not buffer.memory:
+                value = self.saved.get((buffer.copy, made[-1]))
+                stores.append((buffer, made[-1], value if value is not None else self._local_at(made[-1], None, p)))
+        for buffer, version, _ in stores:
+            self._before_store(buffer, version, p)
+        memories = {buffer.memory for buffer, _, _ in stores}
+        late = [may_be_read_late(value, memories - {buffer.memory}) for buffer, _, value in stores]
+        values = [
+            self._new(None, p, aten.clone.default, (value,)) if is_late else value
+            for (_, _, value), is_late in zip(stores, late, strict=True)
+        ]
+        # A compiler may look through such a clone inside of its piece: then the write is an island's.
+        order = sorted(range(len(stores)), key=lambda i: late[i])
+        for i in order:
+            buffer, version, _ = stores[i]
+            copy = self._new(None, p, aten.copy_.default, (buffer.memory, values[i]))
+            if late[i] and not self.eager[p]:
+                self.tails[copy] = p
+                del self.place[copy]
+            if self._owns(buffer, version) and self._same_layout(version, buffer.memory):
+                self.home[version] = buffer.memory
+
+    def _before_store(self, buffer: _Buffer, version: Node, p: int) -> None:
+        """Save what later parts read of the versions that are overwritten, and give the caller a value of its own."""
+        for old in buffer.versions:
+            if self._owns(buffer, old) and self.home.get(old, old) is buffer.memory:
+                self._save(old, None, p, lambda reader: reader.op != "output" and self.place[reader] > p)
+        if self._owns(buffer, version):
+            for reader, read in buffer.reads[self.version[version][1]]:
+                if reader.op == "output":
+                    self.saved.setdefault((reader, read), self._local_at(read, None, p))
+
+    def _owns(self, buffer: _Buffer, version: Node) -> bool:
+        return version in self.version and self.version[version][0] is buffer
+
+    def _made_in(self, buffer: _Buffer, version: Node) -> int:
+        return self.place.get(version, self.place[buffer.copy]) if _own(version) else self.place[buffer.copy]
+
+    def _return(self) -> None:
+        """What the graph returns: views are taken in the part that owns the memory."""
+        for value in self.output.all_input_nodes:
+            taken = self.saved.get((self.output, value))
+            if taken is None:
+                taken = self.home.get(value)
+            if taken is None and viewed(value) is not None:
+                owner = root(value)
+                owner = self.home.get(owner, owner)
+                p = self.place.get(owner)
+                taken = self._local(value, None, p) if p is not None and p != self.place[value] else value
+            if taken is not None:
+                self.output.replace_input_with(value, taken)
+
+    def _regrouped(self) -> tuple[Part, ...]:
+        nodes: dict[int, list[Node]] = {i: [] for i in range(len(self.parts))}
+        after: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node in self.tails:
+                after.setdefault(self.tails[node], []).append(node)
+            elif node in self.place:
+                nodes[self.place[node]].append(node)
+        parts = []
+        for i, part in enumerate(self.parts):
+            if nodes[i]:
+                parts.append(Part(part.island, tuple(nodes[i]), part.ops))
+            if i in after:
+                parts.append(Part(True, tuple(after[i]), ("aten::copy_",)))
+        return tuple(parts)
+
+
+# -- what is written, and how ------------------------------------------------------------
+
+
+def _buffers(gm: GraphModule, placeholders: Sequence[Node]) -> Iterator[_Buffer]:
+    """The inputs that the graph writes into, in the order of the writes."""
+    claimed: set[Node] = set()
+    inputs = set(placeholders)
+    for copy in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        memory, value = arguments(copy)[:2]
+        if memory not in inputs or not isinstance(value, Node):
+            continue
+        versions = _versions(memory, value)
+        versions = [v for v in versions if v not in claimed]
+        claimed |= {v for v in versions if _own(v)}
+        reads = [
+            [(r, n) for r, n in readers(v) if r is not copy and r not in versions and not (k == 0 and r.op == "output")]
+            if k == 0 or _own(v)
+            else []
+            for k, v in enumerate(versions)
+        ]
+        if len(versions) == 1:  # another input is given the same value, and owns it
+            versions, reads = [memory, value], [reads[0], []]
+        yield _Buffer(memory, copy, versions, reads)
+
+
+def _own(version: Node) -> bool:
+    """Whether a version is a value of the graph, rather than another input or a constant that is written."""
+    return version.op == "call_function"
+
+
+def _versions(memory: Node, value: Node) -> list[Node]:
+    """From the input to what is put into it at last; these two alone where the chain between them is not known."""
+    chain, node = [value], value
+    while (older := _previous(node)) is not None:
+        if older is memory:
+            return [memory, *reversed(chain)]
+        chain.append(older)
+        node = older
+    return [memory, value]
+
+
+def _previous(version: Node) -> Node | None:
+    """The version that this one was made of."""
+    if calls(version, operator.getitem) and isinstance(version.args[0], Node):
+        change = mutation(version.args[0])
+        if change is not None:
+            return next((w.old for w in change.written if w.output == version.args[1]), None)
+    made = _made_through_view(version)
+    return viewed(arguments(made)[0]) if made is not None else updated(version)
+
+
+def _made_through_view(version: Node) -> Node | None:
+    """``write(view(old))`` of a version that is that, viewed back."""
+    made = viewed(version)
+    there = updated(made) if made is not None else None
+    if made is None or there is None or len(made.users) != 1:
+        return None
+    old = viewed(there)
+    whole = old is not None and undoes(version, there) and same_shape(old, version)
+    return made if whole else None
+
+
+def _at(buffer: _Buffer, k: int) -> Node:
+    """The node that writes version ``k``, if it is written in place."""
+    version = buffer.versions[k]
+    made = _made_through_view(version) if _own(version) else None
+    return made if made is not None else version
+
+
+def _scatter_of(node: Node, value: Node | None) -> Node | None:
+    """The scatter that puts what an op made of a view back into what was viewed."""
+    if value is None or len(value.users) != 1:
+        return None
+    (scatter,) = value.users
+    if scatter.target not in SCATTERS or arguments(scatter)[1] is not value:
+        return None
+    written = mutation(node)
+    assert written is not None
+    old = next(w.old for w in written.written if w.output == value.args[1])
+    base = viewed(old)
+    alike = old.target is SCATTERS[scatter.target] and arguments(old)[1:] == arguments(scatter)[2:]
+    return scatter if base is arguments(scatter)[0] and alike and old.kwargs == scatter.kwargs else None
+
+
+def may_be_read_late(value: Node, written: set[Node]) -> bool:
+    """Whether a compiler may find that ``value`` is one of other written inputs, and copy that instead."""
+    for _ in range(_MAY_BE_ELIDED):
+        if value in written:
+            return True
+        if value.op != "call_function" or not value.args or not isinstance(value.args[0], Node):
+            return False
+        value = value.args[0]
+    return True
+
+
+def _equal(a: Any, b: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def _is_free(node: Node) -> bool:
+    """A view, which may go when nothing reads it."""
+    return viewed(node) is not None or calls(node, aten.sym_storage_offset.default)

@@ -1,0 +1,115 @@
+"""Parts: where the graph is cut.
+
+Rules of the cut:
+
+- original order is kept; torch's default would reorder side effects silently;
+- consecutive eager ops share an island, and a ``getitem`` stays with its producer;
+- a run of nodes that launches no kernel (views, sizes) joins the island beside it,
+  because a graph of nothing is not worth a replay;
+- one op is one node, so a protocol of several launches is never cut in two.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..runtime.errors import RefusedError
+from .aliases import viewed
+from .judge import Decision, Verdict
+from .roles import aten, c10d, calls, first_node
+
+#: Memory without values: nothing is launched for it.
+_EMPTY = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.empty_permuted.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of nodes that becomes one piece, or an ``island`` that runs eagerly because of ``ops``."""
+
+    island: bool
+    nodes: tuple[Node, ...]
+    ops: tuple[str, ...] = ()
+
+
+def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[Part, ...]:
+    """Where the verdicts cut the graph. Moves a ``getitem`` to its producer, and nothing else.
+
+    Raises :class:`RefusedError` for an op that is refused and that the reference cannot carry out instead.
+    """
+    for verdict in verdicts:
+        if verdict.decision is Decision.REFUSE and not verdict.op.startswith("ringfence::"):
+            raise RefusedError(f"'{verdict.node}' ({verdict.op}) is refused: {verdict.message} ({verdict.source})")
+    # A refused site falls back to the reference collective, of which nothing is known under capture here.
+    eager = {v.node: v.op for v in verdicts if v.decision is not Decision.IN_GRAPH}
+    _gather(gm, eager)
+    return tuple(
+        Part(island, tuple(nodes), tuple(dict.fromkeys(eager[n.name] for n in nodes if n.name in eager)))
+        for island, nodes in _runs(gm, eager)
+    )
+
+
+def _gather(gm: GraphModule, eager: Collection[str]) -> None:
+    """Move each ``getitem`` to its producer, and each wait out of another piece to its collective.
+
+    A captured collective whose wait is in another graph would be waited for by an event
+    of the wrong capture.
+    """
+    part, part_of = 0, {}
+    for node in list(gm.graph.nodes):
+        part += node.name in eager
+        part_of[node] = part
+        source = first_node(node)
+        if source is None:
+            continue
+        cut_off = calls(node, c10d.wait_tensor.default) and part_of[source] != part
+        if calls(node, operator.getitem) or (cut_off and source.name not in eager):
+            source.append(node)
+            part_of[node] = part_of[source]
+
+
+def _runs(gm: GraphModule, eager: Collection[str]) -> list[tuple[bool, list[Node]]]:
+    """Maximal runs of nodes that are all eager or all not."""
+    island: set[Node] = set()
+    runs: list[tuple[bool, list[Node]]] = []
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        follows = calls(node, operator.getitem, c10d.wait_tensor.default) and node.args[0] in island
+        if node.name in eager or follows:
+            island.add(node)
+        if not runs or runs[-1][0] != (node in island):
+            runs.append((node in island, []))
+        runs[-1][1].append(node)
+    merged: list[tuple[bool, list[Node]]] = []
+    several = len(runs) > 1
+    for is_island, nodes in runs:
+        is_island = is_island or (several and not any(map(_launches, nodes)))
+        if merged and merged[-1][0] == is_island:
+            merged[-1][1].extend(nodes)
+        else:
+            merged.append((is_island, nodes))
+    return merged
+
+
+def _launches(node: Node) -> bool:
+    if node.op == "get_attr" or isinstance(node.meta.get("val"), torch.SymInt | int):
+        return False
+    return viewed(node) is None and not calls(node, operator.getitem, *_EMPTY) and not is_write_back(node)
+
+
+def is_write_back(node: Node) -> bool:
+    """The copy into an input at the end of a functional graph: :mod:`.in_place` puts it where it belongs."""
+    target = first_node(node)
+    return calls(node, aten.copy_.default) and target is not None and target.op == "placeholder"
