@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from .roles import arguments, aten, calls, is_tensor, same_shape, tensor
+from .roles import aten, calls, first_node, is_tensor, same_shape, tensor
 
 _V1 = torch.ops.higher_order.auto_functionalized
 _V2 = torch.ops.higher_order.auto_functionalized_v2
@@ -69,6 +69,19 @@ class Mutation:
     def returns(self) -> int:
         """How many values the op itself returns."""
         return len(self.op._schema.returns)
+
+
+def is_write_back(node: Node) -> bool:
+    """The copy into an input at the end of a functional graph: :mod:`.in_place` puts it where it belongs."""
+    target = first_node(node)
+    return calls(node, aten.copy_.default) and target is not None and target.op == "placeholder"
+
+
+def written_inputs(gm: GraphModule) -> frozenset[int]:
+    """The indices of the inputs that a functional graph writes into."""
+    placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    copies = filter(is_write_back, gm.graph.find_nodes(op="call_function", target=aten.copy_.default))
+    return frozenset(placeholders[first_node(copy)] for copy in copies)  # type: ignore[index]
 
 
 def is_functionalised(node: Node) -> bool:

@@ -22,15 +22,36 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from .aliases import fake_call, readers, root, undoes, viewed
 from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
 from .parts import Part
 from .roles import arguments, aten, calls, same_shape, tensor
+from .symbols import as_node, expression, providers
 
-#: What Inductor may take for the value that it copies, and read later: a copy of another written input is none then.
-_MAY_BE_ELIDED = 8
+#: What Inductor looks through where it changes nothing (its ``remove_noop_ops`` and ``remove_no_ops``).
+_ELIDED = {
+    aten.add.Tensor,
+    aten.cat.default,
+    aten.ceil.default,
+    aten.clone.default,
+    aten.constant_pad_nd.default,
+    aten.copy.default,
+    aten.div.Tensor,
+    aten.floor.default,
+    aten.mul.Tensor,
+    aten.pow.Tensor_Scalar,
+    aten.repeat.default,
+    aten.round.default,
+    aten.slice_scatter.default,
+    aten.sub.Tensor,
+    aten.trunc.default,
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+    torch.ops.prims.device_put.default,
+}
 
 
 @dataclass
@@ -43,19 +64,16 @@ class _Buffer:
     reads: list[list[tuple[Node, Node]]]
 
 
-def write_in_place(
-    gm: GraphModule, parts: Sequence[Part], *, eager_pieces: bool
-) -> tuple[tuple[Part, ...], frozenset[int]]:
-    """The parts anew, and which inputs they write into; see the module.
+def write_in_place(gm: GraphModule, parts: Sequence[Part], *, eager_pieces: bool) -> tuple[Part, ...]:
+    """The parts anew; see the module.
 
     ``eager_pieces`` is whether pieces run op by op, as islands do. Changes ``gm``; a part may vanish, and an island
     may come between.
     """
-    rewriter = _Rewriter(gm, parts, eager_pieces)
-    done = rewriter.run()
+    done = _Rewriter(gm, parts, eager_pieces).run()
     gm.graph.lint()
     gm.recompile()
-    return done, rewriter.written
+    return done
 
 
 class _Rewriter:
@@ -66,7 +84,6 @@ class _Rewriter:
         (self.output,) = gm.graph.find_nodes(op="output")
         placeholders = gm.graph.find_nodes(op="placeholder")
         self.buffers = list(_buffers(gm, placeholders))
-        self.written = frozenset(placeholders.index(b.memory) for b in self.buffers)
         #: Which buffer a version is of, and its number.
         self.version = {
             v: (b, k) for b in reversed(self.buffers) for k, v in enumerate(b.versions) if k == 0 or _own(v)
@@ -79,11 +96,14 @@ class _Rewriter:
         #: What a reader takes instead of something that is overwritten before.
         self.saved: dict[tuple[Node, Node], Node] = {}
         self.taken: dict[tuple[int, Node], Node] = {}
+        #: Views of another value than they were traced with.
+        self.moved: set[Node] = set()
         #: Nodes that nothing needs any more.
         self.replaced: dict[Node, None] = {}
         self.copies = {buffer.copy for buffer in self.buffers}
         #: Writes that must not be in the piece before them, by the number of that piece.
         self.tails: dict[Node, int] = {}
+        self.sizes = {s: n for s, n in providers(gm).items() if n.op == "placeholder"}
         self.last = {i: part.nodes[-1] for i, part in enumerate(parts)}
 
     def run(self) -> tuple[Part, ...]:
@@ -114,8 +134,15 @@ class _Rewriter:
             self._localise(node, p)
 
     def _localise(self, node: Node, p: int) -> None:
+        moved = False
         for argument in node.all_input_nodes:
-            node.replace_input_with(argument, self._local(argument, node, p))
+            local = self._local(argument, node, p)
+            if local is not argument:
+                node.replace_input_with(argument, local)
+            moved = moved or local is not argument or local in self.moved
+        if moved and viewed(node) is not None:  # passes tell aliases by the storage of fake tensors
+            node.meta["val"] = fake_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+            self.moved.add(node)
 
     def _local(self, value: Node, reader: Node | None, p: int) -> Node:
         """What a reader in part ``p`` takes for ``value``."""
@@ -132,8 +159,8 @@ class _Rewriter:
                 of = {a: self._local(a, reader, p) for a in value.all_input_nodes}
                 copy = self.graph.node_copy(value, lambda n: of[n])
             copy.meta = dict(value.meta)
-            if any(of[a].meta.get("val") is not a.meta.get("val") for a in of):
-                copy.meta["val"] = fake_call(copy.target, copy.args, copy.kwargs)  # type: ignore[arg-type]
+            copy.meta["val"] = fake_call(copy.target, copy.args, copy.kwargs)  # type: ignore[arg-type]
+            self.moved.add(copy)
             self._put(copy, anchor, p)
             self.taken[p, value] = copy
         return self.taken[p, value]
@@ -215,7 +242,7 @@ class _Rewriter:
 
     def _run_mutation(self, node: Node, change: Mutation, p: int) -> None:
         """Call the op itself, on the memory or on a copy of what somebody reads later."""
-        given: dict[str, Any] = map_arg(change.arguments, lambda n: self._local(n, node, p))  # type: ignore[assignment]
+        given: dict[str, Any] = dict(map_arg(change.arguments, lambda n: self._local(n, node, p)))  # type: ignore[call-overload]
         given |= {name: [None] * length for name, length in change.lengths.items()}
         given |= {name: None for name, place in change.absent if place is None}
         memories = []
@@ -283,14 +310,17 @@ class _Rewriter:
         return self._new(anchor, p, aten.as_strided.default, (memory, size, stride, inside))
 
     def _difference(self, offset: Any, base: Any, anchor: Node, p: int) -> Any:
-        if isinstance(base, int) and base == 0:
-            return offset
-        if isinstance(offset, int) and isinstance(base, int):
-            return offset - base
+        """``offset - base`` of one trace."""
         value = offset.meta["val"] if isinstance(offset, Node) else offset
-        if _equal(value, base):
-            return 0
-        return self._new(anchor, p, operator.sub, (offset, base)) if isinstance(base, int) else offset
+        wanted = expression(value) - expression(base)
+        if not wanted.free_symbols <= self.sizes.keys():
+            return offset
+        with self.graph.inserting_before(anchor):
+            before = anchor.prev
+            result = as_node(self.graph, wanted, self.sizes)
+        while before is not anchor.prev and (before := before.next) is not anchor:
+            self._put(before, anchor, p)
+        return result
 
     def _return_values(self, node: Node, change: Mutation, call: Node, given: dict[str, Any], p: int) -> None:
         """The readers of what the op itself returns read it of the call."""
@@ -320,7 +350,10 @@ class _Rewriter:
         version = self.at[node]
         buffer, k = self.version[version]
         old = buffer.versions[k - 1]
-        if not self._is_next(old, version) or self._reads_versions(arguments(node)[1:], node.kwargs, buffer, node):
+        made_of = updated(node) if version is node else viewed(arguments(node)[0])
+        if made_of is not old or not self._is_next(old, version):
+            return False
+        if self._reads_versions(arguments(node)[1:], node.kwargs, buffer, node):
             return False
         memory = self._claim(old, node, p)
         if version is not node:  # a view of what was made of a view: both are all of it
@@ -545,18 +578,18 @@ def _scatter_of(node: Node, value: Node | None) -> Node | None:
 
 def may_be_read_late(value: Node, written: set[Node]) -> bool:
     """Whether a compiler may find that ``value`` is one of other written inputs, and copy that instead."""
-    for _ in range(_MAY_BE_ELIDED):
-        if value in written:
+    seen, queue = set(), [value]
+    while queue and written:
+        node = queue.pop()
+        if node in written:
             return True
-        if value.op != "call_function" or not value.args or not isinstance(value.args[0], Node):
-            return False
-        value = value.args[0]
-    return True
+        if node not in seen and (viewed(node) is not None or node.target in _ELIDED):
+            queue.extend(node.all_input_nodes)
+        seen.add(node)
+    return False
 
 
 def _equal(a: Any, b: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     return statically_known_true(a == b)
 
 

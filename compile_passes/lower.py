@@ -18,6 +18,7 @@ from ..runtime.replay.program import Program, Step
 from .groups import collectives_of, group_of
 from .roles import arguments
 from .split import SplitPlan
+from .symbols import forget_sizes
 
 PieceCompiler = Callable[[GraphModule], Callable[..., Sequence[Any]]]
 
@@ -50,6 +51,7 @@ def lower(
     for node in _progress(calls, "ringfence: compiling pieces"):
         name = str(node.target)
         piece: Any = whole.get_submodule(name)
+        forget_sizes(piece)
         returned = _return_tuple(piece)
         outputs = tuple(range(slots, slots + returned))
         slots += returned
@@ -126,12 +128,14 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.utils import BoxedBool
 
-    piece = joint_graph_passes(piece)
     (output,) = piece.graph.find_nodes(op="output")
     # The next piece was traced with these strides, so Inductor may not choose its own.
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
+    for node in piece.graph.find_nodes(op="placeholder"):
+        node.meta["val"] = _current(node.meta["val"])
     with _own_tracing_context():
+        piece = joint_graph_passes(piece)
+        inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
         compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
 
     def call(*args: Any) -> Sequence[Any]:
@@ -139,6 +143,13 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         return outputs
 
     return call
+
+
+def _current(value: Any) -> Any:
+    """A size in the symbols that hold now: Inductor would bind one that was found equal to another since."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from ..runtime.errors import RefusedError
 from .aliases import viewed
+from .functional import is_write_back
 from .judge import Decision, Verdict
 from .roles import aten, c10d, calls, first_node
 
@@ -107,9 +108,3 @@ def _launches(node: Node) -> bool:
     if node.op == "get_attr" or isinstance(node.meta.get("val"), torch.SymInt | int):
         return False
     return viewed(node) is None and not calls(node, operator.getitem, *_EMPTY) and not is_write_back(node)
-
-
-def is_write_back(node: Node) -> bool:
-    """The copy into an input at the end of a functional graph: :mod:`.in_place` puts it where it belongs."""
-    target = first_node(node)
-    return calls(node, aten.copy_.default) and target is not None and target.op == "placeholder"

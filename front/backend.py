@@ -31,18 +31,21 @@ from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import facts_of
 from .compile_passes.find import find
+from .compile_passes.functional import written_inputs
 from .compile_passes.fuse import fuse
 from .compile_passes.groups import collectives_of, describe_groups
+from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
-from .compile_passes.mutations import hoist_writes, read_in_place
 from .compile_passes.op_calls import op_names
+from .compile_passes.parts import cut
 from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names
 from .compile_passes.report import CompileReport
 from .compile_passes.sizes import padding, size_rule
-from .compile_passes.split import split
+from .compile_passes.split import SplitPlan, split
+from .compile_passes.symbols import fix_storage_offsets, give_sizes
 from .compile_passes.verify import verify
 from .options import Options
 from .runtime.channel import Channel
@@ -153,7 +156,7 @@ class Backend:
         if options.plain_all_reduce and carried is not None and carrier.workspace is not None:
             keep = {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(options.split_ops)}
             replace_plain_all_reduces(gm, carried, str(carrier.collective), keep)
-        written = hoist_writes(gm)
+        written = written_inputs(gm)
         dump_graph("fused", gm)
 
         workspaces = workspaces_of(carried) if carried is not None and carrier.workspace is not None else None
@@ -165,12 +168,11 @@ class Backend:
         if options.deterministic:
             _check_deterministic(sites, verdicts, carried, carrier)
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
-        plan, whole = split(gm, verdicts)
+        plan, whole = self._split(gm, verdicts)
         captured = options.capture_sizes if graphs is not None else ()
         proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
         if options.on_hazard == "raise" and proof.failed:
             raise HazardError(f"the plan can fail: {proof.message}")
-        read_in_place(whole)
         dump_graph("split", whole)
 
         chosen, versions, inputs = options.as_dict(), _versions(), input_names(gm, dynamo_names)
@@ -302,10 +304,17 @@ class Backend:
                 profile=options.profile,
                 nccl=nccl,
             )
-            found = frozenset(e.fact for e in facts_of(*split(gm, verdicts))) if capture else frozenset()
+            found = frozenset(e.fact for e in facts_of(*split(gm, cut(gm, verdicts)))) if capture else frozenset()
             if found <= situation.facts:
                 return verdicts, situation
             situation = replace(situation, facts=situation.facts | found)
+
+    def _split(self, gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, GraphModule]:
+        """Cut the graph where the verdicts say, with writes in place and the sizes that each piece needs."""
+        eager = self.options.piece_compiler == "eager"
+        fix_storage_offsets(gm)
+        parts = write_in_place(gm, cut(gm, verdicts), eager_pieces=eager)
+        return split(gm, parts if eager else give_sizes(gm, parts))
 
     def _graphs(self, device: torch.device, workspaces: Workspaces | None) -> GraphBackend | None:
         """What captures; None where this device has no graphs and nobody asked for the simulation."""

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict, judge
+from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.hazards.situation import Fact
@@ -35,7 +36,7 @@ def fused(fn: Callable[..., object], *args: Tensor) -> GraphModule:
 
 
 def found(gm: GraphModule, verdicts: list[Verdict]) -> list[Fact]:
-    evidence = facts_of(*split(gm, verdicts))
+    evidence = facts_of(*split(gm, cut(gm, verdicts)))
     assert all(e.message and e.where for e in evidence)
     return [e.fact for e in evidence]
 
@@ -110,7 +111,7 @@ def test_collective_cut_in_two() -> None:
     (first,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.sin.default]
     first.meta[SITE] = op.meta[SITE]  # as if it were the first of two launches
     (between,) = [n.name for n in gm.graph.nodes if n.target is torch.ops.aten.exp.default]
-    evidence = facts_of(*split(gm, careless(gm, between)))
+    evidence = facts_of(*split(gm, cut(gm, careless(gm, between))))
     assert [e.fact for e in evidence] == [Fact.PROTOCOL_CUT]
     assert "submod_0 and submod_2" in evidence[0].message
     assert found(gm, careless(gm)) == []

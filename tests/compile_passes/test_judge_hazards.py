@@ -12,6 +12,7 @@ import ringfence
 from ringfence.compile_passes.clean import clean_payload
 from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict, judge
+from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.errors import HazardError, VersionError
@@ -159,7 +160,7 @@ def test_conservative_profile_is_the_fields_rule(
 
 
 def test_refused_site_runs_between_pieces(fused: GraphModule) -> None:
-    plan, _ = split(fused, verdicts(fused, Situation(MNNVL, "0.6.10")))
+    plan, _ = split(fused, cut(fused, verdicts(fused, Situation(MNNVL, "0.6.10"))))
     assert [p.ops for p in plan.pieces if p.island] == [("ringfence::all_reduce_add_rms_norm",)] * 2
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 import ringfence
 from ringfence.compile_passes.judge import Decision, judge
+from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.prove import PlanVerdict, prove
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
@@ -40,7 +41,7 @@ def graph(dtype: torch.dtype = torch.bfloat16) -> GraphModule:
 def proved(situation: Situation, sizes: tuple[int, ...] = (4, 8), **options: object) -> PlanVerdict:
     gm = graph()
     verdicts = judge(gm, backends={"0": "nccl"}, capture=bool(sizes), situation=situation, **options)  # type: ignore[arg-type]
-    plan, _ = split(gm, verdicts)
+    plan, _ = split(gm, cut(gm, verdicts))
     assert [i for p in plan.pieces for i in p.sites] == [0, 1, 2]
     return prove(plan, verdicts, situation, sizes, padding=False)
 
@@ -127,7 +128,7 @@ def test_plan_without_a_fused_collective_is_safe() -> None:
     gm = aot_graph(lambda x: (x.exp(),), torch.randn(4, H))
     situation = Situation(Collective.MNNVL, "0.6.10")
     verdicts = judge(gm, backends={}, capture=True, situation=situation)
-    plan, _ = split(gm, verdicts)
+    plan, _ = split(gm, cut(gm, verdicts))
     assert prove(plan, verdicts, situation, (4,), padding=False).message == "no call is carried out by mnnvl"
 
 

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringfence.compile_passes.groups import groups_of
 from ringfence.compile_passes.judge import RULES, Decision, Verdict, judge
 from ringfence.compile_passes.lower import eager_piece, lower
+from ringfence.compile_passes.parts import cut as cut_at
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import SplitPlan, split
 from ringfence.runtime.errors import RefusedError
@@ -63,7 +64,7 @@ def reduced(x: Tensor) -> Tensor:
 
 
 def cut(gm: GraphModule, **options: object) -> tuple[SplitPlan, GraphModule]:
-    return split(gm, judge(gm, backends={"0": "gloo"}, capture=True, **options))
+    return split(gm, cut_at(gm, judge(gm, backends={"0": "gloo"}, capture=True, **options)))
 
 
 def islands(plan: SplitPlan) -> list[tuple[str, ...]]:
@@ -208,7 +209,7 @@ def test_wait_in_another_piece_goes_to_its_collective() -> None:
 
     gm = aot_graph(run, torch.randn(3, H))
     verdicts = judge(gm, backends={"0": "nccl"}, capture=True, split_ops=["aten::exp"])
-    plan, whole = split(gm, verdicts)
+    plan, whole = split(gm, cut_at(gm, verdicts))
     first, island, last = (whole.get_submodule(p.name) for p in plan.pieces)
     targets = [[str(n.target) for n in m.graph.nodes if n.op == "call_function"] for m in (first, island, last)]
     assert targets[0][-2:] == ["_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"]
@@ -235,4 +236,4 @@ def test_refused_op_is_no_piece() -> None:
     (node,) = [n for n in gm.graph.nodes if n.op == "call_function"]
     verdict = Verdict(node.name, "aten::exp", Decision.REFUSE, "rule", "it would hang", "nowhere")
     with pytest.raises(RefusedError, match=r"'exp' \(aten::exp\) is refused: it would hang"):
-        split(gm, [verdict])
+        split(gm, cut_at(gm, [verdict]))

@@ -1,0 +1,292 @@
+"""Models that write into their inputs: a key-value cache that is a buffer, or an argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ringfence
+
+H, SLOTS = 32, 8
+
+
+@torch.library.custom_op("ringfence_test::attend", mutates_args=())
+def attend(q: Tensor, cache: Tensor) -> Tensor:
+    return F.softmax(q @ cache.T, -1) @ cache
+
+
+attend.register_fake(lambda q, cache: torch.empty_like(q))
+
+
+class Cached(nn.Module):
+    """Two layers; each writes a row of its cache and attends over it. ``argument``: the caches are the caller's."""
+
+    def __init__(self, *, op: bool, argument: bool) -> None:
+        super().__init__()
+        self.op, self.argument = op, argument
+        self.norm = nn.RMSNorm(H, eps=1e-5)
+        for i in range(2):
+            self.register_buffer(f"cache{i}", torch.zeros(SLOTS, H))
+
+    def forward(self, x: Tensor, position: Tensor, *caches: Tensor) -> Tensor:
+        for i in range(2):
+            cache = caches[i] if self.argument else getattr(self, f"cache{i}")
+            cache.index_copy_(0, position, x.sin())
+            y = torch.ops.ringfence_test.attend(x, cache) if self.op else F.softmax(x @ cache.T, -1) @ cache
+            dist.all_reduce(y)
+            x = self.norm(x + y)
+        return x
+
+
+def steps(model: Any, twin: Cached, argument: bool) -> None:
+    """The same outputs and caches as an eager twin, step by step, with caches that are not always the same tensors."""
+    mine = [[torch.zeros(SLOTS, H) for _ in range(2)] for _ in range(2)]
+    theirs = [[torch.zeros(SLOTS, H) for _ in range(2)] for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for step in range(8):
+            x, position = torch.randn(2, H, generator=generator), torch.tensor([step % SLOTS, (step + 3) % SLOTS])
+            ours, right = (mine[step % 2], theirs[step % 2]) if argument else ([], [])
+            torch.testing.assert_close(model(x, position, *ours), twin(x, position, *right))
+            torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("argument", [False, True], ids=["buffer", "argument"])
+@pytest.mark.parametrize("op", [False, True], ids=["inlined", "op"])
+@pytest.mark.parametrize("capture", [(), (2,)], ids=["uncaptured", "captured"])
+def test_caches_are_written(piece_compiler: str, argument: bool, op: bool, capture: tuple[int, ...]) -> None:
+    model, twin = (Cached(op=op, argument=argument) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    split = ("ringfence_test::attend", "ringfence::all_reduce_add_rms_norm") if op else ()
+    backend = ringfence.Backend(
+        capture_sizes=capture, graphs="simulated", split_ops=split, piece_compiler=piece_compiler
+    )
+    steps(torch.compile(model, backend=backend, fullgraph=True), twin, argument)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, twin.get_buffer(name))
+    (report,) = backend.reports
+    ringfence.assert_fused(report, 2)
+    if op and capture:
+        assert sum(p.island for p in report.pieces) >= 2
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(SLOTS, H))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        self.cache.index_copy_(0, position, x.sin())
+        dist.all_reduce(x)
+        return F.rms_norm(x, (H,), None, 1e-5) + self.cache.sum()
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_a_graph_that_writes_into_its_inputs_is_not_padded() -> None:
+    """A padded row would be written at the position that its zero stands for."""
+    model, twin = Rows(), Rows()
+    backend = ringfence.Backend(capture_sizes=[4], graphs="simulated", pad_to_capture_size=True, piece_compiler="eager")
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for rows in (4, 3, 3, 2):
+            x, position = torch.randn(rows, H), torch.arange(1, rows + 1)
+            torch.testing.assert_close(compiled(x.clone(), position), twin(x.clone(), position))
+            torch.testing.assert_close(model.cache, twin.cache)
+    assert any("writes into its inputs" in note for note in backend.reports[-1].notes)
+
+
+# -- every read sees the value of its place ----------------------------------------------
+
+
+@torch.library.custom_op("ringfence_test::fill", mutates_args=("out",))
+def fill(x: Tensor, out: Tensor) -> None:
+    out.copy_(x * 2)
+
+
+fill.register_fake(lambda x, out: None)
+
+
+@torch.library.custom_op("ringfence_test::store", mutates_args=("cache", "others", "last"))
+def store(x: Tensor, cache: Tensor, others: list[Tensor], last: Tensor | None = None) -> Tensor:
+    cache[: x.shape[0]].add_(x)
+    for other in others:
+        other.mul_(0.5).add_(x.sum())
+    if last is not None:
+        last.copy_(cache.sum(0))
+    return cache.sum(0)
+
+
+store.register_fake(lambda x, cache, others, last=None: torch.empty_like(x[0]))
+
+
+@torch.library.custom_op("ringfence_test::between", mutates_args=())
+def between(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+between.register_fake(lambda x: torch.empty_like(x))
+
+cut_here = torch.ops.ringfence_test.between
+SPLIT = ("ringfence_test::between", "ringfence_test::fill", "ringfence_test::store", "ringfence_test::attend")
+
+
+def token_shift(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    old = a.clone()
+    a.copy_(x)
+    return cut_here(x * 0.5) + old
+
+
+def late_view(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    old = a[:2]
+    y = cut_here(x).sum() + old.sum()
+    a[:2] = x[:2]
+    return y + old.sum()
+
+
+def read_across_the_cut(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    old = a[1:]
+    y = cut_here(x * 2)
+    a[:2] = y[:2]
+    z = cut_here(y)
+    return old.sum() + z
+
+
+def old_value_after_two_cuts(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    old = a + 0.0
+    a.add_(cut_here(x))
+    y = cut_here(x + 1)
+    return y + old
+
+
+def swap(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    old = a.clone()
+    a.copy_(b)
+    y = cut_here(x)
+    b.copy_(old)
+    return y + a + b
+
+
+def swap_at_once(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    y = cut_here(x)
+    old = a.clone()
+    a.copy_(b)
+    b.copy_(old)
+    return y + a
+
+
+def written_twice(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    a[:2] = x[:2]
+    y = cut_here(x) + a.sum(0)
+    kept = a[:2].clone()
+    a[1:3] = y[:2]
+    z = cut_here(y) + a.sum(0)
+    a.mul_(0.5)
+    return z + kept.sum(0) + a.mean()
+
+
+def one_into_the_other(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    a.copy_(b)
+    y = cut_here(x) + a
+    b.add_(y)
+    return cut_here(y) + b
+
+
+def op_writes_rows(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    out = torch.ops.ringfence_test.store(x[:2], a, [b[1:], b[0]])
+    y = cut_here(x) + out
+    torch.ops.ringfence_test.store(y[:2] * 0.1, b, [a.T[0]], a[3])
+    return y + a.sum(0) + b.sum(0)
+
+
+def old_value_of_what_an_op_writes(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    old = a[:3]
+    before = old * 1.0
+    torch.ops.ringfence_test.store(x[:1], a, [])
+    return before + old + cut_here(x)[:3]
+
+
+def out_buffer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    torch.ops.ringfence_test.fill(cut_here(x + 1), out)
+    y = cut_here(out * 2)
+    torch.ops.ringfence_test.fill(y, out)
+    return out + 1
+
+
+def buffer_read_before_it_is_filled_again(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    torch.ops.ringfence_test.fill(x, out)
+    first = out * 1.0
+    seen = out[1:]
+    torch.ops.ringfence_test.fill(x * 3, out)
+    return first + out + cut_here(x) + seen.sum()
+
+
+def transposed(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    a.T[0] = x[0, :4].sum()
+    y = cut_here(x)
+    a.view(-1)[3:7] = y.view(-1)[:4]
+    return y + a.sum(0)
+
+
+def overlapping(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    y = cut_here(x)
+    a[1:] = a[:-1].clone()
+    a[0] = y[0]
+    return y + a.sum(0)
+
+
+def returned(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    y = a + x
+    a.copy_(y)
+    z = cut_here(x)
+    return y, z + y, y[:2], a
+
+
+def views_of_one(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    y = x * 2
+    rows = y[:2]
+    z = cut_here(x)
+    return y, rows + z[:2], y.T, rows
+
+
+def masked(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    a[x[:, 0] > 0] = 1.0
+    y = cut_here(x)
+    a.masked_fill_(y > 1, -1.0)
+    a.clamp_(min=-0.5)
+    return y + a
+
+
+PROGRAMS = [
+    token_shift, late_view, read_across_the_cut, old_value_after_two_cuts, swap, swap_at_once, written_twice,
+    one_into_the_other, op_writes_rows, old_value_of_what_an_op_writes, out_buffer,
+    buffer_read_before_it_is_filled_again, transposed, overlapping, returned, views_of_one, masked,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("capture", [(), (4,)], ids=["uncaptured", "captured"])
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
+def test_reads_see_the_value_of_their_place(program: Any, capture: tuple[int, ...], piece_compiler: str) -> None:
+    backend = ringfence.Backend(
+        capture_sizes=capture, graphs="simulated", split_ops=SPLIT, piece_compiler=piece_compiler
+    )
+    compiled = torch.compile(program, backend=backend, fullgraph=True, dynamic=False)
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(4, H, generator=generator) for _ in range(2))
+    a2, b2 = a.clone(), b.clone()
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(4, H, generator=generator)
+            right, ours = program(x.clone(), a2, b2), compiled(x.clone(), a, b)
+            torch.testing.assert_close(ours, right)
+            torch.testing.assert_close((a, b), (a2, b2))
+    assert any(p.island for p in backend.reports[0].pieces)
