@@ -19,6 +19,7 @@ from ringfence.compile_passes.groups import collectives_of, groups_of
 from ringfence.compile_passes.host import Unsafe
 from ringfence.compile_passes.judge import Decision, judge
 from ringfence.compile_passes.lower import eager_piece, lower
+from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.rules import RULES
 from ringfence.compile_passes.split import split
 from ringfence.runtime.errors import InputError
@@ -102,7 +103,7 @@ NUMBER: tuple[Any, ...] = ({"device": "cpu"},)
 def decided(gm: GraphModule, **options: Any) -> list[tuple[str, str]]:
     """The ops that are cut out, and by which rules; no fact of the plan speaks against what stays."""
     verdicts = judge(gm, backends={"0": "nccl"}, capture=True, **options)
-    plan, whole = split(gm, verdicts)
+    plan, whole = split(gm, cut(gm, verdicts))
     assert [e for e in facts_of(plan, whole) if e.fact is Fact.HOST_SYNC_IN_PIECE] == []
     islands = {op for p in plan.pieces if p.island for op in p.ops}
     cut = [v for v in verdicts if v.decision is Decision.SPLIT]
@@ -439,7 +440,7 @@ def test_a_collective_in_a_region_is_judged(backend: str, rule: str) -> None:
     verdicts = judge(gm, backends={"0": backend}, capture=True)
     assert [(v.op, v.rule) for v in verdicts] == [("_c10d_functional::all_reduce", rule)] * 2
     assert all(v.message.endswith(f"(it is in a region that '{v.node}' calls)") for v in verdicts)
-    plan, whole = split(gm, verdicts)
+    plan, whole = split(gm, cut(gm, verdicts))
     program = lower(plan, whole, eager_piece, ["x"], frozenset())
     assert [step.calls for step in program.steps if step.calls] == ([("0",)] * 2 if backend == "gloo" else [("0", "0")])
 

@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict, judge
+from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.collectives.choice import RankFacts, choose
@@ -177,7 +178,7 @@ def careless_facts() -> set[Fact]:
     found = set()
     for gm, eager in graphs().values():
         verdicts = [Verdict(name, name, Decision.SPLIT, "mine", "", "") for name in eager]
-        found |= {e.fact for e in facts_of(*split(gm, verdicts))}
+        found |= {e.fact for e in facts_of(*split(gm, cut(gm, verdicts)))}
     return found
 
 
@@ -187,7 +188,7 @@ def plan_facts() -> set[Fact]:
     for name, (gm, _) in graphs().items():
         if name != "two launches":
             verdicts = judge(gm, backends={"0": "nccl"}, capture=True)
-            found |= {e.fact for e in facts_of(*split(gm, verdicts))}
+            found |= {e.fact for e in facts_of(*split(gm, cut(gm, verdicts)))}
     return found
 
 
