@@ -106,9 +106,9 @@ def decided(gm: GraphModule, **options: Any) -> list[tuple[str, str]]:
     plan, whole = split(gm, cut(gm, verdicts))
     assert [e for e in facts_of(plan, whole) if e.fact is Fact.HOST_SYNC_IN_PIECE] == []
     islands = {op for p in plan.pieces if p.island for op in p.ops}
-    cut = [v for v in verdicts if v.decision is Decision.SPLIT]
-    assert islands == {v.op for v in cut} and all(v.message and v.source for v in cut)
-    return [(v.op, v.rule) for v in cut]
+    split_off = [v for v in verdicts if v.decision is Decision.SPLIT]
+    assert islands == {v.op for v in split_off} and all(v.message and v.source for v in split_off)
+    return [(v.op, v.rule) for v in split_off]
 
 
 def test_every_kind_has_its_row() -> None:
