@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 
 from .aliases import fake_call, readers, root, undoes, viewed
 from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
-from .parts import Part
+from .parts import GraphPart
 from .roles import arguments, aten, calls, same_shape, tensor
 from .symbols import as_node, expression, providers
 
@@ -64,20 +64,20 @@ class _Buffer:
     reads: list[list[tuple[Node, Node]]]
 
 
-def write_in_place(gm: GraphModule, parts: Sequence[Part], *, eager_pieces: bool) -> tuple[Part, ...]:
+def write_in_place(gm: GraphModule, parts: Sequence[GraphPart], *, eager_pieces: bool) -> tuple[GraphPart, ...]:
     """The parts anew; see the module.
 
     ``eager_pieces`` is whether pieces run op by op, as islands do. Changes ``gm``; a part may vanish, and an island
     may come between.
     """
-    done = _Rewriter(gm, parts, eager_pieces).run()
+    done = _InPlace(gm, parts, eager_pieces).run()
     gm.graph.lint()
     gm.recompile()
     return done
 
 
-class _Rewriter:
-    def __init__(self, gm: GraphModule, parts: Sequence[Part], eager_pieces: bool) -> None:
+class _InPlace:
+    def __init__(self, gm: GraphModule, parts: Sequence[GraphPart], eager_pieces: bool) -> None:
         self.graph, self.parts = gm.graph, list(parts)
         self.eager = [part.island or eager_pieces for part in parts]
         self.place = {node: i for i, part in enumerate(parts) for node in part.nodes}
@@ -106,7 +106,7 @@ class _Rewriter:
         self.sizes = {s: n for s, n in providers(gm).items() if n.op == "placeholder"}
         self.last = {i: part.nodes[-1] for i, part in enumerate(parts)}
 
-    def run(self) -> tuple[Part, ...]:
+    def run(self) -> tuple[GraphPart, ...]:
         for p, part in enumerate(self.parts):
             for node in part.nodes:
                 self._visit(node, p)
@@ -475,7 +475,7 @@ class _Rewriter:
             if taken is not None:
                 self.output.replace_input_with(value, taken)
 
-    def _regrouped(self) -> tuple[Part, ...]:
+    def _regrouped(self) -> tuple[GraphPart, ...]:
         nodes: dict[int, list[Node]] = {i: [] for i in range(len(self.parts))}
         after: dict[int, list[Node]] = {}
         for node in self.graph.nodes:
@@ -486,9 +486,9 @@ class _Rewriter:
         parts = []
         for i, part in enumerate(self.parts):
             if nodes[i]:
-                parts.append(Part(part.island, tuple(nodes[i]), part.ops))
+                parts.append(GraphPart(part.island, tuple(nodes[i]), part.ops))
             if i in after:
-                parts.append(Part(True, tuple(after[i]), ("aten::copy_",)))
+                parts.append(GraphPart(True, tuple(after[i]), ("aten::copy_",)))
         return tuple(parts)
 
 

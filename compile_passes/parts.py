@@ -36,7 +36,7 @@ _EMPTY = {
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """A run of nodes that becomes one piece, or an ``island`` that runs eagerly because of ``ops``."""
 
     island: bool
@@ -44,7 +44,7 @@ class Part:
     ops: tuple[str, ...] = ()
 
 
-def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[Part, ...]:
+def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[GraphPart, ...]:
     """Where the verdicts cut the graph. Moves a ``getitem`` to its producer, and nothing else.
 
     Raises :class:`RefusedError` for an op that is refused and that the reference cannot carry out instead.
@@ -56,7 +56,7 @@ def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[Part, ...]:
     eager = {v.node: v.op for v in verdicts if v.decision is not Decision.IN_GRAPH}
     _gather(gm, eager)
     return tuple(
-        Part(island, tuple(nodes), tuple(dict.fromkeys(eager[n.name] for n in nodes if n.name in eager)))
+        GraphPart(island, tuple(nodes), tuple(dict.fromkeys(eager[n.name] for n in nodes if n.name in eager)))
         for island, nodes in _runs(gm, eager)
     )
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.split_module import split_module
 
 from .fuse import SITE
-from .parts import Part
+from .parts import GraphPart
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SplitPlan:
     pieces: tuple[Piece, ...]
 
 
-def split(gm: GraphModule, parts: Sequence[Part]) -> tuple[SplitPlan, GraphModule]:
+def split(gm: GraphModule, parts: Sequence[GraphPart]) -> tuple[SplitPlan, GraphModule]:
     """The plan, and a module that calls ``submod_0``, ``submod_1``, ... in its order.
 
     ``parts`` are those of :func:`~.parts.cut`, as :func:`~.in_place.write_in_place` left them.

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from .parts import Part
+from .parts import GraphPart
 from .roles import aten
 
 _OP = "aten::sym_size"
@@ -68,7 +68,7 @@ def fix_storage_offsets(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def give_sizes(gm: GraphModule, parts: Sequence[Part]) -> tuple[Part, ...]:
+def give_sizes(gm: GraphModule, parts: Sequence[GraphPart]) -> tuple[GraphPart, ...]:
     """Pass to every piece the sizes that its inputs depend on; a part that asks an input for one may go first."""
     known = providers(gm)
     place = {node: i for i, part in enumerate(parts) for node in part.nodes}
@@ -86,8 +86,8 @@ def give_sizes(gm: GraphModule, parts: Sequence[Part]) -> tuple[Part, ...]:
         if wanted:
             with gm.graph.inserting_before(nodes[i][0]):
                 nodes[i].insert(0, gm.graph.call_function(_sizes, tuple(wanted)))
-    done = [Part(p.island, tuple(n), p.ops) for p, n in zip(parts, nodes, strict=True)]
-    return (Part(True, tuple(first), (_OP,)), *done) if first else tuple(done)
+    done = [GraphPart(p.island, tuple(n), p.ops) for p, n in zip(parts, nodes, strict=True)]
+    return (GraphPart(True, tuple(first), (_OP,)), *done) if first else tuple(done)
 
 
 def forget_sizes(part: GraphModule) -> None:
