@@ -204,7 +204,7 @@ class Backend:
             static_outputs=options.static_outputs,
             journal=self.supervisor.journal,
             supervision=supervision,
-            strategy=str(situation.collective),
+            collective=str(situation.collective),
         )
         self._report(
             CompileReport(

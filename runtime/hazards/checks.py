@@ -1,4 +1,4 @@
-"""What of ringfence keeps its own plans out of most rows, by name. tests/hangs/test_reach.py looks each of them up."""
+"""What of ringfence keeps its plans out of most rows, by name, which tests/hangs/test_hazard_table.py looks up."""
 
 from __future__ import annotations
 

@@ -120,13 +120,13 @@ class PiecewiseRunner:
         static_outputs: bool = False,
         journal: Journal | None = None,
         supervision: Supervision | None = None,
-        strategy: str = "",
+        collective: str = "",
     ) -> None:
         self._program = program
         self._journal = journal if journal is not None else Journal(pieces=1024, steps=64)
         self._supervision = supervision if supervision is not None else Supervision()
         notes = tuple(PieceNote(step.name, step.island, step.calls) for step in program.steps)
-        self._number = self._journal.register(ProgramNote(notes, strategy, self._supervision.graph))
+        self._number = self._journal.register(ProgramNote(notes, collective, self._supervision.graph))
         self._sizes = sizes
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
         self._in_use = threading.Lock()

@@ -161,7 +161,7 @@ class Journal(Rings):
             at,
             note.pieces[at].name if note.pieces else "",
             _kind(note.pieces[at], self._how[slot]) if note.pieces else self._how[slot],
-            note.strategy,
+            note.collective,
             waits,
             self._calls_submitted(),
             completed,

@@ -26,10 +26,10 @@ class PieceNote:
 
 @dataclass(frozen=True)
 class ProgramNote:
-    """A program as it is written down. strategy: how its collectives are carried out. name: of its graph."""
+    """A program as it is written down. collective: that of its fused sites. name: of its graph."""
 
     pieces: tuple[PieceNote, ...]
-    strategy: str = ""
+    collective: str = ""
     name: str = ""
 
     @property
@@ -74,7 +74,7 @@ class Position:
     piece: int | None = None
     name: str = ""
     kind: str = ""
-    strategy: str = ""
+    collective: str = ""
     calls: tuple[Calls, ...] = ()
     submitted: Mapping[str, int] = field(default_factory=dict)
     completed: Mapping[str, int] = field(default_factory=dict)
@@ -102,6 +102,8 @@ class Position:
     def from_dict(cls, value: Mapping[str, Any]) -> Position:
         """Raises KeyError, TypeError or ValueError for what :meth:`to_dict` did not write."""
         fields = dict(value)
+        if "strategy" in fields:  # what the field was called once; a strategy is one-shot or two-shot
+            fields["collective"] = fields.pop("strategy")
         fields["sizes"], fields["among"] = tuple(fields["sizes"]), tuple(fields.get("among", ()))
         fields["calls"] = tuple(Calls(**c) for c in fields["calls"])
         position = cls(**fields)

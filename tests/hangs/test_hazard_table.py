@@ -7,11 +7,13 @@ import dataclasses
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ringfence.runtime.errors import UnknownHazardError, VersionError
+from ringfence.runtime.hazards import checks
 from ringfence.runtime.hazards.catalogue import (
     HAZARDS,
     Action,
@@ -29,12 +31,14 @@ from ringfence.runtime.hazards.catalogue import (
     find_hazard,
 )
 from ringfence.runtime.hazards.engine_default import ENGINE_DEFAULTS, engine_default
+from ringfence.runtime.hazards.hazard import Check
 from ringfence.runtime.hazards.situation import facts_of_nccl
 from ringfence.runtime.hazards.table import REPOSITORIES
 from ringfence.runtime.versions import parse_version
 from support import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKS = {name: check for name, check in vars(checks).items() if isinstance(check, Check)}
 NEWEST = "0.7.2.post1"
 MNNVL, TRTLLM, MOE = Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL
 CUTEDSL, NCCL = Collective.MNNVL_CUTEDSL, Collective.NCCL
@@ -368,3 +372,46 @@ def test_conservative_profile_goes_by_the_name(collective: Collective, decides: 
 def test_conservative_profile_says_nothing_of_others() -> None:
     assert [rule.collective for rule in ENGINE_DEFAULTS] == [MNNVL, TRTLLM]
     assert engine_default(NCCL) is None and engine_default(Collective.REFERENCE) is None
+
+
+# -- checks of ours --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_names_what_exists(name: str) -> None:
+    path, _, place = CHECKS[name].where.partition("::")
+    body = ast.parse((ROOT / path).read_text()).body
+    for part in place.split("."):
+        found = [node for node in body if part in _names(node)]
+        assert found, f"{path} has no {place}"
+        body = getattr(found[0], "body", [])
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [target.id for target in targets if isinstance(target, ast.Name)]
+    return [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+
+
+def test_every_check_is_a_rows() -> None:
+    used = {check for hazard in HAZARDS for check in (hazard.guard, hazard.prevented_by)}
+    assert used - {None} == set(CHECKS.values())
+
+
+def test_a_guard_is_what_acts_at_run_time_and_is_called() -> None:
+    called = set(_called())
+    for hazard in HAZARDS:
+        assert (hazard.guard is not None) == (hazard.decides is Action.RUNTIME_GUARD), hazard.id
+        if hazard.guard is not None:
+            name = hazard.guard.where.rpartition("::")[2].rpartition(".")[2]
+            assert name in called, f"{hazard.id}: nothing calls {name}"
+
+
+def _called() -> Iterator[str]:
+    for top in ("front", "compile_passes", "runtime"):
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call):
+                    function = node.func
+                    yield function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,11 @@ from ringfence.runtime.hazards import checks
 from ringfence.runtime.hazards.hazard import Check
 from ringfence.runtime.hazards.reached import REACHED
 from ringfence.runtime.hazards.situation import Fact, When
-from ringfence.runtime.hazards.table import HAZARDS, Action, Hazard
+from ringfence.runtime.hazards.table import HAZARDS, Hazard
 from ringfence.runtime.versions import parse_version
 
 ROOT = Path(__file__).resolve().parents[2]
 UNREACHED = [hazard for hazard in HAZARDS if hazard.id not in REACHED]
-CHECKS = {name: check for name, check in vars(checks).items() if isinstance(check, Check)}
 
 
 @pytest.mark.usefixtures("fake_group")
@@ -70,49 +67,6 @@ def test_the_reason_is_of_the_kind_that_keeps_the_row_away(hazard: Hazard) -> No
     assert all(any(_out_of_reach(when, reason) for reason in reasons) for when in hazard.when)
     if by in (checks.RELEASES, checks.NOT_OURS):
         assert all(_out_of_reach(when, by) for when in hazard.when)
-
-
-# -- checks of ours --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_a_check_names_what_exists(name: str) -> None:
-    path, _, place = CHECKS[name].where.partition("::")
-    body = ast.parse((ROOT / path).read_text()).body
-    for part in place.split("."):
-        found = [node for node in body if part in _names(node)]
-        assert found, f"{path} has no {place}"
-        body = getattr(found[0], "body", [])
-
-
-def _names(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return [target.id for target in targets if isinstance(target, ast.Name)]
-    return [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-
-
-def test_every_check_is_a_rows() -> None:
-    used = {check for hazard in HAZARDS for check in (hazard.guard, hazard.prevented_by)}
-    assert used - {None} == set(CHECKS.values())
-
-
-def test_a_guard_is_what_acts_at_run_time_and_is_called() -> None:
-    called = set(_called())
-    for hazard in HAZARDS:
-        assert (hazard.guard is not None) == (hazard.decides is Action.RUNTIME_GUARD), hazard.id
-        if hazard.guard is not None:
-            name = hazard.guard.where.rpartition("::")[2].rpartition(".")[2]
-            assert name in called, f"{hazard.id}: nothing calls {name}"
-
-
-def _called() -> Iterator[str]:
-    for top in ("front", "compile_passes", "runtime"):
-        for path in (ROOT / top).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call):
-                    function = node.func
-                    yield function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def test_the_option_says_which_rows_make_it_act() -> None:

@@ -73,7 +73,7 @@ def test_a_rank_inside_a_call() -> None:
     step(j, enter=2, leave=1)
     position = j.position()
     assert (position.phase, position.step, position.piece, position.name) == ("step", 1, 1, "submod_1")
-    assert (position.kind, position.sizes, position.strategy) == ("island", (4,), "reference")
+    assert (position.kind, position.sizes, position.collective) == ("island", (4,), "reference")
     assert position.calls == (Calls("tp", 3, 3),)
     assert (position.submitted, position.completed) == ({"tp": 4}, {"tp": 3})
 
@@ -378,3 +378,10 @@ def test_a_dump_on_a_signal_that_the_user_chose(tmp_path: Path) -> None:
     finally:
         undo()
     assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def test_a_position_of_an_older_file_is_read() -> None:
+    """The collective was called a strategy there."""
+    old = Position(0, "idle", 3, collective="trtllm").to_dict()
+    old["strategy"] = old.pop("collective")
+    assert Position.from_dict(old).collective == "trtllm"
