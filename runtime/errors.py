@@ -136,6 +136,10 @@ class CaptureFailedWarning(UserWarning):
     """A capture failed; the call that it was part of was finished uncaptured, and later ones of its size will be."""
 
 
+class MovedInputWarning(UserWarning):
+    """A parameter or a cache is at another address in every call, so that what was captured is of no use."""
+
+
 class NestedCaptureError(CaptureError):
     """A capture was started while another one runs on this thread."""
 
@@ -149,7 +153,7 @@ class GradModeError(CaptureError):
 
 
 class AddressChangedError(CaptureError):
-    """A parameter moved since its address was baked into a captured graph."""
+    """A parameter of one rank moved, and its captured collectives need the graphs of all ranks."""
 
 
 class DataDependentValueError(CaptureError):

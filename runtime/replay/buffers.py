@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +53,36 @@ def weak_memory(tensor: Tensor) -> Callable[[], Tensor | None]:
     return revive
 
 
-def tensor_at(address: int, nbytes: int, keeper: object) -> Tensor:
-    """Bytes at an address, as uint8 with a storage of their own. They keep ``keeper`` alive, and nothing else.
+def same_memory(a: Tensor, b: Any) -> bool:
+    """Whether two tensors begin at the same place."""
+    return isinstance(b, Tensor) and a.device == b.device and a.data_ptr() == b.data_ptr()
 
-    The device is that of ``keeper`` where it is a tensor on a GPU, else the CPU.
-    """
-    device = keeper.device if isinstance(keeper, Tensor) else torch.device("cpu")
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory that two tensors span has bytes in common; they may still hold different elements of it."""
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    if not tensor.numel():
+        return begin, begin
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def on_memory_of(tensor: Tensor, keeper: object) -> Tensor:
+    """``tensor`` again, on a storage that keeps ``keeper`` alive instead of the memory."""
+    storage = tensor.untyped_storage()
+    memory = tensor_at(storage.data_ptr(), storage.nbytes(), tensor.device, keeper)
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def tensor_at(address: int, nbytes: int, device: torch.device, keeper: object) -> Tensor:
+    """Bytes at an address, as uint8 with a storage of their own. They keep ``keeper`` alive, and nothing else."""
     with torch.inference_mode(False):
         if not nbytes:
             return torch.empty(0, dtype=torch.uint8, device=device)

@@ -7,6 +7,7 @@ is the same over CUDA graphs and over the simulation, and is tested without a GP
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import CaptureError, NestedCaptureError
-from .pool import Pool
-from .tape import CompiledKernels, Tape
+from .buffers import on_memory_of
+from .compiled import CompiledKernels
+from .pool import Pool, shared_pool
+from .tape import Tape
 
 
 class CapturedPiece(Protocol):
@@ -32,7 +35,12 @@ class CapturedPiece(Protocol):
 
 
 class GraphBackend(Protocol):
-    """Records pieces. One instance owns one memory pool, shared by all its pieces."""
+    """Records pieces.
+
+    A backend with a method ``pool_for(args, own)`` shares memory between pieces: what it returns (:class:`Pool`) is
+    where the runner's buffers go, and its pieces have ``free(position)``, which gives the memory of an output to
+    whatever is captured later and returns a tensor that reads it without keeping it.
+    """
 
     name: str
 
@@ -49,8 +57,43 @@ class GraphBackend(Protocol):
 # -- CUDA ------------------------------------------------------------------------
 
 
+class CudaPool(Pool):
+    """The memory of CUDA graphs, and the side stream that warms up and captures: torch keeps free memory by stream.
+
+    Two replays on two streams would overlap on the device, so a change of stream waits for the one before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.stream = torch.cuda.Stream(device)
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._handle = torch.cuda.graph_pool_handle()
+        self._last = torch.cuda.current_stream(device)
+
+    @property
+    def handle(self) -> Any:
+        """For the next capture. Torch's allocator refuses memory whose last graph is gone."""
+        if not self.graphs:
+            self.renew()
+        return self._handle
+
+    def enter(self) -> bool:
+        if not super().enter():
+            return False
+        if torch._C._cuda_getCurrentRawStream(self.stream.device_index) != self._last.cuda_stream:
+            current = torch.cuda.current_stream(self.stream.device)
+            current.wait_stream(self._last)
+            self._last = current
+        return True
+
+    def renew(self) -> None:
+        """Leave the memory to the graphs that are there. A capture that was invalidated never ends for it."""
+        self._handle = torch.cuda.graph_pool_handle()
+        self.graphs.clear()
+
+
 class CudaGraphs:
-    """CUDA graphs on one device: one pool, one side stream for warm-up and capture.
+    """CUDA graphs on one device, in the pool of this process.
 
     control_words: the words that the collectives' protocols keep on this device. Recording runs
     nothing, so a capture that changes them launched something on the side, and its replays
@@ -61,51 +104,69 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device, control_words: Callable[[], object] = lambda: None) -> None:
         self._control_words = control_words
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        self._device = torch.device("cuda", index)
+        self._pool: CudaPool | None = None
+
+    def pool_for(self, args: Sequence[Any] = (), own: bool = False) -> CudaPool:
+        """The memory of this backend's graphs; with ``own``, shared with no other backend."""
+        if self._pool is None:
+            self._pool = CudaPool(self._device) if own else shared_pool(self.name, self._device, CudaPool)
+        return self._pool
 
     def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
-        caller = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
+        stream = self.pool_for().stream
+        caller = torch.cuda.current_stream(self._device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
             outputs = call(*args)
-        caller.wait_stream(self._stream)
+        caller.wait_stream(stream)
         return outputs
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
-        graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[self._stream.device_index]
+        pool, graph = self.pool_for(), torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self._device.index]
         state = generator.clone_state()
         before = self._control_words()
         try:
             # Only this thread is watched: NCCL's watchdog thread queries events meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
                 outputs = tuple(call(*args))
         except BaseException:
             # A capture that was invalidated never ends for the generator and for the pool: random
             # numbers and the next capture would raise. Graphs that exist keep the old pool.
             generator.graphsafe_set_state(state)
-            self._pool = torch.cuda.graph_pool_handle()
+            pool.renew()
             raise
         after = self._control_words()
         if before != after:
             graph.reset()
             raise CaptureError(f"the capture changed the control words of the collectives from {before} to {after}")
-        return _CudaPiece(graph, outputs)
+        pool.graphs.add(graph)
+        return _CudaPiece(graph, outputs, pool)
 
     def is_capturing(self) -> bool:
-        with torch.cuda.device(self._stream.device):
+        with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 
 
 class _CudaPiece:
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Any, ...]) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Any, ...], pool: CudaPool) -> None:
         self.outputs = outputs
-        self._graph = graph
+        self._graph, self._pool = graph, pool
         self.replay = graph.replay  # bound once: it is called for every piece of every step
+
+    def free(self, position: int) -> Any:
+        """See :class:`GraphBackend`. The graph keeps the memory mapped, and the allocator may use it."""
+        output = self.outputs[position]
+        if isinstance(output, Tensor):
+            output = on_memory_of(output, self._graph)
+            self.outputs = (*self.outputs[:position], output, *self.outputs[position + 1 :])
+        return output
 
     def release(self) -> None:
         self.outputs = ()
+        self._pool.graphs.discard(self._graph)
         self._graph.reset()
 
 
@@ -133,30 +194,39 @@ class SimulatedGraphs:
         self._kernels = CompiledKernels()
         self._pool: Pool | None = None
 
+    def pool_for(self, args: Sequence[Any], own: bool = False) -> Pool:
+        """The memory of this backend's pieces, on the device of ``args``; with ``own``, no other backend uses it."""
+        if self._pool is None:
+            device = max((a.device for a in args if isinstance(a, Tensor)), key=_rank, default=torch.device("cpu"))
+            self._pool = Pool(device) if own else shared_pool(self.name, device, Pool)
+        return self._pool
+
     def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
         return call(*args)
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
         if self.is_capturing():
             raise NestedCaptureError("a capture was started inside another one")
-        devices = [a.device for a in args if isinstance(a, Tensor)]
-        if self._pool is None:
-            self._pool = Pool(devices[0] if devices else torch.device("cpu"))
-        tape = Tape(self._pool, self._on_device)
+        pool = self.pool_for(args)
+        tape = Tape(pool, self._on_device)
         self._capturing_thread = threading.get_ident()
-        cuda = {d.index for d in devices if d.type == "cuda"}
+        cuda = [pool.device.index] if pool.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(cuda), self._kernels.over(tape), tape, torch.no_grad():
                 outputs = tuple(call(*args))
         finally:
             self._capturing_thread = None
             tape.undo()
-        return _SimulatedPiece(tape, outputs, self._pool)
+        return _SimulatedPiece(tape, outputs, pool)
 
     def is_capturing(self) -> bool:
         # The mode stack shows captures of other instances, and is empty inside a kernel.
         here = self._capturing_thread == threading.get_ident()
         return here or any(isinstance(m, Tape) for m in _get_current_dispatch_mode_stack())
+
+
+def _rank(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 class _SimulatedPiece:

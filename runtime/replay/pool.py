@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .buffers import tensor_at
+from .buffers import on_memory_of, tensor_at
 
 #: A small tensor does not take a large block, as in torch's own allocator.
 _SMALL = 1 << 16
@@ -26,7 +26,7 @@ _ROUND = 64
 class Block:
     """A piece of memory that stays where it is as long as anything refers to it.
 
-    ``used`` says that it may hold something else than poison.
+    ``used`` says that it may hold something else than poison, ``open`` that others than captures write to it.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Block:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.address = self.memory.data_ptr()
         self.nbytes = nbytes
-        self.used = True
+        self.used, self.open = True, False
         self._user: StorageWeakRef | None = None
 
     @property
@@ -43,27 +43,34 @@ class Block:
 
     def lend(self, nbytes: int) -> Tensor:
         """A storage of its own on this memory; the block is taken until that is gone."""
-        given = tensor_at(self.address, nbytes, self.memory)
+        given = tensor_at(self.address, nbytes, self.memory.device, self.memory)
         self._user = StorageWeakRef(given.untyped_storage())
         return given
 
     def like(self, tensor: Tensor) -> Tensor:
         """``tensor``, which lies in this block, without keeping the block taken."""
-        memory = tensor_at(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes(), self.memory)
-        return _viewed(memory, tensor)
+        return on_memory_of(tensor, self.memory)
 
 
 class Pool:
-    """Blocks of one device, for whoever captures one after the other.
-
-    ``busy`` is held by the runner whose step uses the memory: a second one at once, from another thread or
-    from inside an island of the first, may not.
-    """
+    """Blocks of one device, for whoever captures one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.busy = threading.Lock()
         self.blocks: list[Block] = []
+        self._busy = threading.Lock()
+
+    def enter(self) -> bool:
+        """Before a step that uses the memory. False where another one does: on another thread, or around this one."""
+        return self._busy.acquire(blocking=False)
+
+    def leave(self) -> None:
+        """After it."""
+        self._busy.release()
+
+    @property
+    def busy(self) -> bool:
+        return self._busy.locked()
 
     @property
     def nbytes(self) -> int:
@@ -88,20 +95,18 @@ class Pool:
             return empty.set_(self.bytes(elements * dtype.itemsize).untyped_storage(), 0, size, stride)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """An uninitialised tensor with the layout of ``tensor``."""
-        return self.empty(tensor.size(), tensor.stride(), tensor.dtype)
+        """An uninitialised tensor with the layout of ``tensor``, for somebody who writes into it between replays."""
+        made = self.empty(tensor.size(), tensor.stride(), tensor.dtype)
+        block = self.block_of(made)
+        if block is not None:
+            block.open = True
+        return made
 
     def block_of(self, tensor: Tensor) -> Block | None:
         """Where a tensor lies; None for memory of somebody else's."""
         address = tensor.untyped_storage().data_ptr()
         inside = (b for b in self.blocks if b.address <= address < b.address + b.nbytes)
         return next(inside, None) if address else None
-
-
-def _viewed(memory: Tensor, like: Tensor) -> Tensor:
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=like.dtype, device=like.device)
-        return empty.set_(memory.untyped_storage(), like.storage_offset(), like.size(), like.stride())
 
 
 P = TypeVar("P", bound=Pool)
@@ -123,6 +128,6 @@ def shared_pool(kind: str, device: torch.device, make: Callable[[torch.device], 
             pool: P | None = _POOLS.get(key)
             if pool is None:
                 pool = _POOLS[key] = make(device)
-            if not pool.busy.locked():
+            if not pool.busy:
                 return pool
             depth += 1

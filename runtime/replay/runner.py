@@ -6,17 +6,19 @@ once, islands see real data, every rank makes the same collective calls as in an
 step, and the call returns its result. Later calls of that size copy their inputs into
 the static buffers, replay the pieces and run the islands. Any other size runs uncaptured.
 
-Modules that share compiled code (the layers of a model compiled one by one) call one
-runner with different parameters; each set of parameters has captures of its own.
+Parameters, and the inputs that the program writes into, are kept: they stay where the caller has them, and a capture
+belongs to their addresses. Modules that share compiled code (the layers of a model compiled one by one) call one runner
+with different parameters, and each set has captures of its own; :mod:`.places` says what follows when they move.
 
 What makes a replay right is checked, always:
 
-- parameters are where they were at capture (:class:`AddressChangedError`);
+- what is kept is where it was at capture;
 - the outputs of an island land in buffers whose addresses the next piece knows;
 - a number that an island returns is the one that was baked in
   (:class:`DataDependentValueError`);
+- a collective that nobody has waited for is waited for before a value is copied;
 - no call runs inside a capture, beside another call of this runner, or in grad mode with
-  inputs that need grad.
+  inputs that need grad; what shares its memory and runs around it, or on another thread, makes it run uncaptured.
 
 A capture that throws leaves nothing behind and breaks no step off: a rank that stopped
 half-way would leave its peers waiting in the next collective. The rest of the step runs
@@ -28,9 +30,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ from ..errors import (
     AddressChangedError,
     CaptureFailedWarning,
     ConcurrentCallError,
-    DataDependentValueError,
     GradModeError,
     InputError,
     NestedCaptureError,
@@ -48,48 +47,18 @@ from ..errors import (
 )
 from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote, sizes_text
 from ..watch.supervision import Supervision
-from .buffers import copy_into, narrow, static_like, weak_memory
-from .capture import CapturedPiece, GraphBackend
-from .program import Padding, Program, SizeRule, Step
+from .buffers import copy_into, narrow, overlap
+from .capture import GraphBackend
+from .entry import Entry as _Entry
+from .entry import Key
+from .pending import Pending
+from .places import How, Places
+from .pool import Pool
+from .program import Padding, Program, SizeRule
+from .recording import Recording, reads_of
 
-#: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
-#: A size that grows in every step would otherwise fill the memory with graphs that are used once.
-_CAPTURES_PER_TOKEN_COUNT = 8
-
-
-class _Parameter:
-    """A parameter as a capture saw it. Keeps neither the object nor its memory alive."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._memory = weak_memory(tensor)
-        self._address = tensor.data_ptr()
-
-    @property
-    def gone(self) -> bool:
-        return self._memory() is None
-
-    @property
-    def moved(self) -> bool:
-        tensor = self._tensor()
-        return tensor is not None and tensor.data_ptr() != self._address
-
-
-@dataclass
-class _Entry:
-    """Everything recorded for one tuple of sizes and one set of parameters."""
-
-    sizes: tuple[int, ...]
-    slots: list[Any]
-    actions: list[Callable[[], None]]
-    pieces: list[CapturedPiece]
-    addresses: tuple[int, ...]
-    parameters: list[_Parameter]
-    failed: str | None = None
-
-    def release(self) -> None:
-        for piece in self.pieces:
-            piece.release()
+#: Bytes of an input whose copies in every step are worth a note.
+_LARGE = 16 << 20
 
 
 class PiecewiseRunner:
@@ -105,6 +74,7 @@ class PiecewiseRunner:
         instead of copies that the caller owns.
     journal: where steps and pieces are written down; one of its own by default.
     supervision: what ranks agree on beside the steps, and what follows when one of them fails.
+    note: takes what shows in calls only and belongs into the report, once each.
     """
 
     def __init__(
@@ -121,6 +91,7 @@ class PiecewiseRunner:
         journal: Journal | None = None,
         supervision: Supervision | None = None,
         collective: str = "",
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._program = program
         self._journal = journal if journal is not None else Journal(pieces=1024, steps=64)
@@ -131,21 +102,29 @@ class PiecewiseRunner:
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
         self._in_use = threading.Lock()
         self._capture_sizes = sorted(capture_sizes)
-        self._padding = padding
+        self._padding = padding if not program.written - program.static_inputs else None  # rows would land in caches
         self._closed = closed
         self._max_tokens = max_tokens
         self._static_outputs = static_outputs
-        #: Whether captured pieces hold collectives, which every rank must capture then.
-        self._lockstep = self._graphs is not None and any(s.calls for s in program.steps if not s.island)
-        #: Sizes of all ranks that were captured, or tried -> their token count.
-        self._met: dict[tuple[int, ...], int] = {}
-        self._failed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        self._entries: dict[tuple[tuple[int, ...], tuple[int, ...]], _Entry] = {}
-        self._read_by_pieces = {i for step in program.steps if not step.island for i in step.inputs}
-        self._static = sorted(program.static_inputs)
+        self._note = note
+        self._noted: set[int] = set()
+        self._places = Places(program, sizes, self._supervision, note)
+        self._entries = self._places.entries
+        self._reads = reads_of(program, self._places.kept)
+        self._pool: Pool | None = None
+        self._pending = Pending()
+        self._issues = any(step.calls for step in program.steps if step.island)
         read_by_islands = {i for step in program.steps if step.island for i in step.inputs}
-        self._read_statics = [i for i in self._static if i in read_by_islands or i in program.outputs]
-        self._dynamic = [i for i in range(len(program.inputs)) if i not in program.static_inputs]
+        self._read_kept = [i for i in self._places.kept if i in read_by_islands]
+        self._dynamic = [i for i in range(len(program.inputs)) if i not in self._places.kept]
+
+    @property
+    def bytes_held(self) -> dict[tuple[int, ...], int]:
+        """Bytes of the buffers and outputs of each tuple of sizes, shared with others' or not."""
+        held: dict[tuple[int, ...], int] = {}
+        for entry in self._entries.values():
+            held[entry.sizes] = held.get(entry.sizes, 0) + entry.nbytes
+        return held
 
     @property
     def captured_sizes(self) -> list[tuple[int, ...]]:
@@ -182,56 +161,72 @@ class PiecewiseRunner:
         finally:
             self._in_use.release()
 
-    def _together(self, target: tuple[int, ...]) -> bool:
-        """Whether every rank captures in this step, so that they can agree on it.
-
-        Where captured pieces hold collectives, all must. Where not, they do when they first meet sizes that all of them
-        have; what else a capture is for, such as a rank's own sizes and addresses, is its own business.
-        """
-        if self._lockstep:
-            return True
-        shared = self._compared(target)
-        first = shared not in self._met
-        self._met.setdefault(shared, self._tokens(target))
-        return first
-
-    def _compared(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """What of a step's sizes must be the same on all ranks."""
-        return sizes if self._lockstep else self._sizes.of_all_ranks(sizes)
-
     def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
-        addresses = tuple([args[i].data_ptr() for i in self._static])
-        entry = self._entries.get((target, addresses))
-        together = False
-        if entry is None:
-            self._check_parameters(target)
-            together = self._together(target)
-            if (target, addresses) in self._failed or self._has_enough(target, addresses, together):
-                return self._run(args, sizes)
-            if together:
-                self._supervision.before_capture(self._compared(target))
-            parameters = [_Parameter(args[i]) for i in self._static]
-            entry = _Entry(target, [], [], [], addresses, parameters)
-            run, how = self._capture, CAPTURE
-        elif self._closed():
-            raise WorkspaceReplacedError(
-                f"the workspace of the collectives was closed since {sizes_text(target)} were captured, and the graph "
-                "holds its addresses; start over with torch._dynamo.reset()"
-            )
-        else:
-            run, how = self._replay, REPLAY
+        if self._pool is None and (pool_for := getattr(self._graphs, "pool_for", None)) is not None:
+            self._pool = pool_for(args, own=self._static_outputs)  # what the caller holds, nobody else may write
+        if self._pool is not None and not self._pool.enter():
+            return self._run_as(target, sizes, args)
         try:
-            self._step(target, how, run, entry, sizes, args)
-            if how is CAPTURE:
-                self._keep_or_drop(entry, together)
-            self._write_back(entry, sizes, args)
+            if self._pending.any():
+                self._pending.wait(args)
+            places = self._places
+            if places.written and self._share_memory(args):
+                return self._run_as(target, sizes, args)
+            key = places.key(target, args)
+            how = How.REPLAY if key in places.entries and not places.lockstep else self._how(key, args)
+            if how is How.REPLAY:
+                return self._serve_replay(places.entries[key], sizes, args)
+            if how is How.UNCAPTURED:
+                return self._run_as(target, sizes, args)
+            return self._serve_capture(key, sizes, args, agreed=how is How.CAPTURE)
+        finally:
+            if self._pool is not None:
+                self._pool.leave()
+
+    def _how(self, key: Key, args: Sequence[Any]) -> How:
+        try:
+            return self._places.how(key, args)
+        except AddressChangedError as error:  # the others replay now, and would wait for this rank
+
+            def break_off(marks: Marks, error: AddressChangedError = error) -> None:
+                raise error
+
+            self._step(key[0], REPLAY, break_off)
+            raise
+
+    def _serve_replay(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
+        if self._closed():
+            raise WorkspaceReplacedError(
+                f"the workspace of the collectives was closed since {sizes_text(entry.sizes)} were captured, and the "
+                "graph holds its addresses; start over with torch._dynamo.reset()"
+            )
+        try:
+            self._step(entry.sizes, REPLAY, self._replay, entry, sizes, args)
             return self._outputs(entry, sizes, args)
         finally:
-            self._forget_parameters(entry)
+            self._forget(entry)
+
+    def _serve_capture(self, key: Key, sizes: tuple[int, ...], args: Sequence[Any], *, agreed: bool) -> list[Any]:
+        """Record, and return what was computed meanwhile. ``agreed``: all ranks record in this step."""
+        assert self._graphs is not None
+        if agreed:
+            self._supervision.before_capture(self._places.compared(key[0]))
+        entry = _Entry(key[0], self._slots(args), [], [], key[1], self._places.kept_of(args))
+        kept = [args[i] for i in self._places.kept]
+        recording = Recording(self._program, self._reads, self._graphs, self._pending, entry, kept, self._pool)
+        try:
+            self._step(key[0], CAPTURE, self._record, recording, sizes, args)
+            self._keep_or_drop(entry, args, agreed)
+            outputs = self._outputs(entry, sizes, args)
+            if entry.failed is None and not self._static_outputs:
+                recording.give_outputs_back()
+            return outputs
+        finally:
+            self._forget(entry)
 
     def _step(self, sizes: tuple[int, ...], how: str, body: Callable[..., None], *args: Any) -> None:
         """``body(marks, *args)`` as one step of the journal; the other ranks hear of it when it fails."""
-        self._supervision.before_step(self._compared(sizes), how)
+        self._supervision.before_step(self._places.compared(sizes), how)
         marks = self._journal.begin(self._number, sizes, how)
         try:
             body(marks, *args)
@@ -252,17 +247,6 @@ class PiecewiseRunner:
                 "another kernel would not return the same bits"
             )
 
-    def _has_enough(self, target: tuple[int, ...], addresses: tuple[int, ...], together: bool) -> bool:
-        tokens = self._tokens(target)
-        if together and not self._lockstep:  # what all ranks count alike; this one is among them already
-            return sum(1 for n in self._met.values() if n == tokens) > _CAPTURES_PER_TOKEN_COUNT
-        alike = (s for s, a in self._entries if a == addresses and self._tokens(s) == tokens)
-        return sum(1 for _ in alike) >= _CAPTURES_PER_TOKEN_COUNT
-
-    def _tokens(self, sizes: tuple[int, ...]) -> int:
-        assert self._sizes.tokens is not None
-        return self._sizes.tokens(sizes)
-
     def _replay(self, marks: Marks, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         self._load(entry, sizes, args)
         enter, leave = marks.enter, marks.leave
@@ -277,6 +261,25 @@ class PiecewiseRunner:
         slots = self._slots(args)
         self._step(sizes, UNCAPTURED, self._run_steps, slots)
         return [slots[i] for i in self._program.outputs]
+
+    def _run_as(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
+        """Uncaptured what would be a call of ``target``: other ranks may replay it, so the rows must be as many."""
+        if target == sizes or self._padding is None:
+            return self._run(args, sizes)
+        pads, grown = self._padding, list(args)
+        for i, arg in enumerate(args):
+            if i in pads.inputs:
+                grown[i] = arg.new_zeros([target[0] if d in pads.inputs[i] else n for d, n in enumerate(arg.shape)])
+                narrow(grown[i], pads.inputs[i], sizes[0]).copy_(arg)
+            elif isinstance(arg, int) and i in self._dynamic:
+                grown[i] = target[0]
+        outputs = self._run(grown, target)
+        for position, slot in enumerate(self._program.outputs):
+            if slot < len(args):
+                outputs[position] = args[slot]
+            elif position in pads.outputs:
+                outputs[position] = narrow(outputs[position], pads.outputs[position], sizes[0]).clone()
+        return outputs
 
     def _slots(self, args: Sequence[Any]) -> list[Any]:
         slots = [*args, *[None] * (self._program.slots - len(args))]
@@ -310,10 +313,15 @@ class PiecewiseRunner:
 
     # -- captured ----------------------------------------------------------------------
 
+    def _share_memory(self, args: Sequence[Any]) -> bool:
+        """Whether an input that is copied lies where the program writes: the copy would show the old value."""
+        copied = [args[i] for i in self._dynamic if isinstance(args[i], Tensor)]
+        return any(overlap(args[i], other) for i in self._places.written for other in copied)
+
     def _load(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         """Copy the call's inputs into the static buffers; rows that are padding become zero."""
         grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
-        for i in self._read_statics:
+        for i in self._read_kept:
             entry.slots[i] = args[i]
         for i in self._dynamic:
             buffer = entry.slots[i]
@@ -324,20 +332,19 @@ class PiecewiseRunner:
                 buffer = narrow(buffer, grown[i], sizes[0])
             copy_into(buffer, args[i])
 
-    def _forget_parameters(self, entry: _Entry) -> None:
-        """Keep no parameter alive: a module that is dropped takes its memory with it."""
-        for i in self._static:
+    def _forget(self, entry: _Entry) -> None:
+        """Keep nothing of the caller's alive: a module that is dropped takes its memory with it."""
+        for i in self._places.kept:
             entry.slots[i] = None
-
-    def _write_back(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
-        """Give the caller's inputs what was written into our copies of them."""
-        grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
-        for i in self._program.written:
-            copy_into(args[i], narrow(entry.slots[i], grown[i], sizes[0]) if i in grown else entry.slots[i])
+        if not self._static_outputs:
+            for i in self._reads.loose:
+                entry.slots[i] = None
 
     def _outputs(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         grown = self._padding.outputs if self._padding is not None and sizes != entry.sizes else {}
         outputs = []
+        if self._issues and self._pending.any():
+            self._pending.wait(entry.slots[slot] for slot in self._program.outputs)
         for position, slot in enumerate(self._program.outputs):
             if slot < len(args):  # the graph returns an input: the caller's own, not our copy of it
                 outputs.append(args[slot])
@@ -350,128 +357,41 @@ class PiecewiseRunner:
             outputs.append(value)
         return outputs
 
-    def _check_parameters(self, target: tuple[int, ...]) -> None:
-        """Why do no captured parameters match this call's? Only other modules may be the reason.
-
-        Captures with a parameter whose memory is gone can never be used again and are
-        released. A parameter that lives where the capture did not see it is refused: its
-        captures would go on using the old memory.
-        """
-        for key, entry in list(self._entries.items()):
-            if key[0] != target:
-                continue
-            for i, parameter in zip(self._static, entry.parameters, strict=True):
-                if parameter.moved:
-                    raise AddressChangedError(
-                        f"parameter '{self._program.inputs[i]}' moved since it was captured at {sizes_text(target)}; "
-                        "update parameters in place (p.copy_(new)), or start over with torch._dynamo.reset()"
-                    )
-            if any(p.gone for p in entry.parameters):
-                self._entries.pop(key).release()
-
-    def _capture(self, marks: Marks, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
-        target = entry.sizes
-        entry.slots = slots = self._slots(args)
+    def _record(self, marks: Marks, recording: Recording, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+        entry = recording.entry
+        target, slots = entry.sizes, entry.slots
         grown = self._padding.inputs if self._padding is not None and target != sizes else {}
         for i in self._dynamic:
             if i in grown:
                 shape = [target[0] if d in grown[i] else n for d, n in enumerate(args[i].shape)]
-                slots[i] = static_like(args[i].new_empty(shape))
+                recording.buffer(i, args[i].new_empty(shape))
             elif isinstance(args[i], Tensor):
-                slots[i] = static_like(args[i])
+                self._note_copy(i, args[i])
+                recording.buffer(i, args[i])
             elif target != sizes and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
         self._load(entry, sizes, args)
-        try:
-            for step in self._program.steps:
-                marks.enter()
-                if step.island:
-                    entry.actions.append(self._record_island(step, entry))
-                elif entry.failed is None:
-                    entry.failed = self._record(step, entry)
-                else:
-                    self._run_piece(step, entry)
-                marks.leave()
-        except BaseException:  # the model's own
-            entry.release()
-            raise
+        recording.steps(marks)
 
-    def _keep_or_drop(self, entry: _Entry, together: bool) -> None:
+    def _note_copy(self, index: int, value: Tensor) -> None:
+        nbytes = value.numel() * value.element_size()
+        if nbytes >= _LARGE and index not in self._noted:
+            self._noted.add(index)
+            self._note(
+                f"input '{self._program.inputs[index]}' ({nbytes / 2**20:.0f} MiB) is copied in every captured step; "
+                "if it stays where it is, as a cache does, mark it with torch._dynamo.mark_static_address"
+            )
+
+    def _keep_or_drop(self, entry: _Entry, args: Sequence[Any], agreed: bool) -> None:
         """Use the captures from now on if every rank that captured has its own; if not, no rank does."""
-        key = entry.sizes, entry.addresses
-        vote = self._supervision.after_capture if together else self._supervision.after_own_capture
         try:
+            vote = self._supervision.after_capture if agreed else self._supervision.after_own_capture
             failures = vote(entry.failed)
         except BaseException:
-            entry.release()
+            self._places.drop(entry)
             raise
-        if not failures:
-            self._entries[key] = entry
-            return
-        entry.release()
-        self._failed.add(key)
-        warnings.warn(f"ringfence: {'; '.join(failures)}", CaptureFailedWarning, stacklevel=2)
-
-    def _run_piece(self, step: Step, entry: _Entry) -> Sequence[Any]:
-        assert self._graphs is not None
-        values = self._graphs.warm_up(step.call, [entry.slots[i] for i in step.inputs])
-        for slot, value in zip(step.outputs, values, strict=True):
-            entry.slots[slot] = value
-        return values
-
-    def _record(self, step: Step, entry: _Entry) -> str | None:
-        """Run a piece, capture it, and put what it returned where its replays will put it; why that failed."""
-        assert self._graphs is not None
-        args = [entry.slots[i] for i in step.inputs]
-        values = self._run_piece(step, entry)
-        try:
-            piece = self._graphs.capture(step.call, args)
-        except Exception as error:
-            return (
-                f"capture of '{step.name}' at {sizes_text(entry.sizes)} failed ({type(error).__name__}: {error}); "
-                "calls of these sizes run uncaptured"
-            )
-        entry.pieces.append(piece)
-        for slot, landing, value in zip(step.outputs, piece.outputs, values, strict=True):
-            if isinstance(landing, Tensor):
-                copy_into(landing, value)
-            entry.slots[slot] = landing
-        entry.actions.append(piece.replay)
-        return None
-
-    def _record_island(self, step: Step, entry: _Entry) -> Callable[[], None]:
-        """Run an island now and again; what pieces read of it lands where they look for it.
-
-        What only islands read, or the caller, stays as it comes: it may have another
-        size each time.
-        """
-        call, inputs, slots = step.call, step.inputs, entry.slots
-        # Where each output lands, and what the host would else ask the landing buffer in every replay.
-        landings: list[tuple[int, bool, Any, Any, Any]] = []
-        for slot, value in zip(step.outputs, call(*[slots[i] for i in inputs]), strict=True):
-            lands = slot in self._read_by_pieces
-            slots[slot] = static_like(value) if lands and isinstance(value, Tensor) else value
-            shape, dtype = (value.shape, value.dtype) if isinstance(value, Tensor) else (None, None)
-            if slots[slot] is not value:
-                copy_into(slots[slot], value)
-            landings.append((slot, lands, slots[slot] if lands else None, shape, dtype))
-
-        def run() -> None:
-            values = call(*[slots[i] for i in inputs])
-            for (slot, lands, landing, shape, dtype), value in zip(landings, values, strict=True):
-                if not lands:
-                    slots[slot] = value
-                elif shape is not None and isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype:
-                    copy_into(landing, value)
-                elif isinstance(value, Tensor) or isinstance(landing, Tensor) or landing != value:
-                    seen, now = (_describe(v) for v in (landing, value))
-                    raise DataDependentValueError(
-                        f"island '{step.name}' returned {now}, and a captured piece was given {seen}; "
-                        "add the ops that read it to split_ops"
-                    )
-
-        return run
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        self._places.recorded(entry, args, failed=bool(failures))
+        if failures:
+            entry.failed = entry.failed or failures[0]
+            self._places.drop(entry)
+            warnings.warn(f"ringfence: {'; '.join(failures)}", CaptureFailedWarning, stacklevel=2)

@@ -86,6 +86,14 @@ class GroupAgreement:
                 said = [f"{sizes_text(s)} of graph {short}" for s, short in answers]
                 raise RankMismatch(f"the ranks are about to capture different things: {by_value(said, channel.ranks)}")
 
+    def moved(self, sizes: tuple[int, ...], name: str | None) -> tuple[str | None, ...]:
+        """What the ranks say of their captured parameters: the name of one that moved, or None; each answer once."""
+        heard = {name}
+        for channel in self._channels * len(self._channels):
+            for answers in channel.exchange(f"parameters of {sizes_text(sizes)}", tuple(sorted(heard, key=str))):
+                heard.update(answers)
+        return tuple(sorted(heard, key=str))
+
     def after_capture(self, failure: str | None) -> Failures:
         """Whose capture failed, as ``(rank, reason)``: where one did, no rank may keep its own.
 

@@ -49,6 +49,18 @@ class Supervision:
             agreement = self.agreement
             self._agreed(lambda: agreement.before_capture(sizes))
 
+    @property
+    def peers(self) -> bool:
+        """Whether there are other ranks that must go the same way."""
+        return self.agreement is not None
+
+    def moved(self, sizes: tuple[int, ...], name: str | None) -> tuple[str | None, ...]:
+        """What the ranks say of their captured parameters: which one moved, or None. Every rank must ask."""
+        if self.agreement is None:
+            return (name,)
+        agreement = self.agreement
+        return self._agreed(lambda: agreement.moved(sizes, name))
+
     def after_capture(self, failure: str | None) -> tuple[str, ...]:
         """Why the captures of that step are not to be kept; empty where they are.
 

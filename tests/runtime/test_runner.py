@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
+import random
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +19,15 @@ from ringfence.runtime.errors import (
     ConcurrentCallError,
     DataDependentValueError,
     GradModeError,
+    MovedInputWarning,
     NestedCaptureError,
 )
 from ringfence.runtime.replay.buffers import static_like, weak_memory
 from ringfence.runtime.replay.capture import GraphBackend, SimulatedGraphs
 from ringfence.runtime.replay.program import Padding, Program, SizeRule, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
+from ringfence.runtime.watch.supervision import Supervision
+from support import run_ranks
 
 HIDDEN = 8
 
@@ -588,32 +594,46 @@ def two_weights() -> Program:
 
 @both_backends
 @pytest.mark.parametrize("moved", [1, 2])
-def test_runner_moved_parameter_is_refused_by_name(make_graphs: Callable[[], GraphBackend], moved: int) -> None:
+def test_runner_moved_parameter_is_captured_anew(make_graphs: Callable[[], GraphBackend], moved: int) -> None:
+    """As when weights are loaded after a warm-up: what was captured would go on reading the old memory."""
     runner = PiecewiseRunner(two_weights(), ROWS, make_graphs(), [4, 2])
     args = [rows(4), weights(), weights()]
     runner(*args)
     before = args[moved].data
-    args[moved].data = before.clone()
-    with pytest.raises(AddressChangedError, match=("", "first_weight", "second_weight")[moved]):
-        runner(*args)
-    args[0] = rows(3)  # uncaptured: nothing was baked in
-    assert_close(runner(*args), [args[0] * args[1] + args[2]])
-    args[0] = rows(2)  # captured with the parameter where it is now
-    assert_close(runner(*args), [args[0] * args[1] + args[2]])
-    args[0], args[moved].data = rows(4), before
-    assert_close(runner(*args), [args[0] * args[1] + args[2]])
+    for data in (weights(), before):
+        args[moved].data = data
+        for n in (4, 3, 2, 4):
+            args[0] = rows(n)
+            assert_close(runner(*args), [args[0] * args[1] + args[2]])
+    assert sorted(runner.captured_sizes) == [(2,), (4,)]
 
 
-def test_runner_moved_parameter_runs_no_piece() -> None:
+def test_runner_moved_parameter_gives_its_captures_back() -> None:
     graphs = RecordingGraphs()
     runner = PiecewiseRunner(layer_program(), ROWS, graphs, [4])
     w = weights()
     runner(rows(4), w)
-    events = list(graphs.events)
     w.data = w.data.clone()
-    with pytest.raises(AddressChangedError):
-        runner(rows(4), w)
-    assert graphs.events == events
+    runner(rows(4), w)
+    assert [p.released for p in graphs.pieces] == [True] * PIECES + [False] * PIECES
+
+
+@both_backends
+def test_runner_parameters_that_move_by_design_run_uncaptured_with_one_warning(
+    make_graphs: Callable[[], GraphBackend],
+) -> None:
+    """FSDP2 gathers them anew for every call; the allocator may give out an address again."""
+    notes: list[str] = []
+    runner = PiecewiseRunner(two_weights(), ROWS, make_graphs(), [4], note=notes.append)
+    w, b = weights(), weights()
+    gathered = [w.data.clone() for _ in range(5)]
+    with pytest.warns(MovedInputWarning, match=r"'first_weight'.*reshard_after_forward=False") as caught:
+        for call in range(12):
+            w.data = gathered[(0, 1, 2, 0, 3, 1, 4)[call % 7]].copy_(weights())
+            x = rows(4)
+            assert_close(runner(x, w, b), [x * w + b])
+    assert len(caught) == 1 and len(notes) == 1
+    assert runner.captured_sizes == []
 
 
 @pytest.mark.parametrize("replaced", [1, 2])
@@ -651,9 +671,7 @@ def test_runner_serves_several_modules_with_parameters_of_their_own(make_graphs:
                 assert_close(runner(x, a, b), [x * a + b])
     assert runner.captured_sizes == [(4,), (2,)]
     modules[1][0].data = weights()
-    with pytest.raises(AddressChangedError, match="first_weight"):
-        runner(rows(4), *modules[1])
-    for a, b in modules[::2]:
+    for a, b in [*modules, *modules]:
         x = rows(4)
         assert_close(runner(x, a, b), [x * a + b])
 
@@ -1140,9 +1158,28 @@ def test_runner_padded_capture_checks_addresses_too(make_graphs: Callable[[], Gr
     runner = PiecewiseRunner(layer_program(), ROWS, make_graphs(), [8], padding=LAYER_PADDING)
     w = weights()
     runner(rows(5), w)
-    w.data = w.data.clone()
-    with pytest.raises(AddressChangedError, match="weight"):
-        runner(rows(6), w)
+    w.data = weights()
+    for n in (6, 5):
+        x = rows(n)
+        assert_close(runner(x, w), layer(x, w))
+
+
+def test_runner_that_runs_a_padded_size_uncaptured_pads_it_too() -> None:
+    """Other ranks may replay it: their collectives, which are islands here, are of as many rows."""
+    seen: list[int] = []
+
+    def island(h: Tensor) -> tuple[Tensor, ...]:
+        seen.append(h.shape[0])
+        return attend(h)
+
+    runner = PiecewiseRunner(layer_program(island), ROWS, SimulatedGraphs(), [8], padding=LAYER_PADDING)
+    w = weights()
+    with pytest.warns(MovedInputWarning):
+        for n in (5, 8, 5, 7, 3, 8):
+            x = rows(n)
+            assert_close(runner(x, w), layer(x, w))
+            w.data = w.data.clone()
+    assert runner.captured_sizes == [] and set(seen) == {8}
 
 
 @pytest.mark.parametrize(
@@ -1169,7 +1206,445 @@ def test_size_rule_reads_dimensions_and_numbers() -> None:
     assert rule.sizes([5, torch.empty(3, 4), torch.empty(1, 2, 7)]) == (3, 5, 7)
 
 
+# -- inputs that the program writes into -----------------------------------------------------
+
+
+def append(x: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+    """Writes rows into a cache and reads all of it, as attention does."""
+    cache[: x.shape[0]] += x
+    return (cache.sum(0) + x,)
+
+
+def cached_program(island: bool) -> Program:
+    """x (0), cache (1, written): a piece, a step that writes the cache, and a piece that reads it."""
+    return Program(
+        steps=(
+            Step("scale", lambda x: (x * 2,), (0,), (2,), island=False),
+            Step("append", append, (2, 1), (3,), island=island, frees=(2,)),
+            Step("read", lambda h, cache: (h + cache[0],), (3, 1), (4,), island=False, frees=(3,)),
+        ),
+        inputs=("x", "cache"),
+        outputs=(4, 1),
+        slots=5,
+        constants=(),
+        static_inputs=frozenset(),
+        written=frozenset({1}),
+    )
+
+
+def cached(x: Tensor, cache: Tensor) -> list[Tensor]:
+    (h,) = append(x * 2, cache)
+    return [h + cache[0], cache]
+
+
+def check_cached(runner: PiecewiseRunner, x: Tensor, cache: Tensor) -> None:
+    expected = cached(x, kept := cache.clone())
+    out = runner(x, cache)
+    assert_close(out, expected)
+    torch.testing.assert_close(cache, kept)
+    assert out[1] is cache
+
+
+@pytest.mark.parametrize("island", [False, True])
+def test_runner_written_input_is_written_in_place_and_never_copied(island: bool) -> None:
+    runner = PiecewiseRunner(cached_program(island), ROWS, SimulatedGraphs(), [4, 2])
+    cache = torch.randn(1 << 12, HIDDEN)
+    for n in (4, 2, 4, 3, 4, 2):
+        check_cached(runner, rows(n), cache)
+    x = rows(4)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        runner(x, cache)
+    copies = [e for e in profile.events() if e.name in ("aten::copy_", "aten::clone")]
+    assert copies and all(cache.numel() not in [math.prod(s) for s in e.input_shapes] for e in copies)
+    assert sorted(runner.captured_sizes) == [(2,), (4,)]
+
+
+@pytest.mark.parametrize("make_graphs", [SimulatedGraphs])
+def test_runner_written_input_at_a_new_address_is_captured_anew(make_graphs: Callable[[], GraphBackend]) -> None:
+    runner = PiecewiseRunner(cached_program(True), ROWS, make_graphs(), [4])
+    caches = [rows(16) for _ in range(3)]
+    for _ in range(3):
+        for cache in caches:
+            check_cached(runner, rows(4), cache)
+    assert len(runner._entries) == 3
+
+
+def test_runner_written_input_that_is_always_new_is_captured_a_bounded_number_of_times() -> None:
+    graphs = SimulatedGraphs()
+    notes: list[str] = []
+    runner = PiecewiseRunner(cached_program(True), ROWS, graphs, [4], note=notes.append)
+    kept = []
+    with pytest.warns(MovedInputWarning, match=r"'cache'.*mark_static_address") as caught:
+        for _ in range(12):
+            kept.append(rows(16))
+            check_cached(runner, rows(4), kept[-1])
+    assert len(caught) == 1 and len(notes) == 1
+    assert len(runner._entries) == 8
+    check_cached(runner, rows(4), kept[0])
+
+
+def test_runner_releases_the_captures_of_a_cache_that_is_gone() -> None:
+    runner = PiecewiseRunner(cached_program(True), ROWS, SimulatedGraphs(), [4])
+    first = rows(16)
+    check_cached(runner, rows(4), first)
+    ref = weakref.ref(first)
+    first = rows(32)  # of another size, so at another address
+    assert ref() is None
+    check_cached(runner, rows(4), first)
+    assert len(runner._entries) == 1
+
+
+def test_runner_written_input_with_another_layout_at_the_same_address_is_another_capture() -> None:
+    def double(x: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        cache.mul_(2)
+        return (x + cache,)
+
+    program = Program(
+        (Step("only", double, (0, 1), (2,), False),), ("x", "c"), (2,), 3, (), frozenset(), frozenset({1})
+    )
+    runner = PiecewiseRunner(program, ROWS, SimulatedGraphs(), [8])
+    memory = rows(8)
+    for cache in (memory, memory.t(), memory, memory.t()):
+        x, expected = rows(8), cache * 2
+        assert_close(runner(x, cache), [x + expected])
+        torch.testing.assert_close(cache, expected)
+    assert len(runner._entries) == 2
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_runner_input_that_shares_memory_with_a_written_one_is_not_served_from_a_copy(overlaps: bool) -> None:
+    """A copy that is made before the step would show the old value."""
+
+    def write_then_read(x: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        cache.add_(1)
+        return (x * 2,)
+
+    program = Program(
+        (Step("only", write_then_read, (0, 1), (2,), True), Step("piece", lambda h: (h + 1,), (2,), (3,), False)),
+        ("x", "cache"),
+        (3,),
+        4,
+        (),
+        frozenset(),
+        frozenset({1}),
+    )
+    runner = PiecewiseRunner(program, ROWS, SimulatedGraphs(), [4])
+    memory = rows(12)
+    cache, x = memory[:8], memory[6:10] if overlaps else memory[8:]
+    for _ in range(3):
+        before = memory.clone()
+        before[:8] += 1
+        (out,) = runner(x, cache)
+        torch.testing.assert_close(out, (before[6:10] if overlaps else before[8:]) * 2 + 1)
+        torch.testing.assert_close(memory, before)
+    assert bool(runner.captured_sizes) is not overlaps
+
+
+def test_runner_does_not_pad_where_inputs_are_written() -> None:
+    runner = PiecewiseRunner(cached_program(False), ROWS, SimulatedGraphs(), [8], padding=Padding({0: (0,)}, {0: (0,)}))
+    cache = rows(16)
+    for n in (5, 8, 3):
+        check_cached(runner, rows(n), cache)
+    assert runner.captured_sizes == [(8,)]
+
+
+def test_runner_notes_a_large_input_that_is_copied_in_every_step() -> None:
+    notes: list[str] = []
+    runner = PiecewiseRunner(
+        single(lambda x, cache: (x + cache[0, 0],), ["x", "cache"]), ROWS, SimulatedGraphs(), [4], note=notes.append
+    )
+    cache = torch.randn(1 << 20, 8)
+    for _ in range(3):
+        x = rows(4)
+        assert_close(runner(x, cache), [x + cache[0, 0]])
+    assert len(notes) == 1 and "'cache' (32 MiB)" in notes[0] and "mark_static_address" in notes[0]
+
+
+# -- ranks whose captures hold collectives ---------------------------------------------------
+
+
+class Peers(Supervision):
+    """Other ranks, which say of their parameters what they are told to."""
+
+    peers = True
+
+    def __init__(self, *said: str | None) -> None:
+        self.said, self.asked, self.captures = said, 0, 0
+
+    def moved(self, sizes: tuple[int, ...], name: str | None) -> tuple[str | None, ...]:
+        self.asked += 1
+        return (name, *self.said)
+
+    def before_capture(self, sizes: tuple[int, ...]) -> None:
+        self.captures += 1
+
+
+def collective_program() -> Program:
+    (step,) = two_weights().steps
+    return replace(two_weights(), steps=(replace(step, calls=("tp",)),))
+
+
+def test_runner_ranks_compare_their_parameters_in_the_calls_after_a_capture() -> None:
+    peers = Peers(None)
+    runner = PiecewiseRunner(collective_program(), ROWS, SimulatedGraphs(), [4], supervision=peers)
+    a, b = weights(), weights()
+    for _ in range(5):
+        x = rows(4)
+        assert_close(runner(x, a, b), [x * a + b])
+    assert (peers.captures, peers.asked) == (1, 2)
+    a.data = weights()
+    with pytest.raises(AddressChangedError, match=r"'first_weight'.*all ranks"):
+        runner(rows(4), a, b)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_runner_captures_no_more_where_the_parameters_of_some_ranks_move(mine: bool) -> None:
+    """Nobody may wait for a capture that the others do not make, nor replay what they do not."""
+    peers = Peers(None if mine else "second_weight")
+    runner = PiecewiseRunner(collective_program(), ROWS, SimulatedGraphs(), [4], supervision=peers)
+    a, b = weights(), weights()
+    with pytest.warns(MovedInputWarning, match="first_weight" if mine else "second_weight") as caught:
+        for call in range(4):
+            x = rows(4)
+            assert_close(runner(x, a, b), [x * a + b])
+            if mine and not call:
+                a.data = weights()
+    assert (len(caught), peers.captures, peers.asked) == (1, 1, 1)
+
+
+def test_runner_captures_anew_where_the_parameters_of_all_ranks_move() -> None:
+    peers = Peers("second_weight")
+    runner = PiecewiseRunner(collective_program(), ROWS, SimulatedGraphs(), [4], supervision=peers)
+    w, b = weights(), weights()
+    with pytest.warns(MovedInputWarning, match="first_weight") as caught:
+        for _ in range(6):
+            w.data = w.data.clone()
+            x = rows(4)
+            assert_close(runner(x, w, b), [x * w + b])
+    assert (len(caught), peers.captures) == (1, 3)
+
+
+def test_runner_captures_alone_where_collectives_are_islands() -> None:
+    """Addresses are luck: a rank that is given the old one back captures nothing, and waits for nobody."""
+    peers = Peers("unheard")
+    program = layer_program()
+    steps = (program.steps[0], replace(program.steps[1], calls=("tp",)), *program.steps[2:])
+    runner = PiecewiseRunner(replace(program, steps=steps), ROWS, SimulatedGraphs(), [4], supervision=peers)
+    w = weights()
+    for _ in range(3):
+        x = rows(4)
+        assert_close(runner(x, w), layer(x, w))
+        w.data = w.data.clone()
+    assert (peers.captures, peers.asked) == (1, 0)
+
+
+# -- unwaited collectives --------------------------------------------------------------------
+
+
+def unwaited(rank: int) -> list[bool]:
+    """An island that issues a collective and does not wait; an input that is still on its way."""
+    pending = torch.ops._c10d_functional
+
+    def issue(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(pending.all_reduce(x * i, "sum", "0") for i in (1, 2))
+
+    program = Program(
+        steps=(
+            Step("double", lambda x: (x * 2,), (0,), (1,), island=False),
+            Step("issue", issue, (1,), (2, 3), island=True, calls=("0", "0")),
+            Step("add", lambda h: (h + 1,), (2,), (4,), island=False),
+        ),
+        inputs=("x",),
+        outputs=(4, 3),
+        slots=5,
+        constants=(),
+        static_inputs=frozenset(),
+    )
+    runner = PiecewiseRunner(program, ROWS, SimulatedGraphs(), [512])
+    right = []
+    for step in range(4):
+        parts = [torch.randn(512, 512, generator=torch.Generator().manual_seed(10 * step + r)) for r in (0, 1)]
+        added, returned = runner(pending.all_reduce(parts[rank] @ parts[rank], "sum", "0"))
+        total = sum(p @ p for p in parts) * 4
+        right += [torch.allclose(added, total + 1, atol=1e-2)]
+        right += [torch.allclose(pending.wait_tensor(returned), total * 2, atol=1e-2)]
+    return right
+
+
+def test_runner_waits_for_a_collective_before_it_copies() -> None:
+    assert run_ranks(2, unwaited) == [[True] * 8] * 2
+
+
 # -- memory ----------------------------------------------------------------------------------
+
+
+def deep_program(layers: int) -> Program:
+    """x (0): for each layer a piece, an island, and a piece that adds the residual. Returns the last and the first."""
+    steps: list[Step] = []
+    residual, slots = 0, 1
+    for i in range(layers):
+        h, attended, out = slots, slots + 1, slots + 2
+        slots += 3
+        steps += [
+            Step(f"norm {i}", lambda r: (r.sin() + 1,), (residual,), (h,), island=False),
+            Step(f"attend {i}", attend, (h,), (attended,), island=True, frees=(h,)),
+            Step(
+                f"add {i}",
+                lambda r, a: (r + (a * 1.5).tanh(),),
+                (residual, attended),
+                (out,),
+                island=False,
+                frees=(attended, residual) if i > 1 else (attended,),
+            ),
+        ]
+        residual = out
+    return Program(tuple(steps), ("x",), (residual, 3), slots, (), frozenset())
+
+
+def deep(x: Tensor, layers: int) -> list[Tensor]:
+    kept = None
+    for _ in range(layers):
+        x = x + (attend(x.sin() + 1)[0] * 1.5).tanh()
+        kept = x if kept is None else kept
+    return [x, kept]
+
+
+@pytest.mark.parametrize("static_outputs", [False, True])
+def test_runner_holds_what_is_live_and_not_what_was(static_outputs: bool) -> None:
+    layers, sizes = 16, (64, 32, 8)
+    runner = PiecewiseRunner(deep_program(layers), ROWS, SimulatedGraphs(), sizes, static_outputs=static_outputs)
+
+    def serve() -> None:
+        for _ in range(3):
+            for n in sizes:
+                x = torch.randn(n, 64)
+                assert_close(runner(x), deep(x, layers))
+
+    with ThreadPoolExecutor(1) as thread:  # of which nobody has captured anything
+        thread.submit(serve).result()
+    for (n,), nbytes in runner.bytes_held.items():
+        assert nbytes <= 7 * n * 64 * 4, "about 3 are live at once, and two outputs"
+    assert runner._pool is not None
+    assert runner._pool.nbytes <= (9 if not static_outputs else 12) * 64 * 64 * 4
+
+
+def test_runner_keeps_what_it_captured_in_any_order_of_replays() -> None:
+    """Sizes share memory, and so do the graphs of a process: whatever is replayed, nothing live is written over."""
+    first, second = (PiecewiseRunner(deep_program(n), ROWS, SimulatedGraphs(), [2, 4, 6]) for n in (3, 5))
+    order = random.Random(11)
+    results = []
+    for _ in range(40):
+        runner, layers = order.choice([(first, 3), (second, 5)])
+        x = rows(order.choice([2, 4, 6, 3]))
+        results.append((runner(x), deep(x, layers)))
+    assert first._pool is second._pool
+    for out, expected in results:
+        assert_close(out, expected)
+
+
+def test_runner_keeps_the_memory_behind_a_view_that_an_island_returns() -> None:
+    def view(h: Tensor) -> tuple[Tensor, ...]:
+        return (h[1:],)
+
+    steps = [Step("first", lambda x: (x * 2,), (0,), (1,), island=False)]
+    steps += [Step("attend", attend, (1,), (2,), island=True, frees=(1,))]
+    steps += [Step("read", lambda h: (h + 1,), (2,), (3,), island=False)]
+    steps += [Step("view", view, (2,), (4,), island=True, frees=(2,))]  # of the memory in which an island landed
+    for i in range(5, 15, 2):
+        steps += [Step(f"island {i}", attend, (i - 2,), (i,), island=True, frees=(i - 2,))]
+        steps += [Step(f"piece {i}", lambda h: (h.cos(),), (i,), (i + 1,), island=False, frees=(i,))]
+        steps[-2] = replace(steps[-2], inputs=(3 if i == 5 else i - 1,), frees=())
+    steps += [Step("last", lambda v: (v * 3,), (4,), (15,), island=True)]
+    program = Program(tuple(steps), ("x",), (15, 4, 14), 16, (), frozenset())
+
+    def eager(x: Tensor) -> list[Tensor]:
+        (h,) = attend(x * 2)
+        v, y = h[1:], h + 1
+        for _ in range(5, 15, 2):
+            y = attend(y)[0].cos()
+        return [v * 3, v, y]
+
+    runner = PiecewiseRunner(program, ROWS, SimulatedGraphs(), [4, 8])
+    for n in (4, 8, 4, 8):
+        x = rows(n)
+        assert_close(runner(x), eager(x))
+
+
+def test_runner_static_outputs_outlive_what_other_graphs_do() -> None:
+    graphs = [PiecewiseRunner(deep_program(2), ROWS, SimulatedGraphs(), [4]) for _ in range(2)]
+    static = PiecewiseRunner(deep_program(2), ROWS, SimulatedGraphs(), [4], static_outputs=True)
+    for _ in range(2):
+        x = rows(4)
+        graphs[0](rows(4))
+        out = static(x)
+        graphs[1](rows(4)), graphs[0](rows(4))
+        assert_close(out, deep(x, 2))
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_runner_called_from_an_island_of_another_is_right(inner_first: bool) -> None:
+    """It replays in the midst of the other's step, so it may not use the other's memory."""
+    inner = PiecewiseRunner(deep_program(3), ROWS, SimulatedGraphs(), [4])
+
+    def island(h: Tensor) -> tuple[Tensor, ...]:
+        return (inner(h)[0],)
+
+    outer = PiecewiseRunner(layer_program(island), ROWS, SimulatedGraphs(), [4])
+    w = weights()
+    if inner_first:
+        inner(rows(4))
+    for _ in range(3):
+        x = rows(4)
+        h = deep(x * w + 1, 3)[0]
+        assert_close(outer(x, w), [(h + x).tanh() * w, h.sum(-1)])
+        y = rows(4)
+        assert_close(inner(y), deep(y, 3))
+
+
+def test_runners_of_two_threads_do_not_share_memory() -> None:
+    barrier = threading.Barrier(2)
+    wrong: list[int] = []
+
+    def serve(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def island(h: Tensor) -> tuple[Tensor, ...]:
+            barrier.wait(30)  # both are in the midst of a step
+            return attend(h)
+
+        runner = PiecewiseRunner(layer_program(island), ROWS, SimulatedGraphs(), [4])
+        w = torch.randn(HIDDEN, generator=generator)
+        for call in range(5):
+            x = torch.randn(4, HIDDEN, generator=generator)
+            if not all(map(torch.allclose, runner(x, w), layer(x, w))):
+                wrong.append(call)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(t.is_alive() for t in threads) and not wrong
+
+
+def test_runner_releases_every_piece_behind_one_whose_release_fails() -> None:
+    graphs = RecordingGraphs()
+    runner = PiecewiseRunner(layer_program(), ROWS, graphs, [4])
+    runner(rows(4), weights())
+
+    def fail() -> None:
+        raise RuntimeError("reset failed")
+
+    graphs.pieces[0].release = fail
+    x, w = rows(4), weights()
+    with pytest.warns(RuntimeWarning, match="reset failed"):
+        assert_close(runner(x, w), layer(x, w))
+    assert [p.released for p in graphs.pieces[: 2 * PIECES]] == [False, True, True, False, False, False]
+    (entry,) = runner._entries.values()
+    entry.pieces[0].release = fail
+    with pytest.raises(RuntimeError, match="reset failed"):
+        entry.release()
+    assert [p.released for p in graphs.pieces[PIECES:]] == [False, True, True]
 
 
 def test_runner_frees_slots_after_their_last_use_when_uncaptured() -> None:

@@ -1,0 +1,72 @@
+"""What was recorded for one tuple of sizes, and the arguments whose addresses it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .capture import CapturedPiece
+
+#: Sizes of a call, and what tells where its kept arguments are.
+Key = tuple[tuple[int, ...], tuple[Any, ...]]
+
+
+class Kept:
+    """An argument as a capture saw it: a parameter, or an input that the program writes into.
+
+    Keeps its memory not alive. The memory counts, not the object: a captured graph knows addresses only, and
+    ``nn.Parameter(p.data)`` is another object at the same one.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._memory = StorageWeakRef(tensor.untyped_storage())
+
+    @property
+    def gone(self) -> bool:
+        """Nobody holds the memory any more."""
+        return bool(self._memory.expired())
+
+
+@dataclass
+class Entry:
+    """Everything recorded for one tuple of sizes and one place of the kept arguments.
+
+    slots: a value for each of the program's, in buffers that stay where they are. parameters: the kept
+    arguments, in the order of ``addresses``. failed: why it cannot be used. nbytes: of the buffers and of
+    what pieces return. module: what it belongs to among those of its runner.
+    """
+
+    sizes: tuple[int, ...]
+    slots: list[Any]
+    actions: list[Callable[[], None]]
+    pieces: list[CapturedPiece]
+    addresses: tuple[Any, ...]
+    parameters: list[Kept]
+    failed: str | None = None
+    nbytes: int = 0
+    module: Any = None
+
+    @property
+    def key(self) -> Key:
+        return self.sizes, self.addresses
+
+    @property
+    def gone(self) -> bool:
+        """Whether it can never be used again."""
+        return any(kept.gone for kept in self.parameters)
+
+    def release(self) -> None:
+        """Release every piece, also behind one whose release fails; then raise what the first of those raised."""
+        errors: list[Exception] = []
+        for piece in self.pieces:
+            try:
+                piece.release()
+            except Exception as error:
+                errors.append(error)
+        self.pieces = []
+        if errors:
+            raise errors[0]

@@ -1,0 +1,261 @@
+"""Where kept arguments are, and what follows when they are elsewhere.
+
+A capture knows addresses. So an argument that stays with the caller (a parameter, a cache that the program writes
+into) is part of what a capture is found by, and one that is elsewhere is captured anew, a bounded number of times:
+
+- a cache at a new address is another capture, as other sizes are; up to :data:`CACHES` of them for each set of sizes;
+- a parameter that moved (FSDP gathers it anew for each call, offloading, ``p.data = ...``) takes its captures with it,
+  and from the third move on its calls run uncaptured: it moves by design.
+
+**Ranks.** Addresses are luck: one rank's allocator gives the old one out again, another's does not. A rank that
+captured by itself must not wait for the others then. Where all collectives are islands it need not: what a rank
+records beside them is its own affair, so ranks agree only when they first meet sizes that all of them have. A
+*captured* collective needs the graphs of all ranks: NCCL asks that a call is captured by all ranks or by none, and
+replayed by all. In this lockstep
+
+- a cache is told by its memory and not by its address, so that all ranks see another one in the same call;
+- the calls after a capture compare whether parameters moved, which shows what moves by design: if all did, all capture
+  anew; if some did, nobody captures any more;
+- a parameter that moves later is an :class:`AddressChangedError` on its rank, which the others hear of.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import AddressChangedError, MovedInputWarning
+from ..watch.journal import sizes_text
+from ..watch.supervision import Supervision
+from .entry import Entry, Kept, Key
+from .program import Program, SizeRule
+
+#: Captures of one set of sizes that differ in where caches are.
+CACHES = 8
+#: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
+#: A size that grows in every step would otherwise fill the memory with graphs that are used once.
+SIZES = 8
+#: How often parameters may move before they are taken to do it by design.
+MOVES = 2
+#: Calls after a capture in which ranks that capture collectives compare whether parameters moved.
+_COMPARED = 2
+
+
+class How(enum.Enum):
+    """How a call of captured sizes is served. ALONE captures without asking the other ranks."""
+
+    REPLAY = enum.auto()
+    CAPTURE = enum.auto()
+    ALONE = enum.auto()
+    UNCAPTURED = enum.auto()
+
+
+@dataclass
+class _Module:
+    """Sizes and a set of parameters, wherever those are: what all ranks tell apart alike.
+
+    places: their addresses at the last capture. captures, moves, calls: how many there were, the calls since the last
+    capture. off: it runs uncaptured from now on.
+    """
+
+    sizes: tuple[int, ...]
+    parameters: list[weakref.ref[Tensor]]
+    places: tuple[int, ...]
+    captures: int = 0
+    moves: int = 0
+    calls: int = 0
+    off: bool = False
+
+
+class Places:
+    """The entries of a runner.
+
+    rule: of the sizes. note: takes what the user should read in the report.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        rule: SizeRule,
+        supervision: Supervision,
+        note: Callable[[str], None],
+    ) -> None:
+        self.entries: dict[Key, Entry] = {}
+        self._names = program.inputs
+        self.static = sorted(program.static_inputs)
+        self.written = sorted(program.written - program.static_inputs)
+        #: The arguments that captures hold by address: parameters, then written inputs.
+        self.kept = [*self.static, *self.written]
+        self._rule, self._supervision, self._note = rule, supervision, note
+        #: Whether captures hold collectives, which every rank must capture then.
+        self.lockstep = supervision.peers and any(s.calls for s in program.steps if not s.island)
+        #: Sizes of all ranks that were captured, or tried -> their token count.
+        self._met: dict[tuple[int, ...], int] = {}
+        self._modules: list[_Module] = []
+        self._said: set[str] = set()
+
+    def key(self, sizes: tuple[int, ...], args: Sequence[Any]) -> Key:
+        """By what an entry is found."""
+        addresses: tuple[Any, ...] = tuple([args[i].data_ptr() for i in self.kept])
+        if self.written:  # the layout of a parameter is guarded
+            addresses += tuple([self._layout(args[i]) for i in self.written])
+        return sizes, addresses
+
+    def _layout(self, cache: Tensor) -> tuple[Any, ...]:
+        identity = cache.untyped_storage()._cdata if self.lockstep else None
+        return cache.size(), cache.stride(), cache.dtype, identity
+
+    def how(self, key: Key, args: Sequence[Any]) -> How:
+        """How a call is served. Captures that cannot be used any more are released.
+
+        Raises :class:`AddressChangedError`.
+        """
+        entry = self.entries.get(key)
+        if entry is not None and not (self.lockstep and entry.module.calls < _COMPARED):
+            return How.REPLAY
+        module = self._module(key, args)
+        if module is None:
+            return self._new(key, args)
+        moved = self._moved(module, args)
+        if self.lockstep and not module.off:
+            self._compare(module, moved)
+        if module.off:
+            return How.UNCAPTURED
+        if key in self.entries:
+            return How.REPLAY
+        self._release_unusable(module, moved is not None)
+        if moved is not None:
+            module.moves += 1
+            module.places = _addresses(args, self.static)
+        if module.moves > MOVES:
+            self._give_up(module, moved or "a parameter")
+            return How.UNCAPTURED
+        if module.captures >= CACHES + module.moves:
+            self._warn_of_caches()
+            return How.UNCAPTURED
+        return How.CAPTURE if self.lockstep else How.ALONE
+
+    def recorded(self, entry: Entry, args: Sequence[Any], failed: bool) -> None:
+        """A call has recorded ``entry``; where that failed its sizes stay uncaptured."""
+        module = self._module(entry.key, args)
+        if module is None:
+            parameters = [weakref.ref(args[i]) for i in self.static]
+            module = _Module(entry.sizes, parameters, _addresses(args, self.static))
+            self._modules = [m for m in self._modules if all(p() is not None for p in m.parameters)]
+            self._modules.append(module)
+        module.captures, module.calls, module.off = module.captures + 1, 0, failed
+        entry.module = module
+        if not failed:
+            self.entries[entry.key] = entry
+
+    def kept_of(self, args: Sequence[Any]) -> list[Kept]:
+        return [Kept(args[i]) for i in self.kept]
+
+    # -- decisions -----------------------------------------------------------------------
+
+    def _new(self, key: Key, args: Sequence[Any]) -> How:
+        """Sizes or parameters that were never captured."""
+        for entry in [e for e in self.entries.values() if e.sizes == key[0] and e.gone]:
+            self.drop(entry)
+        tokens, shared = self._tokens(key[0]), self.compared(key[0])
+        first = not self.lockstep and shared not in self._met
+        self._met.setdefault(shared, tokens)
+        if first:  # counted alike by all ranks; these sizes are among them already
+            return How.UNCAPTURED if sum(1 for n in self._met.values() if n == tokens) > SIZES else How.CAPTURE
+        alike = sum(1 for m in self._modules if self._tokens(m.sizes) == tokens and self._same(m, key, args))
+        if alike >= SIZES:
+            return How.UNCAPTURED
+        return How.CAPTURE if self.lockstep else How.ALONE
+
+    def _tokens(self, sizes: tuple[int, ...]) -> int:
+        assert self._rule.tokens is not None
+        return self._rule.tokens(sizes)
+
+    def compared(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """What of a step's sizes must be the same on all ranks."""
+        return sizes if self.lockstep else self._rule.of_all_ranks(sizes)
+
+    def _module(self, key: Key, args: Sequence[Any]) -> _Module | None:
+        return next((m for m in self._modules if m.sizes == key[0] and self._same(m, key, args)), None)
+
+    def _same(self, module: _Module, key: Key, args: Sequence[Any]) -> bool:
+        """Whether a call's parameters are those of ``module``."""
+        if module.places == key[1][: len(self.static)]:
+            return True
+        return all(ref() is args[i] for ref, i in zip(module.parameters, self.static, strict=True))
+
+    def _moved(self, module: _Module, args: Sequence[Any]) -> str | None:
+        """The first parameter that is not where it was at the last capture."""
+        for i, place in zip(self.static, module.places, strict=True):
+            if args[i].data_ptr() != place:
+                return self._names[i]
+        return None
+
+    def _compare(self, module: _Module, moved: str | None) -> None:
+        if module.calls < _COMPARED:
+            module.calls += 1
+            said = self._supervision.moved(module.sizes, moved)
+            names = [name for name in said if name is not None]
+            if names and len(names) < len(said):  # the graphs of some ranks would be left alone
+                self._give_up(module, names[0])
+        elif moved is not None:
+            raise AddressChangedError(
+                f"parameter '{moved}' moved since it was captured at {sizes_text(module.sizes)}, and the captured "
+                "collectives need the graphs of all ranks; update parameters in place (p.copy_(new)), or start over "
+                "on all ranks with torch._dynamo.reset()"
+            )
+
+    def _release_unusable(self, module: _Module, moved: bool) -> None:
+        for entry in [e for e in self.entries.values() if e.sizes == module.sizes]:
+            places = entry.addresses[: len(self.static)]
+            if entry.gone or (moved and places == module.places):
+                self.drop(entry)
+
+    def drop(self, entry: Entry) -> None:
+        """Release an entry. What fails at that is said and stops nothing."""
+        self.entries.pop(entry.key, None)
+        try:
+            entry.release()
+        except Exception as error:
+            warnings.warn(
+                f"ringfence: captures of {sizes_text(entry.sizes)} were not released ({type(error).__name__}: {error})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    # -- words ----------------------------------------------------------------------------
+
+    def _give_up(self, module: _Module, name: str) -> None:
+        module.off = True
+        self._say(
+            "parameter",
+            f"parameter '{name}' is at another address in every call, so calls of {sizes_text(module.sizes)} run "
+            "uncaptured; keep parameters in place: with FSDP2 fully_shard(..., reshard_after_forward=False), without "
+            "offloading, and by p.copy_(new) instead of p.data = new",
+        )
+
+    def _warn_of_caches(self) -> None:
+        names = ", ".join(f"'{self._names[i]}'" for i in self.written)
+        self._say(
+            "cache",
+            f"inputs that the model writes into ({names}) keep arriving at new addresses, and calls with new ones run "
+            f"uncaptured after {CACHES} captures; allocate them once, and mark them with "
+            "torch._dynamo.mark_static_address",
+        )
+
+    def _say(self, about: str, text: str) -> None:
+        """Say something once, to the user and in the report."""
+        if about not in self._said:
+            self._said.add(about)
+            self._note(text)
+            warnings.warn(f"ringfence: {text}", MovedInputWarning, stacklevel=2)
+
+
+def _addresses(args: Sequence[Any], indices: Sequence[int]) -> tuple[int, ...]:
+    return tuple(args[i].data_ptr() for i in indices)
