@@ -20,9 +20,11 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from . import roles
-from .all_reduce import AllReduce, recognise_all_reduce
+from .all_reduce import AllReduce, GroupOf, recognise_all_reduce
 from .match import Candidate, Match, Site
-from .norms import Norm, recognise_rms_norm
+from .norm_ops import NormCall, NormOp, norm_ops_of, op_of, read_call
+from .norms import Norm, norm_of_call, recognise_rms_norm
+from .op_calls import op_names
 from .provenance import label, module_of, source_of
 from .reasons import Decline, Reason, Rounding
 from .roles import aten, dtype_text, tensor
@@ -36,7 +38,8 @@ def find(
     *,
     strict: bool = False,
     groups: Collection[str] | None = None,
-    all_reduce_ops: Mapping[str, str | None] | None = None,
+    all_reduce_ops: Mapping[str, GroupOf] | None = None,
+    norm_ops: Mapping[str, NormOp | str] | None = None,
 ) -> list[Candidate]:
     """One candidate for every all-reduce of a functional ATen graph, in graph order.
 
@@ -44,12 +47,16 @@ def find(
     ``groups``, when given, are the names of the process groups to fuse over.
     ``all_reduce_ops`` maps an engine's own op (``"namespace::name"``) to the group it
     reduces over, or to None when the op takes the group's name as an argument.
+    ``norm_ops`` says of engines' norm ops which argument is what, or why they are none
+    (:func:`norm_ops_of`); without it, those that are known by name are used.
 
     Raises :class:`GraphMetadataError` for nodes without ``val`` metadata.
     """
     recognised = {node: recognise_all_reduce(node, all_reduce_ops or {}) for node in gm.graph.nodes}
     all_reduces = {node: found for node, found in recognised.items() if found is not None}
-    outcomes = _outcomes(all_reduces, groups, strict)
+    rows = norm_ops if norm_ops is not None else norm_ops_of(gm) if all_reduces else {}
+    calls = _norm_calls(gm, rows) if rows else {}
+    outcomes = _outcomes(all_reduces, calls, groups, strict)
     index = {node: i for i, node in enumerate(all_reduces)}
     candidates = []
     for node, all_reduce in all_reduces.items():
@@ -62,10 +69,16 @@ def find(
     return candidates
 
 
+def _norm_calls(gm: GraphModule, rows: Mapping[str, NormOp | str]) -> dict[Node, NormCall | str]:
+    ops = ((node, op_of(node)) for node in gm.graph.nodes)
+    named = ((node, rows.get(op._schema.name)) for node, op in ops if op is not None)
+    return {node: row if isinstance(row, str) else read_call(node, row) for node, row in named if row is not None}
+
+
 def _site(index: int, node: Node, all_reduce: AllReduce | Decline, found: Match | Decline) -> Site:
     group = all_reduce.group if isinstance(all_reduce, AllReduce) else None
     match = found if isinstance(found, Match) else None
-    value = match.sum if match is not None else all_reduce.value if isinstance(all_reduce, AllReduce) else node
+    value = match.norm.out if match is not None else all_reduce.value if isinstance(all_reduce, AllReduce) else node
     described = tensor(value) if roles.is_tensor(value) else None
     last = described.shape[-1] if described is not None and described.ndim else None
     reduced = all_reduce.value if isinstance(all_reduce, AllReduce) else node
@@ -89,26 +102,30 @@ def _site(index: int, node: Node, all_reduce: AllReduce | Decline, found: Match 
 
 
 def _outcomes(
-    all_reduces: Mapping[Node, AllReduce | Decline], groups: Collection[str] | None, strict: bool
+    all_reduces: Mapping[Node, AllReduce | Decline],
+    calls: Mapping[Node, NormCall | str],
+    groups: Collection[str] | None,
+    strict: bool,
 ) -> dict[Node, Match | Decline]:
     """For each all-reduce by its first node: the match that it is part of, or why there is none."""
     outcomes: dict[Node, Match | Decline] = {}
+    adding = {node: call for node, call in calls.items() if isinstance(call, NormCall)}
     sums: dict[Node, list[AllReduce]] = {}
     for node, found in all_reduces.items():
         declined = found if isinstance(found, Decline) else _usable(found, groups)
         if declined is not None:
             outcomes[node] = declined
         elif isinstance(found, AllReduce):
-            sums.setdefault(last_step(found.value), []).append(found)
+            sums.setdefault(last_step(found.value, adding), []).append(found)
     claimed: set[Node] = set()
     for end, together in sums.items():
         first: Decline | None = None
         for chosen in _choices(together):
-            found = _match(end, chosen)
+            found = _match(end, chosen, calls)
             if isinstance(found, Match):
                 found = _policy(found, strict, claimed, all_reduces)
             if isinstance(found, Match):
-                claimed |= {found.sum, found.norm.out}
+                claimed |= {found.end, found.norm.out}
                 outcomes |= {a.start: found for a in chosen}
                 break
             first = first or found
@@ -138,15 +155,20 @@ def _claimed(end: Node) -> Decline:
 # -- what surrounds it -----------------------------------------------------------
 
 
-def _match(end: Node, all_reduces: Sequence[AllReduce]) -> Match | Decline:
+def _match(end: Node, all_reduces: Sequence[AllReduce], calls: Mapping[Node, NormCall | str]) -> Match | Decline:
     """The match of these all-reduces, each of which leads to ``end`` by adds and scalings alone."""
-    terms = read_sum(end, all_reduces)
+    call = calls.get(end)
+    call = call if isinstance(call, NormCall) else None
+    terms = read_sum(end, all_reduces, call)
     if isinstance(terms, Decline):
         return terms
     dtype = tensor(all_reduces[0].value).dtype
+    if call is not None:
+        norm = norm_of_call(call, dtype)
+        return Match(terms, norm) if isinstance(norm, Norm) else norm
     if not isinstance(tensor(end).shape[-1], int):
         return _dynamic(end)
-    norm = recognise_rms_norm(end, dtype)
+    norm = recognise_rms_norm(end, dtype, calls)
     if tensor(end).dtype != dtype:
         norm = _norm_of_wide_sum(end, norm, dtype)
     if isinstance(norm, Norm):
@@ -197,7 +219,7 @@ def _in_the_way(value: Node, norm: Decline) -> Decline:
             "multiply what is added up instead, in front of the all-reduce, or use a Python number",
         )
     return Decline(
-        Reason.OP_BETWEEN, f"{label(user)}: {user.target} stands between the all-reduce and an add or RMSNorm"
+        Reason.OP_BETWEEN, f"{label(user)}: {op_names(user)[0]} stands between the all-reduce and an add or RMSNorm"
     )
 
 
@@ -287,18 +309,18 @@ def _escape(add: Node, out: Node, rounded: Collection[Node]) -> Node | None:
 
 
 def _policy(match: Match, strict: bool, claimed: Collection[Node], all_reduces: Collection[Node]) -> Match | Decline:
-    if match.sum in claimed or match.norm.out in claimed:
-        return _claimed(match.sum)
+    if match.end in claimed or match.norm.out in claimed:
+        return _claimed(match.end)
     late = match.late_weight
     reduced = _ancestor_among(late, all_reduces)
     if reduced is not None:
         return Decline(
             Reason.WEIGHT_NOT_READY,
-            f"weight {label(late[-1])} is computed from {label(reduced)}, behind {label(match.sum)}, where the fused "
+            f"weight {label(late[-1])} is computed from {label(reduced)}, behind {label(match.end)}, where the fused "
             "op needs it",
         )
     for node in (match.sum, match.norm.out):
-        if not is_contiguous_or_false(tensor(node)):
+        if node is not None and not is_contiguous_or_false(tensor(node)):
             return Decline(
                 Reason.LAYOUT,
                 f"{label(node)} has strides {list(tensor(node).stride())}, and what reads it was traced with them; the "
@@ -306,8 +328,8 @@ def _policy(match: Match, strict: bool, claimed: Collection[Node], all_reduces: 
             )
     if strict and match.roundings:
         reason = Reason.BIAS if set(match.roundings) == {Rounding.BIAS} else Reason.ROUNDING_DIFFERS
-        return Decline(reason, f"{label(match.sum)}: {'; '.join(match.roundings)} (numerics='strict')")
-    mutation = _mutation_between(match.all_reduce.start, late[-1] if late else match.sum)
+        return Decline(reason, f"{label(match.end)}: {'; '.join(match.roundings)} (numerics='strict')")
+    mutation = _mutation_between(match.all_reduce.start, late[-1] if late else match.end)
     if mutation is not None:
         return Decline(
             Reason.MUTATION_BETWEEN,

@@ -48,7 +48,7 @@ def fuse(
     rewriter = _Rewriter(gm, collectives or {})
     for candidate in candidates:
         if candidate.match is not None:
-            if candidate.match.sum.graph is not gm.graph:
+            if candidate.match.end.graph is not gm.graph:
                 raise GraphMetadataError(
                     f"site {candidate.site.index} was found in another graph; pass what find(gm) returns for this one"
                 )
@@ -68,7 +68,7 @@ class _Rewriter:
         self.collectives_of = collectives
         self.replaced: dict[Node, Node] = {}
         self.sums: list[Node] = []
-        self.collectives: set[Node] = set()
+        self.owned: set[Node] = set()  # collectives and engines' norm ops, which go with what they were for
 
     def current(self, node: Node) -> Node:
         while node in self.replaced:
@@ -93,15 +93,20 @@ class _Rewriter:
         self._describe(fused, norm_out, summed, site, match, value)
         with self.graph.inserting_before(norm.out):
             self._replace(norm.out, self._through(norm.views, norm_out))
-        if tensor(match.sum).dtype == tensor(summed).dtype:
+        if match.sum is None:
+            pass
+        elif tensor(match.sum).dtype == tensor(summed).dtype:
             self._replace(match.sum, summed)
         else:  # the sum was taken in float32; its readers outside the norm round it
             for user in list(match.sum.users):
                 if cast_input(user) is match.sum and tensor(user).dtype == tensor(summed).dtype:
                     self._replace(user, summed)
-        self.sums.append(match.sum)
+        self.sums.append(match.end)
         for merged in match.terms.all_reduces:
-            self.collectives.update(merged.chain)
+            self.owned.update(merged.chain)
+        if norm.call is not None:
+            self.owned.add(norm.call)
+            self.sums.append(norm.call)
 
     def _input(self, all_reduce: AllReduce) -> Node:
         """What an all-reduce adds up, in the shape of its value."""
@@ -131,7 +136,7 @@ class _Rewriter:
 
     def _describe(self, fused: Node, norm_out: Node, summed: Node, site: int, match: Match, like: Node) -> None:
         """Metadata of the new nodes: shapes for later passes, provenance for people."""
-        values = (_contiguous(match.norm.out, like), _contiguous(match.sum, like))
+        values = (_contiguous(match.norm.out, like), _contiguous(match.sum or like, like, fresh=match.sum is None))
         provenance = ("stack_trace", "nn_module_stack", "custom")  # Dynamo keeps the stream in "custom"
         start = match.all_reduce.start.meta
         for node, value in ((fused, values), (norm_out, values[0]), (summed, values[1])):
@@ -145,7 +150,7 @@ class _Rewriter:
             node = dead.pop()
             if node._erased or node.users or node.op == "placeholder":
                 continue
-            if node in self.collectives or _is_pure(node):
+            if node in self.owned or _is_pure(node):
                 dead += node.all_input_nodes
                 self.graph.erase_node(node)
         self.graph.lint()
@@ -159,13 +164,13 @@ def _is_pure(node: Node) -> bool:
     return node.op == "get_attr" or target is operator.getitem
 
 
-def _contiguous(replaced: Node, like: Node) -> torch.Tensor:
+def _contiguous(replaced: Node, like: Node, *, fresh: bool = False) -> torch.Tensor:
     """The fake tensor of a fused output: that of the node it replaces, unless that is wider or a view.
 
     :func:`find` takes contiguous ones only. Taking it over is much cheaper than making one,
     and no two nodes may share one: passes tell aliases by the storage of fake tensors.
     """
     value = tensor(replaced)
-    if value.dtype == tensor(like).dtype and same_shape(replaced, like):
+    if not fresh and value.dtype == tensor(like).dtype and same_shape(replaced, like):
         return value
     return torch.empty_like(tensor(like), memory_format=torch.contiguous_format)

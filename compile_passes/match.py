@@ -56,8 +56,13 @@ class Match:
     norm: Norm
 
     @property
-    def sum(self) -> Node:
-        """The node that the norm reads."""
+    def sum(self) -> Node | None:
+        """The tensor that the norm reads; None where an engine's op keeps it to itself."""
+        return self.terms.value
+
+    @property
+    def end(self) -> Node:
+        """The node in whose place the fused op stands: the sum, or the call that computes it and its norm."""
         return self.terms.node
 
     @property
@@ -78,7 +83,7 @@ class Match:
     @property
     def anchor(self) -> Node:
         """The node behind which the fused op will stand: the residual may be computed after the all-reduce."""
-        return self.sum.prev if self.terms.steps else self.sum
+        return self.end.prev if self.terms.steps else self.end
 
     @property
     def late_weight(self) -> list[Node]:

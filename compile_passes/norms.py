@@ -9,13 +9,14 @@ last node that is still part of the norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
 from . import roles
+from .norm_ops import NormCall
 from .provenance import label
 from .reasons import Decline, Reason, Rounding
 from .roles import aten, dtype_text, same_size, shape_text, tensor
@@ -31,6 +32,7 @@ class Norm:
     eps: float
     roundings: tuple[Rounding, ...]
     views: tuple[Node, ...]
+    call: Node | None = None  # of the engine's op that computes it
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,19 @@ class _Reader:
     views: tuple[Node, ...]
 
 
-def recognise_rms_norm(value: Node, dtype: torch.dtype) -> Norm | Decline:
+def recognise_rms_norm(
+    value: Node, dtype: torch.dtype, calls: Mapping[Node, NormCall | str] | None = None
+) -> Norm | Decline:
     """The RMSNorm over the last dimension that reads ``value``.
 
-    ``dtype`` is the activation dtype, in which the norm must leave. Of several
+    ``dtype`` is the activation dtype, in which the norm must leave. ``calls``: those of engines' norm ops. Of several
     norms the first in graph order is taken. When there is none, the answer is the
     near miss that says most.
     """
     misses: list[Decline] = []
     for reader in _readers(value):
         for user in reader.node.users:
-            core = _whole_op(user, reader) or _chain(user, reader, value)
+            core = _engine_op(user, reader, calls or {}) or _whole_op(user, reader) or _chain(user, reader, value)
             found = _grow(core, reader, dtype) if isinstance(core, _Core) else core
             if isinstance(found, Norm):
                 return found
@@ -93,6 +97,27 @@ def _readers(value: Node) -> Iterator[_Reader]:
 # -- the whole op ----------------------------------------------------------------
 
 
+def _engine_op(node: Node, reader: _Reader, calls: Mapping[Node, NormCall | str]) -> _Core | Decline | None:
+    call = calls.get(node)
+    if isinstance(call, str):
+        return Decline(Reason.NORM_OP, f"{label(node)}: {call}")
+    if call is None or call.x is not reader.node or call.residual is not None:
+        return None
+    return _core_of(call)
+
+
+def norm_of_call(call: NormCall, dtype: torch.dtype) -> Norm | Decline:
+    """The norm of an engine's op that adds the residual itself."""
+    core = _core_of(call)
+    return _grow(core, _Reader(call.x, ()), dtype) if isinstance(core, _Core) else core
+
+
+def _core_of(call: NormCall) -> _Core | Decline:
+    if call.norm is None:
+        return Decline(Reason.NO_NORM, f"nothing reads the norm of {label(call.node)}")
+    return _Core(call.norm, call.eps, torch.float32, call.weight, True, call.row.weight_bias, call.node)
+
+
 def _whole_op(node: Node, reader: _Reader) -> _Core | Decline | None:
     if roles.calls(node, aten.native_layer_norm.default, aten.layer_norm.default):
         return Decline(Reason.LAYER_NORM, f"{label(node)} is a LayerNorm; the fused kernels compute RMSNorm only")
@@ -129,6 +154,8 @@ class _Core:
     compute_dtype: torch.dtype
     weight: object = None
     weight_absorbed: bool = False
+    weight_bias: float = 0.0
+    call: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -260,7 +287,9 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
     roundings: list[Rounding] = []
     if core.compute_dtype is not torch.float32:
         roundings.append(Rounding.COMPUTE_DTYPE)
-    norm = Norm(core.out, None, 0.0, core.eps, (), reader.views)
+    if core.call is not None:
+        roundings.append(Rounding.NORM_OP)
+    norm = Norm(core.out, None, core.weight_bias, core.eps, (), reader.views, core.call)
     has_weight = core.weight_absorbed
     if core.weight is not None:
         weight = _weight(core.weight, reader.node, hidden, dtype)

@@ -39,6 +39,7 @@ class Reason(StrEnum):
     # the norm
     NO_NORM = "no_norm"
     LAYER_NORM = "layer_norm"
+    NORM_OP = "norm_op"
     NORM_DIMS = "norm_dims"
     MEAN_DIM = "mean_dim"
     MEAN_OF_OTHER_TENSOR = "mean_of_other_tensor"
@@ -81,4 +82,5 @@ class Rounding(StrEnum):
     SCALED = "the source scales the result of the all-reduce; the fused op scales what it adds up"
     RESIDUALS = "the source adds to the reduced value one tensor after the other; the fused op adds their sum"
     BIAS = "the source adds a bias to the reduced value before the residual; the fused op adds bias + residual"
+    NORM_OP = "the source's norm is an engine's op, which may round elsewhere than the fused op"
     WEIGHT_BIAS = "the source rounds (bias + weight) before it multiplies; the fused op adds in float32"

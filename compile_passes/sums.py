@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 
 from . import roles
 from .all_reduce import AllReduce
+from .norm_ops import NormCall
 from .provenance import label
 from .reasons import Decline, Reason, Rounding
 from .roles import aten, dtype_text, same_shape, shape_text, tensor
@@ -35,6 +36,7 @@ class Sum:
     all_reduces: those that are merged into one, over one group, in graph order.
     steps: the adds, scalings, views and casts between them and ``node``, with ``node`` unless it is a reduced value.
     residuals: what is added to them, in the order of the source.
+    call: the engine's op that adds the last of them and normalises the sum, which ``node`` is then a call of.
     """
 
     node: Node
@@ -42,17 +44,25 @@ class Sum:
     steps: frozenset[Node]
     residuals: tuple[Node, ...]
     roundings: tuple[Rounding, ...]
+    call: NormCall | None = None
+
+    @property
+    def value(self) -> Node | None:
+        """The tensor of the sum; None where an engine's op keeps it to itself."""
+        return self.node if self.call is None else self.call.sum
 
 
-def last_step(value: Node) -> Node:
+def last_step(value: Node, calls: Mapping[Node, NormCall]) -> Node:
     """The last node to which adds and scalings alone lead from ``value``; itself where none does.
 
     Nothing else reads what lies between, and nothing but views and exact casts stands between two steps. A sum in a
-    wider dtype ends the walk.
+    wider dtype ends the walk, and so does one that an engine's op takes in front of its norm (``calls``).
     """
     last = node = value
     while len(node.users) == 1:
         user = next(iter(node.users))
+        if user in calls:
+            return user if calls[user].residual is not None else last
         if _is_step(user, node):
             last = user
             if tensor(user).dtype != tensor(value).dtype:
@@ -75,14 +85,14 @@ def _cast_of_term(node: Node) -> bool:
     return roles.is_widening(node) and len(node.users) == 1 and roles.is_add(next(iter(node.users)))
 
 
-def read_sum(node: Node, all_reduces: Sequence[AllReduce]) -> Sum | Decline:
+def read_sum(node: Node, all_reduces: Sequence[AllReduce], call: NormCall | None = None) -> Sum | Decline:
     """The terms of ``node``, to which :func:`last_step` led from each of ``all_reduces``; or why it has none."""
-    reader = _Terms({a.value: a for a in all_reduces}, node)
+    reader = _Terms({a.value: a for a in all_reduces}, node, call)
     part = reader.read(node)
     if isinstance(part, Decline):
         return part
     roundings = tuple(dict.fromkeys(reader.roundings))
-    return Sum(node, tuple(all_reduces), frozenset(reader.steps), tuple(reader.residuals), roundings)
+    return Sum(node, tuple(all_reduces), frozenset(reader.steps), tuple(reader.residuals), roundings, call)
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,8 @@ class _Part:
 class _Terms:
     """Reads a sum from its end; what leads to no all-reduce of ``values`` is a term of its own."""
 
-    def __init__(self, values: Mapping[Node, AllReduce], end: Node) -> None:
-        self.values = values
+    def __init__(self, values: Mapping[Node, AllReduce], end: Node, call: NormCall | None) -> None:
+        self.values, self.call = values, call
         self.dtype = tensor(next(iter(values))).dtype
         self.steps: set[Node] = set()
         for node in values:
@@ -111,8 +121,10 @@ class _Terms:
     def read(self, node: Node) -> _Part | Decline:
         if node in self.values:
             return _Part(reduced=True, here=False)
+        if self.call is not None and node is self.call.node:
+            return self._add(node, self.call.x, self.call.residual, 1.0, like=self.call.x)
         if roles.is_add(node) or roles.is_sub(node):
-            return self._add(node)
+            return self._add(node, *roles.arguments(node)[:2], roles.factor(node), like=node)
         scaled = roles.scaled(node)
         if scaled is None:
             return self.read(node.args[1] if roles.calls(node, aten.copy.default) else node.args[0])  # type: ignore[arg-type]
@@ -120,20 +132,18 @@ class _Terms:
         declined = self._scale(node, scaled[1]) if isinstance(part, _Part) else None
         return declined or part
 
-    def _add(self, node: Node) -> _Part | Decline:
-        left, right = roles.arguments(node)[:2]
+    def _add(self, node: Node, left: object, right: object, factor: float | None, *, like: Node) -> _Part | Decline:
         if left is right:
             return Decline(
                 Reason.RESIDUAL_IS_REDUCED, f"{label(node)} adds the reduced value to itself; there is no residual"
             )
         parts = []
         for operand in (left, right):
-            part = self._operand(node, operand)
+            part = self._operand(node, operand, like)
             if isinstance(part, Decline):
                 return part
             parts.append(part)
         first, second = parts
-        factor = roles.factor(node)
         if factor is None:
             return Decline(Reason.ADD_ALPHA, f"{label(node)} scales an operand by a value of the graph")
         if second.reduced:
@@ -149,16 +159,16 @@ class _Terms:
             self.roundings.append(Rounding.BIAS if bias else Rounding.RESIDUALS)
         return _Part(True, first.here or second.here, not any(p.here and not p.broadcast for p in parts))
 
-    def _operand(self, node: Node, operand: object) -> _Part | Decline:
+    def _operand(self, node: Node, operand: object, like: Node) -> _Part | Decline:
         if not roles.is_tensor(operand):
             return Decline(Reason.RESIDUAL_KIND, f"{label(node)} adds {operand!r}, which is no tensor")
-        wide = tensor(node).dtype != self.dtype
+        wide = tensor(like).dtype != self.dtype
         if operand in self.steps or operand in self.values:
             part = self.read(operand)
-            if isinstance(part, _Part) and not same_shape(operand, node):
+            if isinstance(part, _Part) and not same_shape(operand, like):
                 return Decline(
                     Reason.RESIDUAL_SHAPE,
-                    f"{label(node)} has shape {shape_text(node)} and the reduced value {shape_text(operand)}; "
+                    f"{label(node)} has shape {shape_text(like)} and the reduced value {shape_text(operand)}; "
                     "the kernels do not broadcast",
                 )
             return part
@@ -170,10 +180,10 @@ class _Terms:
                 f"residual {label(leaf)} is {dtype_text(tensor(leaf).dtype)} and the reduced value "
                 f"{dtype_text(self.dtype)}; the kernels read both as one dtype",
             )
-        if tensor(leaf).device != tensor(node).device:
+        if tensor(leaf).device != tensor(like).device:
             return Decline(Reason.RESIDUAL_KIND, f"residual {label(leaf)} is on {tensor(leaf).device}")
         self.residuals.append(leaf)
-        return _Part(reduced=False, here=True, broadcast=not same_shape(leaf, node))
+        return _Part(reduced=False, here=True, broadcast=not same_shape(leaf, like))
 
     def _scale(self, node: Node, factor: float) -> Decline | None:
         """Notes that a reduced term is scaled, or says why the input of its all-reduce may not be."""
@@ -218,6 +228,10 @@ class Parts:
             return self.reduced(self.values[node]), None
         if node not in self.sum.steps:
             return None, self.other(node if node in self.sum.residuals else roles.cast_input(node) or node)
+        call = self.sum.call
+        if call is not None and node is call.node:
+            left, right = self._of(call.x), self._of(call.residual)  # type: ignore[arg-type]
+            return self._added(None, left[0], right[0]), self._added(None, left[1], right[1])
         if roles.is_add(node) or roles.is_sub(node):
             left, right = (self._of(operand) for operand in roles.arguments(node)[:2])
             return self._added(node, left[0], right[0]), self._added(node, left[1], right[1])
@@ -230,15 +244,16 @@ class Parts:
             here = self._whole(here, over_ranks)
         return tuple(p if p is None else self._applied(node, source, p) for p in (over_ranks, here))  # type: ignore[return-value]
 
-    def _added(self, add: Node, left: Node | None, right: Node | None) -> Node | None:
-        factor = roles.factor(add)
+    def _added(self, add: Node | None, left: Node | None, right: Node | None) -> Node | None:
+        """``add`` of other operands; None: the plain add of an engine's op."""
+        factor = roles.factor(add) if add is not None else 1
         if right is None:
             return left
         if left is None:
             if factor == 1:
                 return right
             return self._call(aten.neg.default, right) if factor == -1 else self._call(aten.mul.Tensor, right, factor)
-        return self._call(add.target, left, right, **add.kwargs)
+        return self._call(add.target if add else aten.add.Tensor, left, right, **(add.kwargs if add else {}))
 
     def _applied(self, step: Node, source: Node, part: Node) -> Node:
         """A view or a scaling of the source, of ``part`` instead."""

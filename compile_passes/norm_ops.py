@@ -1,0 +1,295 @@
+"""RMSNorm ops of engines: which of them are known, and which argument is what.
+
+    op(x, weight, eps) -> norm                      vllm_ir::rms_norm, trtllm::flashinfer_rmsnorm
+    op(x, residual, weight, eps) -> (norm, sum)     vllm_ir::fused_add_rms_norm
+    op(out!, x, weight, eps)                        _C::rms_norm, sgl_kernel::rmsnorm
+    op(x!, residual!, weight, eps)                  _C::fused_add_rms_norm: x becomes the norm, residual the sum
+
+The form follows from an op's schema, because all engines order the arguments alike. What it computes follows from
+its name where the name is in :data:`KNOWN` or given by the user. Any other op that is called like one is run once,
+on generated inputs, beside the reference: an op that computes an RMSNorm on them is taken for one.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_contiguous_or_false
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..runtime.collectives import reference
+from .roles import as_number, same_size
+
+#: By name: what is added to the weight.
+KNOWN: Mapping[str, float] = {
+    "vllm_ir::rms_norm": 0.0,
+    "vllm_ir::fused_add_rms_norm": 0.0,
+    "_C::rms_norm": 0.0,
+    "_C::fused_add_rms_norm": 0.0,
+    "sgl_kernel::rmsnorm": 0.0,
+    "sgl_kernel::fused_add_rmsnorm": 0.0,
+    "sgl_kernel::gemma_rmsnorm": 1.0,
+    "sgl_kernel::gemma_fused_add_rmsnorm": 1.0,
+    "flashinfer::rmsnorm": 0.0,
+    "flashinfer::fused_add_rmsnorm": 0.0,
+    "flashinfer::gemma_rmsnorm": 1.0,
+    "flashinfer::gemma_fused_add_rmsnorm": 1.0,
+    "trtllm::flashinfer_rmsnorm": 0.0,
+    "trtllm::flashinfer_fused_add_rmsnorm": 0.0,
+    "trtllm::flashinfer_gemma_rmsnorm": 1.0,
+    "trtllm::flashinfer_gemma_fused_add_rmsnorm": 1.0,
+}
+
+#: Names of ops that may be an RMSNorm and nothing besides: no quantiser, no rotary embedding, no collective.
+_LOOKS_LIKE_ONE = re.compile(r"(\w+_)?rms_?norm(_?(forward|fwd|impl|kernel|op|inplace|maybe_inplace))?_?")
+_WITH_MORE = re.compile(r"quant|fp8|fp4|int8|nvfp4|rope|rotary|silu|gate|reduce|gather|scatter|bwd|backward|layer_norm")
+
+#: Largest difference from the reference, in units of the dtype's epsilon: roundings between root, weight and result.
+_BOUND = 4.0
+_ABSOLUTE = 1e-5
+_ROWS = 5
+
+_WRAPPERS = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
+
+
+@dataclass(frozen=True)
+class NormOp:
+    """An op by the names of its arguments.
+
+    out: written with the norm, which is not returned. in_place: ``x`` becomes the norm and ``residual`` the sum.
+    proven: its name is in no list, and it was run.
+    """
+
+    name: str
+    x: str
+    weight: str
+    eps: str
+    residual: str | None = None
+    out: str | None = None
+    in_place: bool = False
+    weight_bias: float = 0.0
+    proven: bool = False
+
+
+def read_schema(schema: torch.FunctionSchema, weight_bias: float = 0.0) -> NormOp | str:
+    """The roles of the arguments of an op that is called an RMSNorm; or why its schema is none's."""
+    tensors = [a for a in schema.arguments if "Tensor" in str(a.type)]
+    numbers = [a for a in schema.arguments if str(a.type) == "float"]
+    written = [a for a in tensors if a.is_write]
+    if len(numbers) != 1 or any(str(a.type) not in ("Tensor", "Optional[Tensor]") for a in tensors):
+        return f"{schema.name} takes {len(numbers)} floats where an RMSNorm takes its epsilon, or lists of tensors"
+    names, returns = [a.name for a in tensors], len(schema.returns)
+    op = NormOp(schema.name, names[0], names[-1], numbers[0].name, weight_bias=weight_bias)
+    if not written and (len(names), returns) == (2, 1):
+        return op
+    if not written and (len(names), returns) == (3, 2):
+        return NormOp(op.name, names[0], names[2], op.eps, residual=names[1], weight_bias=weight_bias)
+    if len(names) == 3 and returns == 0 and [a.name for a in written] == names[:1]:
+        return NormOp(op.name, names[1], names[2], op.eps, out=names[0], weight_bias=weight_bias)
+    if len(names) == 3 and returns == 0 and [a.name for a in written] == names[:2]:
+        return NormOp(op.name, names[0], names[2], op.eps, names[1], in_place=True, weight_bias=weight_bias)
+    return f"{schema} has another form than the RMSNorm ops that are known: (x, [residual], weight, eps)"
+
+
+def op_of(node: Node) -> torch._ops.OpOverload | None:
+    """The custom op that a node calls, also inside ``auto_functionalized``."""
+    if node.op != "call_function":
+        return None
+    target = node.args[0] if node.target in _WRAPPERS else node.target
+    return target if isinstance(target, torch._ops.OpOverload) and target.namespace not in _TORCHS else None
+
+
+_TORCHS = ("aten", "prims", "_c10d_functional", "c10d", "higher_order", "ringfence")
+
+
+def norm_ops_of(
+    gm: GraphModule, given: Mapping[str, float] | None = None, device: torch.device | None = None
+) -> dict[str, NormOp | str]:
+    """By name: the ops of a graph that are an RMSNorm, or why one that looks like it is not taken for one.
+
+    given: what the user says of ops, as in :data:`KNOWN`. device: where ops of other names are run; None runs none.
+    """
+    found: dict[str, NormOp | str] = {}
+    listed = {**KNOWN, **(given or {})}
+    for node in gm.graph.nodes:
+        op = op_of(node)
+        if op is None or (name := op._schema.name) in found:
+            continue
+        if name in listed:
+            found[name] = read_schema(op._schema, listed[name])
+        elif _looks_like_one(name):
+            row = read_schema(op._schema)
+            found[name] = row if isinstance(row, str) else _proven(op, row, node, device)
+    return found
+
+
+def _looks_like_one(name: str) -> bool:
+    bare = name.partition("::")[2].lower()
+    return _LOOKS_LIKE_ONE.fullmatch(bare) is not None and _WITH_MORE.search(bare) is None
+
+
+# -- calls --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One call of a :class:`NormOp`. ``norm`` and ``sum`` are its results' nodes, None where nothing reads them."""
+
+    row: NormOp
+    node: Node
+    x: Node
+    residual: Node | None
+    weight: object
+    eps: float
+    norm: Node | None
+    sum: Node | None
+
+
+def read_call(node: Node, row: NormOp) -> NormCall | str:
+    """What a call gets and where its results are; or what is not plain about it."""
+    op = op_of(node)
+    assert op is not None, "a call of a known op"
+    values = _arguments(node, op)
+    if isinstance(values, str):
+        return values
+    given, written = values
+    odd = [a.name for a in op._schema.arguments if a.name not in _roles(row) and _counts(a, given.get(a.name))]
+    if odd:
+        return f"{row.name} is called with {odd[0]}={given[odd[0]]!r}, of which an RMSNorm knows nothing"
+    x, residual, eps = given.get(row.x), given.get(row.residual or ""), as_number(given.get(row.eps))
+    if not isinstance(x, Node) or (row.residual is not None and not isinstance(residual, Node)) or eps is None:
+        return f"{row.name} is called with something else than tensors and a number for epsilon"
+    items = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+    if row.out is not None:
+        norm, summed, mine = items.get(written[row.out]), None, {written[row.out]}
+    elif row.in_place:
+        first, second = written[row.x], written[str(row.residual)]
+        norm, summed, mine = items.get(first), items.get(second), {first, second}
+    elif row.residual is not None:
+        norm, summed, mine = items.get(0), items.get(1), {0, 1}
+    else:
+        norm, summed, mine = node, None, set()
+    if norm is not node and (len(items) != len(node.users) or not {i for i, u in items.items() if u.users} <= mine):
+        return f"{row.name} returns more than the norm and the sum"
+    return NormCall(row, node, x, residual if row.residual else None, given.get(row.weight), eps, norm, summed)
+
+
+def _roles(row: NormOp) -> tuple[str | None, ...]:
+    return row.x, row.residual, row.weight, row.eps, row.out
+
+
+def _counts(argument: torch.Argument, value: object) -> bool:
+    """Whether another argument may change what is computed: flags of launches (``enable_pdl``) do not."""
+    return not isinstance(value, bool) and value is not None and value != argument.default_value
+
+
+def _arguments(node: Node, op: torch._ops.OpOverload) -> tuple[dict[str, Any], dict[str, int]] | str:
+    """The arguments by name, and for those that are written the position of the new value in what the node returns."""
+    schema = op._schema.arguments
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    if node.target not in _WRAPPERS:
+        return defaults | dict(zip([a.name for a in schema], node.args, strict=False)) | dict(node.kwargs), {}
+    given = dict(node.kwargs)
+    bases = given.pop("_all_bases", None)
+    written = [a.name for a in schema if a.is_write]
+    if bases is None:
+        return defaults | given, {name: i + 1 for i, name in enumerate(written)}
+    places = {}
+    for name in written:
+        index = given.pop(f"_{name}_base_index", None)
+        if not isinstance(index, int) or index in places.values() or not _whole(given, name, bases[index]):
+            return f"{op._schema.name} writes into a part of a tensor, or twice into one; pass it whole tensors"
+        places[name], given[name] = index, bases[index]
+    return defaults | given, {name: index + 1 for name, index in places.items()}
+
+
+def _whole(given: Mapping[str, Any], name: str, base: Node) -> bool:
+    """Whether the argument is the whole of its base, with the same rows."""
+    if any(key.startswith(f"_{name}_slice_") for key in given):
+        return False
+    size, value = given.get(f"_{name}_size"), base.meta["val"]
+    if size is None:
+        return True
+    dims = [d.meta["val"] if isinstance(d, Node) else d for d in size]
+    same = same_size(math.prod(dims), value.numel()) and same_size(dims[-1], value.shape[-1])
+    return given.get(f"_{name}_storage_offset") == 0 and is_contiguous_or_false(value) and same
+
+
+# -- proof --------------------------------------------------------------------------
+
+
+def _proven(op: torch._ops.OpOverload, row: NormOp, node: Node, device: torch.device | None) -> NormOp | str:
+    """The row of an op that computes an RMSNorm on generated inputs; or why it is not taken for one."""
+    name, remedy = row.name, f"if it is an RMSNorm, say so: norm_ops=['{row.name}']"
+    call = read_call(node, row)
+    if isinstance(call, str):
+        return call
+    value = call.x.meta["val"]
+    if device is None or not isinstance(value.shape[-1], int):
+        return f"{name} looks like an RMSNorm, and what it computes was not tried; {remedy}"
+    given = _arguments(node, op)
+    assert not isinstance(given, str), "the call was read"
+    rest = {k: v for k, v in given[0].items() if k in {a.name for a in op._schema.arguments}}
+    if any(isinstance(v, Node) for k, v in rest.items() if k not in (row.x, row.residual, row.weight, row.out)):
+        return f"{name} takes more of the graph than tensors of an RMSNorm; {remedy}"
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            tries = {
+                bias: [_agrees(op, row, rest, bias, value, device, eps) for eps in (1e-5, 0.1)] for bias in (0.0, 1.0)
+            }
+        biases = [bias for bias, agreed in tries.items() if all(agreed)]
+    except Exception as error:  # whatever somebody else's op raises
+        return f"{name} looks like an RMSNorm and cannot be run on {device} ({type(error).__name__}: {error}); {remedy}"
+    if not biases:
+        return f"{name} is called like an RMSNorm and computes something else"
+    return NormOp(**{**row.__dict__, "weight_bias": biases[0], "proven": True})
+
+
+def _agrees(
+    op: torch._ops.OpOverload,
+    row: NormOp,
+    rest: Mapping[str, Any],
+    bias: float,
+    like: Tensor,
+    device: torch.device,
+    eps: float,
+) -> bool:
+    generator, hidden, dtype = torch.Generator().manual_seed(0), like.shape[-1], like.dtype
+    for magnitude in (1.0, 1e-2):
+        x, residual = (
+            (torch.randn(_ROWS, hidden, generator=generator) * magnitude + magnitude / 2).to(dtype).to(device)
+            for _ in range(2)
+        )
+        weight = (torch.rand(hidden, generator=generator) + 0.5).to(dtype).to(device)
+        summed = x + residual if row.residual is not None else x
+        expected = reference.rms_norm(summed, weight, eps, bias)
+        given = {**rest, row.x: x.clone(), row.weight: weight.clone(), row.eps: eps}
+        for name, value in ((row.residual, residual.clone()), (row.out, torch.full_like(x, torch.nan))):
+            if name is not None:
+                given[name] = value
+        result = op(**given)
+        if row.out is not None:
+            returned = (given[row.out],)
+        elif row.in_place:
+            returned = (given[row.x], given[str(row.residual)])
+        else:
+            returned = result if isinstance(result, tuple | list) else (result,)
+        wanted = (expected, summed) if row.residual is not None else (expected,)
+        if not all(_close(a, b) for a, b in zip(returned, wanted, strict=True)):
+            return False
+    return True
+
+
+def _close(ours: Tensor, wanted: Tensor) -> bool:
+    if ours.shape != wanted.shape or ours.dtype != wanted.dtype:
+        return False
+    bound = wanted.double().abs() * torch.finfo(wanted.dtype).eps * _BOUND + _ABSOLUTE
+    return bool(((ours.double() - wanted.double()).abs() <= bound).all())
