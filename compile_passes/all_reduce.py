@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._prims_common import is_contiguous_or_false
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from . import roles
 from .provenance import label
@@ -127,30 +127,62 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> A
     if _is_functionalized(node):
         return _functionalized(node, name, group)
     bound = roles.bound_arguments(node)
-    tensors = [v for v in bound.values() if roles.is_tensor(v)]
+    tensors = _tensors(bound)
     if len(tensors) != 1 or not roles.is_tensor(node):
+        given = f"{len(tensors)} tensors" if len(tensors) != 1 else "one tensor"
+        made = "one tensor" if roles.is_tensor(node) else _kind(node.meta.get("val"))
         return Decline(
             Reason.ALL_REDUCE_FORM,
-            f"'{name}' takes {len(tensors)} tensors and cannot be an all-reduce of one; "
-            "register an op that takes one tensor and returns its sum",
+            f"'{name}' takes {given} and returns {made}; register an op that takes one tensor and returns its sum",
         )
     return _walk(node, tensors[0], _reduce_op(bound), group, node)
+
+
+def nested_all_reduces(
+    gm: GraphModule, all_reduce_ops: Mapping[str, GroupOf]
+) -> Iterator[tuple[Node, Node, AllReduce | Decline]]:
+    """For each in a subgraph (of ``invoke_subgraph``, ...): its call, the node in it, and what was recognised."""
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        for inner in (getattr(gm, str(n.target), None) for n in attributes):
+            if not isinstance(inner, GraphModule):
+                continue
+            found = ((n, recognise_all_reduce(n, all_reduce_ops)) for n in inner.graph.nodes)
+            yield from ((node, n, all_reduce) for n, all_reduce in found if all_reduce is not None)
+            yield from ((node, n, a) for _, n, a in nested_all_reduces(inner, all_reduce_ops))
 
 
 def _functionalized(node: Node, name: str, group: object) -> AllReduce | Decline:
     """An op that mutates its input, as AOT functionalises it."""
     arguments: dict[str, Any] = dict(node.kwargs)
     bases = arguments.pop("_all_bases", None)
-    tensors = bases if bases is not None else [v for v in arguments.values() if roles.is_tensor(v)]
+    tensors = [*(bases or ()), *_tensors(arguments)]
+    if len(tensors) != 1:
+        return Decline(
+            Reason.ALL_REDUCE_FORM,
+            f"'{name}' takes {len(tensors)} tensors; register an op that takes one tensor and returns its sum",
+        )
     values = [u for u in node.users if roles.calls(u, operator.getitem) and u.args[1] == 1]
     whole = bases is None or _covers_base(arguments, tensors[0])
-    if len(tensors) != 1 or len(values) != 1 or len(node.users) != 1 or not whole:
+    if len(values) != 1 or len(node.users) != 1 or not roles.is_tensor(values[0]) or not whole:
         return Decline(
             Reason.ALL_REDUCE_FORM,
             f"'{name}' mutates its input, and what it returns or which part it writes is not plain; "
             "register an op that returns the sum, or pass a whole tensor",
         )
     return _walk(node, tensors[0], _reduce_op(arguments), group, values[0])
+
+
+def _tensors(arguments: Mapping[str, object]) -> list[Node]:
+    """The tensors among the arguments of a call, also those in lists."""
+    values = [v for given in arguments.values() for v in (given if isinstance(given, tuple | list) else (given,))]
+    return [v for v in values if roles.is_tensor(v)]
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else "no tensor"
 
 
 def _covers_base(arguments: Mapping[str, object], base: Node) -> bool:

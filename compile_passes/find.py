@@ -20,7 +20,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from . import roles
-from .all_reduce import AllReduce, GroupOf, recognise_all_reduce
+from .all_reduce import AllReduce, GroupOf, nested_all_reduces, recognise_all_reduce
 from .match import Candidate, Match, Site
 from .norm_ops import NormCall, NormOp, norm_ops_of, op_of, read_call
 from .norms import Norm, norm_of_call, recognise_rms_norm
@@ -41,7 +41,7 @@ def find(
     all_reduce_ops: Mapping[str, GroupOf] | None = None,
     norm_ops: Mapping[str, NormOp | str] | None = None,
 ) -> list[Candidate]:
-    """One candidate for every all-reduce of a functional ATen graph, in graph order.
+    """One candidate for every all-reduce of a functional ATen graph, in graph order; those of nested regions last.
 
     ``strict`` declines a site whose source rounds differently from the fused op.
     ``groups``, when given, are the names of the process groups to fuse over.
@@ -66,6 +66,9 @@ def find(
         if match is not None and match.all_reduce.start is not node:
             site = replace(site, merged_into=index[match.all_reduce.start])
         candidates.append(Candidate(site, match))
+    for region, node, all_reduce in nested_all_reduces(gm, all_reduce_ops or {}):
+        site = _site(len(candidates), node, all_reduce, _nested(region, node))
+        candidates.append(Candidate(replace(site, node=region.name), None))
     return candidates
 
 
@@ -258,6 +261,14 @@ def _usable(all_reduce: AllReduce, groups: Collection[str] | None) -> Decline | 
             f"{dtype_text(tensor(users[0]).dtype)}; reduce in the activation dtype to fuse",
         )
     return None
+
+
+def _nested(region: Node, node: Node) -> Decline:
+    return Decline(
+        Reason.NESTED_REGION,
+        f"{label(node)} stands in the nested region {label(region)}, which is compiled once for all that call it and "
+        "is not looked into; to fuse it, take torch.compiler.nested_compile_region off",
+    )
 
 
 def _dynamic(value: Node) -> Decline:

@@ -43,7 +43,7 @@ COPIES = {
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
 }
-_CASTS = {aten._to_copy.default, prims.convert_element_type.default, aten.to.dtype}
+CASTS = {aten._to_copy.default, prims.convert_element_type.default, aten.to.dtype}
 
 #: Bits of mantissa; a cast that does not lower them keeps every value exactly.
 _MANTISSA = {
@@ -133,7 +133,7 @@ def reshaped(node: object) -> Node | None:
 
 def cast_input(node: object) -> Node | None:
     """The input of a dtype conversion on the same device."""
-    if not calls(node, *_CASTS):
+    if not calls(node, *CASTS):
         return None
     source = node.args[0]
     if is_tensor(source) and tensor(source).device == tensor(node).device:
@@ -245,7 +245,7 @@ def constant(value: object) -> float | None:
     if calls(value, aten.scalar_tensor.default, aten.full.default) and tensor(value).ndim == 0:
         number = value.args[-1] if value.target is aten.full.default else value.args[0]
         return as_number(number)
-    if calls(value, aten.lift_fresh_copy.default, *_CASTS) and is_tensor(value) and tensor(value).ndim == 0:
+    if calls(value, aten.lift_fresh_copy.default, *CASTS) and is_tensor(value) and tensor(value).ndim == 0:
         return constant(value.args[0])
     if isinstance(value, Node) and value.op == "get_attr":
         held = getattr(value.graph.owning_module, str(value.target), None)

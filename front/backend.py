@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from .compile_passes.absent import why_no_all_reduce
 from .compile_passes.clean import clean_payload
 from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
 from .compile_passes.devices import device_of
@@ -38,10 +39,12 @@ from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
+from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.op_calls import op_names
 from .compile_passes.parts import cut
 from .compile_passes.prove import prove
-from .compile_passes.provenance import input_names
+from .compile_passes.provenance import input_names, name_inputs
+from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.split import SplitPlan, split
@@ -138,12 +141,16 @@ class Backend:
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)
 
+        name_inputs(gm, dynamo_names)
+        merge_repeats(gm)
         candidates = find(
             gm,
             strict=options.numerics == "strict",
             groups=options.groups,
             all_reduce_ops=options.all_reduce_ops,
+            norm_ops=norm_ops_of(gm, options.norm_ops, device),
         )
+        absent = why_no_all_reduce(gm) if not candidates else None
         _check_not_empty(gm, candidates)
         if options.verify:
             candidates = verify(candidates, device)
@@ -218,7 +225,14 @@ class Backend:
                 candidates=tuple(map(str, carrier.candidates)),
                 notes=tuple(
                     _notes(
-                        options, candidates, sizes, written, device, captures=graphs is not None, pads=pads is not None
+                        options,
+                        absent,
+                        candidates,
+                        sizes,
+                        written,
+                        device,
+                        captures=graphs is not None,
+                        pads=pads is not None,
                     )
                 ),
                 plan=proof,
@@ -434,6 +448,7 @@ def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
 
 def _notes(
     options: Options,
+    absent: str | None,
     candidates: Sequence[Candidate],
     sizes: SizeRule,
     written: Collection[int],
@@ -444,14 +459,12 @@ def _notes(
 ) -> Iterator[str]:
     """What the report says of the graph as a whole: where an option or the user's expectation came to nothing.
 
+    absent: what the graph has instead of an all-reduce, where it has none.
     written: the inputs that the graph writes into. captures, pads: whether anything is captured, or padded.
     """
     there = {c.site.group for c in candidates}
-    if not candidates:
-        yield (
-            "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
-            "as from a backward hook (ringfence.hugging_face.remove_backward_hooks)"
-        )
+    if absent is not None:
+        yield absent
     elif unknown := sorted(set(options.groups or ()) - there):
         yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
     if options.capture_sizes and sizes.tokens is None:

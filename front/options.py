@@ -62,6 +62,9 @@ class Options:
         argument, or a mapping from name to group. An op whose groups have names of the engine's own is mapped to
         a mapping from those names: ``{"vllm::all_reduce": {"tp:0": tp_group.group_name}}``. Such an op
         sums its one tensor over the ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
+    norm_ops: an engine's own RMSNorm ops, besides those that are known by name: names, or a mapping from name to
+        what is added to the weight (1.0 for Gemma's). They take ``(x, [residual], weight, eps)``, or write ``out``
+        or ``x`` and ``residual`` in place. An op that is only called like one is run on generated inputs first.
     groups: names of the process groups to fuse over; None means all.
     graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs, and nothing elsewhere. ``"simulated"`` is for
         tests: it keeps the rules of a capture on any device, and is no faster.
@@ -100,6 +103,7 @@ class Options:
     verify: bool = False
     max_tokens: int | None = None
     all_reduce_ops: Mapping[str, GroupOf] = field(default_factory=dict)
+    norm_ops: Mapping[str, float] = field(default_factory=dict)
     groups: tuple[str, ...] | None = None
     graphs: str = "auto"
     pad_to_capture_size: bool = False
@@ -143,6 +147,8 @@ class Options:
             _check_op_name("split_ops", name)
         if "all_reduce_ops" in checked:
             checked["all_reduce_ops"] = _all_reduce_ops(checked["all_reduce_ops"])
+        if "norm_ops" in checked:
+            checked["norm_ops"] = _norm_ops(checked["norm_ops"])
         _check_sizes(checked)
         for key in _SECONDS:
             seconds = checked.get(key, 1.0)
@@ -176,7 +182,8 @@ class Options:
 
     def check_registered(self) -> None:
         """Raises :class:`OptionsError` for an op that torch does not know. Its package may be imported late."""
-        for key, names in (("split_ops", self.split_ops), ("all_reduce_ops", self.all_reduce_ops)):
+        listed = {"split_ops": self.split_ops, "all_reduce_ops": self.all_reduce_ops, "norm_ops": self.norm_ops}
+        for key, names in listed.items():
             for name in names:
                 namespace, _, op = name.partition("::")
                 packet, _, overload = op.partition(".")
@@ -253,6 +260,15 @@ def _names_groups(value: object) -> bool:
     if isinstance(value, Mapping):
         return bool(value) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
     return isinstance(value, str | None)
+
+
+def _norm_ops(value: object) -> dict[str, float]:
+    ops = dict(value) if isinstance(value, Mapping) else dict.fromkeys(_strings("norm_ops", value), 0.0)
+    for name, bias in ops.items():
+        if not isinstance(name, str) or isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise OptionsError(f"norm_ops={value!r} does not map op names to what is added to the weight (0.0, 1.0)")
+        _check_op_name("norm_ops", name)
+    return {name: float(bias) for name, bias in ops.items()}
 
 
 def _check_sizes(checked: dict[str, Any]) -> None:

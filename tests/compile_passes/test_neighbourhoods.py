@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_leaves
 
 from ringfence.compile_passes import Candidate, Reason, Rounding, Site, find, fuse
+from ringfence.compile_passes.repeats import merge_repeats
 from ringfence.runtime.collectives import ops, reference
 
 aten = torch.ops.aten
@@ -923,6 +924,7 @@ def problem(program: Program) -> tuple[str | None, list[Site], str]:
     text = gm.code
     untrue = _untrue(program, gm)
     expected, before = execute(program, gm, untrue), _all_reduces(gm)
+    merge_repeats(gm)
     sites = fuse(gm, _find(program, gm))
     text += "\n# ---- becomes ----\n" + gm.code
     gm.graph.lint()

@@ -10,9 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringfence import Backend
 from ringfence.compile_passes import Reason, Rounding, Site, find, fuse
 from ringfence.compile_passes.norm_ops import KNOWN, NormOp, norm_ops_of, read_schema
 from ringfence.compile_passes.verify import verify
+from ringfence.runtime.errors import OptionsError
 from support import TOLERANCE, aot_graph, relative_error
 
 H = 16
@@ -250,3 +252,27 @@ def test_schema_with_more_in_it_is_none() -> None:
         "e::rms_norm(Tensor[] x, Tensor w, float eps) -> Tensor",
     ):
         assert isinstance(read_schema(torch._C.parse_schema(schema)), str)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_backend_runs_what_it_does_not_know_and_takes_a_users_word() -> None:
+    def fused(program: Program, **options: object) -> Site:
+        torch._dynamo.reset()
+        backend = Backend(piece_compiler="eager", **options)
+        args = [torch.randn(s) for s in ((2, 3, H), (2, 3, H), (H,))]
+        with torch.no_grad():
+            ours, theirs = torch.compile(program, backend=backend, fullgraph=True)(*args), program(*args)
+        assert all(
+            relative_error(a, b.double()) <= 2 * TOLERANCE[torch.float32] for a, b in zip(ours, theirs, strict=True)
+        )
+        return backend.reports[0].sites[0]
+
+    def on_a_device(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h = r + ar(x)
+        return engine.device_rms_norm(h, w, 1e-6), h
+
+    assert fused(returned).fused and fused(in_place).fused
+    assert not fused(on_a_device).fused
+    assert fused(on_a_device, norm_ops=["norm_ops_test::device_rms_norm"]).fused
+    with pytest.raises(OptionsError, match="added to the weight"):
+        Backend(norm_ops={"norm_ops_test::device_rms_norm": "gemma"})
