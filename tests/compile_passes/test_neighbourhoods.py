@@ -185,7 +185,7 @@ _BLOCK: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]] = {
         + ("scaled", "halved", "divided", "negated", "by_constant", "biased", "shared")
         + ("doubled", "doubled_first", "doubled_scaled", "less_another", "scaled_sum"),
         ("gated", "by_tensor", "doubled_over_other_group", "doubled_read", "huge"),
-        4,
+        8,
     ),
     "residual": (
         (
