@@ -82,6 +82,7 @@ class Channel:
     ranks: what people call each rank of the group: its global rank. interrupt: called while waiting, raises
     what is known about why nobody comes. waiting: entered, with the topic, around all that may not return
     because of another rank; that is every request to the store too, whose host may be stopped.
+    about: what this rank says of itself where it waits in vain, such as why it compiles.
     """
 
     def __init__(
@@ -101,6 +102,16 @@ class Channel:
         with waiting("open a channel"):
             self._opened = store.add(f"opened/{rank}", 1)
         self._exchanges = 0
+        self.about = ""
+
+    def post(self, what: str, value: str) -> None:
+        """Leave something for the others, who need not come for it."""
+        self._store.set(f"{self._opened}/{what}/{self.rank}", value.encode())
+
+    def posted(self, what: str, rank: int) -> str | None:
+        """What a rank has left, in the same opening; None where it has not yet."""
+        key = f"{self._opened}/{what}/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
     def exchange(self, topic: str, value: Any, *, seconds: float | None = None) -> list[Any]:
         """Every rank's ``value``, by rank; small and picklable. Every rank must call, with the same topic.
@@ -190,22 +201,26 @@ class Channel:
             if now > deadline:
                 raise ChannelTimeoutError(
                     f"{ranks_text(named)} did not come to '{topic}' within {seconds:g} s; "
-                    "look at what those processes do: they died, hang, or run something else",
+                    f"look at what those processes do: they died, hang, or run something else{self._about()}",
                     named,
                 )
             if now > tell:
                 tell += 2 * (tell - began)
                 log.warning(
-                    "ringfence: rank %d waits for %s in the exchange '%s' since %.0f s, and for %.0f s at most",
+                    "ringfence: rank %d waits for %s in the exchange '%s' since %.0f s, and for %.0f s at most%s",
                     self.ranks[self.rank],
                     ranks_text(named),
                     topic,
                     now - began,
                     seconds,
+                    self._about(),
                 )
             self.interrupt()
             time.sleep(sleep)
             sleep = min(2 * sleep, _LONGEST_SLEEP)
+
+    def _about(self) -> str:
+        return f"; rank {self.ranks[self.rank]} {self.about}" if self.about else ""
 
     def _answer(self, key: str, topic: str, value: Any) -> None:
         self._store.set(f"{key}/{self.rank}", pickle.dumps((topic, value)))

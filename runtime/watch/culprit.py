@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..channel import ranks_text
-from .position import Calls, Position, sizes_text
+from .position import COMPILES, Calls, Position, sizes_text
+
+#: For ranks of which one compiles alone.
+REMEDY = (
+    "ranks must compile the same graphs in the same order, so what selects a graph must be the same on all of them. "
+    "Where it is a size, mark it on every rank before the first call: torch._dynamo.mark_unbacked(x, 0) where a rank "
+    "may have 0 or 1 of it, mark_dynamic(x, 0) otherwise; or pad, so that all ranks see the same sizes"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def where(position: Position) -> str:
     """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``."""
     if position.step < 0:
         return "no step yet"
-    text = f"step {position.step} of {sizes_text(position.sizes)}"
+    text = f"step {position.step} of {sizes_text(position.sizes)}" + f" of {position.graph}" * bool(position.graph)
     if position.piece is not None:
         text += f", piece {position.piece} '{position.name}' ({position.kind})"
     if position.calls:
@@ -96,6 +103,41 @@ def find_culprit(
         f = failures[0]
         return Finding((f.rank,), waiting, f"rank {f.rank} failed in {f.where}: {f.error}")
     return None
+
+
+def find_alone(
+    positions: Mapping[int, Position], members: Mapping[str, Sequence[int]], seconds: float
+) -> Finding | None:
+    """Ranks that stand in an exchange while others, whom they wait for there, stand in a call and wait for them.
+
+    However slow they are, none comes to the other. None where there are no such ranks, or not for ``seconds`` yet.
+    """
+    settled = [p for p in positions.values() if p.still >= seconds]
+    for there in (p for p in settled if p.exchange):
+        for here in (p for p in settled if p.rank in there.among and p.stuck_in_piece and not p.exchange):
+            for call in here.calls:
+                missed = there.submitted.get(call.group, 0) <= call.first
+                if missed and there.rank in (members.get(call.group) or positions):
+                    return _alone(positions, there, here)
+    return None
+
+
+def _alone(positions: Mapping[int, Position], there: Position, here: Position) -> Finding:
+    def alike(one: Position, other: Position) -> bool:
+        return (one.exchange, one.compiles, one.calls) == (other.exchange, other.compiles, other.calls)
+
+    alone = tuple(sorted(r for r, p in positions.items() if alike(p, there)))
+    waiting = tuple(sorted(r for r, p in positions.items() if alike(p, here)))
+    does = there.compiles or f"waits for the others in the exchange '{there.exchange}'"
+    return Finding(alone, waiting, alone_text(alone, waiting, does, where(here)))
+
+
+def alone_text(alone: Sequence[int], waiting: Sequence[int], does: str, place: str) -> str:
+    """does: what the ranks do that nobody else does. place: where the others wait for them meanwhile."""
+    return (
+        f"{ranks_text(alone)} {does}; {ranks_text(waiting)} do{'es' * (len(waiting) == 1)} not, and "
+        f"wait{'s' * (len(waiting) == 1)} for {ranks_text(alone)} in {place}. Neither comes to the other: {REMEDY}"
+    )
 
 
 def compiles_too_long(position: Position) -> Finding:
@@ -153,7 +195,8 @@ def _behind_or_past(
 
 def _what_it_does(position: Position) -> str:
     if position.exchange:
-        return f"waits for the others in the exchange '{position.exchange}', {_when(position)}"
+        text = f"waits for the others in the exchange '{position.exchange}', {_when(position)}"
+        return text if position.compiles in ("", COMPILES) else f"{text}: it {position.compiles}"
     if position.phase == "compile":
         return f"compiles since {position.still:.1f} s, {_when(position)}"
     if position.stuck_in_piece:

@@ -30,6 +30,7 @@ class Deadlines:
 
     beat: how often ranks tell each other where they are. silence: how long a rank may leave that
     out before it counts as gone. grace: how long the main thread has to come back before the process ends.
+    alone: how long it must look as if ranks waited for each other in two places.
     """
 
     steady: float = 60.0
@@ -37,6 +38,7 @@ class Deadlines:
     beat: float = 0.25
     silence: float = 1.25
     grace: float = 0.75
+    alone: float = 2.0
 
 
 @dataclass
@@ -53,7 +55,7 @@ class _Peer:
 class Report:
     """What goes to all ranks: who is to blame, and for what."""
 
-    kind: str  # "hang" or "failure"
+    kind: str  # "hang", "failure", or "alone": one rank compiles what the others do not
     reporter: int
     sentence: str
     ranks: tuple[int, ...]

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .marks import CudaMarks
-from .position import CAPTURE, REPLAY, UNCAPTURED, Calls, PieceNote, Position, ProgramNote, sizes_text
+from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, Calls, PieceNote, Position, ProgramNote, sizes_text
 from .rings import Marks, Rings
 
 #: All that who keeps a journal needs.
@@ -68,8 +68,8 @@ class Journal(Rings):
         """The global ranks of a group, so that who is missing can be told."""
         self._ranks_of[name] = tuple(ranks)
 
-    def compiling(self, begins: bool, what: str = "a graph") -> None:
-        """A compilation begins, or ends; they may be nested. what: says of itself, where others wait for it."""
+    def compiling(self, begins: bool, what: str = COMPILES) -> None:
+        """A compilation begins, or ends; they may be nested. what: this rank does then, for those that wait for it."""
         if begins:
             self._compiling.append(what)
         else:

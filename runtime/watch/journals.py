@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from ..channel import ranks_text
 from ..errors import JournalError
-from .culprit import Failure, Finding, find_culprit, where
+from .culprit import Failure, Finding, find_alone, find_culprit, where
 from .journal import FORMAT
 from .position import REPLAY, Position, sizes_text
 
@@ -193,7 +193,7 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     for j in journals:
         silent |= {rank: how for rank, how in j.silent.items() if rank in missing}
     failures = tuple(dict.fromkeys(f for j in journals for f in j.failures))
-    finding = find_culprit(positions, silent, failures, members)
+    finding = _alone(journals, members) or find_culprit(positions, silent, failures, members)
     divergence = first_divergence(journals)
     if finding is not None:
         sentence = finding.sentence
@@ -202,6 +202,13 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
         if divergence is None and len({j.reason for j in journals}) == 1:
             sentence = f"{journals[0].reason}; {sentence}"
     return Merged(sentence, finding, tuple(journals), missing, divergence, _nothing_from(journals))
+
+
+def _alone(journals: Sequence[RankJournal], members: Mapping[str, Sequence[int]]) -> Finding | None:
+    """Ranks that waited for each other in two places, as one of them saw it. Written, each has gone on to raise it."""
+    told = (j for j in journals if j.reason.startswith("alone: "))
+    seen = (find_alone({**j.heard, j.rank: j.position}, members, 0.0) for j in told)
+    return next(filter(None, seen), None)
 
 
 def _nothing_from(journals: Sequence[RankJournal]) -> dict[int, tuple[int, ...]]:

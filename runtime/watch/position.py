@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+#: What a rank does that compiles a graph of which no more is known.
+COMPILES = "compiles a graph"
+
 #: How a step ran.
 UNCAPTURED, CAPTURE, REPLAY = "uncaptured", "capture", "replay"
 
@@ -62,7 +65,7 @@ class Position:
     graph: whose program the step runs, where this process has several.
     exchange: the topic of the exchange in which this rank waits for the others, beside steps; empty where it does not.
     among: the ranks of that exchange.
-    compiles: what is compiled, and why; empty where nothing is.
+    compiles: ``compiles forward 0/2 anew, because ...``; empty where it compiles nothing.
     still: seconds since anything moved.
     moved: pieces entered and left, ever: it changes when anything moves.
     """

@@ -17,11 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch._guards import CompileContext
 
-_REMEDY = (
-    "what selects a graph must be the same on all ranks. Where it is a size, mark it before the first call, on every "
-    "rank: torch._dynamo.mark_unbacked(x, 0) where a rank may have 0 or 1 of it, mark_dynamic(x, 0) otherwise; or pad, "
-    "so that all ranks see the same sizes"
-)
+from .position import COMPILES
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,10 @@ class CompiledGraph:
     def why(self) -> str:
         """For whoever waits in vain: ``compiles forward 0/2 anew, because ...``."""
         if not self.name:
-            return "compiles a graph"
+            return COMPILES
         if not self.guard:
             return f"compiles {self.name} for the first time"
         return f"compiles {self.name} anew, because of a guard that failed: {self.guard}"
-
-    @property
-    def remedy(self) -> str:
-        return _REMEDY if self.guard else "ranks must call the same compiled functions, in the same order"
 
 
 def graph_being_compiled() -> CompiledGraph:

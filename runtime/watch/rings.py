@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import ConcurrentCallError
 from .marks import DeviceMarks
@@ -74,7 +74,7 @@ class Rings(Marks):
         self._totals: list[int] = []  # calls of each group in all steps that have ended
         self._beside: list[int] = []  # calls of each group in steps that were not written down
         self._counting = threading.Lock()
-        self._shown: dict[int, MutableSequence[int]] = {}
+        self._shown: dict[int, memoryview[int]] = {}
         # pieces
         self._entered, self._left = (array("q", bytes(8 * pieces)) for _ in range(2))
         self._piece_mask = pieces - 1
@@ -112,7 +112,7 @@ class Rings(Marks):
             self._groups.append(name)
         return self._groups.index(name)
 
-    def show(self, group: str, page: MutableSequence[int]) -> None:
+    def show(self, group: str, page: memoryview[int]) -> None:
         """From each step's beginning, ``page[0]`` is how many calls of the group this rank has made when it ends."""
         self._shown[self.group(group)] = page
         page[0] = self.calls(group)

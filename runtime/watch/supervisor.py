@@ -21,18 +21,26 @@ import torch
 import torch.distributed as dist
 
 from ..channel import DEFAULT_SECONDS, Channel, open_channel
-from ..errors import ChannelTimeoutError, GroupFailureError, OptionsError, PeerFailedError, RankMismatch
+from ..errors import (
+    ChannelTimeoutError,
+    GroupFailureError,
+    OptionsError,
+    PeerFailedError,
+    RankMismatch,
+    RecompiledAloneError,
+)
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
-from .culprit import Failure, where
+from .culprit import Failure, alone_text, where
 from .health import Health
 from .heartbeat import Deadlines
 from .journal import Journal
 from .marks import CudaMarks
+from .page import Neighbours, Page
 from .reaction import Reaction
 from .recompile import CompiledGraph, graph_being_compiled
 from .supervision import Supervision
-from .watchdog import Watchdog, open_watchdog
+from .watchdog import Watchdog, is_of_a_peer, open_watchdog
 
 #: The options that are the process's, not one graph's.
 OF_PROCESS = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")
@@ -80,6 +88,7 @@ class Supervisor:
         self.probes: dict[str, Callable[[], Any]] = {}
         self._asked: weakref.WeakSet[Asked] = weakref.WeakSet()
         self._graph = _Graph(Asked())
+        self._neighbours: dict[str, Neighbours] = {}
         self._has_marks = False
 
     # -- who asks for what -------------------------------------------------------------------
@@ -192,14 +201,34 @@ class Supervisor:
             name,
             seconds=self._graph.asked.agree_seconds,
             waiting=functools.partial(self.journal.waiting, among=ranks),
-            interrupt=self._interrupt,
+            interrupt=functools.partial(self._interrupt, name),
         )
+        channel.about = self._graph.about.why if self._graph.about.guard else ""
         self._graph.opened.append(channel)
+        if name not in self._neighbours and (page := Page.make()) is not None:
+            self._neighbours[name] = Neighbours(channel, page, ranks)
+            self.journal.show(name, page.calls)
         return channel
 
-    def _interrupt(self) -> None:
-        if self.watchdog is not None:
+    def _interrupt(self, group: str) -> None:
+        """Raise why nobody comes to an exchange, as far as that is known."""
+        if self.watchdog is not None and self.watchdog.runs:  # it hears of ranks on other hosts too, and tells them
             self.watchdog.interrupt()
+        elif (neighbours := self._neighbours.get(group)) is not None:
+            self._check_together(group, neighbours)
+
+    def _check_together(self, group: str, neighbours: Neighbours) -> None:
+        """Raises :class:`RankMismatch` where ranks of this host wait in a call for this one, which waits for them."""
+        journal = self.journal
+        ahead = neighbours.ahead(journal.calls(group), journal.changes)
+        if not ahead:
+            return
+        position = journal.position()
+        does = position.compiles or f"waits for the others in the exchange '{position.exchange}'"
+        place = f"call {journal.calls(group)} of group '{group}'"
+        text = alone_text((journal.rank,), ahead, does, place)
+        neighbours.tell(text, (journal.rank,))
+        raise RecompiledAloneError(text, (journal.rank,)) if position.compiles else RankMismatch(text)
 
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:
@@ -221,6 +250,9 @@ class Supervisor:
                 for channel in self._graph.opened:  # for ranks that nobody watches
                     channel.leave(f"{type(error).__name__}: {error}")
             raise
+        finally:
+            for channel in self._graph.opened:
+                channel.about = ""
 
     def supervise(self, channels: Mapping[str, Channel], digest: PlanDigest) -> Supervision:
         """Agree on a compiled graph with the ranks of its groups, and accompany its steps.
@@ -240,6 +272,11 @@ class Supervisor:
     def broke_off(self, error: BaseException, place: str | None = None) -> None:
         """Tell the others, and write the journal; place: if not in a step. Raises what is to be raised instead."""
         if self.watchdog is None:
+            told = next(filter(None, (n.told() for n in self._neighbours.values())), None)
+            if told is not None and is_of_a_peer(error):
+                self.health.poison(*told)
+                self.write(told[0], traceback=traceback.format_exception(error))
+                raise RecompiledAloneError(*told) from error
             at = place if place is not None else where(self.journal.position())
             text = f"{type(error).__name__}: {error}"
             failures = [asdict(Failure(self.journal.rank, at, text))]

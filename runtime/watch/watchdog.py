@@ -30,7 +30,7 @@ from torch.distributed import DistError
 
 from ..channel import Store
 from ..errors import ChannelTimeoutError, RingfenceError
-from .culprit import Failure, Finding, compiles_too_long, find_culprit, where
+from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, where
 from .health import Health
 from .heartbeat import Deadlines, Heartbeat, Report, first_lines
 from .journal import Journal
@@ -79,7 +79,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Watch, and go on watching after it was closed."""
-        if self._runs and not self._stop.is_set():
+        if self.runs:
             return
         self._runs, self._stop = True, threading.Event()
         threads = [
@@ -95,6 +95,10 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching. The threads end within a beat, unless the store keeps one of them."""
         self._stop.set()
+
+    @property
+    def runs(self) -> bool:
+        return self._runs and not self._stop.is_set()
 
     def configure(self, reaction: Reaction, deadlines: Deadlines) -> None:
         """What follows from now on, and when."""
@@ -118,7 +122,7 @@ class Watchdog:
         if isinstance(error, ChannelTimeoutError):
             self._blame(Report("failure", self._rank, text, error.ranks))
             return error
-        victim = _is_of_a_peer(error) if place is None and position.calls else _is_of_the_store(error)
+        victim = is_of_a_peer(error) if place is None and position.calls else _is_of_the_store(error)
         failure = Failure(self._rank, place if place is not None else where(position), text, victim)
         if victim:
             found = self._cause(failure)
@@ -197,13 +201,24 @@ class Watchdog:
         heard = self._heard_of_failure()
         if heard is not None:
             self._act(heard)
+        elif (alone := self._alone()) is not None:
+            compiles = any(p.compiles for r, p in self.others.positions().items() if r in alone.ranks)
+            self._tell(Report("alone" if compiles else "hang", self._rank, alone.sentence, alone.ranks))
         elif self._expired(position, now):
             finding = self._finding(position, now - self._moved_at)
             if finding is not None:
-                report = Report("hang", self._rank, finding.sentence, finding.ranks)
-                self.report = report
-                self.others.tell(report)
-                self._act(report)
+                self._tell(Report("hang", self._rank, finding.sentence, finding.ranks))
+
+    def _tell(self, report: Report) -> None:
+        self.report = report
+        self.others.tell(report)
+        self._act(report)
+
+    def _alone(self) -> Finding | None:
+        """Ranks that wait for each other in two places: told at once, because it ends never."""
+        if self.others.store_is_gone() or self.others.stale() or self.others.silent():
+            return None
+        return find_alone(self.others.positions(), self.others.members, self.deadlines.alone)
 
     def _heard_of_failure(self) -> Report | None:
         """What another rank reported. A victim has looked for the cause before, so its report is the second choice."""
@@ -333,7 +348,8 @@ def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) ->
         del watchdog
 
 
-def _is_of_a_peer(error: BaseException) -> bool:
+def is_of_a_peer(error: BaseException) -> bool:
+    """Whether it looks like what a collective raises when another rank is gone."""
     return isinstance(error, RuntimeError) and _OF_A_PEER.search(str(error)) is not None
 
 

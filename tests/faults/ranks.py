@@ -178,6 +178,20 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
     return Model().to(fault.device, DTYPE[fault.device])
 
 
+def _draft(fault: Fault, options: Any) -> Any:
+    """A small model beside the other, with a backend of its own and one call."""
+    import ringfence
+
+    def draft(x: Tensor) -> Tensor:
+        y = x.clone()
+        dist.all_reduce(y)
+        return F.rms_norm(y, (HIDDEN[fault.device],), None, 1e-5)
+
+    watch = {name: getattr(options, name) for name in ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")}
+    backend = ringfence.Backend(piece_compiler="eager", agree_seconds=options.agree_seconds, **watch)
+    return torch.compile(draft, backend=backend, fullgraph=True)
+
+
 def _stop_before_the_others_come(mine: bool, say: Callable[..., None]) -> None:
     """One rank is stopped in its compilation. To the others any request to the store is the first that hangs."""
     from ringfence import backend
@@ -310,7 +324,7 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         _stop_before_the_others_come(mine, say)
     if mine and fault.name == "skipped call":
         _leave_out_a_call(say)
-    if fault.name == "other option":  # time counts from when the last rank has come to compare
+    if fault.name in ("other option", "compiles alone"):  # time counts from when the last rank has come to compare
         compare = agree.agree
 
         def agree_later(*args: Any, **options: Any) -> None:
@@ -318,8 +332,16 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
             compare(*args, **options)
 
         agree.agree = agree_later
+    draft = _draft(fault, backend.options)
     with torch.no_grad():
         for step in range(fault.steps):
+            if fault.name == "skipped draft":
+                if mine and step == 7:
+                    say("fault")
+                else:
+                    draft(x[fault.sizes[0]])
+            if mine and fault.name == "compiles alone" and step == 7:
+                model(x[4][:1])
             if mine and fault.name == "skipped step" and step == 7:
                 say("fault")
                 continue
@@ -490,7 +512,26 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
         fault("slow", 1, None, steps=5),
     )
     if device == "cpu":  # on GPUs there would be a fall back too, to the other kernels
-        return (*found, fault("fails preparing", 1, None, ranks=2))
+        return (
+            *found,
+            fault("fails preparing", 1, None, ranks=2),
+            # Each step is a call of the draft's and two of the other's. One left out shows where the count runs out.
+            fault(
+                "skipped draft",
+                1,
+                r"rank 1 did not come to call 35 of group '0' \(step 23 of sizes \(4,\) of Model.forward \d/0, piece "
+                rf".*{wait(1)}: rank 1 is outside of the model",
+                r"^rank 1 did not come to call 35 ",
+                sizes=(4,),
+            ),
+            fault(
+                "compiles alone",
+                1,
+                r"rank 1 compiles Model.forward 0/1 anew, because of a guard that failed: .*2 <= .*x.*\[1, 128\].*"
+                r"; ranks 0, 2 do not, and wait for rank 1 in step 7 .*call 14 .*mark_unbacked",
+                r"^rank 1 compiles Model.forward 0/1 anew",
+            ),
+        )
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 import ringfence
 from ringfence.runtime.errors import OptionsError
+from ringfence.runtime.watch.page import SETTLED_SECONDS
+from ringfence.runtime.watch.recompile import CompiledGraph, graph_being_compiled
 from ringfence.runtime.watch.supervisor import Asked, Supervisor, supervisor_for
 from support import run_ranks, start_fake_group
 
@@ -148,6 +151,76 @@ def _another_group(rank: int) -> list[dict[str, int]]:
 
 def test_another_process_group_has_another_supervisor() -> None:
     assert run_ranks(2, _another_group) == [[{"0": 1}] * 2] * 2
+
+
+# -- one rank that compiles alone --------------------------------------------------------------
+
+
+def counts(x: Tensor, load: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of this rank alone, and a sum of a size that all ranks share."""
+    total = load + 1
+    dist.all_reduce(total)
+    return F.rms_norm(x, (HIDDEN,), w, 1e-6), total
+
+
+def _specialises(rank: int, lone: int) -> tuple[list[float], str, str, float]:
+    """The other rank comes late to a graph that both compile; then the lone one specialises on its single token."""
+    compiled = torch.compile(counts, backend=ringfence.Backend(piece_compiler="eager"))
+    sums = []
+    for tokens in ((4, 2), (3, 4), (4, 1)):
+        if tokens == (3, 4) and rank != lone:
+            time.sleep(SETTLED_SECONDS + 1)
+        began = time.monotonic()
+        try:
+            with torch.no_grad():
+                x = torch.randn(tokens[rank if lone else 1 - rank], HIDDEN)
+                sums.append(compiled(x, torch.full((8,), float(rank)), torch.ones(HIDDEN))[1].sum().item())
+        except BaseException as error:
+            inner = getattr(error, "inner_exception", error)
+            took = time.monotonic() - began
+            threading.Timer(1.0, os._exit, (0,)).start()  # the end of the process breaks the other one's collective
+            return sums, type(inner).__name__, str(inner), took
+    return sums, "", "", 0.0
+
+
+@pytest.mark.parametrize("lone", [0, 1])  # rank 0 serves the store, which is gone then
+def test_a_rank_that_compiles_alone_is_told_which_guard_made_it(lone: int) -> None:
+    said = run_ranks(2, _specialises, lone)
+    for sums, kind, text, took in said:
+        assert sums == [8 * (0 + 1 + 1 + 1)] * 2
+        assert kind == "RecompiledAloneError" and took < 30
+        assert f"rank {lone} compiles counts 0/2 anew, because of a guard that failed: 2 <= x.size()[0]" in text
+        assert f"(x is of shape [1, {HIDDEN}]); rank {1 - lone} does not, and waits for rank {lone} in call 2" in text
+        assert "torch._dynamo.mark_unbacked(x, 0)" in text
+    assert said[0][2] == said[1][2]
+
+
+def _reasons(calls: list[Any]) -> list[CompiledGraph]:
+    seen = []
+
+    def keep(gm: Any, inputs: Any) -> Any:
+        seen.append(graph_being_compiled())
+        return gm
+
+    def model(x: Tensor, scale: int, how: str) -> Tensor:
+        return x * scale if how == "times" else x + scale
+
+    compiled = torch.compile(model, backend=keep)
+    for call in calls:
+        compiled(*call)
+    return seen
+
+
+def test_which_guard_on_which_value() -> None:
+    x, one = torch.randn(4, 8), torch.randn(1, 8)
+    calls = [(torch.randn(2, 8), "times"), (x, "times"), (one, "times"), (one, "plus"), (one.double(), "plus")]
+    first, shape, size, word, dtype = _reasons([(x, 2, how) for x, how in calls])
+    assert first == CompiledGraph("model 0/0") and first.why == "compiles model 0/0 for the first time"
+    assert shape.guard == "tensor 'x' size mismatch at index 0. expected 2, actual 4"
+    assert size.guard.startswith("2 <= x.size()[0]") and size.guard.endswith("(x is of shape [1, 8])")
+    assert word.guard.endswith("(how is 'plus')") and word.name == "model 0/3"
+    assert dtype.guard == "tensor 'x' dtype mismatch. expected Float, actual Double"
+    assert graph_being_compiled() == CompiledGraph() and "compiles a graph" in graph_being_compiled().why
 
 
 # -- who asks for what ---------------------------------------------------------------------------
