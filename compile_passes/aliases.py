@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from .roles import arguments, aten, bound_arguments, calls
 
 #: Views that keep the order of the elements: one undoes another where the shapes say so.
-_RESHAPES = frozenset(
+RESHAPES = frozenset(
     {
         aten.view.default,
         aten._unsafe_view.default,
@@ -29,6 +29,13 @@ _RESHAPES = frozenset(
         aten.detach.default,
     }
 )
+
+#: Views of a whole tensor in another order of dimensions: the arguments that undo them.
+INVERSES: dict[Any, Callable[[Any], Any]] = {
+    aten.transpose.int: lambda args: args,
+    aten.t.default: lambda args: args,
+    aten.permute.default: lambda args: (sorted(range(len(args[0])), key=lambda d: args[0][d]),),
+}
 
 
 def viewed(node: Node) -> Node | None:
@@ -80,7 +87,7 @@ def same_view(one: Node, other: Node) -> bool:
 
 def undoes(back: Node, there: Node) -> bool:
     """Whether a view of a view is what was looked at first, element for element; shapes are not compared."""
-    if back.target in _RESHAPES and there.target in _RESHAPES:
+    if back.target in RESHAPES and there.target in RESHAPES:
         return True
     if calls(there, aten.transpose.int) and calls(back, aten.transpose.int):
         rank = back.meta["val"].ndim

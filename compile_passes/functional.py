@@ -122,7 +122,8 @@ def in_place_form(node: Node) -> torch._ops.OpOverload | None:
     return form if names[0] == names[1] and len(form._schema.returns) == 1 else None
 
 
-def _mutable(op: torch._ops.OpOverload) -> Iterator[str]:
+def mutable_names(op: torch._ops.OpOverload) -> Iterator[str]:
+    """The arguments that an op writes into."""
     for argument in op._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield argument.name
@@ -135,7 +136,7 @@ def _first(node: Node) -> Mutation:
     found: dict[Node, Written] = {}
     lengths: dict[str, int] = {}
     absent: list[tuple[str, int | None]] = []
-    for i, name in enumerate(_mutable(op)):
+    for i, name in enumerate(mutable_names(op)):
         value = given.pop(name)
         if isinstance(value, tuple | list):  # a list of new values is returned; not taken apart here
             return Mutation(op, dict(node.kwargs), (), {}, ())
@@ -157,7 +158,7 @@ def _second(node: Node) -> Mutation | None:
     names: dict[int, list[tuple[str, int | None, View]]] = {i: [] for i in range(len(bases))}
     lengths: dict[str, int] = {}
     absent: list[tuple[str, int | None]] = []
-    for name in _mutable(op):
+    for name in mutable_names(op):
         elements: list[tuple[int | None, str]] = [(None, f"_{name}")]
         if f"_{name}_length" in given:
             length: Any = given.pop(f"_{name}_length")

@@ -16,8 +16,7 @@ this pass (all of it before the parts become modules of their own):
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +24,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from .aliases import fake_call, readers, root, undoes, viewed
+from .aliases import readers, root, viewed
 from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
+from .part_editor import PartEditor
 from .parts import GraphPart
 from .roles import arguments, aten, calls, same_shape, tensor
 from .symbols import as_node, expression, providers
+from .value_numbers import BY_ARGUMENT
+from .versions import WrittenInput, is_own, scatter_of, written_inputs_of
 
 #: What Inductor looks through where it changes nothing (its ``remove_noop_ops`` and ``remove_no_ops``).
 _ELIDED = {
@@ -54,16 +56,6 @@ _ELIDED = {
 }
 
 
-@dataclass
-class _Buffer:
-    """An input that the graph writes into: its versions in order, of which the first is the input itself."""
-
-    memory: Node
-    copy: Node
-    versions: list[Node]
-    reads: list[list[tuple[Node, Node]]]
-
-
 def write_in_place(gm: GraphModule, parts: Sequence[GraphPart], *, eager_pieces: bool) -> tuple[GraphPart, ...]:
     """The parts anew; see the module.
 
@@ -76,35 +68,24 @@ def write_in_place(gm: GraphModule, parts: Sequence[GraphPart], *, eager_pieces:
     return done
 
 
-class _InPlace:
+class _InPlace(PartEditor):
     def __init__(self, gm: GraphModule, parts: Sequence[GraphPart], eager_pieces: bool) -> None:
-        self.graph, self.parts = gm.graph, list(parts)
+        super().__init__(gm.graph, parts)
+        self.parts = list(parts)
         self.eager = [part.island or eager_pieces for part in parts]
-        self.place = {node: i for i, part in enumerate(parts) for node in part.nodes}
         (self.output,) = gm.graph.find_nodes(op="output")
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        self.buffers = list(_buffers(gm, placeholders))
-        #: Which buffer a version is of, and its number.
-        self.version = {
-            v: (b, k) for b in reversed(self.buffers) for k, v in enumerate(b.versions) if k == 0 or _own(v)
-        }
-        self.at = {
-            _at(b, k): b.versions[k] for b in self.buffers for k in range(1, len(b.versions)) if _own(b.versions[k])
-        }
-        #: Where a version lies, if not in memory of its own.
-        self.home: dict[Node, Node] = {}
-        #: What a reader takes instead of something that is overwritten before.
-        self.saved: dict[tuple[Node, Node], Node] = {}
-        self.taken: dict[tuple[int, Node], Node] = {}
-        #: Views of another value than they were traced with.
-        self.moved: set[Node] = set()
+        self.buffers = list(written_inputs_of(gm, gm.graph.find_nodes(op="placeholder")))
+        numbered = [(b, k, v) for b in self.buffers for k, v in enumerate(b.versions) if k == 0 or is_own(v)]
+        #: Which input a version is of, and its number.
+        self.version = {v: (b, k) for b, k, v in reversed(numbered)}
+        #: Which version a node writes, if it is written in place.
+        self.written_at = {b.at(k): v for b, k, v in numbered if k}
+        self.copies = {buffer.copy for buffer in self.buffers}
         #: Nodes that nothing needs any more.
         self.replaced: dict[Node, None] = {}
-        self.copies = {buffer.copy for buffer in self.buffers}
         #: Writes that must not be in the piece before them, by the number of that piece.
         self.tails: dict[Node, int] = {}
         self.sizes = {s: n for s, n in providers(gm).items() if n.op == "placeholder"}
-        self.last = {i: part.nodes[-1] for i, part in enumerate(parts)}
 
     def run(self) -> tuple[GraphPart, ...]:
         for p, part in enumerate(self.parts):
@@ -123,74 +104,15 @@ class _InPlace:
         if node in self.replaced or node in self.copies:
             return
         if not self.eager[p]:
-            self._localise(node, p)
+            self.localise(node, p)
             return
         change = mutation(node)
         if change is not None and change.written:
             self._run_mutation(node, change, p)
-        elif node in self.at and self._write_version(node, p):
+        elif node in self.written_at and self._write_version(node, p):
             pass
         else:
-            self._localise(node, p)
-
-    def _localise(self, node: Node, p: int) -> None:
-        moved = False
-        for argument in node.all_input_nodes:
-            local = self._local(argument, node, p)
-            if local is not argument:
-                node.replace_input_with(argument, local)
-            moved = moved or local is not argument or local in self.moved
-        if moved and viewed(node) is not None:  # passes tell aliases by the storage of fake tensors
-            node.meta["val"] = fake_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-            self.moved.add(node)
-
-    def _local(self, value: Node, reader: Node | None, p: int) -> Node:
-        """What a reader in part ``p`` takes for ``value``."""
-        if reader is not None and (reader, value) in self.saved:
-            return self.saved[reader, value]
-        if value in self.home:
-            return self.home[value]
-        source = viewed(value)
-        if source is None or self.place.get(value) == p:
-            return value
-        if (p, value) not in self.taken:
-            anchor = reader if reader is not None and self.place.get(reader) == p else None
-            with self._inserting(anchor, p):
-                of = {a: self._local(a, reader, p) for a in value.all_input_nodes}
-                copy = self.graph.node_copy(value, lambda n: of[n])
-            copy.meta = dict(value.meta)
-            copy.meta["val"] = fake_call(copy.target, copy.args, copy.kwargs)  # type: ignore[arg-type]
-            self.moved.add(copy)
-            self._put(copy, anchor, p)
-            self.taken[p, value] = copy
-        return self.taken[p, value]
-
-    def _inserting(self, anchor: Node | None, p: int) -> Any:
-        """Before a node, or else at the end of a part."""
-        return self.graph.inserting_before(anchor) if anchor is not None else self.graph.inserting_after(self.last[p])
-
-    def _put(self, node: Node, anchor: Node | None, p: int) -> None:
-        self.place[node] = p
-        if anchor is None:
-            self.last[p] = node
-
-    def _new(
-        self,
-        anchor: Node | None,
-        p: int,
-        target: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Any = None,
-        like: Node | None = None,
-    ) -> Node:
-        with self._inserting(anchor, p):
-            node = self.graph.call_function(target, args, kwargs or {})
-        if like is not None:
-            node.meta = {k: v for k, v in like.meta.items() if k != "val"}
-        if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
-            node.meta["val"] = fake_call(target, args, kwargs or {})
-        self._put(node, anchor, p)
-        return node
+            self.localise(node, p)
 
     # -- overwriting -----------------------------------------------------------------
 
@@ -202,20 +124,9 @@ class _InPlace:
             if (reader, value) in self.saved or not late(reader):
                 continue
             if value not in copies:
-                local = self._local_at(value, anchor, p)
-                copies[value] = self._new(anchor, p, aten.clone.default, (local,))
+                local = self.local_at(value, anchor, p)
+                copies[value] = self.new(anchor, p, aten.clone.default, (local,))
             self.saved[reader, value] = copies[value]
-
-    def _local_at(self, value: Node, anchor: Node | None, p: int) -> Node:
-        """A value as it is at ``anchor``: views are taken there."""
-        if value in self.home:
-            return self.home[value]
-        source = viewed(value)
-        if source is None or (self.place.get(value) == p and (anchor is None or value < anchor)):
-            return value
-        of = {a: self._local_at(a, anchor, p) for a in value.all_input_nodes}
-        args, kwargs = map_arg((value.args, value.kwargs), lambda n: of[n])  # type: ignore[misc]
-        return self._new(anchor, p, value.target, args, kwargs)  # type: ignore[arg-type]
 
     def _claim(self, version: Node, anchor: Node, p: int) -> Node:
         """The memory that the next version of a buffer is written into, at ``anchor``."""
@@ -234,15 +145,13 @@ class _InPlace:
         buffer, k = self.version[version]
         for reader, value in buffer.reads[k]:
             if reader.op == "output":
-                self.saved[reader, value] = self._new(
-                    anchor, p, aten.clone.default, (self._local_at(value, anchor, p),)
-                )
+                self.saved[reader, value] = self.new(anchor, p, aten.clone.default, (self.local_at(value, anchor, p),))
 
     # -- ops that write into arguments -------------------------------------------------
 
     def _run_mutation(self, node: Node, change: Mutation, p: int) -> None:
         """Call the op itself, on the memory or on a copy of what somebody reads later."""
-        given: dict[str, Any] = dict(map_arg(change.arguments, lambda n: self._local(n, node, p)))  # type: ignore[call-overload]
+        given: dict[str, Any] = dict(map_arg(change.arguments, lambda n: self.local(n, node, p)))  # type: ignore[call-overload]
         given |= {name: [None] * length for name, length in change.lengths.items()}
         given |= {name: None for name, place in change.absent if place is None}
         memories = []
@@ -255,7 +164,9 @@ class _InPlace:
                     given[name] = seen
                 else:
                     given[name][place] = seen
-        call = self._new(node, p, change.op, (), given, like=node)
+        call = self.new(node, p, change.op, (), given, like=node)
+        if node.target is torch.ops.higher_order.auto_functionalized:
+            call.meta[BY_ARGUMENT] = True
         self._return_values(node, change, call, given, p)
         for written, (memory, settled) in zip(change.written, memories, strict=True):
             value = new_value(node, written.output)
@@ -273,17 +184,18 @@ class _InPlace:
         old = written.old
         if value in self.version and self._is_next(old, value):
             return self._claim(old, node, p), None
-        scatter = _scatter_of(node, value)
+        scatter = scatter_of(node, value)
         if scatter is not None and self._is_next(arguments(scatter)[0], scatter):
             memory = self._claim(arguments(scatter)[0], node, p)
             self.home[scatter] = memory
-            seen = self._new(node, p, old.target, (memory, *arguments(old)[1:]), dict(old.kwargs))  # type: ignore[arg-type]
+            seen = self.new(node, p, old.target, (memory, *arguments(old)[1:]), dict(old.kwargs))  # type: ignore[arg-type]
             return seen, scatter
-        local = self._local(old, node, p)
-        read_later = any(node < reader for reader, _ in readers(old) if reader is not node)
-        if viewed(old) is None and old.op == "call_function" and local is old and not read_later:
-            return old, None
-        return self._new(node, p, aten.clone.default, (local,)), None
+        local = self.local(old, node, p)
+        here = [old, *(v for v, memory in self.home.items() if memory is local)]
+        read_later = any(node < reader for v in here for reader, _ in readers(v) if reader is not node)
+        if viewed(old) is None and root(local) is local and local.op == "call_function" and not read_later:
+            return local, None
+        return self.new(node, p, aten.clone.default, (local,)), None
 
     def _is_next(self, old: Node, new: Node | None) -> bool:
         if new not in self.version or old not in self.version:
@@ -299,15 +211,15 @@ class _InPlace:
         """What of the memory an argument looks at. A trace counts strided views from the start of the storage."""
         if view.target is None:
             return memory
-        args = map_arg(view.args, lambda n: self._local(n, anchor, p))
+        args = map_arg(view.args, lambda n: self.local(n, anchor, p))
         if view.target is not aten.as_strided.default:
-            return self._new(anchor, p, view.target, (memory, *args))  # type: ignore[misc]
+            return self.new(anchor, p, view.target, (memory, *args))  # type: ignore[misc]
         size, stride, offset = args  # type: ignore[misc]
         inside = self._difference(offset, tensor(old).storage_offset(), anchor, p)
         if memory.op == "placeholder":
-            start = self._new(anchor, p, aten.sym_storage_offset.default, (memory,))
-            inside = self._new(anchor, p, operator.add, (start, inside))
-        return self._new(anchor, p, aten.as_strided.default, (memory, size, stride, inside))
+            start = self.new(anchor, p, aten.sym_storage_offset.default, (memory,))
+            inside = self.new(anchor, p, operator.add, (start, inside))
+        return self.new(anchor, p, aten.as_strided.default, (memory, size, stride, inside))
 
     def _difference(self, offset: Any, base: Any, anchor: Node, p: int) -> Any:
         """``offset - base`` of one trace."""
@@ -319,7 +231,7 @@ class _InPlace:
             before = anchor.prev
             result = as_node(self.graph, wanted, self.sizes)
         while before is not anchor.prev and (before := before.next) is not anchor:
-            self._put(before, anchor, p)
+            self.put(before, anchor, p)
         return result
 
     def _return_values(self, node: Node, change: Mutation, call: Node, given: dict[str, Any], p: int) -> None:
@@ -339,7 +251,7 @@ class _InPlace:
             elif len(returns) == 1:
                 self.home[value] = call
             else:
-                item = self._new(node, p, operator.getitem, (call, i))
+                item = self.new(node, p, operator.getitem, (call, i))
                 self.home[value] = item
             self.replaced[value] = None
 
@@ -347,7 +259,7 @@ class _InPlace:
 
     def _write_version(self, node: Node, p: int) -> bool:
         """Write the version that an ATen op makes where the one before lies; whether that can be done."""
-        version = self.at[node]
+        version = self.written_at[node]
         buffer, k = self.version[version]
         old = buffer.versions[k - 1]
         made_of = updated(node) if version is node else viewed(arguments(node)[0])
@@ -360,15 +272,15 @@ class _InPlace:
             seen = self._local_at_memory(arguments(node)[0], memory, node, p)
             self._write(seen, node, lambda n: n is arguments(node)[0], node, p)
         else:
-            self._write(memory, node, lambda n: n is old, node, p)
+            self._write(memory, node, lambda n: n is old or self.home.get(n, n) is memory, node, p)
         self.replaced |= dict.fromkeys((node, version))
         self._settle(version, memory, node, p)
         return True
 
     def _local_at_memory(self, view: Node, memory: Node, anchor: Node, p: int) -> Node:
-        return self._new(anchor, p, view.target, (memory, *arguments(view)[1:]), dict(view.kwargs))  # type: ignore[arg-type]
+        return self.new(anchor, p, view.target, (memory, *arguments(view)[1:]), dict(view.kwargs))  # type: ignore[arg-type]
 
-    def _reads_versions(self, args: Any, kwargs: Any, buffer: _Buffer, node: Node) -> bool:
+    def _reads_versions(self, args: Any, kwargs: Any, buffer: WrittenInput, node: Node) -> bool:
         """Whether a call reads the memory that it would write into through another argument."""
         found: list[Node] = []
         map_arg((args, kwargs), found.append)  # type: ignore[arg-type, func-returns-value]
@@ -385,9 +297,9 @@ class _InPlace:
         base = arguments(value)[0] if value.args else None
         if value.target in SCATTERS and isinstance(base, Node) and is_old(base):
             look = SCATTERS[value.target]
-            rest = map_arg(arguments(value)[2:], lambda n: self._local(n, anchor, p))
-            named = {k: map_arg(v, lambda n: self._local(n, anchor, p)) for k, v in value.kwargs.items()}
-            seen = self._new(anchor, p, look, (memory, *rest), named)  # type: ignore[misc]
+            rest = map_arg(arguments(value)[2:], lambda n: self.local(n, anchor, p))
+            named = {k: map_arg(v, lambda n: self.local(n, anchor, p)) for k, v in value.kwargs.items()}
+            seen = self.new(anchor, p, look, (memory, *rest), named)  # type: ignore[misc]
 
             def is_part(node: Node) -> bool:
                 source = viewed(node)
@@ -400,52 +312,52 @@ class _InPlace:
             if self._can_move(source, value, p):
                 self._write(seen, source, is_part, anchor, p)
             else:
-                self._new(anchor, p, aten.copy_.default, (seen, self._local(source, value, p)))
+                self.new(anchor, p, aten.copy_.default, (seen, self.local(source, value, p)))
         elif form is not None and isinstance(base, Node) and is_old(base):
-            rest, named = map_arg((arguments(value)[1:], dict(value.kwargs)), lambda n: self._local(n, value, p))  # type: ignore[misc]
-            self._new(anchor, p, form, (memory, *rest), named, like=value)
+            rest, named = map_arg((arguments(value)[1:], dict(value.kwargs)), lambda n: self.local(n, value, p))  # type: ignore[misc]
+            self.new(anchor, p, form, (memory, *rest), named, like=value)
         else:
-            self._new(anchor, p, aten.copy_.default, (memory, self._local(value, anchor, p)))
+            self.new(anchor, p, aten.copy_.default, (memory, self.local(value, anchor, p)))
 
     def _can_move(self, source: Any, user: Node, p: int) -> bool:
         """Whether an op may run where its only reader stands: nothing that it reads is written in between."""
         if not isinstance(source, Node) or list(source.users) != [user] or self.place.get(source) != p:
             return False
-        written = {v for b in self.buffers for v in (b.memory, *b.versions)}
+        written = {v for b in self.buffers for v in b.versions} | set(self.home.values())
         return not any(root(n) in written for n in source.all_input_nodes if n is not source.args[0])
 
     # -- the end of a part -----------------------------------------------------------------
 
     def _end(self, p: int) -> None:
         """Leave the last version of each buffer that this part makes in the buffer's memory."""
-        stores: list[tuple[_Buffer, Node, Node]] = []
+        stores: list[tuple[WrittenInput, Node, Node]] = []
         for buffer in self.buffers:
             made = [v for k, v in enumerate(buffer.versions) if k and self._made_in(buffer, v) == p]
             if made and made[-1] is buffer.versions[-1]:
                 self.replaced[buffer.copy] = None
             if made and self.home.get(made[-1]) is not buffer.memory:
                 value = self.saved.get((buffer.copy, made[-1]))
-                stores.append((buffer, made[-1], value if value is not None else self._local_at(made[-1], None, p)))
+                stores.append((buffer, made[-1], value if value is not None else self.local_at(made[-1], None, p)))
         for buffer, version, _ in stores:
             self._before_store(buffer, version, p)
         memories = {buffer.memory for buffer, _, _ in stores}
         late = [may_be_read_late(value, memories - {buffer.memory}) for buffer, _, value in stores]
         values = [
-            self._new(None, p, aten.clone.default, (value,)) if is_late else value
+            self.new(None, p, aten.clone.default, (value,)) if is_late else value
             for (_, _, value), is_late in zip(stores, late, strict=True)
         ]
         # A compiler may look through such a clone inside of its piece: then the write is an island's.
         order = sorted(range(len(stores)), key=lambda i: late[i])
         for i in order:
             buffer, version, _ = stores[i]
-            copy = self._new(None, p, aten.copy_.default, (buffer.memory, values[i]))
+            copy = self.new(None, p, aten.copy_.default, (buffer.memory, values[i]))
             if late[i] and not self.eager[p]:
                 self.tails[copy] = p
                 del self.place[copy]
             if self._owns(buffer, version) and self._same_layout(version, buffer.memory):
                 self.home[version] = buffer.memory
 
-    def _before_store(self, buffer: _Buffer, version: Node, p: int) -> None:
+    def _before_store(self, buffer: WrittenInput, version: Node, p: int) -> None:
         """Save what later parts read of the versions that are overwritten, and give the caller a value of its own."""
         for old in buffer.versions:
             if self._owns(buffer, old) and self.home.get(old, old) is buffer.memory:
@@ -453,13 +365,13 @@ class _InPlace:
         if self._owns(buffer, version):
             for reader, read in buffer.reads[self.version[version][1]]:
                 if reader.op == "output":
-                    self.saved.setdefault((reader, read), self._local_at(read, None, p))
+                    self.saved.setdefault((reader, read), self.local_at(read, None, p))
 
-    def _owns(self, buffer: _Buffer, version: Node) -> bool:
+    def _owns(self, buffer: WrittenInput, version: Node) -> bool:
         return version in self.version and self.version[version][0] is buffer
 
-    def _made_in(self, buffer: _Buffer, version: Node) -> int:
-        return self.place.get(version, self.place[buffer.copy]) if _own(version) else self.place[buffer.copy]
+    def _made_in(self, buffer: WrittenInput, version: Node) -> int:
+        return self.place.get(version, self.place[buffer.copy]) if is_own(version) else self.place[buffer.copy]
 
     def _return(self) -> None:
         """What the graph returns: views are taken in the part that owns the memory."""
@@ -471,7 +383,7 @@ class _InPlace:
                 owner = root(value)
                 owner = self.home.get(owner, owner)
                 p = self.place.get(owner)
-                taken = self._local(value, None, p) if p is not None and p != self.place[value] else value
+                taken = self.local(value, None, p) if p is not None and p != self.place[value] else value
             if taken is not None:
                 self.output.replace_input_with(value, taken)
 
@@ -490,90 +402,6 @@ class _InPlace:
             if i in after:
                 parts.append(GraphPart(True, tuple(after[i]), ("aten::copy_",)))
         return tuple(parts)
-
-
-# -- what is written, and how ------------------------------------------------------------
-
-
-def _buffers(gm: GraphModule, placeholders: Sequence[Node]) -> Iterator[_Buffer]:
-    """The inputs that the graph writes into, in the order of the writes."""
-    claimed: set[Node] = set()
-    inputs = set(placeholders)
-    for copy in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
-        memory, value = arguments(copy)[:2]
-        if memory not in inputs or not isinstance(value, Node):
-            continue
-        versions = _versions(memory, value)
-        versions = [v for v in versions if v not in claimed]
-        claimed |= {v for v in versions if _own(v)}
-        reads = [
-            [(r, n) for r, n in readers(v) if r is not copy and r not in versions and not (k == 0 and r.op == "output")]
-            if k == 0 or _own(v)
-            else []
-            for k, v in enumerate(versions)
-        ]
-        if len(versions) == 1:  # another input is given the same value, and owns it
-            versions, reads = [memory, value], [reads[0], []]
-        yield _Buffer(memory, copy, versions, reads)
-
-
-def _own(version: Node) -> bool:
-    """Whether a version is a value of the graph, rather than another input or a constant that is written."""
-    return version.op == "call_function"
-
-
-def _versions(memory: Node, value: Node) -> list[Node]:
-    """From the input to what is put into it at last; these two alone where the chain between them is not known."""
-    chain, node = [value], value
-    while (older := _previous(node)) is not None:
-        if older is memory:
-            return [memory, *reversed(chain)]
-        chain.append(older)
-        node = older
-    return [memory, value]
-
-
-def _previous(version: Node) -> Node | None:
-    """The version that this one was made of."""
-    if calls(version, operator.getitem) and isinstance(version.args[0], Node):
-        change = mutation(version.args[0])
-        if change is not None:
-            return next((w.old for w in change.written if w.output == version.args[1]), None)
-    made = _made_through_view(version)
-    return viewed(arguments(made)[0]) if made is not None else updated(version)
-
-
-def _made_through_view(version: Node) -> Node | None:
-    """``write(view(old))`` of a version that is that, viewed back."""
-    made = viewed(version)
-    there = updated(made) if made is not None else None
-    if made is None or there is None or len(made.users) != 1:
-        return None
-    old = viewed(there)
-    whole = old is not None and undoes(version, there) and same_shape(old, version)
-    return made if whole else None
-
-
-def _at(buffer: _Buffer, k: int) -> Node:
-    """The node that writes version ``k``, if it is written in place."""
-    version = buffer.versions[k]
-    made = _made_through_view(version) if _own(version) else None
-    return made if made is not None else version
-
-
-def _scatter_of(node: Node, value: Node | None) -> Node | None:
-    """The scatter that puts what an op made of a view back into what was viewed."""
-    if value is None or len(value.users) != 1:
-        return None
-    (scatter,) = value.users
-    if scatter.target not in SCATTERS or arguments(scatter)[1] is not value:
-        return None
-    written = mutation(node)
-    assert written is not None
-    old = next(w.old for w in written.written if w.output == value.args[1])
-    base = viewed(old)
-    alike = old.target is SCATTERS[scatter.target] and arguments(old)[1:] == arguments(scatter)[2:]
-    return scatter if base is arguments(scatter)[0] and alike and old.kwargs == scatter.kwargs else None
 
 
 def may_be_read_late(value: Node, written: set[Node]) -> bool:

@@ -78,7 +78,7 @@ def give_sizes(gm: GraphModule, parts: Sequence[GraphPart]) -> tuple[GraphPart, 
         if part.island:
             continue
         inputs = dict.fromkeys(a for n in part.nodes for a in n.all_input_nodes if place.get(a) != i)
-        needed = sorted({s for a in inputs for s in _symbols(a)}, key=str)
+        needed = sorted({s for a in inputs for s in symbols_of(a)}, key=str)
         for symbol in needed:
             if symbol not in known:
                 _measure(gm, symbol, inputs, known, place, nodes, first)
@@ -130,7 +130,8 @@ def _measure(
             return
 
 
-def _symbols(node: Node) -> set[sympy.Symbol]:
+def symbols_of(node: Node) -> set[sympy.Symbol]:
+    """The size symbols that a value's layout depends on, or an integer."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         numbers = [*value.shape, *value.stride(), value.storage_offset()]

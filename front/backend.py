@@ -47,8 +47,10 @@ from .compile_passes.provenance import input_names, name_inputs
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport
 from .compile_passes.sizes import padding, size_rule
+from .compile_passes.spec import check_parts
 from .compile_passes.split import SplitPlan, split
 from .compile_passes.symbols import fix_storage_offsets, give_sizes
+from .compile_passes.value_numbers import FunctionalNumbers
 from .compile_passes.verify import verify
 from .options import Options
 from .runtime.channel import Channel
@@ -327,8 +329,13 @@ class Backend:
         """Cut the graph where the verdicts say, with writes in place and the sizes that each piece needs."""
         eager = self.options.piece_compiler == "eager"
         fix_storage_offsets(gm)
+        before = FunctionalNumbers(gm) if self.options.check_parts else None
         parts = write_in_place(gm, cut(gm, verdicts), eager_pieces=eager)
-        return split(gm, parts if eager else give_sizes(gm, parts))
+        if not eager:
+            parts = give_sizes(gm, parts)
+        if before is not None:
+            check_parts(gm, parts, before, device_of(gm), sizes=not eager)
+        return split(gm, parts)
 
     def _graphs(self, device: torch.device, workspaces: Workspaces | None) -> GraphBackend | None:
         """What captures; None where this device has no graphs and nobody asked for the simulation."""

@@ -33,7 +33,15 @@ _CHOICES = {
     "on_capture_failure": ("uncaptured", "raise"),
 }
 _SECONDS = ("step_seconds", "warm_up_seconds", "agree_seconds")
-_FLAGS = ("verify", "pad_to_capture_size", "static_outputs", "deterministic", "plain_all_reduce", "check_every_step")
+_FLAGS = (
+    "verify",
+    "pad_to_capture_size",
+    "static_outputs",
+    "deterministic",
+    "plain_all_reduce",
+    "check_parts",
+    "check_every_step",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class Options:
     numerics: ``"kernel"`` fuses also where the source rounds at another place than the fused op
         and notes it; ``"strict"`` declines those sites.
     verify: run every rewrite against what it replaces, on generated inputs, before it is accepted.
+    check_parts: compare the cut graph, whose parts write in place, with the functional graph that it was made of, value
+        by value, before it is used.
     max_tokens: the largest token count that a fused kernel's workspace is made for; no capture
         size may exceed it. The reference collective has no workspace.
     all_reduce_ops: an engine's own all-reduce ops: names of those that take the name of a torch process group as an
@@ -101,6 +111,7 @@ class Options:
     piece_compiler: str = "inductor"
     numerics: str = "kernel"
     verify: bool = False
+    check_parts: bool = True
     max_tokens: int | None = None
     all_reduce_ops: Mapping[str, GroupOf] = field(default_factory=dict)
     norm_ops: Mapping[str, float] = field(default_factory=dict)

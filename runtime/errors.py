@@ -160,6 +160,10 @@ class DataDependentValueError(CaptureError):
     """An eager island returned another number than when the graph was captured."""
 
 
+class PartSpecError(RingfenceError):
+    """A part of a cut graph breaks a rule that every part keeps: a fault of ringfence, found before it can do harm."""
+
+
 class VersionError(RingfenceError, ValueError):
     """A version cannot be read, or its protocols are not known."""
 

@@ -57,7 +57,10 @@ def aot_graph(
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         decompositions = select_decomp_table() if inductor else {}
         return aot_autograd(  # type: ignore[no-any-return]
-            fw_compiler=keep, inference_compiler=keep, decompositions=decompositions
+            fw_compiler=keep,
+            inference_compiler=keep,
+            decompositions=decompositions,
+            keep_inference_input_mutations=True,
         )(gm, example_inputs)
 
     torch._dynamo.reset()
