@@ -6,6 +6,7 @@ Dynamo graph -> AOT -> find -> prepare (who carries it out) -> fuse -> judge -> 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import platform
@@ -213,6 +214,7 @@ class Backend:
             static_outputs=options.static_outputs,
             journal=self.supervisor.journal,
             supervision=supervision,
+            note=functools.partial(self._add_note, len(self.reports)),
             collective=str(situation.collective),
         )
         self._report(
@@ -347,6 +349,11 @@ class Backend:
         if device.type != "cuda":
             return None
         return CudaGraphs(device, workspaces.control_words) if workspaces is not None else CudaGraphs(device)
+
+    def _add_note(self, index: int, note: str) -> None:
+        """What shows of a graph when it is called."""
+        report = self.reports[index]
+        self.reports[index] = replace(report, notes=(*report.notes, note))
 
     def _report(self, report: CompileReport) -> None:
         self.reports.append(report)

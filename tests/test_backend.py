@@ -174,6 +174,24 @@ def test_parameters_may_change_in_place_and_move() -> None:
         assert relative_error(compiled(x), model(x)) <= 8 * TOLERANCE[torch.float32]
 
 
+def test_a_cache_that_is_an_argument_is_named_in_the_report() -> None:
+    def serve(x: Tensor, cache: Tensor) -> Tensor:
+        h = x * 2
+        cache[:4] = h
+        return cache.sum(0) + h
+
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
+    compiled = torch.compile(serve, backend=backend)
+    caches = [torch.randn(1 << 16, H) for _ in range(2)]
+    with torch.no_grad():
+        for cache in (*caches, *caches):
+            x, kept = rows(4), cache.clone()
+            torch.testing.assert_close(compiled(x, cache), serve(x, kept))
+            assert torch.equal(cache, kept)
+    (note,) = [note for note in backend.reports[0].notes if "mark_static_address" in note]
+    assert "cache" in note and "(4.0 MiB)" in note
+
+
 @pytest.mark.usefixtures("fake_group")
 def test_padding_serves_smaller_sizes_by_a_captured_one() -> None:
     model = Model()

@@ -43,6 +43,8 @@ CACHES = 8
 SIZES = 8
 #: How often parameters may move before they are taken to do it by design.
 MOVES = 2
+#: Bytes of an input whose copies in every step are worth a note.
+_LARGE = 16 << 20
 #: Calls after a capture in which ranks that capture collectives compare whether parameters moved.
 _COMPARED = 2
 
@@ -229,6 +231,24 @@ class Places:
                 stacklevel=2,
             )
 
+    def note(self, args: Sequence[Any], copied: Sequence[int]) -> None:
+        """What the report says of the inputs of captured calls, once each."""
+        for i in self.written:
+            self._say(
+                f"written {i}",
+                f"input '{self._names[i]}' ({_mib(args[i])}) is written and stays where the caller has it: at another "
+                "address it is captured anew; a cache that stays is best marked with torch._dynamo.mark_static_address",
+                warns=False,
+            )
+        for i in copied:
+            if isinstance(args[i], Tensor) and args[i].numel() * args[i].element_size() >= _LARGE:
+                self._say(
+                    f"copied {i}",
+                    f"input '{self._names[i]}' ({_mib(args[i])}) is copied in every captured step; if it stays where "
+                    "it is, as a cache does, mark it with torch._dynamo.mark_static_address",
+                    warns=False,
+                )
+
     # -- words ----------------------------------------------------------------------------
 
     def _give_up(self, module: _Module, name: str) -> None:
@@ -249,12 +269,18 @@ class Places:
             "torch._dynamo.mark_static_address",
         )
 
-    def _say(self, about: str, text: str) -> None:
-        """Say something once, to the user and in the report."""
-        if about not in self._said:
-            self._said.add(about)
-            self._note(text)
+    def _say(self, about: str, text: str, *, warns: bool = True) -> None:
+        """Say something once, in the report and, if it ``warns``, to the user."""
+        if about in self._said:
+            return
+        self._said.add(about)
+        self._note(text)
+        if warns:
             warnings.warn(f"ringfence: {text}", MovedInputWarning, stacklevel=2)
+
+
+def _mib(tensor: Tensor) -> str:
+    return f"{tensor.numel() * tensor.element_size() / 2**20:.1f} MiB"
 
 
 def _addresses(args: Sequence[Any], indices: Sequence[int]) -> tuple[int, ...]:

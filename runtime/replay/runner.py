@@ -57,9 +57,6 @@ from .pool import Pool
 from .program import Padding, Program, SizeRule
 from .recording import Recording, reads_of
 
-#: Bytes of an input whose copies in every step are worth a note.
-_LARGE = 16 << 20
-
 
 class PiecewiseRunner:
     """Calls a :class:`Program` with the arguments of its graph; returns a list of outputs.
@@ -106,8 +103,6 @@ class PiecewiseRunner:
         self._closed = closed
         self._max_tokens = max_tokens
         self._static_outputs = static_outputs
-        self._note = note
-        self._noted: set[int] = set()
         self._places = Places(program, sizes, self._supervision, note)
         self._entries = self._places.entries
         self._reads = reads_of(program, self._places.kept)
@@ -366,21 +361,12 @@ class PiecewiseRunner:
                 shape = [target[0] if d in grown[i] else n for d, n in enumerate(args[i].shape)]
                 recording.buffer(i, args[i].new_empty(shape))
             elif isinstance(args[i], Tensor):
-                self._note_copy(i, args[i])
                 recording.buffer(i, args[i])
             elif target != sizes and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
+        self._places.note(args, self._dynamic)
         self._load(entry, sizes, args)
         recording.steps(marks)
-
-    def _note_copy(self, index: int, value: Tensor) -> None:
-        nbytes = value.numel() * value.element_size()
-        if nbytes >= _LARGE and index not in self._noted:
-            self._noted.add(index)
-            self._note(
-                f"input '{self._program.inputs[index]}' ({nbytes / 2**20:.0f} MiB) is copied in every captured step; "
-                "if it stays where it is, as a cache does, mark it with torch._dynamo.mark_static_address"
-            )
 
     def _keep_or_drop(self, entry: _Entry, args: Sequence[Any], agreed: bool) -> None:
         """Use the captures from now on if every rank that captured has its own; if not, no rank does."""
