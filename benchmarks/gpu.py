@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import ringfence
 from ringfence.runtime.channel import open_channel
-from ringfence.runtime.collectives import flashinfer
+from ringfence.runtime.collectives import mnnvl, trtllm
+from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.collectives.ready import Wanted, prepare
 from ringfence.runtime.groups import describe_group
 
@@ -115,20 +116,20 @@ def bare(
     strategy = workspace.strategy(*x.shape, x.dtype) if workspace is not None else None
     if workspace is None or strategy is None:
         raise RuntimeError(f"{collective} does not serve {list(x.shape)}")
-    kernels = workspace.kernels
+    kernels, epilogue = workspace.kernels, Epilogue(residual=True, norm=RmsNorm(EPS))
     buffers = [(torch.empty_like(x), torch.empty_like(x)) for _ in range(2)]
 
     def run() -> tuple[Tensor, Tensor]:
         norm, total = x, residual
         for i, weight in enumerate(chain.weights):
             norm_out, total_out = buffers[i % 2]
-            kernels.fused(norm, total, weight, EPS, 0.0, strategy, norm_out, total_out)
+            kernels.run(norm, epilogue, strategy, (total, weight), norm_out, total_out)
             norm, total = norm_out, total_out
         return norm, total
 
     with (  # the product asks for it of mnnvl only, up to a size: see there
-        mock.patch.object(flashinfer, "_PDL", pdl),
-        mock.patch.object(flashinfer, "_MNNVL_PDL_UP_TO", 1 << 30 if pdl else 0),
+        mock.patch.object(trtllm, "_PDL", pdl),
+        mock.patch.object(mnnvl, "_PDL_UP_TO", 1 << 30 if pdl else 0),
     ):
         graph, outputs = r.captured(run)
     return Contender(bare_name(collective, pdl), graph.replay, outputs, (workspace, run, chain))

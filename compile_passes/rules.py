@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ..runtime.collectives import table
 from ..runtime.hazards.situation import Collective, Fact
 from .host import Unsafe
 
@@ -35,7 +36,7 @@ class OpFacts:
 
     op: str
     backend: str | None
-    carrier: Collective | None
+    carrier: str | None
     named_split: bool
     capture: bool
     collective: bool
@@ -62,7 +63,7 @@ class Rule:
 _HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
 
 #: Who keeps the epoch, slot and flags of a call in words on the device.
-_DEVICE_EPOCH = frozenset({Collective.MNNVL, Collective.TRTLLM})
+_DEVICE_EPOCH = frozenset(one.name for one in table.ALL if one.epoch_on_device)
 
 #: Ops of engines and of FlashInfer that must not be in a captured piece, though nothing marks them.
 KNOWN_UNSAFE: Mapping[str, Fact] = {

@@ -263,7 +263,7 @@ class Backend:
         group = groups[name]
         reference_only = why_reference_only(group, device)
         if options.collective == "reference" or self.judge_as is not None or reference_only is not None:
-            if options.collective in ("trtllm", "mnnvl"):
+            if options.collective not in ("auto", "reference"):
                 raise CollectiveUnavailableError(
                     f"collective='{options.collective}' cannot be had: {reference_only}; leave it 'auto' to fall back"
                 )

@@ -19,8 +19,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from .runtime.collectives.choice import RankFacts, choose, own_opt_outs, probe
+from .runtime.collectives import table
+from .runtime.collectives.choice import choose
 from .runtime.collectives.flashinfer import Unavailable, load
+from .runtime.collectives.opt_outs import own_opt_outs
+from .runtime.collectives.rank_facts import RankFacts, probe
 from .runtime.collectives.ready import reference_collective, situation_of
 from .runtime.errors import VersionError
 from .runtime.groups import nccl_version
@@ -188,7 +191,7 @@ def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
         return []
     return [
         (hazard, f"{collective} of FlashInfer {version}")
-        for collective in (Collective.MNNVL, Collective.TRTLLM)
+        for collective in dict.fromkeys(one.name for one in table.ALL if one.make is not None)
         for hazard in applicable(Situation(collective, version, dtype="bfloat16"))  # float16 has a row more, M49
     ]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .runtime.collectives import table
 from .runtime.collectives.size_table import read_table
 from .runtime.errors import OptionsError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .compile_passes.report import CompileReport
 
 _CHOICES = {
-    "collective": ("auto", "reference", "trtllm", "mnnvl"),
+    "collective": ("auto", *dict.fromkeys(str(one.name) for one in reversed(table.ALL))),
     "transport": ("auto", "peer", "multicast"),
     "piece_compiler": ("inductor", "eager"),
     "numerics": ("kernel", "strict"),
@@ -181,9 +182,12 @@ class Options:
             raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
         if options.deterministic and options.max_tokens is None:
             raise OptionsError("deterministic=True needs max_tokens: the largest token count that you will send")
-        if options.transport != "auto" and options.collective not in ("auto", "mnnvl"):
+        ways = [one.name for one in table.ALL]
+        several = [str(name) for name in dict.fromkeys(ways) if ways.count(name) > 1]
+        if options.transport != "auto" and options.collective not in ("auto", *several):
             raise OptionsError(
-                f"transport='{options.transport}' is for collective='mnnvl', not '{options.collective}'; leave it out"
+                f"transport='{options.transport}' is for collective='{' or '.join(several)}', "
+                f"not '{options.collective}'; leave it out"
             )
         if options.size_table is not None:
             if not isinstance(options.size_table, str | os.PathLike):

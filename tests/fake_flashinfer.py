@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import ready, reference
-from ringfence.runtime.collectives.buffer_dump import Memory
-from ringfence.runtime.collectives.choice import RankFacts
+from ringfence.runtime.collectives import mnnvl, ready, reference, table, trtllm
+from ringfence.runtime.collectives.epilogue import Epilogue
+from ringfence.runtime.collectives.kernels import Implementation, KernelMemory
+from ringfence.runtime.collectives.rank_facts import RankFacts
 from ringfence.runtime.errors import WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
@@ -31,7 +32,7 @@ FACTS = RankFacts(
 )
 
 
-def memory(collective: Collective = Collective.TRTLLM, **other: Any) -> Memory:
+def memory(collective: Collective = Collective.TRTLLM, **other: Any) -> KernelMemory:
     """Of rank 0 of two, at addresses that nobody may read."""
     given: dict[str, Any] = {
         "rank": 0,
@@ -42,7 +43,8 @@ def memory(collective: Collective = Collective.TRTLLM, **other: Any) -> Memory:
         "element": 4 if collective is Collective.MNNVL else 2,
         "keeps_own": True,
     }
-    return Memory(collective, **given | other)
+    layout = mnnvl.LAYOUT if collective is Collective.MNNVL else trtllm.LAYOUT
+    return KernelMemory(layout, **given | other)
 
 
 def one_shot_norm(total: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
@@ -58,33 +60,32 @@ class FakeKernels:
         self.words = 0
         self.memory = memory(Collective(name.partition("/")[0]))
 
-    def fused(
+    def run(
         self,
         x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        weight_bias: float,
+        epilogue: Epilogue,
         strategy: Strategy,
-        norm_out: Tensor,
-        residual_out: Tensor,
+        operands: tuple[Tensor, Tensor] | None,
+        norm: Tensor | None,
+        out: Tensor,
     ) -> None:
-        assert not self.closed and x.ndim == 2 and x.is_contiguous() and residual.is_contiguous()
-        self.package.calls.append((self.name, str(strategy), tuple(x.shape)))
+        assert not self.closed and x.ndim == 2 and x.is_contiguous()
+        self.package.calls.append((self.name, str(strategy) if operands else "all_reduce", tuple(x.shape)))
         self.memory.note(x, strategy)
         self.words += 1
-        norm, out = reference.add_rms_norm(reference.all_reduce(x, self.group), residual, weight, eps, weight_bias)
+        reduced = reference.all_reduce(x, self.group)
+        if operands is None or norm is None or epilogue.norm is None:
+            assert epilogue == Epilogue()
+            out.copy_(reduced)
+            return
+        assert epilogue.residual and operands[0].is_contiguous()
+        normed, total = reference.apply(epilogue, reduced, *operands)
         if self.name.startswith("mnnvl") and strategy is Strategy.ONE_SHOT:
-            norm = one_shot_norm(out, weight, eps, weight_bias)
-        norm_out.copy_(norm)
-        residual_out.copy_(out)
+            normed = one_shot_norm(total, operands[1], epilogue.norm.eps, epilogue.norm.weight_bias)
+        norm.copy_(normed)
+        out.copy_(total)
         if self.name in self.package.wrong:
-            norm_out[0, 0] += 1
-
-    def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
-        assert not self.closed
-        self.package.calls.append((self.name, "all_reduce", tuple(x.shape)))
-        out.copy_(reference.all_reduce(x, self.group))
+            norm[0, 0] += 1
 
     def control_words(self) -> tuple[int, ...]:
         return (self.words,)
@@ -105,16 +106,7 @@ class FakeFlashInfer:
     made: list[tuple[str, int, int]] = field(default_factory=list)
     kernels: list[FakeKernels] = field(default_factory=list)
 
-    def trtllm(self, channel: Channel, group: Any, max_tokens: int, hidden: int, dtype: torch.dtype) -> FakeKernels:
-        return self._make("trtllm", channel, max_tokens, hidden, (Strategy.ONE_SHOT, Strategy.TWO_SHOT))
-
-    def mnnvl_peer(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> FakeKernels:
-        return self._make("mnnvl/peer", channel, max_tokens, hidden, (Strategy.ONE_SHOT,))
-
-    def mnnvl_multicast(self, channel: Channel, max_tokens: int, hidden: int, dtype: torch.dtype) -> FakeKernels:
-        return self._make("mnnvl/multicast", channel, max_tokens, hidden, (Strategy.ONE_SHOT, Strategy.TWO_SHOT))
-
-    def _make(
+    def make(
         self, name: str, channel: Channel, max_tokens: int, hidden: int, strategies: tuple[Strategy, ...]
     ) -> FakeKernels:
         if name in self.broken:
@@ -125,11 +117,25 @@ class FakeFlashInfer:
         return self.kernels[-1]
 
 
+def fakes(package: Callable[[], FakeFlashInfer]) -> tuple[Implementation, ...]:
+    """The table, with the fake package's kernels in place of FlashInfer's."""
+
+    def of(one: Implementation) -> Implementation:
+        name = "trtllm" if one.name == "trtllm" else str(one)
+
+        def make(channel: Channel, group: Any, max_tokens: int, hidden: int, dtype: torch.dtype) -> FakeKernels:
+            return package().make(name, channel, max_tokens, hidden, one.strategies)
+
+        return replace(one, make=make)
+
+    return tuple(one if one.make is None else of(one) for one in table.ALL)
+
+
 @contextlib.contextmanager
 def installed(package: FakeFlashInfer, facts: RankFacts = FACTS) -> Iterator[FakeFlashInfer]:
     """This process has FlashInfer and a GPU, as far as can be told."""
     with (
-        mock.patch.object(ready, "load", lambda: package),
+        mock.patch.object(table, "ALL", fakes(lambda: package)),
         mock.patch.object(ready, "probe", lambda device: facts),
         mock.patch("ringfence.backend.why_reference_only", lambda group, device: None),
     ):

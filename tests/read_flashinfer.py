@@ -8,7 +8,6 @@ FlashInfer writes a cache below ``FLASHINFER_WORKSPACE_BASE``.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import gc
 import inspect
 import itertools
@@ -26,6 +25,9 @@ import torch.distributed as dist
 
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import flashinfer as adapter
+from ringfence.runtime.collectives import kernels as contract
+from ringfence.runtime.collectives import mnnvl, trtllm
+from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.errors import RingfenceError
 
 GRANULE = 2 << 20
@@ -85,7 +87,7 @@ def on_two_ranks(body: Callable[[Channel], Any]) -> list[Any]:
         return list(pool.map(run, range(2)))
 
 
-def use(kernels: adapter.Kernels, dtype: torch.dtype = torch.bfloat16) -> dict[int, str]:
+def use(kernels: contract.Kernels, dtype: torch.dtype = torch.bfloat16) -> dict[int, str]:
     """Call everything once; the names of the tensors, by address."""
     names = ("input", "residual", "norm", "out")
     tensors = {name: torch.zeros(TOKENS, HIDDEN, dtype=dtype) for name in names} | {
@@ -93,8 +95,8 @@ def use(kernels: adapter.Kernels, dtype: torch.dtype = torch.bfloat16) -> dict[i
     }
     x, residual, norm, out, weight = (tensors[n] for n in (*names, "weight"))
     for strategy in kernels.strategies:
-        kernels.fused(x, residual, weight, 1e-5, 1.0, strategy, norm, out)
-        kernels.all_reduce(x, out, strategy)
+        kernels.run(x, Epilogue(True, RmsNorm(1e-5, 1.0)), strategy, (residual, weight), norm, out)
+        kernels.run(x, Epilogue(), strategy, None, None, out)
     kept.append(tensors)  # their addresses stay theirs
     return {t.data_ptr(): name for name, t in tensors.items()}
 
@@ -116,7 +118,8 @@ def main() -> None:
         return
     facts["version"] = package.version
 
-    from flashinfer.comm import allreduce, mnnvl, trtllm_ar, trtllm_mnnvl_ar
+    from flashinfer.comm import allreduce, trtllm_ar, trtllm_mnnvl_ar
+    from flashinfer.comm import mnnvl as fi_mnnvl
 
     driver, raw, words = Driver(), Recorder(), torch.zeros(9, dtype=torch.int32)
     runtime = types.SimpleNamespace(
@@ -139,15 +142,15 @@ def main() -> None:
     sys.modules["cuda.bindings.runtime"] = runtime  # type: ignore[assignment]
     with (
         mock.patch("cuda.bindings.runtime", runtime),
-        mock.patch.object(mnnvl, "cuda", driver),
-        mock.patch.object(mnnvl, "is_mnnvl_fabric_supported", lambda index: True),
-        mock.patch.object(mnnvl, "alloc_and_copy_to_cuda", lambda pointers: 0xDE0 + _rank.number),
+        mock.patch.object(fi_mnnvl, "cuda", driver),
+        mock.patch.object(fi_mnnvl, "is_mnnvl_fabric_supported", lambda index: True),
+        mock.patch.object(fi_mnnvl, "alloc_and_copy_to_cuda", lambda pointers: 0xDE0 + _rank.number),
         mock.patch.object(trtllm_ar, "cudart", runtime),
         mock.patch.object(trtllm_ar, "trtllm_lamport_initialize", lambda *_: None),
         mock.patch.object(trtllm_ar, "get_trtllm_comm_module", lambda: raw),
         mock.patch.object(trtllm_ar, "_alloc_symm_buffer_bytes", lambda *_: torch_symmetric.append(1)),
         mock.patch.object(trtllm_mnnvl_ar, "gen_trtllm_mnnvl_comm_module", lambda: built),
-        mock.patch.object(adapter, "_device_words", device_words),
+        mock.patch.object(contract, "device_words", device_words),
         mock.patch.object(torch, "tensor", tensor),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(torch.cuda, "device_count", lambda: 2),
@@ -157,11 +160,11 @@ def main() -> None:
         facts["mnnvl parameters"] = list(inspect.signature(launch).parameters)
 
         group = types.SimpleNamespace(group_name="0")
-        made: dict[str, Callable[[Channel], adapter.Kernels]] = {
-            "trtllm": lambda c: package.trtllm(c, group, TOKENS, HIDDEN, torch.bfloat16),  # type: ignore[arg-type]
-            "trtllm float32": lambda c: package.trtllm(c, group, TOKENS, HIDDEN, torch.float32),  # type: ignore[arg-type]
-            "mnnvl peer": lambda c: package.mnnvl_peer(c, TOKENS, HIDDEN, torch.bfloat16),
-            "mnnvl multicast": lambda c: package.mnnvl_multicast(c, TOKENS, HIDDEN, torch.bfloat16),
+        made: dict[str, Callable[[Channel], contract.Kernels]] = {
+            "trtllm": lambda c: trtllm.create(package, c, group, TOKENS, HIDDEN, torch.bfloat16),  # type: ignore[arg-type]
+            "trtllm float32": lambda c: trtllm.create(package, c, group, TOKENS, HIDDEN, torch.float32),  # type: ignore[arg-type]
+            "mnnvl peer": lambda c: mnnvl.create_peer(package, c, group, TOKENS, HIDDEN, torch.bfloat16),
+            "mnnvl multicast": lambda c: mnnvl.create_multicast(package, c, group, TOKENS, HIDDEN, torch.bfloat16),
         }
         for name, make in made.items():
             driver.calls.clear()
@@ -172,7 +175,7 @@ def main() -> None:
                 "driver": sorted({call for _, call in driver.calls}),
                 "allocations": sum(call == "cuMemCreate" for _, call in driver.calls),
                 "buffer_bytes": [k.memory.buffer_bytes for k in kernels],
-                "memory": [dataclasses.asdict(k.memory) | {"calls": []} for k in kernels],
+                "memory": [{n: v for n, v in vars(k.memory).items() if n != "layout"} | {"calls": []} for k in kernels],
                 "control_words": [len(k.control_words()) for k in kernels],
                 "words at": sorted(on_cuda),
                 "kept": len(trtllm_ar._symm_workspace_refs),

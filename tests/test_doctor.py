@@ -17,7 +17,7 @@ from ringfence.cli import main
 from ringfence.commands.doctor import as_dict, as_text
 from ringfence.commands.terminal import FAILED, OK, USAGE
 from ringfence.doctor import Facts, Found, Gpu, Links, advise, gather, hazards_of_version
-from ringfence.runtime.collectives.choice import MULTICAST_OPT_OUTS
+from ringfence.runtime.collectives.opt_outs import MULTICAST_OPT_OUTS
 from ringfence.runtime.hazards.situation import Collective
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import OptionsError, RingfenceError, TargetError
+from ..runtime.hazards.hazard import ALL_REDUCES
+from ..runtime.protocol.plan import MODELLED
 from .arguments import Commands, count, world_size
 from .targets import load
 from .terminal import OK, first_lines, say, say_if_unread, stage
@@ -41,7 +43,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--collective",
-        choices=("mnnvl", "trtllm"),
+        choices=[str(name) for name in MODELLED if name in ALL_REDUCES],
         help="judge the fused sites as this collective's, though it need not run here",
     )
     parser.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")

@@ -1,19 +1,15 @@
-"""Arrivals: what the memory of a workspace says about a call that does not return. Pure: words in, values out.
+"""Buffer dump: what the memory of a workspace says about a call that does not return. Pure: words in, values out.
 
 Every kernel here waits in the same way: the peers store their parts into this rank's *Lamport buffer*,
-and this rank polls until no element holds the sentinel -0.0 any more. The layout of a buffer, in rows of one token:
-
-- mnnvl, one-shot:  ``[token][source]``, so the place of a row does not depend on the number of tokens
-- mnnvl, two-shot:  ``[token // ranks][source]`` in the first half, sums ``[token]`` in the second
-- trtllm, one-shot: ``[source][token]``, which depends on it
-- trtllm, two-shot: no buffer; 256 flags per source, which count barriers modulo 3
+and this rank polls until no element holds the sentinel -0.0 any more. Where a row of one token is in a buffer is the
+collective's :class:`.kernels.Layout`.
 
 The block that is first to finish turns to the next buffer once all blocks have *begun*. So a call of which something
 has arrived may wait in the buffer before the current one, whose extent is in the control words then.
 
 The number of tokens of a call that has not come so far is on no device and, in a replay, on no host. But a graph
-can hold only calls that the host has launched or captured before (``Memory.calls``), and this rank's own part is in
-its buffer whole. So a *reading* is a shape that was launched and that what is there fits; there may be several.
+can hold only calls that the host has launched or captured before (``KernelMemory.calls``), and this rank's own part is
+in its buffer whole. So a *reading* is a shape that was launched and that what is there fits; there may be several.
 
 Source: trtllm_mnnvl_allreduce.cuh and trtllm_allreduce_fusion.cuh of FlashInfer 0.6.18.
 """
@@ -21,29 +17,18 @@ Source: trtllm_mnnvl_allreduce.cuh and trtllm_allreduce_fusion.cuh of FlashInfer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..channel import ranks_text
-from ..hazards.situation import Collective, Strategy
+from ..hazards.situation import Strategy
+from .kernels import BUFFERS, KernelMemory
 
 #: Rows are whole multiples of it (the requirement "warp"), so a buffer is looked at in cells of this many bytes.
 CELL = 512
-
-#: Lamport buffers that take turns.
-BUFFERS = 3
-
-#: The words of :mod:`..protocol.mnnvl` and :mod:`..protocol.trtllm`, by name.
-WORDS: Mapping[Collective, tuple[str, ...]] = {
-    Collective.MNNVL: (
-        *("buffer", "dirty_buffer", "buffer_bytes", "dirty_stages"),
-        *("clear_bytes_0", "clear_bytes_1", "clear_bytes_2", "clear_bytes_3", "arrived_blocks"),
-    ),
-    Collective.TRTLLM: ("arrived_blocks", "two_shot_flag", "buffer", "buffer_bytes", "clear_elements"),
-}
 
 #: Barrier flags of each source (kBarrierFlagCount).
 FLAGS = 256
@@ -51,65 +36,6 @@ FLAGS = 256
 _SENTINEL = {2: (torch.int16, -(2**15)), 4: (torch.int32, -(2**31))}
 _MOST_READINGS = 4
 _MOST_RUNS = 4
-
-
-#: Offset and size in bytes: of the front of a buffer, and of the sums of two-shot.
-Parts = tuple[tuple[int, int], tuple[int, int]]
-
-
-class Shape(NamedTuple):
-    """What a call was launched with. row_bytes: of one token."""
-
-    strategy: Strategy
-    tokens: int
-    row_bytes: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Where the kernels of one rank keep what a hang leaves behind: addresses on its device, sizes in bytes.
-
-    words: the control words. lamport: three buffers of ``buffer_bytes``. element: width of the
-    sentinel, 2 (0x8000) or 4 (0x80000000). keeps_own: this rank's part is in its own buffer too.
-    flags: the barrier flags of two-shot, where it has any. calls: every shape that the host launched or captured.
-    """
-
-    collective: Collective
-    rank: int
-    world_size: int
-    words: int
-    lamport: int
-    buffer_bytes: int
-    element: int
-    keeps_own: bool
-    flags: int | None = None
-    calls: set[Shape] = field(default_factory=set)
-
-    def note(self, x: Tensor, strategy: Strategy) -> None:
-        """A call with input ``x`` of ``[tokens, hidden]`` is launched, or captured."""
-        self.calls.add(Shape(strategy, x.shape[0], x.shape[1] * x.element_size()))
-
-    def previous(self, words: Mapping[str, int]) -> tuple[int, Parts]:
-        """The buffer before the current one, and what the call that turned to the current one uses of it."""
-        half = self.buffer_bytes // 2
-        if self.collective is Collective.TRTLLM:
-            buffer, front, back = (words["buffer"] + BUFFERS - 1) % BUFFERS, words["clear_elements"] * self.element, 0
-        else:
-            buffer, front = words["dirty_buffer"], words["clear_bytes_0"]
-            back = words["clear_bytes_1"] if words["dirty_stages"] > 1 else 0
-        return buffer, ((0, min(front, self.buffer_bytes)), (half, min(back, half)))
-
-    def parts(self) -> Parts:
-        """Offset and size of what the largest calls use of a buffer: its front, and the sums of two-shot."""
-        front = back = 0
-        for strategy, tokens, row in tuple(self.calls):  # the main thread may add one
-            if strategy is Strategy.ONE_SHOT:
-                front = max(front, tokens * self.world_size * row)
-            elif self.collective is Collective.MNNVL:
-                front = max(front, -(-tokens // self.world_size) * self.world_size * row)
-                back = max(back, tokens * row)
-        half = self.buffer_bytes // 2
-        return (0, min(front, self.buffer_bytes)), (half, min(back, half))
 
 
 class Cells:
@@ -227,54 +153,21 @@ class Reading:
         return value | ({"sums_from": by_rank(self.sums)} if self.sums else {})
 
 
-def readings(memory: Memory, front: Cells, back: Cells) -> list[Reading]:
+def readings(memory: KernelMemory, front: Cells, back: Cells) -> list[Reading]:
     """The shapes that were launched and that the current buffer fits, at most four."""
-    ranks = range(memory.world_size)
-    found: list[Reading] = []
-    calls = tuple(memory.calls)
-    for strategy, row in sorted({(c.strategy, c.row_bytes) for c in calls}):
-        rows = front.rows(row)
-        if memory.collective is Collective.TRTLLM:
-            if strategy is Strategy.ONE_SHOT:
-                counts = sorted(c.tokens for c in calls if (c.strategy, c.row_bytes) == (strategy, row))
-                found += _by_token_count(memory, rows, counts)
-            continue
-        parts = tuple(rows.part(range(r, len(rows.whole), memory.world_size)) for r in ranks)
-        if strategy is Strategy.ONE_SHOT:
-            found.append(Reading(strategy, row, None, parts))
-        else:
-            summed, half = back.rows(row), memory.buffer_bytes // 2
-            sums = tuple(summed.part(range(r, len(summed.whole), memory.world_size), half) for r in ranks)
-            found.append(Reading(strategy, row, None, parts, sums))
+    found: list[Reading] = memory.layout.readings(memory, front, back)
     return found[:_MOST_READINGS]
 
 
-def _unfinished(memory: Memory, words: Mapping[str, int], previous: tuple[Cells, Cells]) -> list[Reading]:
+def _unfinished(memory: KernelMemory, words: Mapping[str, int], previous: tuple[Cells, Cells]) -> list[Reading]:
     """What the previous buffer says, where the call that used it is not complete in any reading."""
-    found = readings(memory, *previous)
-    if memory.collective is Collective.MNNVL:
-        strategy = Strategy.TWO_SHOT if words["dirty_stages"] > 1 else Strategy.ONE_SHOT
-        found = [r for r in found if r.strategy is strategy]
+    strategy = memory.layout.strategy_before(words)
+    found = [r for r in readings(memory, *previous) if strategy in (None, r.strategy)]
     return found if all(r.misses(memory.rank) for r in found) else []
 
 
-def _by_token_count(memory: Memory, rows: Rows, counts: Sequence[int]) -> list[Reading]:
-    """Own part whole, nothing behind the last part; and something missing, or the call would have gone on."""
-    behind = max((i for i, some in enumerate(rows.some) if some), default=-1) + 1
-    waiting: list[Reading] = []
-    complete: list[Reading] = []
-    for count in counts:
-        own = rows.whole[memory.rank * count : (memory.rank + 1) * count]
-        if len(own) < count or not all(own) or behind > memory.world_size * count:
-            continue
-        parts = tuple(rows.part(range(r * count, (r + 1) * count)) for r in range(memory.world_size))
-        missing = any(p.rows < count for p in parts)
-        (waiting if missing else complete).append(Reading(Strategy.ONE_SHOT, rows.row_bytes, count, parts))
-    return waiting or complete
-
-
 def describe(
-    memory: Memory,
+    memory: KernelMemory,
     words: Sequence[int],
     front: Cells,
     back: Cells,
@@ -284,11 +177,11 @@ def describe(
 ) -> dict[str, Any]:
     """What a person is shown of one workspace; the schema is docs/report.md.
 
-    words: the control words. front, back: :meth:`Memory.parts` of the current buffer. previous: those
-    of :meth:`Memory.previous`; needed where no block has arrived at the current one.
+    words: the control words. front, back: :meth:`.KernelMemory.parts` of the current buffer. previous: those
+    of its layout's `previous`; needed where no block has arrived at the current one.
     flags: int32 ``[256 * world_size]``, where there are any. ranks: the global rank of each rank of the group.
     """
-    named = dict(zip(WORDS[memory.collective], words, strict=True))
+    named = dict(zip(memory.layout.words, words, strict=True))
     value: dict[str, Any] = {"words": named}
     if not 0 <= named["buffer"] < BUFFERS:
         says = f"the word 'buffer' is {named['buffer']}, which no kernel writes: something else did (hazard M9)"
@@ -315,7 +208,7 @@ def _barriers(flags: Tensor, value: int, world_size: int) -> list[list[int]]:
 
 
 def _sentence(
-    memory: Memory,
+    memory: KernelMemory,
     running: bool,
     found: Sequence[Reading],
     passed: Sequence[Sequence[int]] | None,

@@ -26,9 +26,12 @@ from torch.distributed import distributed_c10d
 from ..channel import DEFAULT_SECONDS, Channel, open_channel
 from ..errors import CollectiveUnavailableError, OptionsError
 from ..groups import Group, describe_group, nccl_version
-from ..hazards.situation import Collective, Strategy
-from .choice import own_opt_outs
-from .flashinfer import FlashInfer, KernelCall, load, unmet
+from ..hazards.situation import Strategy
+from . import table as collectives
+from .epilogue import Epilogue, RmsNorm
+from .flashinfer import FlashInfer, load
+from .kernels import KernelCall
+from .opt_outs import own_opt_outs
 from .ready import Wanted, prepare
 from .size_table import SizeRow, write_table
 from .workspace import Workspace, close_workspaces
@@ -37,10 +40,11 @@ SIZES = tuple(1 << power for power in range(13, 26))
 
 #: What is measured: no other transport, since that of multicast must not be tried uninvited.
 TRANSPORT = "peer"
-CANDIDATES = (Collective.MNNVL, Collective.TRTLLM)
+CANDIDATES = tuple(one.name for one in collectives.ALL if one.transport == TRANSPORT)
 
 _CALLS, _REPEATS = 20, 15
 _EPS = 1e-6
+_EPILOGUE, _SUM = Epilogue(residual=True, norm=RmsNorm(_EPS)), Epilogue()
 #: The logarithm of "faster by any factor": where one of two ways does not exist.
 _FAR = 20.0
 
@@ -68,8 +72,8 @@ class Measured:
     """rows: of the collectives that were measured. missing: why another was not."""
 
     rows: tuple[SizeRow, ...]
-    timings: Mapping[Collective, Sequence[Timing]]
-    missing: Mapping[Collective, str]
+    timings: Mapping[str, Sequence[Timing]]
+    missing: Mapping[str, str]
 
 
 # -- from timings to a row -------------------------------------------------------------
@@ -94,7 +98,7 @@ def worth_up_to(times: Iterable[tuple[int, float, float]]) -> int:
 
 
 def row_of(
-    collective: Collective, capability: tuple[int, int], world_size: int, timings: Sequence[Timing], source: str
+    collective: str, capability: tuple[int, int], world_size: int, timings: Sequence[Timing], source: str
 ) -> SizeRow:
     """What these timings say. Two-shot begins where one-shot ends, so a size has one strategy, also without a norm."""
     switch = worth_up_to((t.size, t.one_shot, t.two_shot) for t in timings)
@@ -133,12 +137,12 @@ def measure(
     A size that is no whole number of rows is rounded down; at least one holds a row of each hidden size.
     """
     channel = open_channel(group.name, seconds=seconds)
-    timings: dict[Collective, list[Timing]] = {collective: [] for collective in CANDIDATES}
-    missing: dict[Collective, str] = {}
+    timings: dict[str, list[Timing]] = {collective: [] for collective in CANDIDATES}
+    missing: dict[str, str] = {}
     for hidden in hiddens:
         row_bytes = hidden * dtype.itemsize
         tokens = tuple(sorted({size // row_bytes for size in sizes} - {0}))
-        ready: dict[Collective, Workspace] = {}
+        ready: dict[str, Workspace] = {}
         for collective in CANDIDATES:
             limit = tokens[-1] * row_bytes
             row = SizeRow(collective, TRANSPORT, capability, group.size, limit, limit, limit, "to be measured")
@@ -166,12 +170,12 @@ def measure(
 def _timings(
     group: Group,
     channel: Channel,
-    workspaces: Mapping[Collective, Workspace],
+    workspaces: Mapping[str, Workspace],
     tokens: int,
     hidden: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[Collective, Timing]:
+) -> dict[str, Timing]:
     """One size. Every way is timed in turn, on the same machine in the same state."""
     process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined, arg-type]
     x, residual = _drawn(tokens, hidden, dtype, device, channel.rank), _drawn(tokens, hidden, dtype, device, -1)
@@ -192,16 +196,16 @@ def _timings(
     for collective, workspace in workspaces.items():
         kernels, times, bits = workspace.kernels, {}, set()
         for strategy in kernels.strategies:
-            if unmet(collective, KernelCall(tokens, hidden, dtype, group.size, strategy)):
+            if workspace.implementation.unmet(KernelCall(tokens, hidden, dtype, group.size, strategy)):
                 continue
-            fused = partial(kernels.fused, x, residual, weight, _EPS, 0.0, strategy, norm, out)
+            fused = partial(kernels.run, x, _EPILOGUE, strategy, (residual, weight), norm, out)
             name = {Strategy.ONE_SHOT: "one_shot", Strategy.TWO_SHOT: "two_shot"}[strategy]
             fused()
             eager = digest()
             times[name] = _us(fused, channel, device)
             if strategy is Strategy.ONE_SHOT:
                 bits = {each for pair in channel.exchange("bench: bits", (eager, digest())) for each in pair}
-            times[f"all_reduce_{name}"] = _us(partial(kernels.all_reduce, x, out, strategy), channel, device)
+            times[f"all_reduce_{name}"] = _us(partial(kernels.run, x, _SUM, strategy, None, None, out), channel, device)
         found[collective] = Timing(hidden, tokens * hidden * dtype.itemsize, *base, **times, bits=frozenset(bits))
     return found
 

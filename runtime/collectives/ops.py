@@ -1,4 +1,4 @@
-"""The fused ops that every compiler carries.
+"""The fused ops that every compiler carries, each registered from its :class:`.epilogue.Epilogue`.
 
     ringfence::all_reduce_add_rms_norm(input, residual, weight, eps, weight_bias, group, collective)
         -> (norm, residual_out)
@@ -23,30 +23,36 @@ on zero tokens, and a rank that returned early would leave the others waiting.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import CollectiveUnavailableError, InputError
-from ..hazards.situation import Collective, Strategy
-from . import reference
+from ..hazards.situation import Strategy
+from . import reference, table
+from .epilogue import Epilogue, RmsNorm
 from .workspace import Workspace, workspaces_of
-
-#: Who can be named in a graph.
-COLLECTIVES = (Collective.REFERENCE, Collective.TRTLLM, Collective.MNNVL)
 
 
 def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
-    if collective not in COLLECTIVES:
-        raise CollectiveUnavailableError(
-            f"collective '{collective}' has no runtime in this process; use one of {[str(c) for c in COLLECTIVES]}"
-        )
     if input.numel() == 0:
         raise InputError(
             f"fused all-reduce of an empty tensor of shape {list(input.shape)}; pad to at least one token on every rank"
         )
-    if collective == Collective.REFERENCE:
+    if collective == reference.IMPLEMENTATION.name:
         return None
-    return workspaces_of(group).find(collective, input.device, input.dtype, input.numel() * input.element_size())
+    workspaces = workspaces_of(group)
+    found = workspaces.find(collective, input.device, input.dtype, input.numel() * input.element_size())
+    if found is None:
+        known = dict.fromkeys(str(one.name) for one in table.ALL)
+        if collective not in known and all(one.collective != collective for one in workspaces.open):
+            raise CollectiveUnavailableError(
+                f"collective '{collective}' has no runtime in this process; use one of {list(known)}"
+            )
+    return found
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -60,73 +66,69 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+@functools.lru_cache(maxsize=1024)
+def _epilogues(residual: bool, eps: float, weight_bias: float, has_weight: bool) -> tuple[Epilogue, Epilogue]:
+    """What a call means, and what the kernels are asked for: they always add and multiply. Built once for a site."""
+    norm = RmsNorm(eps, weight_bias if has_weight else 0.0, has_weight)
+    return Epilogue(residual, norm), Epilogue(True, RmsNorm(eps, norm.weight_bias))
+
+
 def _fused(
     workspace: Workspace,
     strategy: Strategy,
+    epilogue: Epilogue,
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
     shape: torch.Size,
-) -> tuple[Tensor, Tensor]:
-    if weight is None:
-        weight, weight_bias = workspace.constant("ones", x, x.shape[1]), 0.0
+) -> tuple[Tensor, ...]:
+    """By the kernels of a workspace. What a site lacks of ``epilogue`` are zeros, and ones."""
+    out = torch.empty_like(x)
+    if epilogue.norm is None:
+        workspace.kernels.run(x, epilogue, strategy, None, None, out)
+        return (out.view(shape),)
+    residual = _rows(residual) if residual is not None else workspace.constant("zeros", x, x.numel()).view_as(x)
+    weight = _readable(weight) if weight is not None else workspace.constant("ones", x, x.shape[1])
     for name, other in (("residual", residual), ("weight", weight)):
         if other.dtype != x.dtype or other.device != x.device or other.shape[-1] != x.shape[1]:
             raise InputError(  # the kernel would read it as if it were, and return garbage
                 f"{name} is {other.dtype} {list(other.shape)} on {other.device}, "
                 f"and the input is {x.dtype} {list(x.shape)} on {x.device}"
             )
-    norm, out = torch.empty_like(x), torch.empty_like(x)
-    workspace.kernels.fused(x, residual, _readable(weight), eps, weight_bias, strategy, norm, out)
+    norm = torch.empty_like(x)
+    workspace.kernels.run(x, epilogue, strategy, (residual, weight), norm, out)
     return norm.view(shape), out.view(shape)
 
 
-@torch.library.custom_op("ringfence::all_reduce_add_rms_norm", mutates_args=())
-def _all_reduce_add_rms_norm(
+def _normed(
     input: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
     weight_bias: float,
     group: str,
     collective: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    meaning, asked = _epilogues(residual is not None, eps, weight_bias, weight is not None)
     workspace = _workspace(input, group, collective)
     if workspace is not None:
         x = _rows(input)
         strategy = workspace.strategy(x.shape[0], x.shape[1], x.dtype)
         if strategy is not None:
-            return _fused(workspace, strategy, x, _rows(residual), weight, eps, weight_bias, input.shape)
-    return reference.add_rms_norm(reference.all_reduce(input, group), residual, weight, eps, weight_bias)
+            return _fused(workspace, strategy, asked, x, residual, weight, input.shape)
+    return reference.apply(meaning, reference.all_reduce(input, group), residual, weight)
 
 
-@torch.library.custom_op("ringfence::all_reduce_rms_norm", mutates_args=())
-def _all_reduce_rms_norm(
-    input: Tensor, weight: Tensor | None, eps: float, weight_bias: float, group: str, collective: str
-) -> tuple[Tensor, Tensor]:
-    workspace = _workspace(input, group, collective)
-    if workspace is not None:
-        x = _rows(input)
-        strategy = workspace.strategy(x.shape[0], x.shape[1], x.dtype)
-        if strategy is not None:  # the kernels have no form without a residual
-            zeros = workspace.constant("zeros", x, x.numel()).view_as(x)
-            return _fused(workspace, strategy, x, zeros, weight, eps, weight_bias, input.shape)
-    reduced = reference.all_reduce(input, group)
-    return reference.rms_norm(reduced, weight, eps, weight_bias), reduced
+_SUM = Epilogue()
 
 
-@torch.library.custom_op("ringfence::all_reduce", mutates_args=())
-def _all_reduce(input: Tensor, group: str, collective: str) -> Tensor:
+def _summed(input: Tensor, group: str, collective: str) -> Tensor:
     workspace = _workspace(input, group, collective)
     if workspace is not None and input.dim():
         x = _rows(input)
         strategy = workspace.all_reduce_strategy(x.shape[0], x.shape[1], x.dtype)
         if strategy is not None:
-            out = torch.empty_like(x)
-            workspace.kernels.all_reduce(x, out, strategy)
-            return out.view(input.shape)
+            return _fused(workspace, strategy, _SUM, x, None, None, input.shape)[0]
     return reference.all_reduce(input, group)
 
 
@@ -134,31 +136,28 @@ def _contiguous_like(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-@_all_reduce_add_rms_norm.register_fake
-def _(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    group: str,
-    collective: str,
-) -> tuple[Tensor, Tensor]:
-    return _contiguous_like(input), _contiguous_like(input)
+def _register(form: Epilogue) -> Any:
+    """The op of an epilogue; of its norm, only that there is one."""
+    residual = ", Tensor residual" if form.residual else ""
+    norm = ", Tensor? weight, float eps, float weight_bias" if form.norm is not None else ""
+    results = "(Tensor, Tensor)" if form.norm is not None else "Tensor"
+    run: Callable[..., Any] = _normed if form.norm is not None else _summed
+    if form.norm is not None and not form.residual:
+
+        def run(input: Tensor, *others: Any) -> Any:
+            return _normed(input, None, *others)
+
+    def fake(input: Tensor, *_: Any) -> Any:
+        like = _contiguous_like(input)
+        return like if form.norm is None else (like, _contiguous_like(input))
+
+    schema = f"(Tensor input{residual}{norm}, str group, str collective) -> {results}"
+    op = torch.library.custom_op(f"ringfence::{form.op}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return getattr(torch.ops.ringfence, form.op).default
 
 
-@_all_reduce_rms_norm.register_fake
-def _(
-    input: Tensor, weight: Tensor | None, eps: float, weight_bias: float, group: str, collective: str
-) -> tuple[Tensor, Tensor]:
-    return _contiguous_like(input), _contiguous_like(input)
-
-
-@_all_reduce.register_fake
-def _(input: Tensor, group: str, collective: str) -> Tensor:
-    return _contiguous_like(input)
-
-
-all_reduce_add_rms_norm = torch.ops.ringfence.all_reduce_add_rms_norm.default
-all_reduce_rms_norm = torch.ops.ringfence.all_reduce_rms_norm.default
-all_reduce = torch.ops.ringfence.all_reduce.default
+_ANY_NORM = RmsNorm(0.0)
+all_reduce_add_rms_norm = _register(Epilogue(True, _ANY_NORM))
+all_reduce_rms_norm = _register(Epilogue(False, _ANY_NORM))
+all_reduce = _register(_SUM)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .flashinfer import KernelCall
+from .kernels import KernelCall
 
 #: What a receiver could wait for in vain, and what a norm could lose; in the order in which they are sent.
 PROTOCOL = ("ordinary", "subnormal word", "negative zero")

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..groups import ranks_of
-from .buffer_dump import BUFFERS, CELL, FLAGS, WORDS, Cells, Memory, describe
+from .buffer_dump import CELL, FLAGS, Cells, describe
+from .kernels import BUFFERS, KernelMemory
 from .workspace import Workspace, workspaces_of
 
 #: For all workspaces of a group together.
@@ -37,7 +38,7 @@ _DISABLE_TIMING = 2
 _NOT_READY = 600
 
 
-class Device(Protocol):
+class Reader(Protocol):
     """Copies to the host beside whatever the device does."""
 
     staging: Tensor
@@ -49,7 +50,7 @@ class Device(Protocol):
         """Whether the last copy is complete. Never waits."""
 
 
-class CudaDevice:
+class CudaReader:
     """A stream, an event and pinned memory. Raises OSError or RuntimeError where the runtime cannot be had."""
 
     def __init__(self, device: torch.device) -> None:
@@ -85,10 +86,10 @@ class _NoAnswer(Exception):
     pass
 
 
-class Probe:
+class GroupProbe:
     """What the open workspaces of a group hold, as JSON-ready values; called while this rank hangs, from any thread."""
 
-    def __init__(self, group: str, device: Device, *, seconds: float = SECONDS) -> None:
+    def __init__(self, group: str, device: Reader, *, seconds: float = SECONDS) -> None:
         self._group, self._device, self._seconds = group, device, seconds
         self._lock = threading.Lock()
         self._begun = False  # a copy that was begun may still write into the staging memory
@@ -111,14 +112,17 @@ class Probe:
         if workspace.closed:
             return entry | {"says": "the workspace was closed"}
         try:
-            return entry | self._look(workspace.kernels.memory, ranks)
+            memory = workspace.kernels.memory
+            return entry | (
+                self._look(memory, ranks) if memory is not None else {"says": "it keeps nothing to look at"}
+            )
         except _NoAnswer:
             return entry | {"says": f"the device did not answer within {self._seconds} s"}
         except Exception as error:  # the journal says why, and the other workspaces are still looked at
             return entry | {"says": f"{type(error).__name__}: {error}"}
 
-    def _look(self, memory: Memory, ranks: tuple[int, ...]) -> dict[str, Any]:
-        names = WORDS[memory.collective]
+    def _look(self, memory: KernelMemory, ranks: tuple[int, ...]) -> dict[str, Any]:
+        names = memory.layout.words
         words = self._read(memory.words, 4 * len(names)).tolist()
         flags = None
         if memory.flags is not None:
@@ -126,7 +130,7 @@ class Probe:
         named = dict(zip(names, words, strict=True))
         asked = [(named["buffer"], memory.parts())]
         if named["arrived_blocks"] == 0:
-            asked.append(memory.previous(named))
+            asked.append(memory.layout.previous(memory, named))
         cells, read, late, step = [], 0, False, 4 * self._device.staging.numel()
         for buffer, parts in asked:
             for offset, size in parts:
@@ -167,7 +171,7 @@ class Probe:
 def make_probe(group: str, device: torch.device) -> Callable[[], Any]:
     """The probe of a group of CUDA devices. Made before anything can hang; never raises."""
     try:
-        return Probe(group, CudaDevice(device))
+        return GroupProbe(group, CudaReader(device))
     except (OSError, RuntimeError, AttributeError) as error:
         reason = f"the probe could not be made: {type(error).__name__}: {error}"
         return lambda: reason

@@ -16,11 +16,14 @@ import torch
 from torch.distributed import distributed_c10d
 
 from ..channel import Channel, failures_text, first_difference
-from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatch, WorkspaceError
+from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatch
 from ..groups import Group
-from ..hazards.situation import Collective, Fact, Situation, Strategy
-from .choice import Candidate, Choice, RankFacts, choose, probe
-from .flashinfer import KernelCall, Kernels, Unavailable, load, unmet
+from ..hazards.situation import Fact, Situation, Strategy
+from . import table as collectives
+from .choice import Choice, Considered, choose
+from .kernels import Implementation, KernelCall
+from .rank_facts import RankFacts, probe
+from .reference import IMPLEMENTATION as REFERENCE
 from .self_test import self_test
 from .size_table import TABLE, SizeRow
 from .workspace import SelfTest, Tested, Workspace, Workspaces, workspaces_of
@@ -65,19 +68,36 @@ class ReadyCollective:
     captured, though they run eagerly. candidates: everything that was considered. notes: what the user should know.
     """
 
-    collective: Collective
+    collective: str
     situation: Situation
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[Considered, ...] = ()
     workspace: Workspace | None = None
     capture_failure: str | None = None
     notes: tuple[str, ...] = ()
 
 
-def reference_collective(world_size: int, why_no_other: str | None = None) -> ReadyCollective:
-    """The reference collective, which needs nothing."""
-    others = (Collective.MNNVL, Collective.TRTLLM) if why_no_other is not None else ()
-    candidates = (*(Candidate(c, None, why_no_other) for c in others), Candidate(Collective.REFERENCE, None, None))
-    return ReadyCollective(Collective.REFERENCE, Situation(Collective.REFERENCE, world_size=world_size), candidates)
+def reference_collective(
+    world_size: int, why_no_other: str | None = None, wanted: Wanted | None = None
+) -> ReadyCollective:
+    """The reference collective, which needs nothing. wanted: what was asked for, of which some means nothing here."""
+    others = {one.name: None for one in collectives.ALL if one.make is not None} if why_no_other is not None else {}
+    candidates = (*(Considered(c, None, why_no_other) for c in others), Considered(REFERENCE.name, None, None))
+    situation = Situation(REFERENCE.name, world_size=world_size)
+    notes = _meaningless(wanted) if wanted is not None else ()
+    return ReadyCollective(REFERENCE.name, situation, candidates, notes=notes)
+
+
+def _meaningless(wanted: Wanted) -> tuple[str, ...]:
+    """Which options of a workspace were given, where there is none."""
+    given = {
+        "max_tokens": wanted.max_tokens is not None,
+        "transport": wanted.transport != "auto",
+        "size_table": wanted.table != TABLE,
+    }
+    named = [name for name, is_given in given.items() if is_given]
+    if not named:
+        return ()
+    return (f"{' and '.join(named)} mean{'s' if len(named) == 1 else ''} nothing to the reference collective",)
 
 
 def why_reference_only(group: Group, device: torch.device) -> str | None:
@@ -89,10 +109,17 @@ def why_reference_only(group: Group, device: torch.device) -> str | None:
     return f"the group has {group.size} rank" if group.size < 2 else None
 
 
-def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted) -> ReadyCollective:
+def prepare(
+    channel: Channel,
+    group: Group,
+    device: torch.device,
+    wanted: Wanted,
+    among: Sequence[Implementation] | None = None,
+) -> ReadyCollective:
     """Choose, create and test a collective for a group of CUDA devices. Every rank must call.
 
-    channel: among the ranks of the group. Raises :class:`CollectiveUnavailableError` where the user
+    channel: among the ranks of the group. among: in place of all collectives, in order of preference.
+    Raises :class:`CollectiveUnavailableError` where the user
     insists on one that cannot be had, :class:`RankMismatch` where the ranks want different things,
     and :class:`WorkspaceError` where workspaces that a failure left behind cannot be given back.
     """
@@ -102,9 +129,9 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
     except PeerFailedError as error:
         if wanted.collective != "auto" or wanted.deterministic:
             raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
-        return reference_collective(group.size, str(error))
+        return reference_collective(group.size, str(error), wanted)
     dtype = str(wanted.dtype).removeprefix("torch.")
-    unfit: dict[tuple[Collective, str], str] = {}  # of these sites, and not of the group
+    unfit: dict[tuple[str, str | None], str] = {}  # of these sites, and not of the group
     while True:
         choice = choose(
             ranks,
@@ -114,13 +141,16 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
             dtype=dtype,
             table=wanted.table,
             failed=unfit | workspaces.failed,
+            numbers=channel.ranks,
+            among=among,
         )
-        if choice.row is None or choice.transport is None:
-            return ReadyCollective(Collective.REFERENCE, situation_of(choice, ranks, dtype=dtype), choice.candidates)
+        if choice.row is None:
+            situation = situation_of(choice, ranks, dtype=dtype)
+            return ReadyCollective(choice.collective, situation, choice.candidates, notes=_meaningless(wanted))
         way = (choice.collective, choice.transport)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
-        if requirement := unmet(choice.collective, call):
+        if requirement := choice.implementation.unmet(call):
             unfit[way] = f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
             continue
         _check_alone(workspaces, choice, group)
@@ -168,7 +198,7 @@ def prepare(channel: Channel, group: Group, device: torch.device, wanted: Wanted
 
 
 def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, workspaces: Workspaces) -> list[RankFacts]:
-    """What every rank knows of itself, by rank; spoiled workspaces of the group are given back on the way.
+    """What every rank knows of itself, by rank; invalid workspaces of the group are given back on the way.
 
     Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatch` where they want different things.
     """
@@ -177,12 +207,12 @@ def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, worksp
         facts = probe(device)
     except Exception as error:  # the others are told, instead of left waiting
         facts = f"{type(error).__name__}: {error}"
-    answers = channel.exchange("facts of each rank", (facts, wanted.parts, workspaces.spoiled))
+    answers = channel.exchange("facts of each rank", (facts, wanted.parts, workspaces.invalid))
     asked = [parts for _, parts, _ in answers]
     if len(set(asked)) > 1:
         raise RankMismatch(f"the ranks want different collectives: {first_difference(asked, channel.ranks)}")
-    if spoiled := next((why for _, _, why in answers if why is not None), None):
-        workspaces.discard(channel, spoiled)
+    if invalid := next((why for _, _, why in answers if why is not None), None):
+        workspaces.discard(channel, invalid)
     failures = tuple(
         (rank, why) for rank, (why, _, _) in zip(channel.ranks, answers, strict=True) if isinstance(why, str)
     )
@@ -194,7 +224,7 @@ def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, worksp
 def _check_alone(workspaces: Workspaces, choice: Choice, group: Group) -> None:
     """A graph names the collective, not how it travels and up to which size: a group has one way for each."""
     for other in workspaces.open:
-        if other.collective is choice.collective and other.row != choice.row:
+        if other.collective == choice.collective and other.row != choice.row:
             raise CollectiveUnavailableError(
                 f"{choice.collective} over {choice.transport} was asked for, and the group uses it over "
                 f"{other.transport}{', by another size table' if other.transport == choice.transport else ''}; "
@@ -222,7 +252,7 @@ def _others_tested(workspace: Workspace, channel: Channel, wanted: Wanted, limit
         call = KernelCall(1, wanted.hidden, dtype, workspace.world_size, Strategy.ONE_SHOT)
         if dtype not in workspace.dtypes:
             found[dtype] = SelfTest(f"the workspace of {workspace.collective} is for {wanted.dtype}", None, 0)
-        elif requirement := unmet(workspace.collective, call):
+        elif requirement := workspace.implementation.unmet(call):
             found[dtype] = SelfTest(f"{requirement.message} ({requirement.source})", None, 0)
         else:
             found[dtype] = _tested(workspace, channel, wanted, dtype, limit)
@@ -246,22 +276,12 @@ def capacity(row: SizeRow, wanted: Wanted) -> int:
 def _make(
     group: Group, channel: Channel, device: torch.device, choice: Choice, wanted: Wanted, limit: int
 ) -> Workspace:
-    package = load()
-    if isinstance(package, Unavailable):
-        raise WorkspaceError(package.reason)
-    assert choice.row is not None and choice.transport is not None
+    one = choice.implementation
+    assert choice.row is not None and one.make is not None
     tokens = limit // (wanted.hidden * wanted.dtype.itemsize)
-    kernels: Kernels
-    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
-    if choice.collective is Collective.TRTLLM:  # its sentinel is one element wide
-        dtypes = (torch.float32,) if wanted.dtype == torch.float32 else (torch.float16, torch.bfloat16)
-        process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined, arg-type]
-        kernels = package.trtllm(channel, process_group, tokens, wanted.hidden, wanted.dtype)
-    elif choice.transport == "peer":
-        kernels = package.mnnvl_peer(channel, tokens, wanted.hidden, wanted.dtype)
-    else:
-        kernels = package.mnnvl_multicast(channel, tokens, wanted.hidden, wanted.dtype)
-    return Workspace(choice.collective, choice.transport, choice.row, kernels, device, group.size, limit, dtypes)
+    process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined, arg-type]
+    kernels = one.make(channel, process_group, tokens, wanted.hidden, wanted.dtype)
+    return Workspace(one, choice.row, kernels, device, group.size, limit, one.dtypes(wanted.dtype))
 
 
 def situation_of(
@@ -280,11 +300,14 @@ def situation_of(
     """
     nodes = len({facts.host for facts in ranks})
     if choice.row is None:
-        return Situation(choice.collective, world_size=len(ranks), nodes=nodes, capability=ranks[0].capability)
+        return Situation(
+            choice.collective,
+            world_size=len(ranks),
+            nodes=nodes,
+            capability=ranks[0].capability,
+        )
     one_strategy = choice.row.one_shot >= (choice.row.fused if largest is None else largest)
-    facts = set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE}
-    if choice.collective is Collective.MNNVL:
-        facts.add(Fact.PDL)
+    facts = set(choice.implementation.facts) | (set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE})
     if len(sizes) > 1:
         facts.add(Fact.GRAPHS_DIFFER_IN_SIZE)
     if part_of_world:

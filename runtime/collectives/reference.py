@@ -1,6 +1,4 @@
-"""What the fused op computes, in plain torch.
-
-    norm, residual_out = all_reduce(x) + residual, then RMSNorm
+"""What the fused ops compute, in plain torch: :func:`apply` is the meaning of an :class:`.epilogue.Epilogue`.
 
 The order of roundings is the FlashInfer kernels' own (``kARResidualRMSNorm``): the
 sum with the residual is rounded once to the activation dtype; the norm is
@@ -15,6 +13,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..hazards.situation import Collective
+from .epilogue import Epilogue, RmsNorm
+from .kernels import Implementation
 
 c10d = torch.ops._c10d_functional
 
@@ -44,5 +46,25 @@ def add_rms_norm(
     reduced: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float
 ) -> tuple[Tensor, Tensor]:
     """``(norm, sum)`` of an already reduced tensor and its residual."""
-    summed = (reduced + residual).contiguous()
-    return rms_norm(summed, weight, eps, weight_bias), summed
+    norm, summed = apply(Epilogue(True, RmsNorm(eps, weight_bias)), reduced, residual, weight)
+    return norm, summed
+
+
+def apply(
+    epilogue: Epilogue, reduced: Tensor, residual: Tensor | None = None, weight: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """What follows the sum ``reduced`` ``[..., hidden]`` of the ranks: ``(norm, sum)``, or ``(sum,)`` without a norm.
+
+    residual: of the same shape, where the epilogue has one. weight: ``[hidden]`` or None for ones. The sum that is
+    returned is contiguous; without a residual it is ``reduced`` itself.
+    """
+    if epilogue.residual:
+        assert residual is not None
+        reduced = (reduced + residual).contiguous()
+    if epilogue.norm is None:
+        return (reduced,)
+    return rms_norm(reduced, weight, epilogue.norm.eps, epilogue.norm.weight_bias), reduced
+
+
+#: Any group, any dtype and size; NCCL's order of summation is not shown to be the same for each.
+IMPLEMENTATION = Implementation(Collective.REFERENCE, None, strategies=())

@@ -21,7 +21,8 @@ from ..channel import Channel, failures_text
 from ..errors import SelfTestHungError
 from ..hazards.situation import Strategy
 from . import reference
-from .flashinfer import KernelCall, unmet
+from .epilogue import Epilogue, RmsNorm
+from .kernels import KernelCall
 from .payloads import PAYLOADS, PROTOCOL, RANGES, draw
 from .workspace import SelfTest, Workspace
 
@@ -32,6 +33,9 @@ _BOUND = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-
 _WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 #: Bytes of the largest call that is sent what is about arithmetic: a row's does not depend on the number of rows.
 _ARITHMETIC_UP_TO = 1 << 20
+#: What is run. Without a norm a call differs in nothing that could be lost.
+_EPILOGUE = Epilogue(residual=True, norm=RmsNorm(1e-6))
+_AFTER_THE_SUM = Epilogue(norm=_EPILOGUE.norm)
 _EPS = 1e-6
 _SECONDS = 20.0
 
@@ -62,13 +66,13 @@ class _Trial:
         self.out.fill_(float("nan"))
 
     def run(self) -> None:
-        kernels, strategy = self._workspace.kernels, self.call.strategy
-        kernels.fused(self.x, self.residual, self.weight, _EPS, 0.0, strategy, self.norm, self.out)
+        operands = (self.residual, self.weight)
+        self._workspace.kernels.run(self.x, _EPILOGUE, self.call.strategy, operands, self.norm, self.out)
 
     def failure(self) -> str | None:
         """What is wrong with the outputs."""
         call, total, weight = self.call, self._total, self.weight.to(self._total.dtype)
-        norm = reference.rms_norm(total, weight, _EPS, 0.0)
+        norm, _ = reference.apply(_AFTER_THE_SUM, total, None, weight)
         lost = RANGES[call.dtype].lost * (call.world_size + 1)
         stretched = lost * torch.rsqrt(total.square().mean(-1, keepdim=True) + _EPS) * weight.abs().max()
         for name, out, right, floor in (
@@ -121,7 +125,7 @@ def self_test(
         for strategy in workspace.kernels.strategies
         if strategy is Strategy.ONE_SHOT or n > workspace.world_size
     ]
-    asked = [call for call in asked if unmet(workspace.collective, call) is None]
+    asked = [call for call in asked if workspace.implementation.unmet(call) is None]
     made, failures = channel.attempt(
         "self-test: memory", lambda: [_Trial(workspace, call, channel.rank) for call in asked]
     )

@@ -17,6 +17,8 @@ from typing import Any
 
 from ..errors import SizeTableError
 from ..hazards.situation import Collective, Strategy
+from . import table as collectives
+from .kernels import Implementation
 
 MIB = 1 << 20
 
@@ -36,8 +38,8 @@ class SizeRow:
     return the same bits for a row of the input in every run and whatever the token count.
     """
 
-    collective: Collective
-    transport: str
+    collective: str
+    transport: str | None
     capability: tuple[int, int]
     world_size: int
     one_shot: int
@@ -82,18 +84,18 @@ TABLE: tuple[SizeRow, ...] = (
 
 
 def find_row(
-    rows: Sequence[SizeRow], collective: Collective, transport: str, capability: tuple[int, int], world_size: int
+    rows: Sequence[SizeRow], collective: str, transport: str | None, capability: tuple[int, int], world_size: int
 ) -> SizeRow | None:
     """The first row for this; None where nothing is known."""
     wanted = (collective, transport, capability, world_size)
     return next((r for r in rows if (r.collective, r.transport, r.capability, r.world_size) == wanted), None)
 
 
-def forced_row(collective: Collective, transport: str, capability: tuple[int, int], world_size: int) -> SizeRow:
+def forced_row(one: Implementation, capability: tuple[int, int], world_size: int) -> SizeRow:
     """For a collective that a user insists on where no row knows it: one-shot as far as a small message goes."""
     one_shot = 8 * MIB // world_size
-    fused = one_shot if (collective, transport) == (_MNNVL, "peer") else 8 * MIB
-    return SizeRow(collective, transport, capability, world_size, one_shot, fused, 0, "no row: forced by the user")
+    fused = 8 * MIB if Strategy.TWO_SHOT in one.strategies else one_shot
+    return SizeRow(one.name, one.transport, capability, world_size, one_shot, fused, 0, "no row: forced by the user")
 
 
 def read_table(path: str | Path) -> tuple[SizeRow, ...]:
@@ -124,8 +126,9 @@ def _row(path: str | Path, index: int, given: Any) -> SizeRow:
             f"{where} has unknown or missing fields: {', '.join(wrong)}; `ringfence bench` writes them all"
         )
     collective, transport, capability = given["collective"], given["transport"], given["capability"]
-    if collective not in (_MNNVL, _TRTLLM):
-        raise SizeTableError(f"{where} is about {collective!r}; only mnnvl and trtllm have sizes")
+    known = {one.name: one.name for one in collectives.ALL if one.make is not None}
+    if not isinstance(collective, str) or collective not in known:
+        raise SizeTableError(f"{where} is about {collective!r}; only {' and '.join(known)} have sizes")
     if transport not in TRANSPORTS:
         raise SizeTableError(f"{where} has transport {transport!r}, which is not one of {list(TRANSPORTS)}")
     if not isinstance(capability, list) or len(capability) != 2 or any(type(n) is not int for n in capability):
@@ -139,4 +142,4 @@ def _row(path: str | Path, index: int, given: Any) -> SizeRow:
             raise SizeTableError(f"{where} has {name} {given[name]!r}, which is no {kind.__name__}")
     if given["one_shot"] > given["fused"]:
         raise SizeTableError(f"{where}: one_shot is larger than fused")
-    return SizeRow(**given | {"collective": Collective(collective), "capability": tuple(capability)})
+    return SizeRow(**given | {"collective": known[collective], "capability": tuple(capability)})

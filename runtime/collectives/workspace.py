@@ -25,8 +25,8 @@ from torch.distributed import distributed_c10d
 
 from ..channel import Channel, failures_text
 from ..errors import GroupError, WorkspaceError
-from ..hazards.situation import Collective, Strategy
-from .flashinfer import KernelCall, Kernels, unmet
+from ..hazards.situation import Strategy
+from .kernels import Implementation, KernelCall, Kernels
 from .size_table import SizeRow
 
 #: How long work that was submitted before a failure may take to end.
@@ -58,8 +58,7 @@ class Workspace:
     dtypes: what the memory is made for. passed: of these, what the self-test found right; nothing else is served.
     """
 
-    collective: Collective
-    transport: str
+    implementation: Implementation
     row: SizeRow
     kernels: Kernels
     device: torch.device
@@ -70,6 +69,10 @@ class Workspace:
     tested: dict[Tested, SelfTest] = field(default_factory=dict)
     closed: bool = False
     _constants: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.collective = self.implementation.name  # read in every call
+        self.transport = self.implementation.transport
 
     @property
     def largest(self) -> int:
@@ -97,7 +100,7 @@ class Workspace:
             dtype in self.dtypes
             and call.size <= self.capacity
             and strategy in self.kernels.strategies
-            and unmet(self.collective, call) is None
+            and self.implementation.unmet(call) is None
         )
 
     def constant(self, name: str, like: Tensor, numel: int) -> Tensor:
@@ -131,9 +134,9 @@ class Workspaces:
 
     def __init__(self) -> None:
         #: What failed, so that it is not tried again: every try may leave the group waiting.
-        self.failed: dict[tuple[Collective, str], str] = {}
+        self.failed: dict[tuple[str, str | None], str] = {}
         #: Why the protocols' state is not known any more; None where it is. A call broke off on some rank.
-        self.spoiled: str | None = None
+        self.invalid: str | None = None
         #: Whose graphs run over them.
         self.users: weakref.WeakSet[User] = weakref.WeakSet()
         self._open: list[Workspace] = []
@@ -147,7 +150,7 @@ class Workspaces:
         return None
 
     def create(
-        self, channel: Channel, make: Callable[[], Workspace], collective: Collective, transport: str
+        self, channel: Channel, make: Callable[[], Workspace], collective: str, transport: str | None
     ) -> Creation:
         """Make one on every rank, or on none. Every rank must call.
 
@@ -177,10 +180,10 @@ class Workspaces:
         self._open.append(workspace)
         return Creation(workspace, None)
 
-    def spoil(self, why: str) -> None:
+    def invalidate(self, why: str) -> None:
         """No graph may use these workspaces any more; who uses them is told. May be called from any thread."""
-        if self.spoiled is None:
-            self.spoiled = why
+        if self.invalid is None:
+            self.invalid = why
             for user in list(self.users):
                 user.poison(why)
 
@@ -189,14 +192,14 @@ class Workspaces:
 
         Raises :class:`WorkspaceError` on all ranks where a device does not come back: a kernel still polls there.
         """
-        _, failures = channel.attempt("give spoiled workspaces back", self._wait_for_device)
+        _, failures = channel.attempt("give invalid workspaces back", self._wait_for_device)
         if failures:
             raise WorkspaceError(
                 f"the workspaces of this group cannot be made anew after a failure ({why}): {failures_text(failures)}"
             )
         self.close()
-        channel.barrier("spoiled workspaces given back")
-        self.spoiled = None
+        channel.barrier("invalid workspaces given back")
+        self.invalid = None
 
     def _wait_for_device(self) -> None:
         for device in {workspace.device for workspace in self._open if workspace.device.type == "cuda"}:
@@ -216,11 +219,11 @@ class Workspaces:
 
     def close(self) -> None:
         """Close all. Captured graphs over them can no longer be replayed. Every rank must close, outside of calls."""
+        self.failed.clear()  # also where nothing came of any: whoever closes wants another try
         if not self._open:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.failed.clear()
         while self._open:
             workspace = self._open.pop()
             workspace.closed = True

@@ -6,12 +6,16 @@ from .hazard import Check
 
 RELEASES = Check("runtime/collectives/flashinfer.py::load", "FlashInfer before 0.6.18 is not used")
 NOT_OURS = Check("runtime/collectives/choice.py::choose", "no plan is given to this collective")
-SAME_MACHINES = Check("runtime/collectives/choice.py::choose", "ranks that differ in it get the reference collective")
-ONE_NODE = Check("runtime/collectives/choice.py::choose", "peer memory is used within one node only")
+SAME_MACHINES = Check(
+    "runtime/collectives/rank_facts.py::differ", "ranks that differ in it get the reference collective"
+)
+ONE_NODE = Check("runtime/collectives/rank_facts.py::peers_out_of_reach", "peer memory is used within one node only")
 SELF_TEST = Check("runtime/collectives/self_test.py::self_test", "a workspace is tried with such payloads first")
 HOST_RULES = Check("compile_passes/rules.py::RULES", "an op that the host takes part in is split off by a rule")
-MULTICAST = Check("runtime/collectives/choice.py::multicast_barred", "no rank without multicast gets such a workspace")
-BUFFER_SIZE = Check("runtime/collectives/flashinfer.py::_check_buffer", "no workspace has a buffer of 1 GiB")
+MULTICAST = Check(
+    "runtime/collectives/rank_facts.py::multicast_barred", "no rank without multicast gets such a workspace"
+)
+BUFFER_SIZE = Check("runtime/collectives/kernels.py::check_buffer", "no workspace has a buffer of 1 GiB")
 FITS = Check("runtime/collectives/workspace.py::Workspace", "a call that does not fit is carried out by the reference")
 NEVER_REPLACED = Check(
     "runtime/collectives/workspace.py::Workspaces", "a workspace stays where it is; a larger one is made beside it"
@@ -21,7 +25,7 @@ NOT_IN_CAPTURE = Check("runtime/collectives/workspace.py::Workspaces", "none is 
 CHANNEL = Check("runtime/collectives/flashinfer.py::ChannelBackend", "handles travel among the ranks of the group")
 ONE_OP = Check("runtime/collectives/ops.py::_fused", "all launches of a call are behind one op")
 TRTLLM_LAUNCH = Check(
-    "runtime/collectives/flashinfer.py::_Trtllm", "launched without PDL, and completion is triggered at the end"
+    "runtime/collectives/trtllm.py::Trtllm", "launched without PDL, and completion is triggered at the end"
 )
 SIZE_TABLE = Check("runtime/collectives/size_table.py::SizeRow", "nothing is tuned: a table says how, by size")
 NOT_EMPTY = Check("front/backend.py::_check_not_empty", "a graph that reduces no token is refused")

@@ -124,12 +124,13 @@ def facts_of_nccl(version: str | None) -> frozenset[Fact]:
 class Situation:
     """One collective in one plan.
 
+    collective: one of :class:`Collective`, or another's name, of which the table knows nothing.
     What is not known of the plan (version, strategy, dtype, payload) may be the worst.
     What is not known of the machine (capability, multicast) is taken to be
     nothing special: probe it. A fact that is not listed does not hold.
     """
 
-    collective: Collective
+    collective: str
     flashinfer: str | None = None
     world_size: int = 2
     nodes: int = 1

@@ -14,13 +14,13 @@ class Shared(Protocol):
 
     users: weakref.WeakSet[Any]
 
-    def spoil(self, why: str, /) -> None: ...
+    def invalidate(self, why: str, /) -> None: ...
 
 
 class Health:
     """Whether the ranks are still in step. ``poisoned`` says why not; nothing heals it. ranks: to blame, if known.
 
-    What is shared with other backends is spoiled then, and they are poisoned with it.
+    What is shared with other backends is invalid then, and they are poisoned with it.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Health:
             self.ranks = tuple(ranks)
             self.poisoned = why
             for shared in list(self._shared):
-                shared.spoil(why)
+                shared.invalidate(why)
 
     def check(self) -> None:
         if self.poisoned is not None:

@@ -231,22 +231,24 @@ def _leave_out_a_call(say: Callable[..., None]) -> None:
 
         return call
 
+    def _nothing(workspace: Any, strategy: Any, epilogue: Any, x: Any, *_: Any) -> Any:
+        return torch.empty_like(x), torch.empty_like(x)
+
     reference.all_reduce = instead_of(reference.all_reduce, lambda x, group: x.clone())
-    ops._fused = instead_of(ops._fused, lambda workspace, strategy, x, *_: (torch.empty_like(x), torch.empty_like(x)))
+    ops._fused = instead_of(ops._fused, _nothing)
 
 
 def _while_a_workspace_is_made(strike: Callable[[], None]) -> None:
     """Do that on this rank, where the others already wait for its handles."""
     from fake_flashinfer import FakeFlashInfer
 
-    from ringfence.runtime.collectives.flashinfer import FlashInfer
+    from ringfence.runtime.collectives import mnnvl, trtllm
 
     def make(*args: Any, **options: Any) -> Any:
         time.sleep(0.5)
         strike()
 
-    for package in (FakeFlashInfer, FlashInfer):
-        package.mnnvl_peer = package.trtllm = make
+    FakeFlashInfer.make = mnnvl.create_peer = trtllm.create = make
 
 
 def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from gpu import emulate
 from gpu.children import progress
+from ringfence.runtime.collectives import mnnvl, trtllm
 from ringfence.runtime.collectives import probe as module
-from ringfence.runtime.collectives.buffer_dump import Memory, Shape
-from ringfence.runtime.hazards.situation import Collective, Strategy
+from ringfence.runtime.collectives.kernels import KernelMemory, Launched
+from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.watch.journal import CudaMarks
 
 RELEASE = "0.6.18.post1"
@@ -24,7 +25,7 @@ ROW = HIDDEN * DTYPE.itemsize
 WARM_UP, TOKENS = 4, 16
 
 
-def asked(probe: module.Probe) -> tuple[Any, float]:
+def asked(probe: module.GroupProbe) -> tuple[Any, float]:
     """What the probe says to a thread of its own, and how long that took."""
     answer: list[Any] = []
 
@@ -39,25 +40,27 @@ def asked(probe: module.Probe) -> tuple[Any, float]:
     return (answer[0], answer[1]) if answer else ("the probe did not come back", 10.0)
 
 
-def memory_of(workspace: emulate.Mnnvl | emulate.Trtllm, rank: int, calls: set[Shape]) -> Memory:
+def memory_of(workspace: emulate.Mnnvl | emulate.Trtllm, rank: int, calls: set[Launched]) -> KernelMemory:
     words = workspace.control[rank].data_ptr()
     if isinstance(workspace, emulate.Mnnvl):
         lamport = workspace._buffers[rank].data_ptr()
-        return Memory(
-            Collective.MNNVL, rank, emulate.RANKS, words, lamport, workspace.buffer_bytes, 4, False, calls=calls
+        return KernelMemory(
+            mnnvl.LAYOUT, rank, emulate.RANKS, words, lamport, workspace.buffer_bytes, 4, False, calls=calls
         )
     shared = [tensor.data_ptr() for tensor in workspace._shared]  # data, flags, Lamport buffers; each by rank
     flags, lamport = shared[emulate.RANKS + rank], shared[2 * emulate.RANKS + rank]
-    return Memory(Collective.TRTLLM, rank, emulate.RANKS, words, lamport, workspace.buffer_bytes, 2, True, flags, calls)
+    return KernelMemory(
+        trtllm.LAYOUT, rank, emulate.RANKS, words, lamport, workspace.buffer_bytes, 2, True, flags, calls
+    )
 
 
-def make_probe(memory: Memory) -> module.Probe:
+def make_probe(memory: KernelMemory) -> module.GroupProbe:
     """Of that memory. What is patched stays so: the process is the test's."""
     kernels = SimpleNamespace(memory=memory)
-    workspace = SimpleNamespace(collective=memory.collective, transport="emulated", closed=False, kernels=kernels)
+    workspace = SimpleNamespace(collective="emulated", transport="emulated", closed=False, kernels=kernels)
     mock.patch.object(module, "workspaces_of", lambda name: SimpleNamespace(open=(workspace,))).start()
     mock.patch.object(module, "ranks_of", lambda name: (0, 1)).start()
-    return module.Probe("emulated", module.CudaDevice(torch.device("cuda", torch.cuda.current_device())))
+    return module.GroupProbe("emulated", module.CudaReader(torch.device("cuda", torch.cuda.current_device())))
 
 
 def run(item: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def run(item: dict[str, Any]) -> dict[str, Any]:
     weight = torch.ones(HIDDEN, dtype=DTYPE, device="cuda")
     workspace = emulate.make(item["collective"], RELEASE, weight, TOKENS)
     strategy = Strategy.TWO_SHOT if two_shot else Strategy.ONE_SHOT
-    calls = {Shape(strategy, n, ROW) for n in (1, WARM_UP, TOKENS, 3)}
+    calls = {Launched(strategy, n, ROW) for n in (1, WARM_UP, TOKENS, 3)}
     probe = make_probe(memory_of(workspace, 0, calls))
 
     def step(count: int) -> emulate.Step:
@@ -101,8 +104,8 @@ def capture(item: dict[str, Any]) -> dict[str, Any]:
     """A probe is asked while the main thread captures in the mode that forbids other threads most."""
     words = torch.tensor([0, 2, 1 << 20, 0, 0, 0, 0, 0, 0], dtype=torch.int32, device="cuda")
     buffers = torch.full((3, 1 << 18), -(2**31), dtype=torch.int32, device="cuda")
-    memory = Memory(Collective.MNNVL, 0, 2, words.data_ptr(), buffers.data_ptr(), 1 << 20, 4, False)
-    memory.calls.add(Shape(Strategy.ONE_SHOT, 32, ROW))
+    memory = KernelMemory(mnnvl.LAYOUT, 0, 2, words.data_ptr(), buffers.data_ptr(), 1 << 20, 4, False)
+    memory.calls.add(Launched(Strategy.ONE_SHOT, 32, ROW))
     probe = make_probe(memory)
     x = torch.ones(8, device="cuda")
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()

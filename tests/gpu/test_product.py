@@ -133,7 +133,7 @@ def test_four_ranks_serve_mixed_sizes() -> None:
 
 def demotions(rank: int) -> dict[str, Any]:
     """What becomes of a kernel that is wrong on one rank, that cannot be captured there, or has no memory."""
-    from ringfence.runtime.collectives import flashinfer
+    from ringfence.runtime.collectives import mnnvl
     from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 
     results = {}
@@ -148,26 +148,26 @@ def demotions(rank: int) -> dict[str, Any]:
             x.sum().item()
         original(self, x, *rest)
 
-    def no_memory(self: Any, *_: Any) -> None:
+    def no_memory(*_: Any) -> Any:
         if rank == 1:
             raise MemoryError("no memory left on this rank")
-        return peer(self, *_)
+        return peer(*_)
 
     def start_over() -> None:
         torch._dynamo.reset()
         close_workspaces(GROUP)
         workspaces_of(GROUP).failed.clear()
 
-    original, peer = flashinfer._Mnnvl.fused, flashinfer.FlashInfer.mnnvl_peer
+    original, peer = mnnvl.Mnnvl.run, mnnvl.create_peer
     for name, target, attribute, fault in (
-        ("wrong", flashinfer._Mnnvl, "fused", wrong),
-        ("host sync", flashinfer._Mnnvl, "fused", host_sync),
-        ("no memory", flashinfer.FlashInfer, "mnnvl_peer", no_memory),
+        ("wrong", mnnvl.Mnnvl, "run", wrong),
+        ("host sync", mnnvl.Mnnvl, "run", host_sync),
+        ("no memory", mnnvl, "create_peer", no_memory),
     ):
         with mock.patch.object(target, attribute, fault):
             results[name] = serve(rank, {"collective": "auto", "piece_compiler": "eager"}, steps=6)
         start_over()
-    with mock.patch.object(flashinfer.FlashInfer, "mnnvl_peer", no_memory):
+    with mock.patch.object(mnnvl, "create_peer", no_memory):
         try:
             serve(rank, {"collective": "mnnvl", "piece_compiler": "eager"}, steps=1)
         except Exception as error:

@@ -33,8 +33,9 @@ from ringfence.compile_passes.judge import Decision, Verdict, judge
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
-from ringfence.runtime.collectives.choice import RankFacts, choose
+from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.flashinfer import SUPPORTED
+from ringfence.runtime.collectives.rank_facts import RankFacts
 from ringfence.runtime.collectives.ready import situation_of
 from ringfence.runtime.collectives.size_table import TABLE
 from ringfence.runtime.errors import CollectiveUnavailableError, HazardError

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from ringfence.runtime.collectives.flashinfer import STAGE_ALIGNMENT, WRAPPING_BUFFER
+from ringfence.runtime.collectives.kernels import STAGE_ALIGNMENT, WRAPPING_BUFFER
 
 GIB = 1 << 30
 

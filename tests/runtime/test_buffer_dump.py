@@ -11,7 +11,8 @@ import torch
 from fake_flashinfer import memory as make_memory
 from torch import Tensor
 
-from ringfence.runtime.collectives.buffer_dump import CELL, FLAGS, WORDS, Cells, Memory, Parts, Shape, describe
+from ringfence.runtime.collectives.buffer_dump import CELL, FLAGS, Cells, describe
+from ringfence.runtime.collectives.kernels import KernelMemory, Launched, Parts
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
@@ -23,7 +24,7 @@ SENTINEL = {2: (torch.int16, -(2**15)), 4: (torch.int32, -(2**31))}
 class Buffer:
     """A Lamport buffer, all sentinel at first. Payloads hold what looks like the sentinel and is not."""
 
-    def __init__(self, memory: Memory, seed: int = 0) -> None:
+    def __init__(self, memory: KernelMemory, seed: int = 0) -> None:
         self.memory = memory
         self.dtype, self.sentinel = SENTINEL[memory.element]
         self.elements = torch.full((memory.buffer_bytes // memory.element,), self.sentinel, dtype=self.dtype)
@@ -58,8 +59,8 @@ class Buffer:
         memory = self.memory
         before = None
         if previous is not None:
-            named = dict(zip(WORDS[memory.collective], words, strict=True))
-            before = previous.cells(memory.previous(named)[1])
+            named = dict(zip(memory.layout.words, words, strict=True))
+            before = previous.cells(memory.layout.previous(memory, named)[1])
         ranks = tuple(ranks) or tuple(range(memory.world_size))
         return describe(memory, words, *self.cells(), flags, ranks, before)
 
@@ -72,11 +73,11 @@ def trtllm_words(arrived: int = 1, two_shot: int = 0) -> list[int]:
     return [arrived, two_shot, 0, 1 << 20, 0]
 
 
-def one_shot(*tokens: int) -> set[Shape]:
-    return {Shape(ONE, n, ROW) for n in tokens}
+def one_shot(*tokens: int) -> set[Launched]:
+    return {Launched(ONE, n, ROW) for n in tokens}
 
 
-def memory(collective: Collective, calls: set[Shape], **other: Any) -> Memory:
+def memory(collective: Collective, calls: set[Launched], **other: Any) -> KernelMemory:
     return make_memory(collective, calls=calls, **other)
 
 
@@ -151,7 +152,7 @@ def test_a_buffer_that_was_never_used() -> None:
 
 
 def test_mnnvl_two_shot_waits_for_parts_and_for_sums() -> None:
-    made = memory(MNNVL, {Shape(TWO, 8, ROW)}, world_size=4, rank=0, buffer_bytes=64 * ROW)
+    made = memory(MNNVL, {Launched(TWO, 8, ROW)}, world_size=4, rank=0, buffer_bytes=64 * ROW)
     buffer, half = Buffer(made), 32 * ROW
     for local in range(2):
         for source in (0, 1, 3):
@@ -169,7 +170,7 @@ def test_mnnvl_two_shot_waits_for_parts_and_for_sums() -> None:
 
 
 def test_a_silent_rank_is_silent_in_both_strategies_that_were_launched() -> None:
-    made = memory(MNNVL, {Shape(TWO, 8, ROW), Shape(ONE, 2, ROW)}, buffer_bytes=64 * ROW)
+    made = memory(MNNVL, {Launched(TWO, 8, ROW), Launched(ONE, 2, ROW)}, buffer_bytes=64 * ROW)
     buffer = Buffer(made)
     for token in range(2):
         buffer.write(token * 2)
@@ -269,7 +270,7 @@ def flags(*values: int) -> Tensor:
 
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_trtllm_two_shot_barriers(before: int) -> None:
-    buffer = Buffer(memory(TRTLLM, {Shape(TWO, 64, ROW)}, world_size=4, rank=3, flags=1))
+    buffer = Buffer(memory(TRTLLM, {Launched(TWO, 64, ROW)}, world_size=4, rank=3, flags=1))
     at = [before, (before + 1) % 3, (before + 2) % 3]
     value = buffer.describe(trtllm_words(two_shot=before), flags(at[1], at[0], at[1], at[1]))
     assert value["barriers"] == {"0": [1], "1": [0], "2": [1], "3": [1]} and value["silent"] == [1]
@@ -281,7 +282,7 @@ def test_trtllm_two_shot_barriers(before: int) -> None:
 
 
 def test_blocks_that_differ_are_shown() -> None:
-    buffer = Buffer(memory(TRTLLM, {Shape(TWO, 64, ROW)}, flags=1))
+    buffer = Buffer(memory(TRTLLM, {Launched(TWO, 64, ROW)}, flags=1))
     mixed = flags(1, 0)
     mixed[FLAGS + 1] = 1
     assert buffer.describe(trtllm_words(), mixed)["barriers"]["1"] == [0, 1]
@@ -317,10 +318,12 @@ def test_a_call_of_which_something_has_arrived_waits_in_the_previous_buffer(coll
 
 def test_the_previous_buffer_of_each_kernel() -> None:
     made = memory(MNNVL, one_shot(1))
-    words = dict(zip(WORDS[MNNVL], [2, 1, 1 << 20, 2, 4096, 2048, 0, 0, 0], strict=True))
-    assert made.previous(words) == (1, ((0, 4096), (made.buffer_bytes // 2, 2048)))
-    assert made.previous(words | {"dirty_stages": 1})[1][1][1] == 0
+    words = dict(zip(made.layout.words, [2, 1, 1 << 20, 2, 4096, 2048, 0, 0, 0], strict=True))
+    assert made.layout.previous(made, words) == (1, ((0, 4096), (made.buffer_bytes // 2, 2048)))
+    assert made.layout.previous(made, words | {"dirty_stages": 1})[1][1][1] == 0
     made = memory(TRTLLM, one_shot(1))
-    words = dict(zip(WORDS[TRTLLM], [0, 0, 0, 1 << 20, 100], strict=True))
-    assert made.previous(words) == (2, ((0, 100 * made.element), (made.buffer_bytes // 2, 0)))
-    assert made.previous(words | {"clear_elements": 1 << 40})[1][0][1] == made.buffer_bytes  # garbage reads no further
+    words = dict(zip(made.layout.words, [0, 0, 0, 1 << 20, 100], strict=True))
+    assert made.layout.previous(made, words) == (2, ((0, 100 * made.element), (made.buffer_bytes // 2, 0)))
+    assert (
+        made.layout.previous(made, words | {"clear_elements": 1 << 40})[1][0][1] == made.buffer_bytes
+    )  # garbage reads no further

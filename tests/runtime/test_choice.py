@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fake_flashinfer import FACTS, FakeFlashInfer
+from fake_flashinfer import FACTS, FakeFlashInfer, fakes
 
 from ringfence.runtime.channel import open_channel
-from ringfence.runtime.collectives import choice, ready
-from ringfence.runtime.collectives.choice import Choice, RankFacts, choose, multicast_barred, nccl_files, opt_outs
+from ringfence.runtime.collectives import mnnvl as mnnvl_module
+from ringfence.runtime.collectives import opt_outs as opt_outs_module
+from ringfence.runtime.collectives import rank_facts, ready, table
+from ringfence.runtime.collectives import trtllm as trtllm_module
+from ringfence.runtime.collectives.choice import Choice, choose
+from ringfence.runtime.collectives.opt_outs import nccl_files, opt_outs
+from ringfence.runtime.collectives.rank_facts import RankFacts, multicast_barred, numbered
 from ringfence.runtime.collectives.ready import Wanted, prepare
 from ringfence.runtime.collectives.size_table import TABLE, SizeRow, forced_row
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
@@ -74,9 +79,9 @@ def test_the_reasons_are_sentences_in_order() -> None:
 
 def test_the_choice_depends_on_nothing_but_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     before = choose([B200, replace(B200, opt_outs=("NVSHMEM_DISABLE_NVLS=1",))])
-    monkeypatch.setattr(choice, "own_opt_outs", lambda: pytest.fail("a rank looked at itself"))
-    monkeypatch.setattr(choice, "load", lambda: pytest.fail("a rank looked at itself"))
-    for name in choice.MULTICAST_OPT_OUTS:
+    monkeypatch.setattr(rank_facts, "own_opt_outs", lambda: pytest.fail("a rank looked at itself"))
+    monkeypatch.setattr(rank_facts, "load", lambda: pytest.fail("a rank looked at itself"))
+    for name in opt_outs_module.MULTICAST_OPT_OUTS:
         monkeypatch.delenv(name, raising=False)
     assert choose([B200, replace(B200, opt_outs=("NVSHMEM_DISABLE_NVLS=1",))]) == before
 
@@ -238,8 +243,8 @@ def test_a_size_that_no_row_knows_is_for_those_who_insist() -> None:
     for transport_of in ((MNNVL, "peer"), (TRTLLM, "peer")):
         assert why_not(found, *transport_of) == ("no row of the size table knows 2 GPUs of SM120; name it to force it")
     forced = choose(ranks, wanted="trtllm")
-    assert forced.row == forced_row(TRTLLM, "peer", (12, 0), 2)
-    assert choose([B200] * 3, wanted="mnnvl").row == forced_row(MNNVL, "multicast", (10, 0), 3)
+    assert forced.row == forced_row(trtllm_module.IMPLEMENTATION, (12, 0), 2)
+    assert choose([B200] * 3, wanted="mnnvl").row == forced_row(mnnvl_module.MULTICAST, (10, 0), 3)
     with pytest.raises(CollectiveUnavailableError, match="not shown"):  # a forced row was not measured
         choose(ranks, wanted="trtllm", deterministic=True)
 
@@ -345,7 +350,19 @@ def test_a_file_that_turns_multicast_off_is_seen_by_the_probe(monkeypatch: pytes
     path.write_text(OFF)
     facts = probed(monkeypatch, {"NCCL_CONF_FILE": str(path)})
     assert facts.opt_outs == (f"NCCL_NVLS_ENABLE=0 in {path}",)
-    assert multicast_barred([B200, facts]) == f"multicast is turned off (NCCL_NVLS_ENABLE=0 in {path} on rank 1)"
+    assert (
+        multicast_barred(numbered([B200, facts])) == f"multicast is turned off (NCCL_NVLS_ENABLE=0 in {path} on rank 1)"
+    )
+
+
+def test_ranks_are_named_by_their_global_rank() -> None:
+    """As everywhere else: the second group of a job has ranks 4 and 5, and no rank 1."""
+    off = choose([B200, replace(B200, opt_outs=("X=1",))], numbers=(4, 5))
+    assert why_not(off, MNNVL, "multicast") == "multicast is turned off (X=1 on rank 5)"
+    unlike = choose([H200, replace(H200, flashinfer="0.7.0")], numbers=(4, 5))
+    assert why_not(unlike, TRTLLM, "peer") == "ranks differ in flashinfer: rank 4: 0.6.18; rank 5: 0.7.0"
+    none = choose([replace(B200, multicast=False)] * 2, numbers=(6, 7))
+    assert why_not(none, MNNVL, "multicast") == "the device of rank 6 has no NVLink multicast"
 
 
 def test_all_variables_are_named() -> None:
@@ -361,7 +378,7 @@ def test_multicast_is_barred_by_any_rank() -> None:
         ):
             ranks = [B200] * 4
             ranks[rank] = replace(B200, **other)  # type: ignore[arg-type]
-            assert multicast_barred(ranks) == said
+            assert multicast_barred(numbered(ranks)) == said
 
 
 def probed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> RankFacts:
@@ -374,9 +391,9 @@ def probed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Rank
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
-    monkeypatch.setattr(choice, "_device_has_multicast", lambda index: True)
-    monkeypatch.setattr(choice, "load", lambda: FakeFlashInfer("0"))
-    return choice.probe(torch.device("cuda", 0))
+    monkeypatch.setattr(rank_facts, "_device_has_multicast", lambda index: True)
+    monkeypatch.setattr(rank_facts, "load", lambda: FakeFlashInfer("0"))
+    return rank_facts.probe(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("name", VARIABLES)
@@ -406,7 +423,7 @@ def made(facts: list[RankFacts], wanted: str, transport: str, monkeypatch: pytes
         return [m[0] for m in package.made]
 
     packages: dict[int, FakeFlashInfer] = {}
-    monkeypatch.setattr(ready, "load", lambda: packages[dist.get_rank()])
+    monkeypatch.setattr(table, "ALL", fakes(lambda: packages[dist.get_rank()]))
     monkeypatch.setattr(ready, "probe", lambda device: facts[dist.get_rank()])
     return run_threaded(count, body)
 
@@ -438,16 +455,14 @@ def test_without_the_bar_those_paths_do_make_one(monkeypatch: pytest.MonkeyPatch
         expected = "trtllm" if wanted == "trtllm" or (wanted, transport) == ("auto", "peer") else "mnnvl/multicast"
         expected = "mnnvl/peer" if (wanted, transport) == ("mnnvl", "peer") else expected
         assert made([B200, B200], wanted, transport, monkeypatch) == [[expected]] * 2
-    monkeypatch.setattr(choice, "multicast_barred", lambda ranks: None)
+    monkeypatch.setattr(rank_facts, "multicast_barred", lambda ranks: None)
     barred = [B200, replace(B200, opt_outs=("NCCL_NVLS_ENABLE=0",), multicast=False)]
     assert made(barred, "auto", "auto", monkeypatch) == [["mnnvl/multicast"]] * 2
 
 
 def test_a_multicast_workspace_that_fails_is_followed_by_none_that_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeFlashInfer, "mnnvl_multicast", lambda *_: pytest.fail("no multicast here"))
-    assert (
-        made([replace(H200, opt_outs=("NCCL_NVLS_ENABLE=0",))] * 2, "auto", "auto", monkeypatch) == [["mnnvl/peer"]] * 2
-    )
+    refused = replace(H200, opt_outs=("NCCL_NVLS_ENABLE=0",))
+    assert made([refused] * 2, "auto", "auto", monkeypatch) == [["mnnvl/peer"]] * 2
 
 
 def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +478,7 @@ def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatc
         return seen
 
     packages: dict[int, FakeFlashInfer] = {}
-    monkeypatch.setattr(ready, "load", lambda: packages[dist.get_rank()])
+    monkeypatch.setattr(table, "ALL", fakes(lambda: packages[dist.get_rank()]))
     monkeypatch.setattr(ready, "probe", lambda device: replace(H200, flashinfer="0.6.18"))
     for small, fits, again in run_threaded(2, body):
         assert small == again and small[0] is REFERENCE and "trtllm/peer: hidden size 100 of torch.float32" in small[1]

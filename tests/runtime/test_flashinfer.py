@@ -17,26 +17,19 @@ import torch
 import torch.distributed as dist
 
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import buffer_dump
 from ringfence.runtime.collectives import flashinfer as adapter
-from ringfence.runtime.collectives.flashinfer import (
-    CONTRACT,
-    REQUIREMENTS,
-    SUPPORTED,
-    WRAPPING_BUFFER,
-    ChannelBackend,
-    FlashInfer,
-    KernelCall,
-    Unavailable,
-    load,
-    unmet,
-)
+from ringfence.runtime.collectives import kernels as contract
+from ringfence.runtime.collectives import mnnvl, trtllm
+from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
+from ringfence.runtime.collectives.flashinfer import CONTRACT, SUPPORTED, ChannelBackend, FlashInfer, Unavailable, load
+from ringfence.runtime.collectives.kernels import WRAPPING_BUFFER, Implementation, KernelCall, KernelMemory, Launched
 from ringfence.runtime.errors import WorkspaceError
-from ringfence.runtime.hazards.situation import Collective, Strategy
+from ringfence.runtime.hazards.situation import Strategy
 from support import NO_MULTICAST, run_threaded
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
-TRTLLM, MNNVL = Collective.TRTLLM, Collective.MNNVL
+TRTLLM, MNNVL = trtllm.IMPLEMENTATION, mnnvl.PEER
+NORM, SUM = Epilogue(True, RmsNorm(1e-5, 1.0)), Epilogue()
 
 pytestmark = pytest.mark.xdist_group("flashinfer")  # one import of the real package
 
@@ -51,7 +44,7 @@ def call(**other: Any) -> KernelCall:
 
 
 #: Calls that break a requirement and no other one before it, and their neighbours that are served.
-EDGES: dict[str, tuple[Collective, dict[str, Any], dict[str, Any]]] = {
+EDGES: dict[str, tuple[Implementation, dict[str, Any], dict[str, Any]]] = {
     "dtype": (MNNVL, {"dtype": torch.float64, "hidden": 64}, {"dtype": torch.float32}),
     "world_size": (TRTLLM, {"world_size": 3}, {"world_size": 16}),
     "hidden": (MNNVL, {"hidden": 4100}, {"hidden": 4096}),
@@ -62,29 +55,34 @@ EDGES: dict[str, tuple[Collective, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+REQUIREMENTS = {r.id: r for one in (TRTLLM, MNNVL) for r in one.requirements}
+
+
 def test_every_requirement_has_its_edge() -> None:
-    assert [r.id for r in REQUIREMENTS] == list(EDGES)
+    assert set(REQUIREMENTS) == set(EDGES)
+    assert mnnvl.MULTICAST.requirements == mnnvl.PEER.requirements
 
 
-@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.id)
-def test_a_call_at_the_edge_of_a_requirement(requirement: adapter.Requirement) -> None:
-    collective, broken, fine = EDGES[requirement.id]
-    assert unmet(collective, call(**broken)) is requirement
-    assert unmet(collective, call(**fine)) is None
-    if requirement.id != "hidden":  # a whole warp is a multiple of 16 bytes too
-        assert [r.id for r in REQUIREMENTS if not r.met(call(**broken))] == [requirement.id]
+@pytest.mark.parametrize("id", EDGES)
+def test_a_call_at_the_edge_of_a_requirement(id: str) -> None:
+    one, broken, fine = EDGES[id]
+    assert one.unmet(call(**broken)) is REQUIREMENTS[id]
+    assert one.unmet(call(**fine)) is None
+    if id != "hidden":  # a whole warp is a multiple of 16 bytes too
+        assert [r.id for r in one.requirements if not r.met(call(**broken))] == [id]
 
 
-def test_requirements_of_trtllm_alone() -> None:
-    assert unmet(MNNVL, call(world_size=3)) is None
-    assert unmet(MNNVL, call(strategy=TWO, tokens=1)) is None
-    assert unmet(TRTLLM, call(strategy=ONE, tokens=1)) is None
+def test_requirements_of_one_alone() -> None:
+    assert MNNVL.unmet(call(world_size=3)) is None
+    assert MNNVL.unmet(call(strategy=TWO, tokens=1)) is None
+    assert TRTLLM.unmet(call(strategy=ONE, tokens=1)) is None
+    assert TRTLLM.unmet(call(dtype=torch.float16)) is None
 
 
 def test_a_lamport_buffer_of_a_gibibyte_is_refused() -> None:
-    adapter._check_buffer(WRAPPING_BUFFER - 32)
+    contract.check_buffer(WRAPPING_BUFFER - 32)
     with pytest.raises(WorkspaceError, match=r"1073741824 bytes .* lower max_tokens"):
-        adapter._check_buffer(WRAPPING_BUFFER)
+        contract.check_buffer(WRAPPING_BUFFER)
 
 
 # -- the package, made for the test
@@ -243,7 +241,7 @@ def tensors() -> list[torch.Tensor]:
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.tensor
-    monkeypatch.setattr(adapter, "_device_words", lambda pointer, words: torch.zeros(min(words, 9), dtype=torch.int32))
+    monkeypatch.setattr(contract, "device_words", lambda pointer, words: torch.zeros(min(words, 9), dtype=torch.int32))
     monkeypatch.setattr(torch, "tensor", lambda data, dtype, device: real(data, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -301,7 +299,7 @@ def of_size(size: int) -> Channel:
 
 def test_what_a_trtllm_workspace_is_asked_for(no_device: None) -> None:
     api, channel, group = Allreduce(), of_size(4), object()
-    flashinfer(api)[0].trtllm(channel, group, 64, 4096, torch.bfloat16)  # type: ignore[arg-type]
+    trtllm.create(flashinfer(api)[0], channel, group, 64, 4096, torch.bfloat16)  # type: ignore[arg-type]
     ((_, asked),) = api.asked.calls
     backend = asked.pop("comm_backend")
     assert isinstance(backend, ChannelBackend) and backend._channel is channel
@@ -330,7 +328,7 @@ def test_two_shot_in_float32_has_room(
     no_device: None, version: str, ranks: int, dtype: torch.dtype, tokens: int
 ) -> None:
     api = Allreduce()
-    flashinfer(api, version)[0].trtllm(of_size(ranks), None, 64, 4096, dtype)  # type: ignore[arg-type]
+    trtllm.create(flashinfer(api, version)[0], of_size(ranks), None, 64, 4096, dtype)  # type: ignore[arg-type]
     ((_, asked),) = api.asked.calls
     assert asked["max_token_num"] == tokens
     element = 2 if version < "0.7.2" else dtype.itemsize
@@ -340,18 +338,18 @@ def test_two_shot_in_float32_has_room(
 def test_confidential_computing_would_go_through_torch_symmetric_memory(no_device: None) -> None:
     api = Allreduce(confidential=True)
     with pytest.raises(WorkspaceError, match="makes a multicast object"):
-        flashinfer(api)[0].trtllm(of_size(2), None, 64, 4096, torch.bfloat16)  # type: ignore[arg-type]
+        trtllm.create(flashinfer(api)[0], of_size(2), None, 64, 4096, torch.bfloat16)  # type: ignore[arg-type]
     assert not api.asked.calls
 
 
 @pytest.mark.parametrize("strategy", [ONE, TWO])
 def test_what_reaches_trtllm(no_device: None, strategy: Strategy) -> None:
     api = Allreduce()
-    kernels = flashinfer(api)[0].trtllm(one_rank(), None, 64, 256, torch.float32)  # type: ignore[arg-type]
+    kernels = trtllm.create(flashinfer(api)[0], one_rank(), None, 64, 256, torch.float32)  # type: ignore[arg-type]
     x, residual, norm, out, _ = tensors()
     weight = torch.ones(256)
-    kernels.fused(x, residual, weight, 1e-5, 1.0, strategy, norm, out)
-    kernels.all_reduce(x, out, strategy)
+    kernels.run(x, NORM, strategy, (residual, weight), norm, out)
+    kernels.run(x, SUM, strategy, None, None, out)
     (fused, named), (plain, plain_named) = api.allreduce_fusion.calls
     assert fused[0] is x and fused[2] == 1 and plain[0] is x and plain[2] == 0 and len(fused) == len(plain) == 3
     assert fused[1] is plain[1] and fused[1].metadata["control_flag_ptr"] == 64
@@ -376,16 +374,16 @@ def test_what_reaches_trtllm(no_device: None, strategy: Strategy) -> None:
 def test_a_closed_trtllm_workspace_gives_its_memory_back_and_serves_nothing(no_device: None) -> None:
     api = Allreduce()
     package, released, _ = flashinfer(api)
-    kernels = package.trtllm(one_rank(), None, 64, 256, torch.float32)  # type: ignore[arg-type]
+    kernels = trtllm.create(package, one_rank(), None, 64, 256, torch.float32)  # type: ignore[arg-type]
     assert kernels.memory.buffer_bytes == 4096 and kernels.control_words() == (0,) * 5
     kernels.close()
     kernels.close()
     assert api.destroyed == 1 and [given[0][0] for (given, _) in released.calls] == [[10, 11, 12, 13]]
     x, residual, norm, out, weight = tensors()
     with pytest.raises(WorkspaceError, match="closed"):
-        kernels.fused(x, residual, weight, 1e-5, 0.0, ONE, norm, out)
+        kernels.run(x, NORM, ONE, (residual, weight), norm, out)
     with pytest.raises(WorkspaceError, match="closed"):
-        kernels.all_reduce(x, out, ONE)
+        kernels.run(x, SUM, ONE, None, None, out)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -393,9 +391,9 @@ def test_a_closed_trtllm_workspace_gives_its_memory_back_and_serves_nothing(no_d
 def test_where_a_probe_finds_the_memory_of_trtllm(no_device: None, rank: int, dtype: torch.dtype) -> None:
     channel = of_size(4)
     channel.rank = rank
-    kernels = flashinfer(Allreduce())[0].trtllm(channel, None, 64, 256, dtype)  # type: ignore[arg-type]
-    assert kernels.memory == buffer_dump.Memory(
-        TRTLLM,
+    kernels = trtllm.create(flashinfer(Allreduce())[0], channel, None, 64, 256, dtype)  # type: ignore[arg-type]
+    assert kernels.memory == KernelMemory(
+        trtllm.LAYOUT,
         rank,
         4,
         words=64,
@@ -406,10 +404,10 @@ def test_where_a_probe_finds_the_memory_of_trtllm(no_device: None, rank: int, dt
         flags=20 + rank,
     )
     x, residual, norm, out = (torch.zeros(4, 256, dtype=dtype) for _ in range(4))
-    kernels.fused(x, residual, torch.ones(256), 1e-5, 0.0, ONE, norm, out)
-    kernels.all_reduce(x[:3], out, TWO)
+    kernels.run(x, NORM, ONE, (residual, torch.ones(256)), norm, out)
+    kernels.run(x[:3], SUM, TWO, None, None, out)
     row = 256 * dtype.itemsize
-    assert kernels.memory.calls == {buffer_dump.Shape(ONE, 4, row), buffer_dump.Shape(TWO, 3, row)}
+    assert kernels.memory.calls == {Launched(ONE, 4, row), Launched(TWO, 3, row)}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -418,19 +416,26 @@ def test_where_a_probe_finds_the_memory_of_mnnvl(no_device: None, rank: int) -> 
     package, *_ = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
     channel = of_size(2)
     channel.rank = rank
-    peer = package.mnnvl_peer(channel, 33, 264, torch.float16)
+    peer = mnnvl.create_peer(package, channel, None, 33, 264, torch.float16)
     words = peer._pointers[3]  # type: ignore[attr-defined]
     size = peer.memory.buffer_bytes
     assert words.tolist() == [0, 2, size, *[0] * 6]
-    assert peer.memory == buffer_dump.Memory(
-        MNNVL, rank, 2, words=words.data_ptr(), lamport=1000 + rank, buffer_bytes=size, element=4, keeps_own=False
+    assert peer.memory == KernelMemory(
+        mnnvl.LAYOUT,
+        rank,
+        2,
+        words=words.data_ptr(),
+        lamport=1000 + rank,
+        buffer_bytes=size,
+        element=4,
+        keeps_own=False,
     )
-    multicast = package.mnnvl_multicast(channel, 64, 4096, torch.bfloat16)
+    multicast = mnnvl.create_multicast(package, channel, None, 64, 4096, torch.bfloat16)
     assert (multicast.memory.lamport, multicast.memory.buffer_bytes, multicast.memory.keeps_own) == (3, 4096, True)
     x, residual, norm, out = (torch.zeros(4, 256, dtype=torch.float16) for _ in range(4))
-    multicast.fused(x, residual, torch.ones(256), 1e-5, 0.0, TWO, norm, out)
-    multicast.all_reduce(x[:3], out, ONE)
-    assert multicast.memory.calls == {buffer_dump.Shape(TWO, 4, 512), buffer_dump.Shape(ONE, 3, 512)}
+    multicast.run(x, NORM, TWO, (residual, torch.ones(256)), norm, out)
+    multicast.run(x[:3], SUM, ONE, None, None, out)
+    assert multicast.memory.calls == {Launched(TWO, 4, 512), Launched(ONE, 3, 512)}
 
 
 class Memory:
@@ -454,7 +459,7 @@ def test_mnnvl_of_two_ranks_stores_to_the_peer(no_device: None, rank: int) -> No
     package, _, launch = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
     channel = of_size(2)
     channel.rank = rank
-    kernels = package.mnnvl_peer(channel, 33, 264, torch.float16)
+    kernels = mnnvl.create_peer(package, channel, None, 33, 264, torch.float16)
     ((_, asked),) = Memory.asked.calls
     assert isinstance(asked.pop("comm_backend_for_handle_transfer"), ChannelBackend)
     size = 2 * 33 * 264 * 2
@@ -470,8 +475,8 @@ def test_mnnvl_of_two_ranks_stores_to_the_peer(no_device: None, rank: int) -> No
     assert kernels.memory.buffer_bytes == size and kernels.strategies == (ONE,)
     assert kernels.control_words() == (0, 2, size, 0, 0, 0, 0, 0, 0)
     x, residual, norm, out, weight = tensors()
-    kernels.fused(x, residual, weight, 1e-5, 1.0, ONE, norm, out)
-    kernels.all_reduce(x, out, ONE)
+    kernels.run(x, NORM, ONE, (residual, weight), norm, out)
+    kernels.run(x, SUM, ONE, None, None, out)
     (fused, none), (plain, none_either) = launch.calls
     assert none == none_either == {}
     for given in (fused, plain):
@@ -482,22 +487,22 @@ def test_mnnvl_of_two_ranks_stores_to_the_peer(no_device: None, rank: int) -> No
     assert all(a is b for a, b in zip(fused[10:], (norm, out, residual, weight, 1e-5, 1.0), strict=True))
     assert plain[10] is out and plain[11:] == (None,) * 5
     for tokens, pdl in ((64, True), (65, False)):  # up to 1 MiB
-        kernels.all_reduce(torch.empty(tokens, 8192, dtype=torch.bfloat16), out, ONE)
+        kernels.run(torch.empty(tokens, 8192, dtype=torch.bfloat16), SUM, ONE, None, None, out)
         assert launch.calls[-1][0][8] is pdl
     kernels.close()
     with pytest.raises(WorkspaceError, match="closed"):
-        kernels.all_reduce(x, out, ONE)
+        kernels.run(x, SUM, ONE, None, None, out)
 
 
 def test_mnnvl_over_multicast_uses_the_pointers_of_its_workspace(no_device: None) -> None:
     api = Allreduce()
     package, _, launch = flashinfer(api)
-    kernels = package.mnnvl_multicast(of_size(4), 64, 4096, torch.bfloat16)
+    kernels = mnnvl.create_multicast(package, of_size(4), None, 64, 4096, torch.bfloat16)
     ((_, asked),) = api.asked.calls
     assert asked["backend"] == "mnnvl" and asked["force_oneshot_support"] is True and asked["world_size"] == 4
     assert isinstance(asked["comm_backend"], ChannelBackend) and "group" not in asked
     x, residual, norm, out, weight = tensors()
-    kernels.fused(x, residual, weight, 1e-5, 1.0, TWO, norm, out)
+    kernels.run(x, NORM, TWO, (residual, weight), norm, out)
     ((given, _),) = launch.calls
     assert given[1:4] == (1, 2, 3) and given[5:10] == (4, 0, True, False, False)
     kernels.close()
@@ -507,10 +512,10 @@ def test_mnnvl_over_multicast_uses_the_pointers_of_its_workspace(no_device: None
 @pytest.mark.parametrize(("tokens", "pdl"), [(1, True), (1024, True), (1025, False)])
 def test_mnnvl_is_launched_early_for_small_messages_alone(no_device: None, tokens: int, pdl: bool) -> None:
     package, _, launch = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
-    kernels = package.mnnvl_peer(of_size(2), 2048, 256, torch.float32)
+    kernels = mnnvl.create_peer(package, of_size(2), None, 2048, 256, torch.float32)
     x, residual, norm, out = (torch.zeros(tokens, 256) for _ in range(4))
-    kernels.fused(x, residual, torch.ones(256), 1e-5, 0.0, ONE, norm, out)
-    kernels.all_reduce(x, out, ONE)
+    kernels.run(x, NORM, ONE, (residual, torch.ones(256)), norm, out)
+    kernels.run(x, SUM, ONE, None, None, out)
     assert [given[8] for given, _ in launch.calls] == [pdl, pdl]
 
 
@@ -521,27 +526,26 @@ def test_lamport_buffers_of_an_odd_size_are_refused(no_device: None) -> None:
         **vars(create(**n)) | {"buffer_size_bytes": 4096 + 16}
     )
     with pytest.raises(WorkspaceError, match=r"4112 bytes .hazard M7"):
-        flashinfer(api)[0].mnnvl_multicast(of_size(4), 64, 4096, torch.bfloat16)
+        mnnvl.create_multicast(flashinfer(api)[0], of_size(4), None, 64, 4096, torch.bfloat16)
 
 
 def test_four_ranks_have_no_single_peer() -> None:
     Memory.asked = Calls()
     package, *_ = flashinfer(Allreduce(), mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
     with pytest.raises(WorkspaceError, match="serves two ranks, not 4"):
-        package.mnnvl_peer(of_size(4), 64, 4096, torch.bfloat16)
+        mnnvl.create_peer(package, of_size(4), None, 64, 4096, torch.bfloat16)
     assert not Memory.asked.calls
 
 
-@pytest.mark.parametrize("make", ["trtllm", "mnnvl_peer", "mnnvl_multicast"])
-def test_no_memory_is_asked_for_where_the_buffer_is_too_large(no_device: None, make: str) -> None:
+@pytest.mark.parametrize("make", [trtllm.create, mnnvl.create_peer, mnnvl.create_multicast])
+def test_no_memory_is_asked_for_where_the_buffer_is_too_large(no_device: None, make: Callable[..., Any]) -> None:
     Memory.asked, api = Calls(), Allreduce()
     package, *_ = flashinfer(api, mnnvl=SimpleNamespace(SymmDeviceMemory=Memory))
     tokens = WRAPPING_BUFFER // (2 * 4096 * 2)
-    group = (None,) if make == "trtllm" else ()
     with pytest.raises(WorkspaceError, match="1 GiB or more"):
-        getattr(package, make)(of_size(2), *group, tokens, 4096, torch.bfloat16)
+        make(package, of_size(2), None, tokens, 4096, torch.bfloat16)
     assert not api.asked.calls and not Memory.asked.calls
-    getattr(package, make)(of_size(2), *group, tokens - 1, 4096, torch.bfloat16)
+    make(package, of_size(2), None, tokens - 1, 4096, torch.bfloat16)
 
 
 # -- the contract with the real package
@@ -563,7 +567,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return facts
 
 
-#: What the kernel's wrapper calls the arguments that _Mnnvl passes by position.
+#: What the kernel's wrapper calls the arguments that Mnnvl passes by position.
 MNNVL_PARAMETERS = [
     *("input", "multicast_buffer_ptr", "buffer_ptrs_dev", "buffer_ptr_local", "buffer_flags_mnnvl", "nranks", "rank"),
     *("rmsnorm_fusion", "launch_with_pdl", "use_oneshot", "output", "residual_out", "residual_in", "gamma"),
@@ -699,7 +703,7 @@ def test_under_confidential_computing_the_real_package_allocates_nothing(real: d
 
 
 def test_the_adapter_implements_what_it_declares() -> None:
-    for kernels in (adapter._Trtllm, adapter._Mnnvl):
-        for name in ("fused", "all_reduce", "control_words", "close"):
-            declared = inspect.signature(getattr(adapter.Kernels, name)).parameters
+    for kernels in (trtllm.Trtllm, mnnvl.Mnnvl):
+        for name in ("run", "control_words", "close"):
+            declared = inspect.signature(getattr(contract.Kernels, name)).parameters
             assert list(inspect.signature(getattr(kernels, name)).parameters) == list(declared)

@@ -16,9 +16,10 @@ from fake_flashinfer import memory as make_memory
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
+from ringfence.runtime.collectives import mnnvl, trtllm
 from ringfence.runtime.collectives import probe as module
-from ringfence.runtime.collectives.buffer_dump import Memory, Shape
-from ringfence.runtime.collectives.probe import Probe, make_probe
+from ringfence.runtime.collectives.kernels import KernelMemory, Launched
+from ringfence.runtime.collectives.probe import GroupProbe, make_probe
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import Workspace, Workspaces, workspaces_of
 from ringfence.runtime.hazards.situation import Collective, Strategy
@@ -69,14 +70,15 @@ class Held:
             buffer_bytes=size,
             element=4,
             keeps_own=collective is TRTLLM,
-            calls={Shape(ONE, tokens, ROW)},
+            calls={Launched(ONE, tokens, ROW)},
         )
         kernels = FakeKernels(FakeFlashInfer("tp"), "tp", (ONE,), str(collective))
         kernels.memory = memory
         kernels.kept = (self.words, self.buffers)  # type: ignore[attr-defined]
         row = SizeRow(collective, "peer", (9, 0), 2, size, size, 0, "a test")
         dtypes = (torch.float32,)
-        self.workspace = Workspace(collective, "peer", row, kernels, torch.device("cpu"), 2, size, dtypes)
+        one = mnnvl.PEER if collective is Collective.MNNVL else trtllm.IMPLEMENTATION
+        self.workspace = Workspace(one, row, kernels, torch.device("cpu"), 2, size, dtypes)
         channel = Channel(dist.HashStore(), 0, 1, seconds=5)
         found.create(channel, lambda: self.workspace, collective, "peer")
 
@@ -98,7 +100,7 @@ def test_what_open_workspaces_hold(found: Workspaces) -> None:
     Held(found, MNNVL).rows(1, 3)
     Held(found, TRTLLM).rows(0, 1, 2, 3)
     device = HostDevice(slow=2)
-    value = Probe("tp", device)()
+    value = GroupProbe("tp", device)()
     assert json.loads(json.dumps(value)) == value
     first, second = value
     assert (first["collective"], first["transport"]) == ("mnnvl", "peer")
@@ -130,7 +132,7 @@ def test_what_open_workspaces_hold(found: Workspaces) -> None:
 def test_a_device_that_never_answers(found: Workspaces) -> None:
     Held(found, MNNVL), Held(found, TRTLLM)
     device = HostDevice(slow=None)
-    probe = Probe("tp", device, seconds=0.1)
+    probe = GroupProbe("tp", device, seconds=0.1)
     for _ in range(2):
         began = time.monotonic()
         value = probe()
@@ -153,7 +155,7 @@ def test_a_device_that_stops_in_the_middle(found: Workspaces) -> None:
         return device.copies < 3 and complete()
 
     device.done = done  # type: ignore[method-assign]
-    (value,) = Probe("tp", device, seconds=0.1)()
+    (value,) = GroupProbe("tp", device, seconds=0.1)()
     assert (value["read_bytes"], value["used_bytes"], value["late"]) == (2048, 8 * ROW, True)
     assert value["says"] == "a call waits: the first 1 tokens of rank 5 have arrived"
 
@@ -161,7 +163,7 @@ def test_a_device_that_stops_in_the_middle(found: Workspaces) -> None:
 def test_what_is_read_has_a_limit(found: Workspaces, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST", 4096)
     Held(found, TRTLLM, tokens=4).rows(0, 1, 2, 3)
-    (value,) = Probe("tp", HostDevice())()
+    (value,) = GroupProbe("tp", HostDevice())()
     assert (value["read_bytes"], value["used_bytes"]) == (4096, 8 * ROW)
     assert value["silent"] == [], "of rank 5 nothing was read"
 
@@ -170,13 +172,13 @@ def test_closed_and_broken_workspaces_are_texts(found: Workspaces, monkeypatch: 
     closed, broken, fine = Held(found, MNNVL), Held(found, MNNVL), Held(found, MNNVL)
     closed.workspace.closed = True  # a moment before it leaves the list
     closed.workspace.kernels.memory = None  # type: ignore[assignment]
-    object.__setattr__(broken.workspace.kernels.memory, "collective", "none")
+    object.__setattr__(broken.workspace.kernels.memory, "layout", None)
     fine.rows(1, 3, 5)
-    said = [v["says"] for v in Probe("tp", HostDevice())()]
-    assert said[0] == "the workspace was closed" and said[1] == "KeyError: 'none'"
+    said = [v["says"] for v in GroupProbe("tp", HostDevice())()]
+    assert said[0] == "the workspace was closed" and said[1].startswith("AttributeError: 'NoneType' object has no")
     assert said[2] == "a call waits: the first 3 tokens of rank 5 have arrived"
     found.close()
-    assert Probe("tp", HostDevice())() == "no workspace is open"
+    assert GroupProbe("tp", HostDevice())() == "no workspace is open"
 
 
 def test_an_error_of_the_device_is_a_text(found: Workspaces) -> None:
@@ -186,7 +188,7 @@ def test_an_error_of_the_device_is_a_text(found: Workspaces) -> None:
         def copy(self, address: int, size: int) -> None:
             raise RuntimeError("cudaMemcpyAsync returned CUDA error 700")
 
-    (value,) = Probe("tp", Broken())()
+    (value,) = GroupProbe("tp", Broken())()
     assert value["says"] == "RuntimeError: cudaMemcpyAsync returned CUDA error 700"
 
 
@@ -194,13 +196,13 @@ def test_words_that_point_nowhere_are_not_followed(found: Workspaces) -> None:
     held = Held(found, MNNVL)
     held.words[0] = 1 << 20
     device = HostDevice()
-    (value,) = Probe("tp", device)()
+    (value,) = GroupProbe("tp", device)()
     assert value["says"].startswith("the word 'buffer' is 1048576") and device.copies == 1
 
 
 def test_two_threads_do_not_share_the_staging_memory(found: Workspaces) -> None:
     Held(found, MNNVL)
-    probe = Probe("tp", HostDevice(slow=None), seconds=0.3)
+    probe = GroupProbe("tp", HostDevice(slow=None), seconds=0.3)
     seen: list[Any] = []
     threads = [threading.Thread(target=lambda s=s: (time.sleep(s), seen.append(probe()))) for s in (0, 0.1, 0.1)]
     for thread in threads:
@@ -213,10 +215,10 @@ def test_two_threads_do_not_share_the_staging_memory(found: Workspaces) -> None:
 def test_flags_are_read_where_there_are_any(found: Workspaces) -> None:
     held = Held(found, TRTLLM)
     flags: Tensor = torch.tensor([1, 0], dtype=torch.int32).repeat(256)
-    old: Memory = held.workspace.kernels.memory
+    old: KernelMemory = held.workspace.kernels.memory
     fields = {name: getattr(old, name) for name in old.__dataclass_fields__}
-    held.workspace.kernels.memory = Memory(**fields | {"flags": flags.data_ptr()})
-    (value,) = Probe("tp", HostDevice())()
+    held.workspace.kernels.memory = KernelMemory(**fields | {"flags": flags.data_ptr()})
+    (value,) = GroupProbe("tp", HostDevice())()
     assert value["barriers"] == {"2": [1], "5": [0]} and value["silent"] == [5]
 
 
@@ -231,7 +233,7 @@ def test_without_a_cuda_runtime_the_probe_says_so(monkeypatch: pytest.MonkeyPatc
 def test_workspaces_are_those_of_the_group_at_that_time() -> None:
     def body(rank: int) -> Any:
         name = dist.group.WORLD.group_name
-        probe = Probe(name, HostDevice())
+        probe = GroupProbe(name, HostDevice())
         before = probe()
         Held(workspaces_of(name), MNNVL)
         return before, probe()[0]["silent"]
@@ -271,7 +273,7 @@ def test_what_the_cuda_runtime_is_called_with(monkeypatch: pytest.MonkeyPatch) -
         return empty(count, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", unpinned)
-    device = module.CudaDevice(torch.device("cuda", 3))
+    device = module.CudaReader(torch.device("cuda", 3))
     assert pinned == [True] and device.staging.numel() * 4 == module.STAGING
     assert [c[0] for c in runtime.calls] == ["cudaStreamCreateWithFlags", "cudaEventCreateWithFlags"]
     assert runtime.calls[0][2] == 1 and runtime.calls[1][2] == 2, "non-blocking; without timing"

@@ -19,6 +19,7 @@ import ringfence
 from ringfence.runtime.channel import open_channel
 from ringfence.runtime.collectives import ops, ready
 from ringfence.runtime.collectives.choice import choose
+from ringfence.runtime.collectives.kernels import Implementation
 from ringfence.runtime.collectives.ready import Wanted, prepare, situation_of
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
@@ -239,12 +240,10 @@ def _half(rank: int, guarded: bool) -> Any:
     name = dist.group.WORLD.group_name
     group = describe_group(name, CPU)
     package = FakeFlashInfer(name)
-    sound = contextlib.nullcontext() if guarded else mock.patch.object(ready, "unmet", lambda *_: None)
     seen: dict[str, Any] = {}
-    with installed(package), sound, contextlib.ExitStack() as stack:
+    with installed(package), contextlib.ExitStack() as stack:
         if not guarded:
-            stack.enter_context(mock.patch("ringfence.runtime.collectives.workspace.unmet", lambda *_: None))
-            stack.enter_context(mock.patch("ringfence.runtime.collectives.self_test.unmet", lambda *_: None))
+            stack.enter_context(mock.patch.object(Implementation, "unmet", lambda *_: None))
             stack.enter_context(mock.patch("ringfence.runtime.collectives.choice.applicable", lambda _: ()))
         made = prepare(
             open_channel(name, seconds=20), group, CPU, Wanted("auto", "auto", H, torch.float16, max_tokens=8)
@@ -449,7 +448,7 @@ def test_a_workspace_of_small_calls_serves_one_strategy() -> None:
     assert "M12" in [hazard.id for hazard in applicable(situation_of(choice, [FACTS] * 2, dtype="bfloat16"))]
 
 
-def _spoiled(rank: int, stuck: bool) -> Any:
+def _invalid(rank: int, stuck: bool) -> Any:
     """A failure on one rank; then the next graph of the group, and what became of the workspaces."""
     name = dist.group.WORLD.group_name
     group, package = describe_group(name, CPU), FakeFlashInfer(name)
@@ -478,20 +477,20 @@ def _spoiled(rank: int, stuck: bool) -> Any:
             "open": len(workspaces.open),
             "poisoned": (mine.poisoned, other.poisoned),
             "finite": bool(norm.isfinite().all()),
-            "spoiled": workspaces.spoiled,
+            "invalid": workspaces.invalid,
         }
 
 
-def test_a_failure_spoils_the_workspaces_and_the_next_graph_makes_new_ones_on_all_ranks() -> None:
-    fine, failed = run_ranks(2, _spoiled, False)
-    same = {"new": True, "closed": (True, False), "open": 1, "finite": True, "spoiled": None}
+def test_a_failure_makes_invalid_the_workspaces_and_the_next_graph_makes_new_ones_on_all_ranks() -> None:
+    fine, failed = run_ranks(2, _invalid, False)
+    same = {"new": True, "closed": (True, False), "open": 1, "finite": True, "invalid": None}
     assert fine == {**same, "poisoned": (None, None)}
     why = "rank 1 failed in step 3"
     assert failed == {**same, "poisoned": (why, why)}  # and with it whoever shares them
 
 
 def test_where_a_kernel_still_polls_no_rank_makes_new_ones() -> None:
-    for message in run_ranks(2, _spoiled, True):
+    for message in run_ranks(2, _invalid, True):
         assert message == (
             "the workspaces of this group cannot be made anew after a failure (rank 1 failed in step 3): "
             "rank 1: cuda:1 does not come back; end the process"

@@ -17,10 +17,10 @@ from fake_flashinfer import memory, one_shot_norm
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import reference
+from ringfence.runtime.collectives import mnnvl, reference, trtllm
 from ringfence.runtime.collectives import self_test as module
-from ringfence.runtime.collectives.buffer_dump import Memory
-from ringfence.runtime.collectives.flashinfer import KernelCall
+from ringfence.runtime.collectives.epilogue import Epilogue
+from ringfence.runtime.collectives.kernels import KernelCall, KernelMemory
 from ringfence.runtime.collectives.payloads import PAYLOADS, RANGES, draw
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
@@ -62,37 +62,37 @@ class Kernels:
     rank: int
     fault: Fault | None = None
     strategies: tuple[Strategy, ...] = (ONE, TWO)
-    memory: Memory = field(default_factory=memory)
+    memory: KernelMemory = field(default_factory=memory)
     words: tuple[int, ...] = (0, 0)
     calls: list[tuple[int, Strategy]] = field(default_factory=list)
     recorded: list[Callable[[], None]] | None = None
 
-    def fused(
+    def run(
         self,
         x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        weight_bias: float,
+        epilogue: Epilogue,
         strategy: Strategy,
-        norm_out: Tensor,
-        residual_out: Tensor,
+        operands: tuple[Tensor, Tensor] | None,
+        norm: Tensor | None,
+        out: Tensor,
     ) -> None:
+        assert operands is not None and norm is not None
+        residual, weight = operands
+
         def run() -> None:
             self.calls.append((x.shape[0], strategy))
-            total = self.meeting.total(self.rank, x) + residual.float()
-            residual_out.copy_(total)
-            norm_out.copy_(reference.rms_norm(total, weight.float(), eps, weight_bias))
+            normed, total = reference.apply(
+                epilogue, self.meeting.total(self.rank, x), residual.float(), weight.float()
+            )
+            out.copy_(total)
+            norm.copy_(normed)
             if self.fault is not None:
-                self.fault(len(self.calls) - 1, strategy, x, norm_out, residual_out)
+                self.fault(len(self.calls) - 1, strategy, x, norm, out)
 
         if self.recorded is None:
             run()
         else:
             self.recorded.append(run)
-
-    def all_reduce(self, x: Tensor, out: Tensor, strategy: Strategy) -> None:
-        raise AssertionError("not tested")
 
     def control_words(self) -> tuple[int, ...]:
         return self.words
@@ -103,7 +103,7 @@ class Kernels:
 
 def workspace(kernels: Kernels, row: SizeRow = ROW) -> Workspace:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return Workspace(Collective.TRTLLM, "peer", row, kernels, torch.device("cpu"), RANKS, 1 << 20, dtypes)
+    return Workspace(trtllm.IMPLEMENTATION, row, kernels, torch.device("cpu"), RANKS, 1 << 20, dtypes)
 
 
 def on_ranks(body: Callable[[Kernels, Channel], Any], faults: dict[int, Fault], **other: Any) -> list[Any]:
@@ -195,8 +195,8 @@ def test_a_call_that_writes_nothing() -> None:
                 kernels.calls.pop()
                 usual(*arguments)
 
-        usual = kernels.fused
-        kernels.fused = lazy  # type: ignore[method-assign]
+        usual = kernels.run
+        kernels.run = lazy  # type: ignore[method-assign]
         return self_test(workspace(kernels), channel, H, torch.bfloat16, TOKENS, capture=False).eager
 
     for said in on_ranks(body, {}):
@@ -341,7 +341,7 @@ def test_a_large_call_is_sent_what_the_protocol_could_stumble_over_alone(monkeyp
 
 def test_calls_that_no_kernel_serves_are_no_test_that_passes() -> None:
     def body(kernels: Kernels, channel: Channel) -> Any:
-        mine = dataclasses.replace(workspace(kernels), collective=Collective.MNNVL)
+        mine = dataclasses.replace(workspace(kernels), implementation=mnnvl.PEER)
         result = self_test(mine, channel, H, torch.float16, TOKENS, capture=False)
         return result.eager, result.calls, kernels.calls
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from ringfence.runtime.collectives import table as collectives
+from ringfence.runtime.collectives.kernels import Implementation
 from ringfence.runtime.collectives.size_table import (
     MIB,
     SCHEMA,
@@ -23,6 +25,10 @@ from ringfence.runtime.hazards.situation import Collective, Strategy
 
 MNNVL, TRTLLM = Collective.MNNVL, Collective.TRTLLM
 ROW = SizeRow(TRTLLM, "peer", (9, 0), 2, 1000, 4000, 500, "a test", bitwise=True)
+
+
+def implementation(name: str, transport: str) -> Implementation:
+    return next(one for one in collectives.ALL if (one.name, one.transport) == (name, transport))
 
 
 def key(row: SizeRow) -> tuple[object, ...]:
@@ -81,13 +87,13 @@ def test_a_row_of_one_strategy_has_no_border_inside() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4, 8, 16])
 def test_forced_rows(world_size: int) -> None:
-    trtllm = forced_row(TRTLLM, "peer", (12, 0), world_size)
+    trtllm = forced_row(implementation(TRTLLM, "peer"), (12, 0), world_size)
     assert trtllm.one_shot * world_size == trtllm.fused == 8 * MIB
     assert key(trtllm) == (TRTLLM, "peer", (12, 0), world_size)
     assert not trtllm.bitwise and trtllm.all_reduce == 0, "neither was measured"
-    peer = forced_row(MNNVL, "peer", (12, 0), world_size)
+    peer = forced_row(implementation(MNNVL, "peer"), (12, 0), world_size)
     assert peer.one_shot == peer.fused, "the peer transport has no two-shot"
-    assert forced_row(MNNVL, "multicast", (12, 0), world_size).fused == 8 * MIB
+    assert forced_row(implementation(MNNVL, "multicast"), (12, 0), world_size).fused == 8 * MIB
 
 
 # -- files

@@ -216,7 +216,7 @@ class Shared:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self.told: list[str] = []
 
-    def spoil(self, why: str) -> None:
+    def invalidate(self, why: str) -> None:
         self.told.append(why)
         for user in list(self.users):
             user.poison(why)

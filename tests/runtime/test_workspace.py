@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fake_flashinfer import memory
 
 from ringfence.runtime.channel import Channel
+from ringfence.runtime.collectives import mnnvl, trtllm
 from ringfence.runtime.collectives import workspace as module
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import Workspace, Workspaces, close_workspaces, workspaces_of
@@ -41,8 +42,7 @@ class Kernels:
 
 def workspace(capacity: int = 16 * 512, **other: Any) -> Workspace:
     given: dict[str, Any] = {
-        "collective": TRTLLM,
-        "transport": "peer",
+        "implementation": trtllm.IMPLEMENTATION,
         "row": ROW,
         "kernels": Kernels(),
         "device": CPU,
@@ -94,7 +94,7 @@ def test_an_all_reduce_alone_has_a_border_of_its_own() -> None:
 def test_workspaces_are_found_by_collective_device_dtype_and_size() -> None:
     small, large = workspace(512), workspace(4096)
     full = workspace(4096, dtypes=(torch.float32,))
-    other = workspace(512, collective=MNNVL)
+    other = workspace(512, implementation=mnnvl.PEER)
     found = opened(small, large, full, other)
     assert found.open == (small, large, full, other)
     assert found.find("trtllm", CPU, torch.bfloat16, 512) is small
@@ -173,8 +173,10 @@ def test_closing_marks_every_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.kernels.closed, second.kernels.closed) == (1, 1)  # type: ignore[attr-defined]
     assert first.closed and second.closed and found.open == ()
     assert found.find("trtllm", CPU, torch.bfloat16, 1) is None
+    found.failed[TRTLLM, "peer"] = "no memory left"
     found.close()
     assert len(waited) == 1, "nothing was closed"
+    assert found.failed == {}, "and what failed may be tried again, though nothing was open"
     third = workspace()
     assert found.create(alone(), lambda: third, TRTLLM, "peer").workspace is third
     assert not third.closed

@@ -1,0 +1,8 @@
+"""Every collective that ringfence can carry sites out with, in order of preference. One's own is a file and a row."""
+
+from __future__ import annotations
+
+from . import mnnvl, reference, trtllm
+from .kernels import Implementation
+
+ALL: tuple[Implementation, ...] = (mnnvl.MULTICAST, mnnvl.PEER, trtllm.IMPLEMENTATION, reference.IMPLEMENTATION)
