@@ -125,7 +125,15 @@ def _against(program: Program, settings: Sequence[Setting], backend: Any, right:
                 found.append(next(differences(right, seen, held=not setting.options.get("static_outputs")), None))
     finally:
         torch._dynamo.reset()
-    return found
+    return _of_any_rank(found) if first.group == "ranks" else found
+
+
+def _of_any_rank(found: list[str | None]) -> list[str | None]:
+    """What one rank found is looked into by all: a rank that goes on alone would wait for ever."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    told = [[f"rank {r}: {m}" for r, m in enumerate(messages) if m] for messages in zip(*everywhere, strict=True)]
+    return [messages[0] if messages else None for messages in told]
 
 
 class AtOnce:
@@ -230,11 +238,15 @@ def _describe(value: Any) -> str:
 # -- drawing ---------------------------------------------------------------------------
 
 
-def draw(seed: int, *, inductor: float = 0.1, device: str = "cpu") -> tuple[Program, list[Setting]]:
-    """The program of a seed, and the settings that it is compiled under."""
+def draw(
+    seed: int, *, inductor: float = 0.1, device: str = "cpu", ranks: bool = False
+) -> tuple[Program, list[Setting]]:
+    """The program of a seed, and the settings that it is compiled under. ranks: for the group that there is."""
     d = random.Random(seed)
     use_inductor = d.random() < inductor
     base = _draw_setting(d, seed, device)
+    if ranks:
+        base = replace(base, group="ranks")
     program = draw_program(
         seed,
         d.randrange(3, 9) if use_inductor else d.randrange(4, 16),

@@ -122,6 +122,7 @@ def _inputs(d: Draft) -> None:
         "pos": "positions[n]",
         "mask": "bool[n]",
         "holes": "bool[8]",
+        "lens": "host int64[n]",
         "k": "int",
         "s": "float",
         "c0": f"keep {t}[8,16]",

@@ -266,3 +266,27 @@ def pure_ops(d: Draft) -> bool:
         return d.add(f"{made.name} = torch.ops.fz.head(x, n - 1)", made)
     made = d.new(v.shape)
     return d.add(f"{made.name} = torch.ops.fz.{d.one('pure', 'pure', 'pure_unsafe', 'peek_unsafe')}({v.name})", made)
+
+
+@move(3)
+def host_values(d: Draft) -> bool:
+    """Tensors of the host's beside the device's: computed there, copied over, read as a scalar, returned."""
+    v = d.tokens()
+    if v is None:
+        return False
+    made = d.new(v.shape)
+    kind = d.draw.randrange(6)
+    if kind == 0:
+        d.returned.append(d.one("lens + 1", "torch.cumsum(lens + 1, 0)", "lens.max() - lens", "(lens % 8).sort()[0]"))
+        return True
+    if kind == 1:
+        return d.add("lens.add_(1)")
+    if kind == 2:
+        text = f"{v.name} + (torch.cumsum(lens, 0) % 7).to(x.device).to(x.dtype)[:, None]"
+    elif kind == 3:
+        text = f"{v.name} + (lens.max() % 5)"
+    elif kind == 4:
+        text = f"{v.name} + ({v.name}.cpu() * 0.5 + 1).to(x.device)"
+    else:
+        text = f"{v.name} * (lens % 3)[0]"
+    return d.add(f"{made.name} = {text}", made)

@@ -15,6 +15,9 @@ _LIBRARY = torch.library.Library("fz", "DEF")
 #: How often each op ran, by name. A split-off op runs in every step, a captured one in none.
 calls: Counter[str] = Counter()
 
+#: Ops that write nothing: where nobody reads the result, they need not run.
+PURE = ("pure_unsafe", "peek_unsafe")
+
 
 def _define(schema: str, fake: Callable[..., Any], *, unsafe: bool = False) -> Callable[[Callable[..., Any]], None]:
     """Register an op; ``unsafe`` registers a twin ``NAME_unsafe`` with the tag that bars it from captures."""

@@ -107,7 +107,7 @@ class Stage:
                     outputs = list(call(*arguments.values()))
                 except Exception as error:
                     raise PlayError(f"step {i}, sizes {sizes}: {_reason(error)}") from error
-                counts = {k: n for k, n in ops.calls.items() if k.endswith("_unsafe")}
+                counts = {k: n for k, n in ops.calls.items() if k.endswith("_unsafe") and k not in ops.PURE}
                 outputs = [_waited(o) for o in outputs]
                 seen = (outputs, arguments, dict(self.module.named_buffers()), last)
                 records.append(Record(*map(_copies, seen), counts))
@@ -178,6 +178,8 @@ def _data(spec: str, sizes: dict[str, int], generator: torch.Generator, plan: Pl
     if spec in ("int", "float"):
         second = plan.vary and float(torch.rand((), generator=generator)) < 0.5
         return {"int": (1, 2), "float": (0.5, 0.25)}[spec][second]
+    if spec.startswith("host "):  # on the CPU, whatever the device of the model
+        return torch.randint(0, 100, (sizes["n"],), generator=generator)
     if spec.startswith("list "):
         return [_tensor(spec.removeprefix("list "), sizes, generator).to(plan.device) for _ in range(2)]
     return _tensor(spec, sizes, generator).to(plan.device)
