@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch.fx import GraphModule, Node
 
-from .op_calls import op_calls, regions, tensors_of
-from .roles import calls, first_node
+from .aliases import viewed
+from .op_calls import op_calls, regions, tensors_of, written_arguments
+from .roles import calls
 
 #: Key of ``node.meta`` under which a constant is known, also where it has become the input of a part.
 _CONSTANT = "ringfence_constant"
@@ -60,28 +61,13 @@ def _writes(node: Node) -> Iterator[Node]:
     """The nodes whose memory an op writes, through views of it as well."""
     if node.op != "call_function":
         return
-    for written in _written_arguments(node):
+    for written in written_arguments(node):
         source: Node | None = written
         while source is not None:
             yield source
-            source = first_node(source) if _is_view(source) else None
+            source = _looks_at(source)
 
 
-def _written_arguments(node: Node) -> Iterator[Node]:
-    if getattr(node.target, "__name__", "") == "triton_kernel_wrapper_mutation":
-        yield from node.all_input_nodes
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    schema = node.target._schema.arguments
-    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | node.kwargs
-    for argument in schema:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = given.get(argument.name)
-            yield from (n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, Node))
-
-
-def _is_view(node: Node) -> bool:
-    if calls(node, operator.getitem):
-        return True
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
+def _looks_at(node: Node) -> Node | None:
+    """Whose memory a node has: that of what it is a view of, or of what it has written in place and returns."""
+    return viewed(node) or (next(written_arguments(node), None) if node.op == "call_function" else None)

@@ -6,6 +6,7 @@ torch's collectives and the fused ops name it in their arguments. An engine's ow
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -76,7 +77,8 @@ def groups_of(gm: GraphModule) -> list[str]:
 
 def collectives_of(gm: GraphModule) -> list[Node]:
     """The collectives over known groups, in order, also in nested regions; a wait belongs to the one it waits for."""
-    return [n for n in nodes_of(gm) if not calls(n, c10d.wait_tensor.default) and find_group(n) is not None]
+    follow = (c10d.wait_tensor.default, operator.getitem)
+    return [n for n in nodes_of(gm) if not calls(n, *follow) and find_group(n) is not None]
 
 
 def group_of(node: Node) -> str:
@@ -87,8 +89,11 @@ def group_of(node: Node) -> str:
 
 
 def find_group(node: Node) -> str | None:
-    """The process group that ``node`` runs over, or waits for; None where it is no collective or names none."""
-    if calls(node, c10d.wait_tensor.default):
+    """The process group that ``node`` runs over; of a wait and of an item, that of the collective behind it.
+
+    None where it is no collective or names none.
+    """
+    if calls(node, c10d.wait_tensor.default, operator.getitem):
         source = first_node(node)
         return find_group(source) if source is not None else None
     if GROUP in node.meta and node.op == "call_function":

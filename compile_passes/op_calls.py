@@ -120,6 +120,20 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def written_arguments(node: Node) -> Iterator[Node]:
+    """The arguments whose memory an op writes."""
+    if getattr(node.target, "__name__", "") == "triton_kernel_wrapper_mutation":
+        yield from node.all_input_nodes
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    schema = node.target._schema.arguments
+    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | node.kwargs
+    for argument in schema:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = given.get(argument.name)
+            yield from (n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, Node))
+
+
 def _targets(node: Node) -> list[Any]:
     """What a node calls, and what that calls in turn where it is given ops to call."""
     if node.op != "call_function":

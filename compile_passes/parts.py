@@ -23,6 +23,7 @@ from .aliases import viewed
 from .functional import is_write_back
 from .judge import Decision, Verdict
 from .roles import aten, c10d, calls, first_node
+from .waits import keep_waits
 
 #: Memory without values: nothing is launched for it.
 _EMPTY = {
@@ -45,7 +46,7 @@ class GraphPart:
 
 
 def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[GraphPart, ...]:
-    """Where the verdicts cut the graph. Moves a ``getitem`` to its producer, and nothing else.
+    """Where the verdicts cut the graph. Moves a ``getitem`` to its producer, and a wait to its collective.
 
     Raises :class:`RefusedError` for an op that is refused and that the reference cannot carry out instead.
     """
@@ -62,22 +63,12 @@ def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[GraphPart, ...]:
 
 
 def _gather(gm: GraphModule, eager: Collection[str]) -> None:
-    """Move each ``getitem`` to its producer, and each wait out of another piece to its collective.
-
-    A captured collective whose wait is in another graph would be waited for by an event
-    of the wrong capture.
-    """
-    part, part_of = 0, {}
+    """Move each ``getitem`` to its producer, and each wait out of another part to its collective."""
     for node in list(gm.graph.nodes):
-        part += node.name in eager
-        part_of[node] = part
         source = first_node(node)
-        if source is None:
-            continue
-        cut_off = calls(node, c10d.wait_tensor.default) and part_of[source] != part
-        if calls(node, operator.getitem) or (cut_off and source.name not in eager):
+        if source is not None and calls(node, operator.getitem):
             source.append(node)
-            part_of[node] = part_of[source]
+    keep_waits(gm, eager)
 
 
 def _runs(gm: GraphModule, eager: Collection[str]) -> list[tuple[bool, list[Node]]]:

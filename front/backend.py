@@ -53,6 +53,7 @@ from .compile_passes.split import SplitPlan, split
 from .compile_passes.symbols import fix_storage_offsets, give_sizes
 from .compile_passes.value_numbers import FunctionalNumbers
 from .compile_passes.verify import verify
+from .compile_passes.waits import settle_waits
 from .options import Options
 from .runtime.channel import Channel
 from .runtime.collectives.probe import make_probe
@@ -146,6 +147,8 @@ class Backend:
 
         name_inputs(gm, dynamo_names)
         merge_repeats(gm)
+        if options.capture_sizes:
+            settle_waits(gm)
         candidates = find(
             gm,
             strict=options.numerics == "strict",
