@@ -20,7 +20,7 @@ from ..runtime.groups import Group
 from ..runtime.hazards.situation import Collective
 from ..runtime.replay.program import SizeRule
 from ..runtime.watch.agree import PlanDigest
-from .fuse import SITE
+from .fuse import FACTORS, SITE
 from .groups import collectives_of, group_of
 from .judge import Decision, Verdict
 from .op_calls import op_calls, op_names
@@ -157,6 +157,7 @@ def _calls(
         size = groups[name].size if name in groups else "?"
         yield (
             f"{_what(node)} over {size} ranks (group {number}) of {told.count(node)}"
+            f"{f', scaled by {node.meta[FACTORS]}' if FACTORS in node.meta else ''}"
             f"{', captured' if node.name in captured else ''}{', cleaned' if node.name in cleaned else ''}"
         )
 

@@ -34,6 +34,8 @@ from .sums import Parts
 
 #: Key of ``node.meta`` under which a fused op keeps the index of its site.
 SITE = "ringfence_site"
+#: The same, for what the results of its all-reduces were multiplied by, where that is not one.
+FACTORS = "ringfence_factors"
 
 
 def fuse(
@@ -90,7 +92,10 @@ class _Rewriter:
             fused = self.graph.call_function(op, (*operands, norm.eps, norm.weight_bias, all_reduce.group, collective))
             norm_out = self.graph.call_function(operator.getitem, (fused, 0))
             summed = self.graph.call_function(operator.getitem, (fused, 1))
+        factors = match.terms.factors
         self._describe(fused, norm_out, summed, site, match, value)
+        if any(f != 1 for f in factors):
+            fused.meta[FACTORS] = factors
         with self.graph.inserting_before(norm.out):
             self._replace(norm.out, self._through(norm.views, norm_out))
         if match.sum is None:

@@ -51,6 +51,23 @@ class Sum:
         """The tensor of the sum; None where an engine's op keeps it to itself."""
         return self.node if self.call is None else self.call.sum
 
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What each all-reduce's result is multiplied by: in front of the sum, it must be equal on all ranks."""
+        return tuple(self._factor(a.value) for a in self.all_reduces)
+
+    def _factor(self, node: Node) -> float:
+        product = 1.0
+        while node is not self.node:
+            user = next(iter(node.users))
+            scaled = roles.scaled(user)
+            if scaled is not None:
+                product *= scaled[1]
+            elif (roles.is_add(user) or roles.is_sub(user)) and user.args[1] is node:
+                product *= roles.factor(user) or 1.0
+            node = user
+        return product
+
 
 def last_step(value: Node, calls: Mapping[Node, NormCall]) -> Node:
     """The last node to which adds and scalings alone lead from ``value``; itself where none does.

@@ -196,3 +196,27 @@ def test_ranks_get_what_eager_gets() -> None:
         for name, (from_eager, from_float64, fused) in found.items():
             assert from_eager <= 2e-6 and from_float64 <= 2e-6, (name, from_eager, from_float64)
             assert fused == (FUSED | EXACT)[name][1], name
+
+
+def _scaled_by_rank(rank: int) -> str:
+    torch.set_num_threads(1)
+    factor = 0.5 if rank == 0 else 1.5
+    program = of(lambda x, y, r, b: r + ar(x) * factor)
+    try:
+        torch.compile(program, backend=Backend(piece_compiler="eager"), fullgraph=True)(*inputs(F32, rank))
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def test_factor_that_differs_between_ranks_is_refused() -> None:
+    """In front of the sum, each rank's factor would scale that rank's part of it."""
+    with_factors = run_ranks(2, _scaled_by_rank)
+    assert all("scaled by (0.5,)" in text and "scaled by (1.5,)" in text for text in with_factors), with_factors
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_factors_are_those_of_the_path() -> None:
+    program = of(lambda x, y, r, b: (r - (ar(x) / 4 + b)) * 0.5 + torch.add(r, -ar(y), alpha=3))
+    (first, _) = find(aot_graph(program, *inputs(F32)))
+    assert first.match is not None and first.match.terms.factors == (-0.125, -3.0)
