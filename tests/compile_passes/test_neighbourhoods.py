@@ -1053,10 +1053,7 @@ _COMMON = {
     Reason.MEAN_OF_OTHER_TENSOR,
     Reason.NORM_DTYPE,
     Reason.HIDDEN_SIZE_DYNAMIC,
-    Reason.WEIGHT_DTYPE,
-    Reason.WEIGHT_SHAPE,
     Reason.WEIGHT_NOT_READY,
-    Reason.EPS_KIND,
     Reason.ROUNDING_DIFFERS,
     Reason.FLOAT32_SUM_USED_ELSEWHERE,
 }
