@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
-from ..runtime.replay.program import Program, Step
+from ..runtime.replay.program import Program, ReturnedView, Step
 from .groups import collectives_of, group_of
 from .roles import arguments
 from .split import SplitPlan
@@ -25,6 +25,8 @@ PieceCompiler = Callable[[GraphModule], Callable[..., Sequence[Any]]]
 #: Nothing is shown for work that ends sooner than this.
 _QUIET_SECONDS = 2
 
+_NO_VIEWS: Mapping[int, ReturnedView] = {}
+
 
 def lower(
     plan: SplitPlan,
@@ -33,6 +35,7 @@ def lower(
     names: Sequence[str],
     static_inputs: frozenset[int],
     written: frozenset[int] = frozenset(),
+    views: Mapping[int, ReturnedView] = _NO_VIEWS,
 ) -> Program:
     """A :class:`Program` of compiled pieces and eager islands, in the plan's order.
 
@@ -83,6 +86,7 @@ def lower(
         constants=tuple(constants),
         static_inputs=static_inputs,
         written=written - static_inputs,
+        views=views,
     )
 
 

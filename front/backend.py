@@ -47,6 +47,7 @@ from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names, name_inputs
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport
+from .compile_passes.returned_views import take_returned_views
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.spec import check_parts
 from .compile_passes.split import SplitPlan, split
@@ -64,7 +65,7 @@ from .runtime.errors import CollectiveUnavailableError, HazardError, InputError,
 from .runtime.groups import Group, nccl_version
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.replay.program import SizeRule
+from .runtime.replay.program import ReturnedView, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervisor import OF_PROCESS, Asked, Supervisor, leave, supervisor_for
 
@@ -181,7 +182,7 @@ class Backend:
         if options.deterministic:
             _check_deterministic(sites, verdicts, carried, carrier)
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
-        plan, whole = self._split(gm, verdicts)
+        plan, whole, views = self._split(gm, verdicts)
         captured = options.capture_sizes if graphs is not None else ()
         proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
         if options.on_hazard == "raise" and proof.failed:
@@ -205,7 +206,7 @@ class Backend:
         supervision = self.supervisor.supervise(channels, agreed)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, inputs, static_inputs, written)
+        program = lower(plan, whole, compile_piece, inputs, static_inputs, written, views)
         runner = PiecewiseRunner(
             program,
             sizes,
@@ -330,17 +331,20 @@ class Backend:
                 return verdicts, situation
             situation = replace(situation, facts=situation.facts | found)
 
-    def _split(self, gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[SplitPlan, GraphModule]:
+    def _split(
+        self, gm: GraphModule, verdicts: Sequence[Verdict]
+    ) -> tuple[SplitPlan, GraphModule, dict[int, ReturnedView]]:
         """Cut the graph where the verdicts say, with writes in place and the sizes that each piece needs."""
         eager = self.options.piece_compiler == "eager"
         fix_storage_offsets(gm)
+        views = take_returned_views(gm)
         before = FunctionalNumbers(gm) if self.options.check_parts else None
         parts = write_in_place(gm, cut(gm, verdicts), eager_pieces=eager)
         if not eager:
             parts = give_sizes(gm, parts)
         if before is not None:
             check_parts(gm, parts, before, device_of(gm), sizes=not eager)
-        return split(gm, parts)
+        return *split(gm, parts), views
 
     def _graphs(self, device: torch.device, workspaces: Workspaces | None) -> GraphBackend | None:
         """What captures; None where this device has no graphs and nobody asked for the simulation."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -28,13 +28,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class ReturnedView:
+    """A view of an argument that the program returns: ``call`` of the arguments ``inputs`` of each call."""
+
+    call: Callable[..., Any]
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """A split graph as a straight line.
 
     The first ``len(inputs)`` slots are the arguments, named by ``inputs``; ``constants``
     are put into their slots before the first step. ``static_inputs`` are the arguments
     that stay where they are between calls: parameters and buffers. ``written`` are those of
-    the others that the program writes into.
+    the others that the program writes into. ``views`` are taken of the caller's arguments, by position among the
+    outputs, whatever ``outputs`` says there.
     """
 
     steps: tuple[Step, ...]
@@ -44,6 +53,7 @@ class Program:
     constants: tuple[tuple[int, Any], ...]
     static_inputs: frozenset[int]
     written: frozenset[int] = frozenset()
+    views: Mapping[int, ReturnedView] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

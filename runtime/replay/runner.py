@@ -255,7 +255,7 @@ class PiecewiseRunner:
     def _run(self, args: Sequence[Any], sizes: tuple[int, ...]) -> list[Any]:
         slots = self._slots(args)
         self._step(sizes, UNCAPTURED, self._run_steps, slots)
-        return [slots[i] for i in self._program.outputs]
+        return self._with_views([slots[i] for i in self._program.outputs], args)
 
     def _run_as(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         """Uncaptured what would be a call of ``target``: other ranks may replay it, so the rows must be as many."""
@@ -350,6 +350,12 @@ class PiecewiseRunner:
             if isinstance(value, Tensor) and not self._static_outputs:
                 value = value.clone()
             outputs.append(value)
+        return self._with_views(outputs, args)
+
+    def _with_views(self, outputs: list[Any], args: Sequence[Any]) -> list[Any]:
+        """The views of the caller's own arguments among the outputs."""
+        for position, view in self._program.views.items():
+            outputs[position] = view.call(*[args[i] for i in view.inputs])
         return outputs
 
     def _record(self, marks: Marks, recording: Recording, sizes: tuple[int, ...], args: Sequence[Any]) -> None:

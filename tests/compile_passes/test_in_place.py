@@ -290,3 +290,32 @@ def test_reads_see_the_value_of_their_place(program: Any, capture: tuple[int, ..
             torch.testing.assert_close(ours, right)
             torch.testing.assert_close((a, b), (a2, b2))
     assert any(p.island for p in backend.reports[0].pieces)
+
+
+def chunk_of_an_input(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    return a.chunk(2, -1)[1], a.T[1:], x * 2
+
+
+def rows_of_what_was_written(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    a.add_(1)
+    b.copy_(b * 2)
+    return a[:, :3], b[1:, 2:5], a, x * 2
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("program", [chunk_of_an_input, rows_of_what_was_written], ids=lambda p: p.__name__)
+def test_a_returned_view_is_of_the_callers_tensor(program: Any, dynamic: bool, static: bool) -> None:
+    """Where it begins in the storage, and how far its rows lie apart, is asked of what the caller passed."""
+    backend = ringfence.Backend(capture_sizes=[4], graphs="simulated", piece_compiler="eager", static_outputs=static)
+    compiled = torch.compile(program, backend=backend, fullgraph=True, dynamic=dynamic)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for step in range(4):
+            big, x = torch.randn(3, 4, H, generator=generator), torch.randn(4, H, generator=generator)
+            a, b = (big[1], big[2]) if step % 2 else (big[1].clone(), big[2].clone())
+            a2, b2 = a.clone(), b.clone()
+            right, ours = program(x, a2, b2), compiled(x, a, b)
+            torch.testing.assert_close(ours, right)
+            torch.testing.assert_close((a, b), (a2, b2))
+            assert ours[0].untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
