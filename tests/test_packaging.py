@@ -61,10 +61,6 @@ def test_nothing_is_importable_from_the_clone_by_accident(module: str, instead: 
     assert result.returncode == 1 and instead in result.stderr.splitlines()[-1], result.stderr
 
 
-#: To be renamed.
-STILL_DOUBLE = {"Candidate"}
-
-
 def test_no_class_name_has_two_homes() -> None:
     """One word, one meaning: a reader who meets a name knows which class it is."""
     homes: defaultdict[str, set[str]] = defaultdict(set)
@@ -73,7 +69,7 @@ def test_no_class_name_has_two_homes() -> None:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef):
                     homes[node.name].add(str(path.relative_to(ROOT)))
-    double = {name: sorted(files) for name, files in homes.items() if len(files) > 1 and name not in STILL_DOUBLE}
+    double = {name: sorted(files) for name, files in homes.items() if len(files) > 1}
     assert not double
 
 
