@@ -83,7 +83,7 @@ class Advice:
 
     world_size: int
     not_here: str | None
-    collective: Collective
+    collective: str
     transport: str | None
     one_shot: int
     fused: int

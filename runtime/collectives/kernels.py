@@ -134,7 +134,10 @@ class Kernels(Protocol):
     """The kernels of one collective over memory of their own. One workspace owns them."""
 
     strategies: tuple[Strategy, ...]
-    memory: KernelMemory | None
+
+    @property
+    def memory(self) -> KernelMemory | None:
+        """What a probe reads in a hang; None where there is nothing to look at."""
 
     def run(
         self,

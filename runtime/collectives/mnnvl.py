@@ -18,7 +18,7 @@ from ..errors import WorkspaceError
 from ..hazards.situation import Collective, Fact, Strategy
 from ..versions import in_range
 from . import flashinfer, flashinfer_rules, kernels, rank_facts
-from .buffer_dump import Cells, Reading
+from .buffer_dump import Cells, Part, Reading
 from .epilogue import Epilogue
 from .flashinfer import ChannelBackend, FlashInfer
 from .kernels import BUFFERS, Implementation, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
@@ -221,7 +221,7 @@ def _readings(memory: KernelMemory, front: Cells, back: Cells) -> list[Reading]:
     for strategy, row in sorted({(c.strategy, c.row_bytes) for c in tuple(memory.calls)}):
         rows, half = front.rows(row), memory.buffer_bytes // 2
         parts = tuple(rows.part(range(r, len(rows.whole), ranks)) for r in range(ranks))
-        sums = ()
+        sums: tuple[Part, ...] = ()
         if strategy is Strategy.TWO_SHOT:
             summed = back.rows(row)
             sums = tuple(summed.part(range(r, len(summed.whole), ranks), half) for r in range(ranks))

@@ -38,6 +38,6 @@ ENGINE_DEFAULTS: tuple[EngineDefault, ...] = (
 )
 
 
-def engine_default(collective: Collective) -> EngineDefault | None:
+def engine_default(collective: str) -> EngineDefault | None:
     """The engines' rule for a collective, or None where they have none."""
     return next((rule for rule in ENGINE_DEFAULTS if rule.collective == collective), None)
