@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases.rank_fusions import BIASES, SUMS
+from cases.rank_fusions import BIASES, NORM_OPS, SUMS
 from cases.rank_work import LOCAL_WORK
 from cases.ranks import run_all
 
@@ -50,6 +50,12 @@ def test_a_group_name_that_torch_does_not_know_is_to_be_mapped(ranks: list[dict[
         assert "tp:0" in seen["error"]
 
 
+def test_an_all_reduce_that_is_not_listed_is_named(ranks: list[dict[str, Any]]) -> None:
+    for seen in found(ranks, "engine_op", "not listed"):
+        assert seen["off"] < 1e-5
+        assert any("casering::all_reduce" in note and "all_reduce_ops" in note for note in seen["notes"]), seen
+
+
 @pytest.mark.parametrize("model", SUMS)
 def test_scaled_and_added_sums(ranks: list[dict[str, Any]], model: type) -> None:
     """Fused where the kernels' rounding is allowed, left alone under strict, right in both."""
@@ -82,6 +88,13 @@ def test_bias_behind_the_all_reduce(ranks: list[dict[str, Any]], model: type) ->
         assert ours <= 1.5 * eager < 0.1
 
 
+@pytest.mark.parametrize("model", NORM_OPS)
+def test_engines_norm_ops_are_fused(ranks: list[dict[str, Any]], model: type) -> None:
+    for seen in found(ranks, "norm_ops", model.__name__):
+        assert seen["off"] < 1e-5
+        assert seen["sites"] == ["fused"], seen
+
+
 @pytest.mark.parametrize("scale", ["adaLN", "gate", "vector", "whole"])
 def test_a_weightless_norm_may_be_modulated(ranks: list[dict[str, Any]], scale: str) -> None:
     for seen in found(ranks, "modulated", scale):
@@ -111,8 +124,19 @@ def test_layers_compiled_one_by_one_say_why_half_is_not_fused(ranks: list[dict[s
         assert all("whole model" in message for message in seen["messages"]), seen["messages"]
 
 
+def test_a_graph_without_an_all_reduce_says_what_it_has(ranks: list[dict[str, Any]]) -> None:
+    for seen in found(ranks, "no_all_reduce_in_the_graph", "SequenceParallel"):
+        assert seen["off"] < 1e-5
+        assert any("reduce_scatter" in note for note in seen["notes"]), seen
+        assert "NotFusedError" in seen["error"]
+    for seen in found(ranks, "no_all_reduce_in_the_graph", "Autograd"):
+        assert seen["off"] < 1e-5
+        assert seen["reports"] >= 1
+        assert "NotFusedError" in seen["error"]
+
+
 @pytest.mark.parametrize("captured", ["", " captured"])
-@pytest.mark.parametrize("name", ["functional", "late", "rows", "columns"])
+@pytest.mark.parametrize("name", ["result", "argument", "functional", "late", "rows", "columns"])
 def test_collectives_that_nobody_waits_for(ranks: list[dict[str, Any]], name: str, captured: str) -> None:
     for seen in found(ranks, "unwaited", name + captured):
         assert max(seen) < 1e-5, seen
