@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..runtime.replay.program import Padding, SizeRule
+from .devices import device_of
 from .match import Candidate
 from .roles import is_tensor, tensor
 
@@ -60,9 +61,10 @@ def _row_counts(
     for node in (*matched, *others):
         if is_tensor(node) and tensor(node).ndim > 1:
             yield math.prod(tensor(node).shape[:-1])
-    for i, node in enumerate(placeholders):
-        if i not in static_inputs and is_tensor(node) and tensor(node).ndim:
-            yield tensor(node).shape[0]
+    inputs = [n for i, n in enumerate(placeholders) if i not in static_inputs and is_tensor(n) and tensor(n).ndim]
+    device = device_of(gm)
+    for node in sorted(inputs, key=lambda n: tensor(n).device != device):  # lengths on the CPU may come first
+        yield tensor(node).shape[0]
 
 
 def padding(gm: GraphModule, rule: SizeRule, written: Collection[int] = ()) -> Padding | None:

@@ -69,7 +69,7 @@ def _settle(gm: GraphModule, result: Node, at_once: Node | None) -> None:
         return
     views = list(_views(result))
     anchor = at_once if at_once is not None else min(early, default=_output(gm))
-    wait = next((w for w in waits if w < anchor), None)
+    wait = next((w for w in waits if not anchor < w), None)
     if wait is None:
         with gm.graph.inserting_before(max(anchor, result.next)):
             wait = gm.graph.call_function(c10d.wait_tensor.default, (result,))

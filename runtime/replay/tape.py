@@ -65,6 +65,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.HigherOrderOperator):
             with self:  # a higher-order op is host code
+                if func is torch.ops.higher_order.invoke_subgraph:  # it refuses to run below a mode
+                    return args[0](*args[2:])
                 return func.dispatch(self._key(args, kwargs), *args, **kwargs)
         if func.namespace in _HOST_COLLECTIVES:
             raise CaptureError(f"{func} runs on the host here and cannot be captured; add it to split_ops")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,9 @@ from ringfence.compile_passes.judge import Decision, judge
 from ringfence.compile_passes.lower import eager_piece, lower
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.rules import RULES
+from ringfence.compile_passes.sizes import size_rule
 from ringfence.compile_passes.split import split
-from ringfence.runtime.errors import InputError
+from ringfence.runtime.errors import CaptureFailedWarning, InputError
 from ringfence.runtime.hazards.situation import Fact
 from support import aot_graph
 
@@ -246,6 +248,16 @@ def test_the_device_of_a_graph_is_its_accelerator() -> None:
     assert device_of(on_the_gpu(lambda x: (x + 1, torch.empty(3, device="meta")), X)) == GPU
 
 
+def test_token_count_is_that_of_the_accelerator() -> None:
+    lengths = (3, {"device": "cpu", "dtype": torch.int64})
+    gm = on_the_gpu(lambda n, x: (n.max(), x + 1), lengths, X)
+    tokens = size_rule(gm, [], frozenset()).tokens
+    assert tokens is not None and tokens(()) == H
+    gm = on_the_gpu(lambda n, x: (n.max(), x + 1), lengths, (H, {"device": "cpu"}))
+    tokens = size_rule(gm, [], frozenset()).tokens
+    assert tokens is not None and tokens(()) == 3
+
+
 def test_two_accelerators_are_refused_by_name() -> None:
     other = torch.device("cuda", 1)
     for gm in (
@@ -421,7 +433,7 @@ def test_an_op_in_a_region_decides_for_the_region(
     gm = aot_graph(fn, x)
     assert sum(n.target is torch.ops.higher_order.invoke_subgraph for n in gm.graph.nodes) == 2
     assert decided(gm, **options) == ([expected] * 2 if expected else [])
-    plan, whole = split(gm, judge(gm, backends={}, capture=True, **options))
+    plan, whole = split(gm, cut(gm, judge(gm, backends={}, capture=True, **options)))
     assert [p.island for p in plan.pieces] == ([False, True, False, True, False] if expected else [False])
     program = lower(plan, whole, eager_piece, ["x"], frozenset())
     slots = [x, *[None] * (program.slots - 1)]
@@ -472,7 +484,8 @@ def test_regions_are_served(body: Callable[[Tensor], Tensor], piece_compiler: st
     fn = region(body)
     backend = ringfence.Backend(capture_sizes=[H], graphs="simulated", piece_compiler=piece_compiler)
     compiled = torch.compile(fn, backend=backend, fullgraph=True)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureFailedWarning)
         for _ in range(4):
             x = torch.randn(H, H)
             torch.testing.assert_close(compiled(x), fn(x))

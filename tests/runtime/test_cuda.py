@@ -187,6 +187,36 @@ def test_effects_happen_once_and_host_values_are_read_in_every_call(piece_compil
     assert rules == ["host_memory", "nccl"]
 
 
+def lengths_of_the_host(lengths: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Ops of the CPU between kernels, the first input on the CPU, a constant and a mask."""
+    longest = lengths.max() + 1
+    there = (x + 1).cpu() + longest
+    back = there.to("cuda") * 0.5 + torch.full((), 2.0)
+    return x @ back, torch.cumsum(lengths + 1, 0), torch.index_put(back, [back > 0], x[0, 0])
+
+
+def on_both_devices(rank: int, piece_compiler: str) -> list[str]:
+    import ringfence
+
+    backend = ringfence.Backend(capture_sizes=[H], piece_compiler=piece_compiler)
+    compiled = torch.compile(lengths_of_the_host, backend=backend, fullgraph=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in range(4):
+            lengths, x = torch.arange(H) + 10 * call, torch.randn(H, H, device="cuda")
+            for actual, expected in zip(compiled(lengths, x), lengths_of_the_host(lengths, x), strict=True):
+                torch.testing.assert_close(actual, expected)
+    (report,) = backend.reports
+    assert report.graphs == "cuda"
+    return sorted({v.rule for v in report.verdicts})
+
+
+@pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
+def test_ops_of_the_host_run_in_every_replay(piece_compiler: str) -> None:
+    (rules,) = run_ranks(1, on_both_devices, piece_compiler, backend="nccl", timeout=200)
+    assert rules == ["boolean_index", "cpu_op", "host_memory"]
+
+
 def deep_program(layers: int, split: bool) -> Any:
     """Llama-like in memory: for each layer an island over one activation, and a piece that adds the residual."""
     from ringfence.runtime.replay.program import Program, Step
