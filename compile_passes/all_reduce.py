@@ -36,6 +36,9 @@ _NOT_FUNCTIONAL = (
 #: this one, or the names that it takes are the engine's own and stand for these.
 GroupOf = str | Mapping[str, str] | None
 
+#: torch's own, in any form.
+ALL_REDUCES = frozenset((c10d.all_reduce.default, *_NOT_FUNCTIONAL))
+
 #: Names of a custom op's argument that says what it reduces with.
 _REDUCE_OP_NAMES = ("reduce_op", "op")
 
@@ -120,7 +123,7 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> A
             Reason.ALL_REDUCE_FORM,
             f"{label(node)} ({node.target}) is not functional; run the passes on a graph from aot_autograd",
         )
-    call = engine_call(node, all_reduce_ops)
+    call = engine_call(node, all_reduce_ops) if all_reduce_ops else None
     if call is None:
         return None
     name, group = call.op, call.group

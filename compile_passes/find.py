@@ -20,9 +20,9 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from . import roles
-from .all_reduce import AllReduce, GroupOf, nested_all_reduces, recognise_all_reduce
+from .all_reduce import ALL_REDUCES, AllReduce, GroupOf, nested_all_reduces, recognise_all_reduce
 from .match import Candidate, Match, Site
-from .norm_ops import NormCall, NormOp, norm_ops_of, op_of, read_call
+from .norm_ops import NormCall, NormOp, is_foreign, norm_ops_of, op_of, read_call
 from .norms import Norm, norm_of_call, recognise_rms_norm
 from .op_calls import op_names
 from .provenance import label, module_of, source_of
@@ -52,9 +52,13 @@ def find(
 
     Raises :class:`GraphMetadataError` for nodes without ``val`` metadata.
     """
-    recognised = {node: recognise_all_reduce(node, all_reduce_ops or {}) for node in gm.graph.nodes}
+    targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
+    foreign = any(map(is_foreign, targets))
+    starts = targets if all_reduce_ops else targets & ALL_REDUCES  # most nodes need not be asked
+    asked = (node for node in gm.graph.nodes if node.target in starts)
+    recognised = {node: recognise_all_reduce(node, all_reduce_ops or {}) for node in asked}
     all_reduces = {node: found for node, found in recognised.items() if found is not None}
-    rows = norm_ops if norm_ops is not None else norm_ops_of(gm) if all_reduces else {}
+    rows = norm_ops if norm_ops is not None else norm_ops_of(gm) if foreign else {}
     calls = _norm_calls(gm, rows) if rows else {}
     outcomes = _outcomes(all_reduces, calls, groups, strict)
     index = {node: i for i, node in enumerate(all_reduces)}
@@ -66,7 +70,7 @@ def find(
         if match is not None and match.all_reduce.start is not node:
             site = replace(site, merged_into=index[match.all_reduce.start])
         candidates.append(Candidate(site, match))
-    for region, node, all_reduce in nested_all_reduces(gm, all_reduce_ops or {}):
+    for region, node, all_reduce in nested_all_reduces(gm, all_reduce_ops or {}) if foreign else ():
         site = _site(len(candidates), node, all_reduce, _nested(region, node))
         candidates.append(Candidate(replace(site, node=region.name), None))
     return candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch.fx import Node
 
@@ -70,7 +71,7 @@ class Match:
         """The first, of which the others are merged into one."""
         return self.terms.all_reduces[0]
 
-    @property
+    @cached_property
     def epilogue(self) -> Epilogue:
         norm = self.norm
         weighted = norm.weight is not None

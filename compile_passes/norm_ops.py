@@ -107,6 +107,13 @@ def op_of(node: Node) -> torch._ops.OpOverload | None:
     return target if isinstance(target, torch._ops.OpOverload) and target.namespace not in _TORCHS else None
 
 
+def is_foreign(target: object) -> bool:
+    """Whether ``target`` is an op of somebody else, or may have one inside: an op of higher order."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace not in _TORCHS
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
 _TORCHS = ("aten", "prims", "_c10d_functional", "c10d", "higher_order", "ringfence")
 
 

@@ -37,6 +37,7 @@ class Sum:
     steps: the adds, scalings, views and casts between them and ``node``, with ``node`` unless it is a reduced value.
     residuals: what is added to them, in the order of the source.
     call: the engine's op that adds the last of them and normalises the sum, which ``node`` is then a call of.
+    plain: nothing is scaled and nothing broadcast.
     """
 
     node: Node
@@ -45,6 +46,7 @@ class Sum:
     residuals: tuple[Node, ...]
     roundings: tuple[Rounding, ...]
     call: NormCall | None = None
+    plain: bool = False
 
     @property
     def value(self) -> Node | None:
@@ -54,17 +56,17 @@ class Sum:
     @property
     def factors(self) -> tuple[float, ...]:
         """What each all-reduce's result is multiplied by: in front of the sum, it must be equal on all ranks."""
-        return tuple(self._factor(a.value) for a in self.all_reduces)
+        return tuple(1.0 if self.plain else self._factor(a.value) for a in self.all_reduces)
 
     def _factor(self, node: Node) -> float:
-        product = 1.0
-        while node is not self.node:
+        product, end = 1.0, self.node
+        while node is not end:
             user = next(iter(node.users))
-            scaled = roles.scaled(user)
-            if scaled is not None:
+            if roles.is_add(user) or roles.is_sub(user):
+                if user.args[1] is node:
+                    product *= roles.factor(user) or 1.0
+            elif (scaled := roles.scaled(user)) is not None:
                 product *= scaled[1]
-            elif (roles.is_add(user) or roles.is_sub(user)) and user.args[1] is node:
-                product *= roles.factor(user) or 1.0
             node = user
         return product
 
@@ -109,7 +111,9 @@ def read_sum(node: Node, all_reduces: Sequence[AllReduce], call: NormCall | None
     if isinstance(part, Decline):
         return part
     roundings = tuple(dict.fromkeys(reader.roundings))
-    return Sum(node, tuple(all_reduces), frozenset(reader.steps), tuple(reader.residuals), roundings, call)
+    return Sum(
+        node, tuple(all_reduces), frozenset(reader.steps), tuple(reader.residuals), roundings, call, reader.plain
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class _Terms:
     """Reads a sum from its end; what leads to no all-reduce of ``values`` is a term of its own."""
 
     def __init__(self, values: Mapping[Node, AllReduce], end: Node, call: NormCall | None) -> None:
-        self.values, self.call = values, call
+        self.values, self.call, self.plain = values, call, True
         self.dtype = tensor(next(iter(values))).dtype
         self.steps: set[Node] = set()
         for node in values:
@@ -143,6 +147,7 @@ class _Terms:
         if roles.is_add(node) or roles.is_sub(node):
             return self._add(node, *roles.arguments(node)[:2], roles.factor(node), like=node)
         scaled = roles.scaled(node)
+        self.plain = self.plain and scaled is None
         if scaled is None:
             return self.read(node.args[1] if roles.calls(node, aten.copy.default) else node.args[0])  # type: ignore[arg-type]
         part = self.read(scaled[0])
@@ -161,6 +166,7 @@ class _Terms:
                 return part
             parts.append(part)
         first, second = parts
+        self.plain = self.plain and factor == 1 and not any(p.here and p.broadcast for p in parts)
         if factor is None:
             return Decline(Reason.ADD_ALPHA, f"{label(node)} scales an operand by a value of the graph")
         if second.reduced:
@@ -281,7 +287,7 @@ class Parts:
 
     def _whole(self, part: Node | None, like: Node) -> Node | None:
         """``part`` in the shape of ``like``: a bias is broadcast over the tokens."""
-        if part is None or same_shape(part, like):
+        if part is None or self.sum.plain or same_shape(part, like):
             return part
         sizes = [
             d if isinstance(d, int) else self._call(aten.sym_size.int, like, i)
