@@ -52,6 +52,7 @@ class Reason(StrEnum):
     WEIGHT_NOT_READY = "weight_not_ready"
     EPS_KIND = "eps_kind"
     # policy
+    SWITCHED_OFF = "switched_off"
     ROUNDING_DIFFERS = "rounding_differs"
     FLOAT32_SUM_USED_ELSEWHERE = "float32_sum_used_elsewhere"
     VERIFY_FAILED = "verify_failed"

@@ -5,6 +5,7 @@
     ...
     print(backend.reports[0])
 
+Every error that is raised on purpose is here too, and derives from :class:`RingfenceError`.
 :mod:`ringfence.compile_passes` holds the passes, each usable alone;
 :mod:`ringfence.runtime` what runs.
 """
@@ -20,15 +21,85 @@ if TYPE_CHECKING:
     from .compile_passes.report import CompileReport, assert_fused
     from .options import Options
     from .runtime.collectives.workspace import close_workspaces
-    from .runtime.errors import HangError, RankMismatch, RingfenceError
+    from .runtime.errors import (
+        AddressChangedError,
+        CaptureError,
+        CaptureFailedWarning,
+        ChannelTimeoutError,
+        CollectiveUnavailableError,
+        ConcurrentCallError,
+        DataDependentValueError,
+        GradModeError,
+        GraphMetadataError,
+        GroupError,
+        GroupFailureError,
+        HangError,
+        HazardError,
+        InputError,
+        JournalError,
+        MovedInputWarning,
+        NestedCaptureError,
+        NotFusedError,
+        OptionsError,
+        PeerFailedError,
+        PlanError,
+        PoisonedError,
+        RankLeftError,
+        RankMismatch,
+        RecompiledAloneError,
+        RefusedError,
+        RingfenceError,
+        SelfTestHungError,
+        SizeTableError,
+        TargetError,
+        TooManyStatesError,
+        TraceError,
+        UnknownHazardError,
+        VersionError,
+        WorkspaceError,
+        WorkspaceReplacedError,
+    )
 
 __all__ = [
+    "AddressChangedError",
     "Backend",
+    "CaptureError",
+    "CaptureFailedWarning",
+    "ChannelTimeoutError",
+    "CollectiveUnavailableError",
     "CompileReport",
+    "ConcurrentCallError",
+    "DataDependentValueError",
+    "GradModeError",
+    "GraphMetadataError",
+    "GroupError",
+    "GroupFailureError",
     "HangError",
+    "HazardError",
+    "InputError",
+    "JournalError",
+    "MovedInputWarning",
+    "NestedCaptureError",
+    "NotFusedError",
     "Options",
+    "OptionsError",
+    "PeerFailedError",
+    "PlanError",
+    "PoisonedError",
+    "RankLeftError",
     "RankMismatch",
+    "RecompiledAloneError",
+    "RefusedError",
     "RingfenceError",
+    "SelfTestHungError",
+    "SizeTableError",
+    "TargetError",
+    "TooManyStatesError",
+    "TraceError",
+    "UnknownHazardError",
+    "VersionError",
+    "WorkspaceError",
+    "WorkspaceReplacedError",
     "assert_fused",
     "close_workspaces",
 ]
@@ -40,16 +111,13 @@ def __getattr__(name: str) -> Any:
     homes = {
         "Backend": ".backend",
         "CompileReport": ".compile_passes.report",
-        "HangError": ".runtime.errors",
         "Options": ".options",
-        "RankMismatch": ".runtime.errors",
-        "RingfenceError": ".runtime.errors",
         "assert_fused": ".compile_passes.report",
         "close_workspaces": ".runtime.collectives.workspace",
     }
-    if name not in homes:
+    if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(homes[name], __name__), name)
+    return getattr(importlib.import_module(homes.get(name, ".runtime.errors"), __name__), name)
 
 
 def __dir__() -> list[str]:

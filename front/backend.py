@@ -12,7 +12,7 @@ import logging
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,21 +40,25 @@ from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
+from .compile_passes.named_ops import check_not_decomposed, ops_in
 from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.op_calls import op_names
 from .compile_passes.parts import cut
 from .compile_passes.prove import prove
 from .compile_passes.provenance import input_names, name_inputs
+from .compile_passes.reasons import Reason
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport
 from .compile_passes.returned_views import take_returned_views
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.spec import check_parts
 from .compile_passes.split import SplitPlan, split
+from .compile_passes.switch_off import switch_off
 from .compile_passes.symbols import fix_storage_offsets, give_sizes
 from .compile_passes.value_numbers import FunctionalNumbers
 from .compile_passes.verify import verify
 from .compile_passes.waits import settle_waits
+from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.channel import Channel
 from .runtime.collectives.probe import make_probe
@@ -65,7 +69,7 @@ from .runtime.errors import CollectiveUnavailableError, HazardError, InputError,
 from .runtime.groups import Group, nccl_version
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.replay.program import ReturnedView, SizeRule
+from .runtime.replay.program import ReturnedView
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervisor import OF_PROCESS, Asked, Supervisor, leave, supervisor_for
 
@@ -85,6 +89,12 @@ class Backend:
         #: What fused sites are judged as, where that is not what runs here: ``ringfence explain --collective``.
         self.judge_as: Situation | None = None
         self.reports: list[CompileReport] = []
+        self._named_ops = {
+            "split_ops": self.options.split_ops,
+            "all_reduce_ops": tuple(self.options.all_reduce_ops),
+            "norm_ops": tuple(self.options.norm_ops),
+        }
+        self._seen_ops: set[str] = set()
         given = self.options
         self._asked = Asked(
             {name: getattr(given, name) for name in OF_PROCESS if name in options},
@@ -110,8 +120,24 @@ class Backend:
         leave(self._asked)
         self._asked = replace(self._asked, process={})
 
-    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile one Dynamo graph."""
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one Dynamo graph.
+
+        ``mode`` and ``options`` are what torch.compile was given beside the backend: an :class:`OptionsError`.
+        """
+        _check_mode(mode)
+        if options:
+            raise OptionsError(
+                f"options={dict(options)!r} were given beside a ringfence.Backend, which has its own: "
+                f"ringfence.Backend({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+            )
         with self.supervisor.compiling(self._asked):
             return self._compile_dynamo_graph(gm, example_inputs)
 
@@ -145,6 +171,9 @@ class Backend:
         channels = self.supervisor.open(groups.values(), device)
         static_inputs = _static_inputs(example_inputs)
         dump_graph("captured", gm)
+        for option, names in self._named_ops.items():
+            check_not_decomposed(gm, option, names)
+        self._seen_ops |= ops_in(gm)
 
         name_inputs(gm, dynamo_names)
         merge_repeats(gm)
@@ -158,20 +187,24 @@ class Backend:
             norm_ops=norm_ops_of(gm, options.norm_ops, device),
         )
         absent = why_no_all_reduce(gm) if not candidates else None
+        candidates = switch_off(candidates, fuse=options.fuse, skip_sites=options.skip_sites)
         _check_not_empty(gm, candidates)
         if options.verify:
             candidates = verify(candidates, device)
         sizes = size_rule(gm, candidates, static_inputs)
-        if options.deterministic and sizes.tokens is None:
+        fuses = any(c.match is not None for c in candidates)
+        if options.deterministic and fuses and sizes.tokens is None:
             raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
         carried, carrier = self._prepare(candidates, groups, channels, device)
         collectives = {carried: str(carrier.collective)} if carried is not None else {}
         sites = fuse(gm, candidates, collectives=collectives)
         if options.plain_all_reduce and carried is not None and carrier.workspace is not None:
-            keep = {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(options.split_ops)}
+            keep = {s.node for s in sites if s.decline is not None and s.decline.reason is Reason.SWITCHED_OFF}
+            keep |= {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(options.split_ops)}
             replace_plain_all_reduces(gm, carried, str(carrier.collective), keep)
         written = written_inputs(gm)
         dump_graph("fused", gm)
+        self._seen_ops |= ops_in(gm)
 
         workspaces = workspaces_of(carried) if carried is not None and carrier.workspace is not None else None
         graphs = self._graphs(device, workspaces) if options.capture_sizes and sizes.tokens is not None else None
@@ -214,12 +247,23 @@ class Backend:
             options.capture_sizes,
             padding=pads,
             closed=lambda: carrier.workspace is not None and carrier.workspace.closed,
-            max_tokens=options.max_tokens if options.deterministic else None,
+            max_tokens=options.max_tokens if options.deterministic and carried is not None else None,
             static_outputs=options.static_outputs,
             journal=self.supervisor.journal,
             supervision=supervision,
             note=functools.partial(self._add_note, len(self.reports)),
             collective=str(situation.collective),
+        )
+        outcome = Outcome(
+            absent,
+            candidates,
+            sizes,
+            written,
+            device,
+            kernels=carrier.workspace is not None,
+            captures=graphs is not None,
+            pads=pads is not None,
+            unmatched={o: [n for n in names if n not in self._seen_ops] for o, names in self._named_ops.items()},
         )
         self._report(
             CompileReport(
@@ -231,18 +275,7 @@ class Backend:
                 collective=str(carrier.collective),
                 graphs=graphs.name if graphs is not None else None,
                 candidates=tuple(map(str, carrier.candidates)),
-                notes=tuple(
-                    _notes(
-                        options,
-                        absent,
-                        candidates,
-                        sizes,
-                        written,
-                        device,
-                        captures=graphs is not None,
-                        pads=pads is not None,
-                    )
-                ),
+                notes=tuple(notes(options, outcome)),
                 plan=proof,
                 judged_as=str(self.judge_as) if self.judge_as is not None else None,
                 captured=captured,
@@ -369,14 +402,9 @@ class Backend:
             self.options.on_report(report)
 
     def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        note = (
-            "compiled without fusion: grad mode is on and an input or parameter requires grad, and the fused "
-            "collective has no backward. Call the model under torch.no_grad() or torch.inference_mode()"
-        )
-        warnings.warn(f"ringfence: {note}", UserWarning, stacklevel=2)
-        self._report(
-            CompileReport((), (), (), self.options.as_dict(), _versions(), "reference", graphs=None, notes=(note,))
-        )
+        warnings.warn(f"ringfence: {GRAD_MODE}", UserWarning, stacklevel=2)
+        chosen = self.options.as_dict()
+        self._report(CompileReport((), (), (), chosen, _versions(), "reference", graphs=None, notes=(GRAD_MODE,)))
         fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
         return torch._dynamo.lookup_backend(fallback)(gm, list(example_inputs))
 
@@ -388,9 +416,16 @@ def compiler(
 
     ``mode`` is torch.compile's own argument; ringfence has options instead.
     """
-    if mode not in (None, "default"):
-        raise OptionsError(f"mode='{mode}' has no meaning for ringfence; pass options={{...}} instead")
+    _check_mode(mode)
     return Backend(**(options or {}))(gm, example_inputs)
+
+
+def _check_mode(mode: str | None) -> None:
+    if mode not in (None, "default"):
+        raise OptionsError(
+            f"mode='{mode}' has no meaning for ringfence, which captures the token counts in capture_sizes: leave it "
+            "out (transformers: CompileConfig(mode=None, ...)), and say what you want by ringfence's own options"
+        )
 
 
 # -- facts about the graph's inputs ------------------------------------------------
@@ -465,47 +500,6 @@ def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
     metadata = context.fw_metadata if context is not None else None
     marked = (metadata.static_input_indices or ()) if metadata is not None else ()
     return frozenset(i for i in marked if isinstance(example_inputs[i], Tensor))
-
-
-def _notes(
-    options: Options,
-    absent: str | None,
-    candidates: Sequence[Candidate],
-    sizes: SizeRule,
-    written: Collection[int],
-    device: torch.device,
-    *,
-    captures: bool,
-    pads: bool,
-) -> Iterator[str]:
-    """What the report says of the graph as a whole: where an option or the user's expectation came to nothing.
-
-    absent: what the graph has instead of an all-reduce, where it has none.
-    written: the inputs that the graph writes into. captures, pads: whether anything is captured, or padded.
-    """
-    there = {c.site.group for c in candidates}
-    if absent is not None:
-        yield absent
-    elif unknown := sorted(set(options.groups or ()) - there):
-        yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
-    if options.capture_sizes and sizes.tokens is None:
-        yield "nothing is captured: the token count cannot be read from the sizes of the inputs"
-    elif options.capture_sizes and not captures:
-        yield (
-            f"nothing is captured: {device.type} has no CUDA graphs; graphs='simulated' captures with a simulation of "
-            "them, for tests"
-        )
-    if captures and len(sizes.bindings) > 1:
-        yield (
-            f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
-            "them, and each token count is captured for at most 8 combinations"
-        )
-    if options.pad_to_capture_size and not pads:
-        yield (
-            "not padded: the graph writes into its inputs, where padded rows would land too"
-            if written
-            else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
-        )
 
 
 # -- plumbing ------------------------------------------------------------------------

@@ -35,6 +35,7 @@ _CHOICES = {
 }
 _SECONDS = ("step_seconds", "warm_up_seconds", "agree_seconds")
 _FLAGS = (
+    "fuse",
     "verify",
     "pad_to_capture_size",
     "static_outputs",
@@ -49,6 +50,9 @@ _FLAGS = (
 class Options:
     """What a user may ask of the backend. Build it with :meth:`parse`, which checks it.
 
+    fuse: False leaves every all-reduce as it is; the graph is still split, captured and watched.
+    skip_sites: all-reduces to leave as they are: paths of their ``nn.Module`` or of one around it
+        (``"model.layers.3"``, ``"*.o_proj"``), or their source (``"model.py:120"``), with ``*`` as in file names.
     collective: who carries out a fused all-reduce. ``"auto"`` takes the best that can run here.
         The reasons are in the report.
     transport: how mnnvl reaches the other ranks: ``"multicast"``, or ``"peer"`` on two GPUs of one node.
@@ -102,6 +106,8 @@ class Options:
     journal_dir: folder for the journals that are written when something goes wrong; None writes none.
     """
 
+    fuse: bool = True
+    skip_sites: tuple[str, ...] = ()
     collective: str = "auto"
     transport: str = "auto"
     deterministic: bool = False
@@ -150,7 +156,7 @@ class Options:
         for key in _FLAGS:
             if not isinstance(checked.get(key, False), bool):
                 raise OptionsError(f"{key}={checked[key]!r} is not a bool")
-        for key in ("split_ops", "groups"):
+        for key in ("split_ops", "groups", "skip_sites"):
             if checked.get(key) is not None:
                 checked[key] = _strings(key, checked[key])
         if checked.get("groups") == ():
@@ -178,6 +184,8 @@ class Options:
         if callback is not None and not callable(callback):
             raise OptionsError(f"on_report={callback!r} is not callable")
         options = cls(**checked)
+        if not options.fuse:
+            _check_nothing_asks_for_fusion(options)
         if options.pad_to_capture_size and not options.capture_sizes:
             raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
         if options.deterministic and options.max_tokens is None:
@@ -196,7 +204,12 @@ class Options:
         return options
 
     def check_registered(self) -> None:
-        """Raises :class:`OptionsError` for an op that torch does not know. Its package may be imported late."""
+        """Raises :class:`OptionsError` for an op that torch does not know, or that it hands to no backend.
+
+        Called when a graph is compiled: the op's package may be imported late.
+        """
+        from .compile_passes.named_ops import is_taken_apart
+
         listed = {"split_ops": self.split_ops, "all_reduce_ops": self.all_reduce_ops, "norm_ops": self.norm_ops}
         for key, names in listed.items():
             for name in names:
@@ -207,6 +220,11 @@ class Options:
                     raise OptionsError(
                         f"{key} holds '{name}', and no such op is registered with torch; import the package that "
                         "registers it before the model is compiled"
+                    )
+                if is_taken_apart(name):
+                    raise OptionsError(
+                        f"{key} holds '{name}', which torch replaces by the ops that it is made of before any backend "
+                        "sees it; name one of those (TORCH_LOGS=aot_graphs shows them)"
                     )
 
     def given(self) -> dict[str, Any]:
@@ -222,6 +240,22 @@ class Options:
         return {
             k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in values.items()
         }
+
+
+#: What says something about fused sites alone, and may not be asked for where nothing is to be fused.
+_ABOUT_FUSING = ("transport", "deterministic", "size_table", "numerics", "verify", "groups", "norm_ops", "skip_sites")
+
+
+def _check_nothing_asks_for_fusion(options: Options) -> None:
+    given = options.given()
+    asked = [name for name in _ABOUT_FUSING if name in given]
+    if options.collective in ("trtllm", "mnnvl"):
+        asked.insert(0, "collective")
+    if asked:
+        raise OptionsError(
+            f"fuse=False fuses nothing, so {', '.join(f'{n}={given[n]!r}' for n in asked)} would mean nothing: leave "
+            f"{'it' if len(asked) == 1 else 'them'} out"
+        )
 
 
 def _strings(key: str, value: object) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import ringfence
+from ringfence.compile_passes.reasons import Reason
 from ringfence.runtime.errors import (
     CaptureFailedWarning,
     GroupError,
@@ -141,6 +144,27 @@ def test_entry_point_is_the_same_backend() -> None:
         torch.compile(Model(), backend="ringfence", mode="max-autotune")(x)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"mode": "reduce-overhead"},
+            r"mode='reduce-overhead' has no meaning .*capture_sizes.*CompileConfig\(mode=None",
+        ),
+        ({"options": {"capture_sizes": [4]}}, r"ringfence.Backend\(capture_sizes=\[4\]\)"),
+    ],
+)
+@pytest.mark.usefixtures("fake_group")
+def test_mode_and_options_beside_a_backend_are_refused(given: dict[str, Any], said: str) -> None:
+    compiled = torch.compile(Model(), backend=ringfence.Backend(piece_compiler="eager"), **given)
+    with pytest.raises(BackendCompilerFailed) as error:
+        compiled(rows(3))
+    assert isinstance(error.value.inner_exception, OptionsError) and re.search(said, str(error.value))
+    torch._dynamo.reset()
+    compiled = torch.compile(Model(), backend=ringfence.Backend(piece_compiler="eager"), mode="default")
+    compiled(rows(3))
+
+
 @pytest.mark.usefixtures("fake_group")
 def test_layers_compiled_one_by_one_share_a_graph_but_no_captures() -> None:
     model = Model(layers=3)
@@ -229,6 +253,80 @@ def test_caller_owns_outputs_unless_static() -> None:
         assert torch.equal(first, kept) is not static
 
 
+# -- what is switched off ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture_sizes", [(), (3,)])
+@pytest.mark.usefixtures("fake_group")
+def test_without_fusing_the_graph_is_still_split_and_captured(capture_sizes: tuple[int, ...]) -> None:
+    model = Model()
+    backend = ringfence.Backend(
+        piece_compiler="eager", fuse=False, capture_sizes=capture_sizes, graphs="simulated", split_ops=["aten::silu"]
+    )
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(3):
+        x = rows(3)
+        assert torch.allclose(compiled(x), model(x), rtol=1e-6, atol=1e-6)
+    (report,) = backend.reports
+    assert {s.decline.reason for s in report.sites if s.decline} == {Reason.SWITCHED_OFF} and not report.fused
+    assert "switched off (fuse=False)" in str(report) and report.captured == capture_sizes
+    islands = [op for p in report.pieces if p.island for op in p.ops]
+    assert islands.count("aten::silu") == 2 and ("_c10d_functional::all_reduce" in islands) == bool(capture_sizes)
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "fused"),
+    [
+        (["layers.0"], [False, True, True]),
+        (["layers.?"], [False, False, False]),
+        (["*.0", "layers.2"], [False, True, False]),
+        (["test_backend.py:{line}"], [False, False, False]),
+        (["test_backend.py:*"], [False, False, False]),
+        (["backend.py:*", "layer", "ayers.0"], [True, True, True]),
+    ],
+)
+@pytest.mark.usefixtures("fake_group")
+def test_sites_are_switched_off_by_name(patterns: list[str], fused: list[bool]) -> None:
+    line = Path(__file__).read_text().split("\n").index("        dist.all_reduce(y)") + 1
+    model = Model(layers=3)
+    backend = ringfence.Backend(piece_compiler="eager", skip_sites=[p.format(line=line) for p in patterns])
+    x = rows(3)
+    assert relative_error(torch.compile(model, backend=backend)(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    (report,) = backend.reports
+    assert [s.fused for s in report.sites] == fused
+    reasons = {s.decline.reason for s in report.declined if s.decline}
+    assert reasons == ({Reason.SWITCHED_OFF} if False in fused else set())
+    idle = [p for p in patterns if all(fused)]
+    assert [all(p in note for p in idle) for note in report.notes] == ([True] if idle else [])
+
+
+@pytest.mark.parametrize("group", ["0", "1"])
+@pytest.mark.usefixtures("fake_group")
+def test_sums_that_one_op_carries_out_are_switched_off_together(group: str) -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional_all_reduce(x.sin())
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.halves = nn.ModuleList([Half(), Half()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x + (self.halves[0](x) + self.halves[1](x * 2)), (H,), None, 1e-6)
+
+    model, x = Both(), rows(3)
+    backend = ringfence.Backend(piece_compiler="eager", skip_sites=[f"halves.{group}"])
+    assert relative_error(torch.compile(model, backend=backend)(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    (report,) = backend.reports
+    assert [s.decline.reason for s in report.sites if s.decline] == [Reason.SWITCHED_OFF] * 2
+    torch._dynamo.reset()
+    backend = ringfence.Backend(piece_compiler="eager")
+    torch.compile(model, backend=backend)(x)
+    assert all(s.fused for s in backend.reports[0].sites)
+
+
 # -- split ops -------------------------------------------------------------------------
 
 
@@ -249,6 +347,48 @@ def test_split_op_that_is_not_registered_is_refused() -> None:
     with pytest.raises(Exception, match="aten::atention") as error:
         compiled(rows(3))
     assert isinstance(cause(error.value), OptionsError)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_split_op_that_was_decomposed_is_refused() -> None:
+    """Only where the model calls it: one Backend compiles several graphs, and not each has every op."""
+
+    def split_softmax(fn: Callable[[Tensor], Tensor], compiler: str) -> ringfence.Backend:
+        torch._dynamo.reset()
+        backend = ringfence.Backend(split_ops=["aten::_softmax"], piece_compiler=compiler)
+        x = rows(3)
+        assert torch.allclose(torch.compile(fn, backend=backend)(x), fn(x), atol=1e-6)
+        return backend
+
+    report = split_softmax(lambda x: torch.softmax(x * 2, -1), "eager").reports[0]
+    assert [p.ops for p in report.pieces if p.island] == [("aten::_softmax",)] and len(report.notes) == 1
+    report = split_softmax(lambda x: x * 2, "inductor").reports[0]
+    assert report.notes[1] == "split_ops names aten::_softmax: no graph so far has such an op"
+    with pytest.raises(BackendCompilerFailed) as error:
+        split_softmax(lambda x: torch.softmax(x * 2, -1), "inductor")
+    said = str(cause(error.value))
+    assert isinstance(cause(error.value), OptionsError)
+    assert re.search(r"split_ops names 'aten::_softmax'.*aten::amax.*piece_compiler='eager'", said), said
+
+
+@pytest.mark.parametrize("name", ["aten::linear", "aten::softmax", "aten::softmax.int"])
+@pytest.mark.usefixtures("fake_group")
+def test_split_op_that_no_backend_ever_sees_is_refused(name: str) -> None:
+    error = refusal(functional_sum, rows(3), split_ops=[name])
+    assert isinstance(error, OptionsError) and f"split_ops holds '{name}', which torch replaces" in str(error)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_an_op_that_another_graph_had_is_not_missed() -> None:
+    def broken(x: Tensor) -> Tensor:
+        x = F.silu(x * 2)
+        torch._dynamo.graph_break()
+        return x + 1
+
+    backend = ringfence.Backend(piece_compiler="eager", split_ops=["aten::silu", "aten::sinh"])
+    torch.compile(broken, backend=backend)(rows(3))
+    notes = [[n for n in r.notes if n.startswith("split_ops")] for r in backend.reports]
+    assert notes == [["split_ops names aten::sinh: no graph so far has such an op"]] * 2
 
 
 @pytest.mark.usefixtures("fake_group")
@@ -351,6 +491,43 @@ def test_report_notes_where_an_option_came_to_nothing(options: dict[str, object]
 
 
 @pytest.mark.usefixtures("fake_group")
+def test_options_about_fused_sites_say_so_where_nothing_fuses() -> None:
+    backend = ringfence.Backend(
+        piece_compiler="eager", collective="mnnvl", transport="peer", deterministic=True, max_tokens=8, verify=True
+    )
+    torch.compile(lambda x: x.sum(), backend=backend, dynamic=True)(torch.tensor(2.0))
+    assert backend.reports[0].notes[1] == (
+        "nothing is fused, so these options mean nothing here: collective='mnnvl', transport='peer', "
+        "deterministic=True, verify=True, max_tokens=8"
+    )
+
+
+@pytest.mark.parametrize("options", [{"collective": "trtllm"}, {"deterministic": True, "max_tokens": 8}])
+@pytest.mark.usefixtures("fake_group")
+def test_a_kernel_that_cannot_be_had_is_refused(options: dict[str, object]) -> None:
+    error = refusal(functional_sum, rows(3), **options)
+    assert isinstance(error, ringfence.CollectiveUnavailableError) and "the tensors are on cpu" in str(error)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_numerics_and_groups_decide_what_is_fused() -> None:
+    class Llama(nn.Module):  # rounds before the weight
+        def forward(self, x: Tensor) -> Tensor:
+            wide = functional_all_reduce(x * 2).float()
+            return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+    weight, x = torch.ones(H, dtype=torch.bfloat16), rows(3).bfloat16()
+    said = {}
+    for key, options in (("kernel", {}), ("strict", {"numerics": "strict"}), ("groups", {"groups": ["1"]})):
+        torch._dynamo.reset()
+        backend = ringfence.Backend(piece_compiler="eager", **options)
+        torch.compile(Llama(), backend=backend)(x)
+        (site,) = backend.reports[0].sites
+        said[key] = str(site.decline.reason) if site.decline else [r.name for r in site.roundings]
+    assert said == {"kernel": ["BEFORE_WEIGHT"], "strict": "rounding_differs", "groups": "other_group"}
+
+
+@pytest.mark.usefixtures("fake_group")
 def test_assert_fused_tells_why_not() -> None:
     backend = ringfence.Backend(piece_compiler="eager")
 
@@ -422,9 +599,13 @@ def test_grad_mode_falls_back_with_one_warning() -> None:
     assert "grad mode" in backend.reports[0].notes[0]
 
 
+def functional_all_reduce(x: Tensor, group: str = "0") -> Tensor:
+    summed: Tensor = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group))
+    return summed
+
+
 def functional_sum(x: Tensor, group: str = "0") -> Tensor:
-    y = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x * 2, "sum", group))
-    return F.rms_norm(y + x, (H,), None, 1e-6)
+    return F.rms_norm(functional_all_reduce(x * 2, group) + x, (H,), None, 1e-6)
 
 
 def refusal(fn: Callable[[Tensor], Tensor], x: Tensor, **options: object) -> BaseException:

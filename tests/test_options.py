@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import builtins
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ringfence
 from ringfence.options import Options
+from ringfence.runtime import errors
 from ringfence.runtime.errors import OptionsError, RingfenceError, SizeTableError
 
 
@@ -45,6 +49,11 @@ from ringfence.runtime.errors import OptionsError, RingfenceError, SizeTableErro
         ({"warm_up_seconds": 30}, ["step_seconds is more than warm_up_seconds"]),
         ({"journal_dir": 3}, ["journal_dir=3", "folder"]),
         ({"journal_dir": ""}, ["journal_dir=''", "folder"]),
+        ({"fuse": 0}, ["fuse=0", "bool"]),
+        ({"skip_sites": "model.layers.3"}, ["skip_sites", "list"]),
+        ({"fuse": False, "deterministic": True, "max_tokens": 8}, ["fuse=False", "deterministic=True"]),
+        ({"fuse": False, "collective": "trtllm"}, ["fuse=False", "collective='trtllm'", "leave it out"]),
+        ({"fuse": False, "skip_sites": ["a"], "verify": True}, ["skip_sites=('a',)", "verify=True", "leave them out"]),
     ],
 )
 def test_bad_option_is_refused_by_name(options: dict[str, object], names: list[str]) -> None:
@@ -87,3 +96,17 @@ def test_a_backend_shows_what_was_asked_of_it() -> None:
     assert repr(backend) == "<ringfence.Backend(capture_sizes=(1, 16), verify=True), 0 reports>"
     backend.reports.append(None)  # type: ignore[arg-type]
     assert repr(backend).endswith(", 1 report>")
+
+
+def test_every_error_is_importable_from_the_package() -> None:
+    """What a user may have to catch. Each class of errors.py, and each that anything raises, is one."""
+    classes = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, Exception | Warning)}
+    assert len(classes) > 30 and classes <= set(ringfence.__all__)
+    assert all(getattr(ringfence, name) is getattr(errors, name) for name in classes)
+    package = Path(ringfence.__file__).parent.parent
+    raised: set[str] = set()
+    for folder in ("front", "compile_passes", "runtime"):
+        for file in (package / folder).rglob("*.py"):
+            raised |= set(re.findall(r"raise (\w+(?:Error|Mismatch|Warning))\b", file.read_text()))
+    own = raised - set(vars(builtins))
+    assert len(own) > 15 and own <= classes | {"ArgumentTypeError"}, own - classes

@@ -1,0 +1,94 @@
+"""Notes: what a report says of its graph as a whole, where an option or the user's expectation came to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .compile_passes.match import Candidate
+from .compile_passes.switch_off import names_site
+from .options import Options
+from .runtime.replay.program import SizeRule
+
+GRAD_MODE = (
+    "compiled without fusion: grad mode is on and an input or parameter requires grad, and the fused "
+    "collective has no backward. Call the model under torch.no_grad() or torch.inference_mode()"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a graph, as far as notes are about it.
+
+    absent: what it has instead of an all-reduce, where it has none. written: inputs that it writes into. kernels:
+    whether kernels carry out any of its sites. captures, pads: whether sizes are captured, and smaller ones padded to
+    them. unmatched: by option, named ops that no graph had so far.
+    """
+
+    absent: str | None
+    candidates: Sequence[Candidate]
+    sizes: SizeRule
+    written: Collection[int]
+    device: torch.device
+    kernels: bool
+    captures: bool
+    pads: bool
+    unmatched: Mapping[str, Sequence[str]]
+
+
+def notes(options: Options, outcome: Outcome) -> Iterator[str]:
+    """The notes of one graph."""
+    yield from _about_all_reduces(options, outcome)
+    for option, names in outcome.unmatched.items():
+        if names:
+            yield f"{option} names {', '.join(names)}: no graph so far has such an op"
+    yield from _about_capture(options, outcome)
+
+
+def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
+    sites = [c.site for c in outcome.candidates]
+    there = {site.group for site in sites}
+    if outcome.absent is not None:
+        yield outcome.absent
+    elif unknown := sorted(set(options.groups or ()) - there):
+        yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
+    if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
+        yield f"skip_sites names {', '.join(idle)}: no all-reduce of this graph has such a module or source"
+    if not any(c.match is not None for c in outcome.candidates):
+        if meaningless := _about_fused_sites(options):
+            yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
+    elif not outcome.kernels and options.max_tokens is not None:
+        yield "max_tokens means nothing here: it bounds a kernel's workspace, and the reference collective has none"
+
+
+def _about_fused_sites(options: Options) -> list[str]:
+    """The given options that are about fused sites alone."""
+    given = options.given()
+    names = [n for n in ("transport", "deterministic", "size_table", "verify", "max_tokens") if n in given]
+    if options.collective in ("trtllm", "mnnvl"):
+        names.insert(0, "collective")
+    return [f"{name}={given[name]!r}" for name in names]
+
+
+def _about_capture(options: Options, outcome: Outcome) -> Iterator[str]:
+    sizes = outcome.sizes
+    if options.capture_sizes and sizes.tokens is None:
+        yield "nothing is captured: the token count cannot be read from the sizes of the inputs"
+    elif options.capture_sizes and not outcome.captures:
+        yield (
+            f"nothing is captured: {outcome.device.type} has no CUDA graphs; graphs='simulated' captures with a "
+            "simulation of them, for tests"
+        )
+    if outcome.captures and len(sizes.bindings) > 1:
+        yield (
+            f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
+            "them, and each token count is captured for at most 8 combinations"
+        )
+    if options.pad_to_capture_size and not outcome.pads:
+        yield (
+            "not padded: the graph writes into its inputs, where padded rows would land too"
+            if outcome.written
+            else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
+        )
