@@ -27,10 +27,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringfence.compile_passes import find, fuse
+from ringfence.compile_passes.assignment import Assignment
 from ringfence.compile_passes.judge import judge
 from ringfence.compile_passes.lower import eager_piece, lower
 from ringfence.compile_passes.split import split
 from ringfence.runtime.collectives import ops
+from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.protocol import plan
 from ringfence.runtime.protocol.calls import program
@@ -134,7 +136,7 @@ def bench_passes() -> Row:
 def bench_split() -> Row:
     gm = eighty_layers()
     fuse(gm, find(gm))
-    verdicts = judge(gm, backends={"0": "gloo"}, capture=True)
+    verdicts = judge(gm, Assignment({"0": Group("0", "gloo", 2, 0)}), capture=True)
     start = time.perf_counter()
     parts, whole = split(gm, verdicts)
     lower(parts, whole, eager_piece, [n.name for n in gm.graph.find_nodes(op="placeholder")], frozenset())

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import GraphModule
 
 from ..runtime.hazards.situation import Fact
+from .assignment import Assignment
 from .fuse import SITE
+from .groups import find_group
 from .host import Unsafe, stream_of, surroundings_of, unsafe_for
+from .judge import Verdict, judge
 from .op_calls import op_calls
+from .parts import cut
 from .rules import KNOWN_UNSAFE
-from .split import SplitPlan
+from .split import SplitPlan, split
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A fact, where it was seen (a node or a part of the plan) and in one sentence how."""
+    """A fact, where it was seen (a node or a part of the plan) and in one sentence how.
+
+    ``group`` is the process group whose collectives it is about; None for all.
+    """
 
     fact: Fact
     where: str
     message: str
+    group: str | None = None
 
 
 def facts_of(plan: SplitPlan, whole: GraphModule) -> tuple[Evidence, ...]:
@@ -57,24 +66,51 @@ def _captured_ops(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
 
 
 def _across_parts(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
-    """Collectives cut in two, and collectives of one workspace on several streams."""
-    parts: dict[int, list[str]] = {}
-    streams: dict[int | None, str] = {}
+    """Collectives cut in two, and collectives of one workspace, which is its group's, on several streams."""
+    parts: dict[tuple[int, str | None], list[str]] = {}
+    streams: dict[str | None, dict[int | None, str]] = {}
     for part in plan.pieces:
         for node in whole.get_submodule(part.name).graph.nodes:  # type: ignore[union-attr]
             if SITE not in node.meta:
                 continue
-            homes = parts.setdefault(node.meta[SITE], [])
+            group = find_group(node)
+            homes = parts.setdefault((node.meta[SITE], group), [])
             if part.name not in homes:
                 homes.append(part.name)
-            streams.setdefault(stream_of(node), node.name)
-    for site, homes in parts.items():
+            streams.setdefault(group, {}).setdefault(stream_of(node), node.name)
+    for (site, group), homes in parts.items():
         if len(homes) > 1:
-            yield Evidence(Fact.PROTOCOL_CUT, homes[0], f"the launches of site {site} lie in {' and '.join(homes)}")
-    if len(streams) > 1:
-        names = ", ".join(f"'{node}' on {_stream_name(stream)}" for stream, node in streams.items())
-        yield Evidence(Fact.TWO_STREAMS, next(iter(streams.values())), f"fused collectives are on streams: {names}")
+            message = f"the launches of site {site} lie in {' and '.join(homes)}"
+            yield Evidence(Fact.PROTOCOL_CUT, homes[0], message, group)
+    for group, found in streams.items():
+        if len(found) > 1:
+            names = ", ".join(f"'{node}' on {_stream_name(stream)}" for stream, node in found.items())
+            message = f"fused collectives are on streams: {names}"
+            yield Evidence(Fact.TWO_STREAMS, next(iter(found.values())), message, group)
 
 
 def _stream_name(stream: int | None) -> str:
     return "the stream of the call" if stream is None else f"stream {stream}"
+
+
+def judge_with_facts(
+    gm: GraphModule,
+    assigned: Assignment,
+    *,
+    capture: bool,
+    **options: Any,
+) -> tuple[list[Verdict], Assignment]:
+    """Verdicts, and the assignment with the facts that they rest on.
+
+    Some facts show only in the cut that follows from the verdicts; then it is judged again. ``options`` are those
+    of :func:`judge`.
+    """
+    while True:
+        verdicts = judge(gm, assigned, capture=capture, **options)
+        found: dict[str | None, frozenset[Fact]] = {}
+        for evidence in facts_of(*split(gm, cut(gm, verdicts))) if capture else ():
+            found[evidence.group] = found.get(evidence.group, frozenset()) | {evidence.fact}
+        known = assigned.with_facts(found)
+        if known == assigned:
+            return verdicts, assigned
+        assigned = known

@@ -8,7 +8,7 @@ collective meet, in this version, on this machine? The stricter answer holds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
@@ -16,9 +16,10 @@ from torch.fx import GraphModule, Node
 from ..runtime.errors import HazardError
 from ..runtime.hazards.catalogue import applicable
 from ..runtime.hazards.engine_default import engine_default
-from ..runtime.hazards.situation import Collective, Situation, Strategy
+from ..runtime.hazards.situation import Situation, Strategy
 from ..runtime.hazards.table import Action, Hazard
 from .all_reduce import is_all_reduce
+from .assignment import Assignment
 from .constants import mark_constants
 from .fuse import SITE
 from .groups import find_group, is_ours_or_torchs
@@ -36,7 +37,7 @@ class Verdict:
     ``site`` is the index of the fused site, None for other ops. ``hazard`` is the row of
     the hazard table that decided or that is to be watched, with the ``invariant`` that
     fails, the ``fact`` that it rests on and the ``remedy``. ``clean`` says that the
-    site's payload is to be cleaned (:mod:`.clean`).
+    site's payload is to be cleaned (:mod:`.clean`). ``group`` is the process group of a collective.
     """
 
     node: str
@@ -51,36 +52,29 @@ class Verdict:
     fact: str | None = None
     remedy: str | None = None
     clean: bool = False
+    group: str | None = None
 
 
 def judge(
     gm: GraphModule,
+    assigned: Assignment,
     *,
-    backends: Mapping[str, str],
     capture: bool,
     split_ops: Collection[str] = (),
     all_reduce_ops: Collection[str] = (),
-    situation: Situation | None = None,
-    capture_failure: str | None = None,
     on_hazard: str = "split",
     profile: str = "causes",
-    nccl: Situation | None = None,
 ) -> list[Verdict]:
     """A verdict for every op that a rule has something to say about, in graph order.
 
-    ``backends`` maps the names of process groups to "gloo", "nccl", ...; ``capture``
-    is whether any size will be captured. ``situation`` says who carries out the fused sites,
-    and where; without one it is the reference collective. ``capture_failure`` is why that
-    collective must not be captured, though it runs. ``on_hazard`` is what follows
-    from a hazard that asks for more than a warning:
+    ``assigned`` says of each process group what serves it, who carries out its fused sites, and
+    what the hazard table is asked about them; ``capture`` is whether any size will be captured.
+    ``on_hazard`` is what follows from a hazard that asks for more than a warning:
 
     - "split": run the site between pieces if that avoids it, else refuse it;
     - "refuse": refuse the site;
     - "raise": raise :class:`HazardError`;
     - "clean": clean the payload if that avoids it (one-shot only), else as "split".
-
-    ``nccl`` is what the hazard table is asked about a collective that stays in its piece over NCCL, whether a site's
-    reference or one that nothing fuses; without one it is not asked.
 
     ``profile="conservative"`` decides fused sites by the rule of the field instead
     (:mod:`ringfence.runtime.hazards.engine_default`).
@@ -90,9 +84,8 @@ def judge(
 
     def of(call: OpCall, outer: Node) -> Verdict | None:
         node = call.node
-        facts = _facts(call, backends, capture, split_ops, all_reduce_ops, situation, about)
-        if facts.carrier is not None:
-            facts = replace(facts, capture_failure=capture_failure)
+        group = find_group(node)
+        facts = _facts(call, group, assigned, capture, split_ops, all_reduce_ops, about)
         if not facts.matters:
             return None
         rule = next(r for r in RULES if r.applies(facts))
@@ -101,8 +94,10 @@ def judge(
         )
         if node is not outer:
             message = f"{message} (it is in a region that '{outer.name}' calls)"
-        verdict = Verdict(outer.name, facts.op, rule.decision, rule.id, message, rule.source, node.meta.get(SITE), None)
-        if facts.carrier is not None and situation is not None:  # an all-reduce without a norm too
+        site = node.meta.get(SITE)
+        verdict = Verdict(outer.name, facts.op, rule.decision, rule.id, message, rule.source, site, group=group)
+        situation = assigned.situation(group) if facts.carrier is not None else None
+        if situation is not None:  # an all-reduce without a norm too
             source = first_node(node)
             assert source is not None, "a fused op takes its input first"
             mine = replace(situation, dtype=dtype_text(tensor(source).dtype), capture=capture)
@@ -110,8 +105,8 @@ def judge(
                 verdict = _by_the_field(verdict, mine)
             else:
                 verdict = _by_hazards(verdict, mine, on_hazard)
-        if nccl is not None and verdict.rule == "nccl":  # nothing else could carry it out, so no refusal
-            mine = replace(nccl, capture=capture)
+        if assigned.nccl is not None and verdict.rule == "nccl":  # nothing else could carry it out, so no refusal
+            mine = replace(assigned.nccl, capture=capture)
             verdict = _by_hazards(verdict, mine, on_hazard if on_hazard == "raise" else "split")
         return verdict
 
@@ -178,22 +173,21 @@ def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:
 
 def _facts(
     call: OpCall,
-    backends: Mapping[str, str],
+    group: str | None,
+    assigned: Assignment,
     capture: bool,
     split_ops: Collection[str],
     all_reduce_ops: Collection[str],
-    situation: Situation | None,
     about: Surroundings,
 ) -> OpFacts:
     node, (op, full) = call.node, call.names
-    group = find_group(node)
     known = is_ours_or_torchs(node)
     ours = known and op.split("::")[0] == "ringfence"
-    carrier = (situation.collective if situation is not None else Collective.REFERENCE) if ours else None
     return OpFacts(
         op=op,
-        backend=backends.get(group) if group is not None else None,
-        carrier=carrier,
+        backend=assigned.backend(group),
+        carrier=assigned.collective(group) if ours else None,
+        capture_failure=assigned.capture_failure(group) if ours else None,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
         collective=known or is_all_reduce(node, all_reduce_ops),

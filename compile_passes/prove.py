@@ -6,13 +6,14 @@ makes, in every order in which their steps can happen (:mod:`ringfence.runtime.p
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime.errors import PlanError, TooManyStatesError, VersionError
-from ..runtime.hazards.situation import Payload, Situation
+from ..runtime.hazards.situation import Collective, Payload, Situation
 from ..runtime.protocol import plan as model
 from ..runtime.protocol.answer import ask
+from .assignment import Assignment
 from .judge import Decision, Verdict
 from .split import Piece, SplitPlan
 
@@ -40,17 +41,37 @@ class PlanVerdict:
 
 
 def prove(
-    plan: SplitPlan, verdicts: Sequence[Verdict], situation: Situation, capture_sizes: Sequence[int], *, padding: bool
+    plan: SplitPlan, verdicts: Sequence[Verdict], assigned: Assignment, capture_sizes: Sequence[int], *, padding: bool
 ) -> PlanVerdict:
-    """Ask the model of the situation's collective about the sites that it carries out, on equal ranks.
+    """Ask the models of the collectives about the sites that they carry out, on equal ranks.
 
-    A site that is refused runs on the reference collective and is left out; sites whose
-    payload is cleaned send ordinary words. Each capture size is captured and replayed,
-    sizes go up and down, and one step is not captured.
+    Each group is asked about by itself: its workspace is no other's. A site that is refused runs on the reference
+    collective and is left out; sites whose payload is cleaned send ordinary words. Each capture size is captured and
+    replayed, sizes go up and down, and one step is not captured. The first group that can fail speaks for the plan.
     """
-    carried = {v.site: v for v in verdicts if v.site is not None and v.decision is not Decision.REFUSE}
+    carried: dict[str | None, dict[int, Verdict]] = {}
+    for verdict in verdicts:
+        if verdict.site is not None and verdict.decision is not Decision.REFUSE:
+            carried.setdefault(verdict.group, {})[verdict.site] = verdict
     if not carried:
-        return PlanVerdict("safe", f"no call is carried out by {situation.collective}")
+        return PlanVerdict("safe", f"no call is carried out by {assigned.judged}")
+    kernels = [group for group in carried if assigned.collective(group) != Collective.REFERENCE]
+    asked = kernels or list(carried)
+    proofs = [_prove(plan, carried[g], assigned.situation(g), capture_sizes, padding) for g in asked]
+    order = (lambda p: p.failed, lambda p: p.kind == "not_modelled")
+    worst = next((p for worse in order for p in proofs if worse(p)), None)
+    return worst or replace(proofs[0], states=sum(p.states for p in proofs))
+
+
+def _prove(
+    plan: SplitPlan,
+    carried: Mapping[int, Verdict],
+    situation: Situation | None,
+    capture_sizes: Sequence[int],
+    padding: bool,
+) -> PlanVerdict:
+    """The same of the sites of one group."""
+    situation = situation or Situation(Collective.REFERENCE)
     if situation.collective not in model.MODELLED:
         return PlanVerdict("not_modelled", f"no protocol was explored: there is no model of {situation.collective}")
     if all(v.clean for v in carried.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +28,29 @@ _MOST_COUNTS = 8
 
 
 @dataclass(frozen=True)
+class GroupCollective:
+    """Who carries out the fused sites of a process group, and why.
+
+    ``candidates`` say of each collective that was considered why it was not taken. ``fused_bytes``: the largest
+    input, in bytes on one rank, that its kernels serve; above it the fused sites run on the reference collective. None:
+    it serves every size.
+    """
+
+    group: str
+    collective: str
+    candidates: tuple[str, ...] = ()
+    fused_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class CompileReport:
     """What happened to one compiled graph, and why.
 
-    ``collective`` carries out the fused sites, and ``candidates`` say of each collective that was
-    considered why it was not taken; ``notes`` are sentences about the graph as a whole (grad mode, padding refused);
-    ``graphs`` names what captures, or None; ``versions`` maps package to version.
+    ``collectives`` carry out the fused sites, by group; ``notes`` are sentences about the graph as a whole (grad mode,
+    padding refused); ``graphs`` names what captures, or None; ``versions`` maps package to version.
 
     ``judged_as``: what the plan was judged as, where that is not what carries it out (``ringfence explain
-    --collective``). ``captured``: the token counts that are captured when they are met. ``fused_bytes``: the
-    largest input, in bytes on one rank, that the collective's kernels serve; above it the fused sites run on the
-    reference collective. None: that one serves every size.
+    --collective``). ``captured``: the token counts that are captured when they are met.
     """
 
     sites: tuple[Site, ...]
@@ -45,14 +58,30 @@ class CompileReport:
     verdicts: tuple[Verdict, ...]
     options: dict[str, Any]
     versions: dict[str, str | None]
-    collective: str
     graphs: str | None
-    candidates: tuple[str, ...] = ()
+    collectives: tuple[GroupCollective, ...] = ()
     notes: tuple[str, ...] = ()
     plan: PlanVerdict | None = None
     judged_as: str | None = None
     captured: tuple[int, ...] = ()
-    fused_bytes: int | None = None
+
+    @property
+    def collective(self) -> str:
+        """Who carries out most of the fused sites; the reference where there are none."""
+        return self._main.collective
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        return self._main.candidates
+
+    @property
+    def fused_bytes(self) -> int | None:
+        return self._main.fused_bytes
+
+    @property
+    def _main(self) -> GroupCollective:
+        counts = Counter(site.group for site in self.fused)
+        return max(self.collectives, key=lambda c: counts[c.group], default=GroupCollective("", "reference"))
 
     @property
     def fused(self) -> tuple[Site, ...]:
@@ -70,27 +99,35 @@ class CompileReport:
         judged = f", judged as {self.judged_as}" if self.judged_as is not None else ""
         captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else self.graphs or "off"
         return (
-            f"{len(self.fused)} of {len(self.sites)} all-reduces fused (collective: {self.collective}{judged}); "
+            f"{len(self.fused)} of {len(self.sites)} all-reduces fused (collective: {self._collectives}{judged}); "
             f"{cut}; capture: {captured}"
         )
 
     @property
-    def limit(self) -> str | None:
-        """Up to which size the collective serves fused sites, in one sentence; None where there is no limit."""
-        if self.fused_bytes is None:
-            return None
-        shapes = {(s.hidden_size, s.dtype): None for s in self.fused if s.hidden_size is not None}
-        tokens = [f"{self.fused_bytes // (h * getattr(torch, d).itemsize)} tokens of {h} {d}" for h, d in shapes]
-        size = f"{self.fused_bytes / 2**20:g} MiB" if self.fused_bytes >= 2**20 else f"{self.fused_bytes / 2**10:g} KiB"
-        serves = f"{self.collective} serves fused sites of up to {size} on a rank ({', '.join(tokens)})"
-        return f"{serves}, and larger ones run on the reference collective"
+    def _collectives(self) -> str:
+        """The collective, or those of several groups: ``mnnvl, reference over group '1'``."""
+        others = [f"{c.collective} over group '{c.group}'" for c in self.collectives if c.collective != self.collective]
+        return ", ".join([self.collective, *others])
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """Up to which size a collective serves fused sites, in one sentence for each that has a limit."""
+        return tuple(self._limit(c, c.fused_bytes) for c in self.collectives if c.fused_bytes is not None)
+
+    def _limit(self, carrier: GroupCollective, most: int) -> str:
+        mine = [s for s in self.fused if s.group == carrier.group and s.hidden_size is not None]
+        shapes = {(s.hidden_size, s.dtype): None for s in mine}
+        tokens = [f"{most // ((h or 1) * getattr(torch, d).itemsize)} tokens of {h} {d}" for h, d in shapes]
+        size = f"{most / 2**20:g} MiB" if most >= 2**20 else f"{most / 2**10:g} KiB"
+        serves = f"{carrier.collective} serves fused sites of up to {size} on a rank ({', '.join(tokens)})"
+        over = f" over group '{carrier.group}'" if len(self.collectives) > 1 else ""
+        return f"{serves}{over}, and larger ones run on the reference collective"
 
     def __str__(self) -> str:
         from tabulate import tabulate
 
         parts = [f"ringfence: {self.summary}"]
-        if self.limit is not None:
-            parts.append(self.limit)
+        parts += self.limits
         if self.sites:
             rows = [
                 (
@@ -117,7 +154,9 @@ class CompileReport:
         ]
         if self.plan is not None:
             parts.append(f"plan: {self.plan.kind}: {self.plan.message}")
-        parts += [f"collective {candidate}" for candidate in self.candidates]
+        for carrier in self.collectives:
+            over = f" (group '{carrier.group}')" if len(self.collectives) > 1 else ""
+            parts += [f"collective {candidate}{over}" for candidate in carrier.candidates]
         parts += [f"note: {note}" for note in self.notes]
         return "\n".join(parts)
 
@@ -130,6 +169,7 @@ class CompileReport:
             "judged_as": self.judged_as,
             "fused_bytes": self.fused_bytes,
             "candidates": list(self.candidates),
+            "collectives": [_plain(c) for c in self.collectives],
             "graphs": self.graphs,
             "captured": list(self.captured),
             "sites": [_site(s) for s in self.sites],
@@ -187,7 +227,7 @@ def _site(site: Site) -> dict[str, Any]:
     }
 
 
-def _plain(value: Piece | Verdict | PlanVerdict) -> dict[str, Any]:
+def _plain(value: Piece | Verdict | PlanVerdict | GroupCollective) -> dict[str, Any]:
     """The fields of a dataclass as JSON has them."""
     fields = dataclasses.asdict(value)
     return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, str) else v for k, v in fields.items()}

@@ -5,46 +5,40 @@ Dynamo graph -> AOT -> find -> prepare (who carries it out) -> fuse -> judge -> 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.metadata
 import logging
-import platform
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
-from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch._guards import TracingContext
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from .assign import assign, check_deterministic, described
 from .compile_passes.absent import why_no_all_reduce
+from .compile_passes.assignment import Assignment
 from .compile_passes.clean import clean_payload
 from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
 from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
-from .compile_passes.facts import facts_of
+from .compile_passes.facts import judge_with_facts
 from .compile_passes.find import find
 from .compile_passes.functional import written_inputs
 from .compile_passes.fuse import fuse
+from .compile_passes.graph_inputs import check_not_empty, needs_grad, specialise_floats, static_inputs
 from .compile_passes.groups import collectives_of, describe_groups
 from .compile_passes.in_place import write_in_place
-from .compile_passes.judge import Decision, Verdict, judge
+from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
 from .compile_passes.named_ops import check_not_decomposed, ops_in
 from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.op_calls import op_names
 from .compile_passes.parts import cut
-from .compile_passes.prove import prove
+from .compile_passes.prove import PlanVerdict, prove
 from .compile_passes.provenance import input_names, name_inputs
 from .compile_passes.reasons import Reason
 from .compile_passes.repeats import merge_repeats
@@ -58,18 +52,13 @@ from .compile_passes.symbols import fix_storage_offsets, give_sizes
 from .compile_passes.value_numbers import FunctionalNumbers
 from .compile_passes.verify import verify
 from .compile_passes.waits import settle_waits
+from .installed import versions
 from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
-from .runtime.channel import Channel
-from .runtime.collectives.probe import make_probe
-from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
-from .runtime.collectives.size_table import TABLE, read_table
-from .runtime.collectives.workspace import Workspaces, workspaces_of
-from .runtime.errors import CollectiveUnavailableError, HazardError, InputError, OptionsError
-from .runtime.groups import Group, nccl_version
-from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
+from .runtime.errors import HazardError, OptionsError
+from .runtime.hazards.situation import Situation
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.replay.program import ReturnedView
+from .runtime.replay.program import Padding, ReturnedView, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervisor import OF_PROCESS, Asked, Supervisor, leave, supervisor_for
 
@@ -84,10 +73,10 @@ class Backend:
     that breaks the graph, or that is recompiled for new shapes, adds several.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, planned: Situation | None = None, **options: Any) -> None:
+        """planned: what fused sites are judged as, where the plan is for another machine (``ringfence explain``)."""
         self.options = Options.parse(options)
-        #: What fused sites are judged as, where that is not what runs here: ``ringfence explain --collective``.
-        self.judge_as: Situation | None = None
+        self._planned = planned
         self.reports: list[CompileReport] = []
         self._named_ops = {
             "split_ops": self.options.split_ops,
@@ -142,16 +131,16 @@ class Backend:
             return self._compile_dynamo_graph(gm, example_inputs)
 
     def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if _needs_grad(gm, example_inputs):
+        if needs_grad(gm, example_inputs):
             return self._without_fusion(gm, example_inputs)
         self.options.check_registered()
-        _specialise_floats(gm)
+        specialise_floats(gm)
         inductor = self.options.piece_compiler == "inductor"
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
 
         def compile_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             with self.supervisor.compilation():
-                return self._compile(gm, example_inputs, dynamo_names=names)
+                return self._compile(gm, example_inputs, names)
 
         compiler = aot_autograd(
             fw_compiler=compile_graph,
@@ -161,76 +150,44 @@ class Backend:
         )
         return compiler(gm, example_inputs)
 
-    def _compile(
-        self, gm: GraphModule, example_inputs: Sequence[Any], *, dynamo_names: Sequence[str]
-    ) -> Callable[..., Any]:
-        """Compile one functional ATen graph. Called by AOT, with fake tensors."""
-        options = self.options
-        device = device_of(gm)
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any], names: Sequence[str]) -> Callable[..., Any]:
+        """Compile one functional ATen graph, for AOT: its tensors are fake. names: of the inputs, by Dynamo."""
+        options, device = self.options, device_of(gm)
         groups = describe_groups(gm, device, options.all_reduce_ops)
         channels = self.supervisor.open(groups.values(), device)
-        static_inputs = _static_inputs(example_inputs)
+        inputs, static = input_names(gm, names), static_inputs(example_inputs)
+        self._look_for_named_ops(gm)
         dump_graph("captured", gm)
-        for option, names in self._named_ops.items():
-            check_not_decomposed(gm, option, names)
-        self._seen_ops |= ops_in(gm)
 
-        name_inputs(gm, dynamo_names)
+        name_inputs(gm, names)
         merge_repeats(gm)
         if options.capture_sizes:
             settle_waits(gm)
-        candidates = find(
-            gm,
-            strict=options.numerics == "strict",
-            groups=options.groups,
-            all_reduce_ops=options.all_reduce_ops,
-            norm_ops=norm_ops_of(gm, options.norm_ops, device),
-        )
+        candidates = self._find(gm, device)
         absent = why_no_all_reduce(gm) if not candidates else None
-        candidates = switch_off(candidates, fuse=options.fuse, skip_sites=options.skip_sites)
-        _check_not_empty(gm, candidates)
-        if options.verify:
-            candidates = verify(candidates, device)
-        sizes = size_rule(gm, candidates, static_inputs)
-        fuses = any(c.match is not None for c in candidates)
-        if options.deterministic and fuses and sizes.tokens is None:
-            raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
-        carried, carrier = self._prepare(candidates, groups, channels, device)
-        collectives = {carried: str(carrier.collective)} if carried is not None else {}
-        sites = fuse(gm, candidates, collectives=collectives)
-        if options.plain_all_reduce and carried is not None and carrier.workspace is not None:
-            keep = {s.node for s in sites if s.decline is not None and s.decline.reason is Reason.SWITCHED_OFF}
-            keep |= {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(options.split_ops)}
-            replace_plain_all_reduces(gm, carried, str(carrier.collective), keep)
+        sizes = self._sizes(gm, candidates, static)
+        assigned = assign(candidates, groups, channels, device, options, self.supervisor, self._planned)
+        sites = self._fuse(gm, candidates, assigned)
         written = written_inputs(gm)
-        dump_graph("fused", gm)
         self._seen_ops |= ops_in(gm)
+        dump_graph("fused", gm)
 
-        workspaces = workspaces_of(carried) if carried is not None and carrier.workspace is not None else None
-        graphs = self._graphs(device, workspaces) if options.capture_sizes and sizes.tokens is not None else None
-        situation = self.judge_as or carrier.situation
-        verdicts, situation = self._judge(gm, situation, groups, carrier.capture_failure, capture=graphs is not None)
-        refuse_sites(gm, verdicts)
-        clean_payload(gm, {v.site for v in verdicts if v.clean and v.site is not None})
-        if options.deterministic:
-            _check_deterministic(sites, verdicts, carried, carrier)
+        graphs = self._graphs(device, assigned) if options.capture_sizes and sizes.tokens is not None else None
+        captured = options.capture_sizes if graphs is not None else ()
+        verdicts, assigned = self._judge(gm, assigned, sites, captured)
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
         plan, whole, views = self._split(gm, verdicts)
-        captured = options.capture_sizes if graphs is not None else ()
-        proof = prove(plan, verdicts, situation, captured, padding=pads is not None)
-        if options.on_hazard == "raise" and proof.failed:
-            raise HazardError(f"the plan can fail: {proof.message}")
+        proof = self._prove(plan, verdicts, assigned, captured, pads)
         dump_graph("split", whole)
 
-        chosen, versions, inputs = options.as_dict(), _versions(), input_names(gm, dynamo_names)
         sizes = with_shared_sizes(gm, sizes, groups)
         agreed = digest(
             gm,
             verdicts,
             sizes,
             groups,
-            options=chosen,
-            versions=versions,
+            options=options.as_dict(),
+            versions=versions(),
             device=device,
             captures=graphs is not None,
             pads=pads is not None,
@@ -239,20 +196,20 @@ class Backend:
         supervision = self.supervisor.supervise(channels, agreed)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, inputs, static_inputs, written, views)
+        program = lower(plan, whole, compile_piece, inputs, static, written, views)
         runner = PiecewiseRunner(
             program,
             sizes,
-            graphs if self.judge_as is None else None,  # what was judged is a plan for another machine
+            graphs if self._planned is None else None,  # the plan is for another machine
             options.capture_sizes,
             padding=pads,
-            closed=lambda: carrier.workspace is not None and carrier.workspace.closed,
-            max_tokens=options.max_tokens if options.deterministic and carried is not None else None,
+            closed=lambda: assigned.closed,
+            max_tokens=options.max_tokens if options.deterministic and assigned.ready else None,
             static_outputs=options.static_outputs,
             journal=self.supervisor.journal,
             supervision=supervision,
             note=functools.partial(self._add_note, len(self.reports)),
-            collective=str(situation.collective),
+            collective=assigned.judged,
         )
         outcome = Outcome(
             absent,
@@ -260,109 +217,87 @@ class Backend:
             sizes,
             written,
             device,
-            kernels=carrier.workspace is not None,
-            captures=graphs is not None,
-            pads=pads is not None,
-            unmatched={o: [n for n in names if n not in self._seen_ops] for o, names in self._named_ops.items()},
+            assigned,
+            graphs is not None,
+            pads is not None,
+            self._unmatched(),
         )
         self._report(
             CompileReport(
                 sites=tuple(sites),
                 pieces=plan.pieces,
                 verdicts=tuple(verdicts),
-                options=chosen,
-                versions=versions,
-                collective=str(carrier.collective),
+                options=options.as_dict(),
+                versions=versions(),
                 graphs=graphs.name if graphs is not None else None,
-                candidates=tuple(map(str, carrier.candidates)),
+                collectives=described(assigned),
                 notes=tuple(notes(options, outcome)),
                 plan=proof,
-                judged_as=str(self.judge_as) if self.judge_as is not None else None,
+                judged_as=str(self._planned) if self._planned is not None else None,
                 captured=captured,
-                fused_bytes=carrier.workspace.largest if carrier.workspace is not None else None,
             )
         )
         return _boxed(runner)
 
-    def _prepare(
-        self,
-        candidates: Sequence[Candidate],
-        groups: Mapping[str, Group],
-        channels: Mapping[str, Channel],
-        device: torch.device,
-    ) -> tuple[str | None, ReadyCollective]:
-        """The group with most sites, and who carries them out; those of other groups are the reference's."""
+    def _look_for_named_ops(self, gm: GraphModule) -> None:
+        for option, names in self._named_ops.items():
+            check_not_decomposed(gm, option, names)
+        self._seen_ops |= ops_in(gm)
+
+    def _unmatched(self) -> dict[str, list[str]]:
+        """Ops that options name and that no graph had so far."""
+        return {o: [name for name in names if name not in self._seen_ops] for o, names in self._named_ops.items()}
+
+    def _find(self, gm: GraphModule, device: torch.device) -> list[Candidate]:
         options = self.options
-        fused = [c.site for c in candidates if c.match is not None and c.site.group is not None]
-        if not fused:
-            return None, reference_collective(1)
-        name = Counter(str(site.group) for site in fused).most_common(1)[0][0]
-        group = groups[name]
-        reference_only = why_reference_only(group, device)
-        if options.collective == "reference" or self.judge_as is not None or reference_only is not None:
-            if options.collective not in ("auto", "reference"):
-                raise CollectiveUnavailableError(
-                    f"collective='{options.collective}' cannot be had: {reference_only}; leave it 'auto' to fall back"
-                )
-            if options.deterministic and self.judge_as is None:
-                why = reference_only or "collective='reference' is not shown to return the same bits"
-                raise CollectiveUnavailableError(f"deterministic=True needs a fused kernel: {why}; leave it out")
-            return name, reference_collective(group.size, reference_only)
-        mine = [site for site in fused if site.group == name]
-        table = read_table(options.size_table) if options.size_table is not None else ()
-        wanted = Wanted(
-            options.collective,
-            options.transport,
-            hidden=max(site.hidden_size or 0 for site in mine),
-            dtype=getattr(torch, Counter(site.dtype for site in mine).most_common(1)[0][0]),
-            sizes=options.capture_sizes,
-            max_tokens=options.max_tokens,
-            deterministic=options.deterministic,
-            table=(*table, *TABLE),
-            other_dtypes=_other_dtypes(candidates, mine),
+        found = find(
+            gm,
+            strict=options.numerics == "strict",
+            groups=options.groups,
+            all_reduce_ops=options.all_reduce_ops,
+            norm_ops=norm_ops_of(gm, options.norm_ops, device),
         )
-        self.supervisor.health.share(workspaces_of(name))
-        # Real memory and real launches, in the midst of a trace with fake tensors.
-        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
-            if (probed := f"workspaces of group '{name}'") not in self.supervisor.probes:
-                self.supervisor.probes[probed] = make_probe(name, device)
-            return name, prepare(channels[name], group, device, wanted)
+        candidates = switch_off(found, fuse=options.fuse, skip_sites=options.skip_sites)
+        check_not_empty(gm, candidates)
+        return verify(candidates, device) if options.verify else candidates
+
+    def _sizes(self, gm: GraphModule, candidates: Sequence[Candidate], static: frozenset[int]) -> SizeRule:
+        sizes = size_rule(gm, candidates, static)
+        fuses = any(c.match is not None for c in candidates)
+        if self.options.deterministic and fuses and sizes.tokens is None:
+            raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
+        return sizes
+
+    def _fuse(self, gm: GraphModule, candidates: Sequence[Candidate], assigned: Assignment) -> list[Site]:
+        """Name the collectives in the graph: for fused sites, and for plain all-reduces where that was asked for."""
+        sites = fuse(gm, candidates, collectives=assigned.names)
+        if self.options.plain_all_reduce:
+            keep = {s.node for s in sites if s.decline is not None and s.decline.reason is Reason.SWITCHED_OFF}
+            keep |= {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(self.options.split_ops)}
+            for group, carrier in assigned.ready.items():
+                if carrier.workspace is not None:
+                    replace_plain_all_reduces(gm, group, str(carrier.collective), keep)
+        return sites
 
     def _judge(
-        self,
-        gm: GraphModule,
-        situation: Situation,
-        groups: Mapping[str, Group],
-        capture_failure: str | None,
-        *,
-        capture: bool,
-    ) -> tuple[list[Verdict], Situation]:
-        """Verdicts, and the situation with the facts that they rest on.
-
-        Some facts show only in the cut that follows from the verdicts; then it is judged again.
-        """
+        self, gm: GraphModule, assigned: Assignment, sites: Sequence[Site], captured: Sequence[int]
+    ) -> tuple[list[Verdict], Assignment]:
+        """Verdicts, which the graph follows from now on, and the assignment with the facts that they rest on."""
         options = self.options
-        nccl = None
-        if any(group.backend == "nccl" for group in groups.values()):  # on the nodes of whoever carries the sites
-            nccl = replace(situation, collective=Collective.NCCL, flashinfer=None, facts=facts_of_nccl(nccl_version()))
-        while True:
-            verdicts = judge(
-                gm,
-                backends={name: group.backend for name, group in groups.items()},
-                capture=capture,
-                split_ops=options.split_ops,
-                all_reduce_ops=options.all_reduce_ops,
-                situation=situation,
-                capture_failure=capture_failure,
-                on_hazard=options.on_hazard,
-                profile=options.profile,
-                nccl=nccl,
-            )
-            found = frozenset(e.fact for e in facts_of(*split(gm, cut(gm, verdicts)))) if capture else frozenset()
-            if found <= situation.facts:
-                return verdicts, situation
-            situation = replace(situation, facts=situation.facts | found)
+        verdicts, assigned = judge_with_facts(
+            gm,
+            assigned,
+            capture=bool(captured),
+            split_ops=options.split_ops,
+            all_reduce_ops=options.all_reduce_ops,
+            on_hazard=options.on_hazard,
+            profile=options.profile,
+        )
+        refuse_sites(gm, verdicts)
+        clean_payload(gm, {v.site for v in verdicts if v.clean and v.site is not None})
+        if options.deterministic:
+            check_deterministic(sites, verdicts, assigned)
+        return verdicts, assigned
 
     def _split(
         self, gm: GraphModule, verdicts: Sequence[Verdict]
@@ -379,7 +314,20 @@ class Backend:
             check_parts(gm, parts, before, device_of(gm), sizes=not eager)
         return *split(gm, parts), views
 
-    def _graphs(self, device: torch.device, workspaces: Workspaces | None) -> GraphBackend | None:
+    def _prove(
+        self,
+        plan: SplitPlan,
+        verdicts: Sequence[Verdict],
+        assigned: Assignment,
+        captured: Sequence[int],
+        pads: Padding | None,
+    ) -> PlanVerdict:
+        proof = prove(plan, verdicts, assigned, captured, padding=pads is not None)
+        if self.options.on_hazard == "raise" and proof.failed:
+            raise HazardError(f"the plan can fail: {proof.message}")
+        return proof
+
+    def _graphs(self, device: torch.device, assigned: Assignment) -> GraphBackend | None:
         """What captures; None where this device has no graphs and nobody asked for the simulation."""
         wanted = self.options.graphs
         if wanted == "cuda" and device.type != "cuda":
@@ -388,7 +336,7 @@ class Backend:
             return SimulatedGraphs()
         if device.type != "cuda":
             return None
-        return CudaGraphs(device, workspaces.control_words) if workspaces is not None else CudaGraphs(device)
+        return CudaGraphs(device, assigned.words)
 
     def _add_note(self, index: int, note: str) -> None:
         """What shows of a graph when it is called."""
@@ -404,7 +352,7 @@ class Backend:
     def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         warnings.warn(f"ringfence: {GRAD_MODE}", UserWarning, stacklevel=2)
         chosen = self.options.as_dict()
-        self._report(CompileReport((), (), (), chosen, _versions(), "reference", graphs=None, notes=(GRAD_MODE,)))
+        self._report(CompileReport((), (), (), chosen, versions(), graphs=None, notes=(GRAD_MODE,)))
         fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
         return torch._dynamo.lookup_backend(fallback)(gm, list(example_inputs))
 
@@ -428,80 +376,6 @@ def _check_mode(mode: str | None) -> None:
         )
 
 
-# -- facts about the graph's inputs ------------------------------------------------
-
-
-def _needs_grad(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
-    tensors = [*gm.parameters(), *(x for x in example_inputs if isinstance(x, Tensor))]
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _other_dtypes(candidates: Sequence[Candidate], mine: Sequence[Site]) -> tuple[torch.dtype, ...]:
-    """What the group of these sites sums, besides the dtype of most of them."""
-    most = Counter(site.dtype for site in mine).most_common(1)[0][0]
-    found = {c.site.dtype for c in candidates if c.site.group == mine[0].group}
-    return tuple(getattr(torch, name) for name in ("float16", "bfloat16", "float32") if name in found - {most})
-
-
-def _check_deterministic(
-    sites: Sequence[Site], verdicts: Sequence[Verdict], carried: str | None, carrier: ReadyCollective
-) -> None:
-    """Raises :class:`CollectiveUnavailableError` for a fused site that another kernel would carry out."""
-    refused = {v.site for v in verdicts if v.decision is Decision.REFUSE}
-    for site in sites:
-        if not site.fused or carrier.workspace is None:
-            continue
-        tokens, hidden, dtype = 1, site.hidden_size or 0, getattr(torch, site.dtype)
-        if site.group != carried or site.index in refused or not carrier.workspace.strategy(tokens, hidden, dtype):
-            raise CollectiveUnavailableError(
-                f"deterministic=True: {carrier.collective} does not carry out site {site.index} "
-                f"({site.source or site.node}; group {site.group}, hidden size {hidden}, {site.dtype}), and the "
-                "reference is not shown to return the same bits; leave deterministic out"
-            )
-
-
-def _check_not_empty(gm: GraphModule, candidates: Sequence[Candidate]) -> None:
-    """Raises :class:`InputError` for an all-reduce of no tokens. Other empty tensors, as a cache's, are legal."""
-    by_name = {n.name: n for n in gm.graph.nodes}
-    for candidate in candidates:
-        value = by_name[candidate.site.node].meta.get("val")
-        if isinstance(value, Tensor) and 0 in [n for n in value.shape if isinstance(n, int)]:
-            raise InputError(
-                f"the all-reduce at {candidate.site.source or candidate.site.node} is of an empty tensor "
-                f"(shape {list(value.shape)}); a rank that skips a collective leaves the others waiting: pad to at "
-                "least one token on every rank"
-            )
-
-
-def _specialise_floats(gm: GraphModule) -> None:
-    """Make the model's Python floats constants of the graph, with a guard each.
-
-    Under ``dynamic=True`` Dynamo passes a float such as a norm's epsilon as a zero-dimensional
-    CPU tensor. The kernels take epsilon as a number, and a capture would bake in what a CPU
-    tensor held. Reading the value guards it; AOT then restarts the trace with the constant.
-    A float that is computed from a size stays as it is.
-    """
-    for node in gm.graph.nodes:
-        value = node.meta.get("example_value")
-        if not isinstance(value, torch.SymFloat):
-            continue
-        expression = value.node.expr
-        if isinstance(expression, sympy.Symbol) and symbol_is_type(expression, SymT.FLOAT):
-            float(value)
-
-
-def _static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:
-    """The inputs that Dynamo knows to stay in place: parameters and buffers.
-
-    Only tensors count: a DTensor parameter is unwrapped into its local tensor and its
-    mesh, and the mesh is marked too.
-    """
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
-    marked = (metadata.static_input_indices or ()) if metadata is not None else ()
-    return frozenset(i for i in marked if isinstance(example_inputs[i], Tensor))
-
-
 # -- plumbing ------------------------------------------------------------------------
 
 
@@ -521,13 +395,3 @@ def _boxed(runner: PiecewiseRunner) -> Callable[[list[Any]], list[Any]]:
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("ringfence", "transformers", "flashinfer-python"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions

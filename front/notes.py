@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .compile_passes.assignment import Assignment
 from .compile_passes.match import Candidate
 from .compile_passes.switch_off import names_site
 from .options import Options
@@ -22,9 +23,9 @@ GRAD_MODE = (
 class Outcome:
     """What became of a graph, as far as notes are about it.
 
-    absent: what it has instead of an all-reduce, where it has none. written: inputs that it writes into. kernels:
-    whether kernels carry out any of its sites. captures, pads: whether sizes are captured, and smaller ones padded to
-    them. unmatched: by option, named ops that no graph had so far.
+    absent: what it has instead of an all-reduce, where it has none. written: inputs that it writes into. assigned: who
+    carries out its sites. captures, pads: whether sizes are captured, and smaller ones padded to them. unmatched: by
+    option, named ops that no graph had so far.
     """
 
     absent: str | None
@@ -32,7 +33,7 @@ class Outcome:
     sizes: SizeRule
     written: Collection[int]
     device: torch.device
-    kernels: bool
+    assigned: Assignment
     captures: bool
     pads: bool
     unmatched: Mapping[str, Sequence[str]]
@@ -56,18 +57,17 @@ def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
         yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
         yield f"skip_sites names {', '.join(idle)}: no all-reduce of this graph has such a module or source"
-    if not any(c.match is not None for c in outcome.candidates):
-        if meaningless := _about_fused_sites(options):
-            yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
-    elif not outcome.kernels and options.max_tokens is not None:
-        yield "max_tokens means nothing here: it bounds a kernel's workspace, and the reference collective has none"
+    fused = any(c.match is not None for c in outcome.candidates)
+    if not fused and (meaningless := _about_fused_sites(options)):
+        yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
+    yield from dict.fromkeys(note for carrier in outcome.assigned.ready.values() for note in carrier.notes)
 
 
 def _about_fused_sites(options: Options) -> list[str]:
     """The given options that are about fused sites alone."""
     given = options.given()
     names = [n for n in ("transport", "deterministic", "size_table", "verify", "max_tokens") if n in given]
-    if options.collective in ("trtllm", "mnnvl"):
+    if options.collective not in ("auto", "reference"):
         names.insert(0, "collective")
     return [f"{name}={given[name]!r}" for name in names]
 

@@ -249,7 +249,7 @@ _ABOUT_FUSING = ("transport", "deterministic", "size_table", "numerics", "verify
 def _check_nothing_asks_for_fusion(options: Options) -> None:
     given = options.given()
     asked = [name for name in _ABOUT_FUSING if name in given]
-    if options.collective in ("trtllm", "mnnvl"):
+    if options.collective not in ("auto", "reference"):
         asked.insert(0, "collective")
     if asked:
         raise OptionsError(

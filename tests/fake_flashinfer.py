@@ -137,6 +137,6 @@ def installed(package: FakeFlashInfer, facts: RankFacts = FACTS) -> Iterator[Fak
     with (
         mock.patch.object(table, "ALL", fakes(lambda: package)),
         mock.patch.object(ready, "probe", lambda device: facts),
-        mock.patch("ringfence.backend.why_reference_only", lambda group, device: None),
+        mock.patch("ringfence.assign.why_reference_only", lambda group, device: None),
     ):
         yield package

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringfence.compile_passes import Site, find, fuse
+from ringfence.compile_passes import judge as judging
+from ringfence.compile_passes.assignment import Assignment
+from ringfence.runtime.collectives.ready import ReadyCollective
+from ringfence.runtime.groups import Group
+from ringfence.runtime.hazards.situation import Situation
 
 if __name__ != "support":  # of the clone's root, which is no package
     raise ImportError("import support, with tests/ on the path")
@@ -73,6 +78,33 @@ def aot_graph(
 
 def fuse_graph(gm: GraphModule, **options: Any) -> list[Site]:
     return fuse(gm, find(gm, **options))
+
+
+def assigned(
+    backends: Mapping[str, str],
+    situation: Situation | None = None,
+    *,
+    capture_failure: str | None = None,
+    nccl: Situation | None = None,
+) -> Assignment:
+    """Groups by name and backend, whose fused sites are carried out as ``situation`` says; by the reference without."""
+    groups = {name: Group(name, backend, 2, 0) for name, backend in backends.items()}
+    names = groups if situation is not None else ()
+    ready = {n: ReadyCollective(situation.collective, situation, capture_failure=capture_failure) for n in names}  # type: ignore[union-attr]
+    return Assignment(groups, ready, nccl=nccl)
+
+
+def judge(
+    gm: GraphModule,
+    *,
+    backends: Mapping[str, str],
+    situation: Situation | None = None,
+    capture_failure: str | None = None,
+    nccl: Situation | None = None,
+    **options: Any,
+) -> list[judging.Verdict]:
+    """The verdicts of a graph on :func:`assigned` groups."""
+    return judging.judge(gm, assigned(backends, situation, capture_failure=capture_failure, nccl=nccl), **options)
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

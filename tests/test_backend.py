@@ -480,6 +480,8 @@ def test_nothing_is_captured_where_the_token_count_is_not_known() -> None:
         ({"capture_sizes": [3], "graphs": "simulated"}, None),
         ({"capture_sizes": [3]}, "nothing is captured: cpu has no CUDA graphs; graphs='simulated'"),
         ({"capture_sizes": [3], "graphs": "auto"}, "nothing is captured: cpu has no CUDA graphs"),
+        ({"max_tokens": 8}, "max_tokens means nothing to the reference collective"),
+        ({"max_tokens": 8, "fuse": False}, r"nothing is fused, so these options mean nothing here: max_tokens=8"),
     ],
 )
 @pytest.mark.usefixtures("fake_group")

@@ -65,12 +65,14 @@ def _compile(arguments: argparse.Namespace) -> CompileReport:
     from ..backend import Backend
     from ..runtime.hazards.situation import Collective, Situation
 
-    # Simulated, because the plan is for another machine: it shows what would be captured there.
-    backend = Backend(**{"piece_compiler": "eager", "graphs": "simulated", **_options(arguments.option)})
     if arguments.flashinfer is not None and arguments.collective is None:
         raise OptionsError("--flashinfer says nothing without --collective")
+    planned = None
     if arguments.collective is not None:
-        backend.judge_as = Situation(Collective(arguments.collective), arguments.flashinfer, world_size=arguments.tp)
+        planned = Situation(Collective(arguments.collective), arguments.flashinfer, world_size=arguments.tp)
+    # Simulated, because the plan is for another machine: it shows what would be captured there.
+    options = {"piece_compiler": "eager", "graphs": "simulated", **_options(arguments.option)}
+    backend = Backend(planned=planned, **options)
     if arguments.flashinfer is not None:
         say_if_unread(arguments.flashinfer)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.tp)

@@ -28,7 +28,7 @@ TRTLLM_LAUNCH = Check(
     "runtime/collectives/trtllm.py::Trtllm", "launched without PDL, and completion is triggered at the end"
 )
 SIZE_TABLE = Check("runtime/collectives/size_table.py::SizeRow", "nothing is tuned: a table says how, by size")
-NOT_EMPTY = Check("front/backend.py::_check_not_empty", "a graph that reduces no token is refused")
+NOT_EMPTY = Check("compile_passes/graph_inputs.py::check_not_empty", "a graph that reduces no token is refused")
 AGREEMENT = Check(
     "runtime/watch/agree.py::GroupAgreement", "ranks compare their plans, and what they capture, before they go on"
 )

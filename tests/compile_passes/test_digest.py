@@ -46,8 +46,7 @@ def digest_of(
         return Supervision()
 
     torch._dynamo.reset()
-    backend = ringfence.Backend(piece_compiler="eager", **options)
-    backend.judge_as = judged
+    backend = ringfence.Backend(planned=judged, piece_compiler="eager", **options)
     backend.supervisor.supervise = supervise  # type: ignore[method-assign]
     inputs = [torch.randn(s, dtype=dtype) for s in ((4, 16), (4, 16), (16,))]
     for tensor in inputs[: 2 + (fn is own_size)] if dynamic else ():

@@ -14,12 +14,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.fuse import SITE
-from ringfence.compile_passes.judge import Decision, Verdict, judge
+from ringfence.compile_passes.judge import Decision, Verdict
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.hazards.situation import Fact
-from support import aot_graph, fuse_graph
+from support import aot_graph, fuse_graph, judge
 
 H = 16
 

@@ -8,17 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-import ringfence
+from ringfence.assign import nccl_situation
+from ringfence.compile_passes.assignment import Assignment
 from ringfence.compile_passes.clean import clean_payload
 from ringfence.compile_passes.fuse import SITE
-from ringfence.compile_passes.judge import Decision, Verdict, judge
+from ringfence.compile_passes.judge import Decision, Verdict
+from ringfence.compile_passes.judge import judge as judge_assigned
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
+from ringfence.runtime.collectives.ready import ReadyCollective
 from ringfence.runtime.errors import HazardError, VersionError
 from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Collective, Fact, Payload, Situation, Strategy
-from support import aot_graph, fuse_graph
+from support import aot_graph, fuse_graph, judge
 
 H = 16
 MNNVL, TRTLLM = Collective.MNNVL, Collective.TRTLLM
@@ -236,10 +239,10 @@ def test_nccl_is_judged_only_where_it_is_captured_and_carries_the_call(mixed: Gr
 def test_backend_asks_with_the_nodes_of_the_carrier_and_the_version_that_is_here(
     mixed: GraphModule, monkeypatch: pytest.MonkeyPatch, version: str | None, rule: str
 ) -> None:
-    monkeypatch.setattr("ringfence.backend.nccl_version", lambda: version)
-    backend = ringfence.Backend(capture_sizes=[4], graphs="simulated")
+    monkeypatch.setattr("ringfence.assign.nccl_version", lambda: version)
     for nodes, backend_of_group, expected in ((2, "nccl", rule), (1, "nccl", "nccl"), (2, "gloo", "host_collective")):
         situation = Situation(Collective.REFERENCE, nodes=nodes, capability=(9, 0))
         groups = {"0": Group("0", backend_of_group, 2, 0)}
-        found, _ = backend._judge(mixed, situation, groups, None, capture=True)
+        ready = {"0": ReadyCollective(Collective.REFERENCE, situation)}
+        found = judge_assigned(mixed, Assignment(groups, ready, nccl=nccl_situation(groups, ready, None)), capture=True)
         assert {v.rule for v in found} == {expected}

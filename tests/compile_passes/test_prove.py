@@ -11,14 +11,17 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 import ringfence
-from ringfence.compile_passes.judge import Decision, judge
+from ringfence.compile_passes.assignment import Assignment
+from ringfence.compile_passes.judge import Decision, Verdict
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.prove import PlanVerdict, prove
 from ringfence.compile_passes.roles import c10d
-from ringfence.compile_passes.split import split
+from ringfence.compile_passes.split import Piece, SplitPlan, split
+from ringfence.runtime.collectives.ready import ReadyCollective
 from ringfence.runtime.errors import HazardError
+from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Collective, Payload, Situation, Strategy
-from support import aot_graph, fuse_graph
+from support import aot_graph, assigned, fuse_graph, judge
 
 pytestmark = pytest.mark.usefixtures("fake_group")
 H = 16
@@ -43,7 +46,7 @@ def proved(situation: Situation, sizes: tuple[int, ...] = (4, 8), **options: obj
     verdicts = judge(gm, backends={"0": "nccl"}, capture=bool(sizes), situation=situation, **options)  # type: ignore[arg-type]
     plan, _ = split(gm, cut(gm, verdicts))
     assert [i for p in plan.pieces for i in p.sites] == [0, 1, 2]
-    return prove(plan, verdicts, situation, sizes, padding=False)
+    return prove(plan, verdicts, assigned({"0": "nccl"}, situation), sizes, padding=False)
 
 
 @pytest.mark.parametrize("sizes", [(), (4,), (4, 8)])
@@ -73,8 +76,13 @@ def test_refused_sites_make_no_call_that_could_hang() -> None:
 
 def test_plan_that_fails_is_an_error_where_that_was_asked_for() -> None:
     """The table only warns of M2; the model finds the run in which it hangs."""
-    backend = ringfence.Backend(piece_compiler="eager", on_hazard="raise", capture_sizes=[4, 8], graphs="simulated")
-    backend.judge_as = Situation(Collective.MNNVL, "0.6.12", strategy=Strategy.TWO_SHOT)
+    backend = ringfence.Backend(
+        planned=Situation(Collective.MNNVL, "0.6.12", strategy=Strategy.TWO_SHOT),
+        piece_compiler="eager",
+        on_hazard="raise",
+        capture_sizes=[4, 8],
+        graphs="simulated",
+    )
     x, residual = torch.randn(4, H).bfloat16(), torch.randn(4, H).bfloat16()
     with torch.no_grad(), pytest.raises(BackendCompilerFailed) as caught:
         torch.compile(layers, backend=backend, fullgraph=True)(x, residual)
@@ -88,8 +96,9 @@ def test_clean_payload_makes_an_affected_release_safe(dtype: torch.dtype) -> Non
     for on_hazard in ("uncleaned", "clean"):
         torch._dynamo.reset()
         options = {"on_hazard": "clean"} if on_hazard == "clean" else {"profile": "conservative"}
-        backend = ringfence.Backend(piece_compiler="eager", **options)
-        backend.judge_as = Situation(Collective.MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT)
+        backend = ringfence.Backend(
+            planned=Situation(Collective.MNNVL, "0.6.10", strategy=Strategy.ONE_SHOT), piece_compiler="eager", **options
+        )
         x, residual = torch.randn(4, H).to(dtype), torch.randn(4, H).to(dtype)
         with torch.no_grad():
             actual = torch.compile(layers, backend=backend, fullgraph=True)(x, residual)
@@ -127,9 +136,28 @@ def test_what_was_not_explored_is_said(situation: Situation, why: str) -> None:
 def test_plan_without_a_fused_collective_is_safe() -> None:
     gm = aot_graph(lambda x: (x.exp(),), torch.randn(4, H))
     situation = Situation(Collective.MNNVL, "0.6.10")
-    verdicts = judge(gm, backends={}, capture=True, situation=situation)
+    verdicts = judge(gm, backends={"0": "nccl"}, capture=True, situation=situation)
     plan, _ = split(gm, cut(gm, verdicts))
-    assert prove(plan, verdicts, situation, (4,), padding=False).message == "no call is carried out by mnnvl"
+    proof = prove(plan, verdicts, assigned({"0": "nccl"}, situation), (4,), padding=False)
+    assert proof.message == "no call is carried out by mnnvl"
+
+
+def test_groups_are_proved_one_by_one_and_the_worst_speaks() -> None:
+    """mnnvl of a release that hangs in group "1", of a sound one in "0"; "2" has the reference, which has no model."""
+    verdicts = [
+        Verdict(f"n{i}", "ringfence::all_reduce", Decision.IN_GRAPH, "", "", "", site=i, group=str(i)) for i in range(3)
+    ]
+    plan = SplitPlan((Piece(0, "submod_0", False, (), 3, (0, 1, 2)),))
+    groups = {str(i): Group(str(i), "nccl", 2, 0) for i in range(3)}
+    kinds = {}
+    for release in ("0.6.10", "0.7.0"):
+        ready = {
+            "0": ReadyCollective(Collective.MNNVL, Situation(Collective.MNNVL, "0.7.0")),
+            "1": ReadyCollective(Collective.MNNVL, Situation(Collective.MNNVL, release, strategy=Strategy.ONE_SHOT)),
+        }
+        kinds[release] = prove(plan, verdicts, Assignment(groups, ready), (4,), padding=False)
+    assert (kinds["0.6.10"].kind, kinds["0.6.10"].hazard) == ("deadlock", "M1")
+    assert kinds["0.7.0"].kind == "safe" and kinds["0.7.0"].states > 30
 
 
 def test_facts_of_the_cut_are_judged_too() -> None:
@@ -140,8 +168,9 @@ def test_facts_of_the_cut_are_judged_too() -> None:
             node.meta["custom"] = {"stream": i}
         return backend(gm, inputs)
 
-    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
-    backend.judge_as = Situation(Collective.TRTLLM, "0.7.0")
+    backend = ringfence.Backend(
+        planned=Situation(Collective.TRTLLM, "0.7.0"), piece_compiler="eager", capture_sizes=[4], graphs="simulated"
+    )
     x, residual = torch.randn(4, H), torch.randn(4, H)
     for streams in (False, True):
         torch._dynamo.reset()

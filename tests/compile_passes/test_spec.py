@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ringfence.compile_passes.in_place import write_in_place
-from ringfence.compile_passes.judge import judge
 from ringfence.compile_passes.parts import GraphPart, cut
 from ringfence.compile_passes.spec import check_parts
 from ringfence.compile_passes.symbols import give_sizes
 from ringfence.compile_passes.value_numbers import FunctionalNumbers
 from ringfence.runtime.errors import PartSpecError
-from support import aot_graph
+from support import aot_graph, judge
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfence.compile_passes.groups import groups_of
-from ringfence.compile_passes.judge import RULES, Decision, Verdict, judge
+from ringfence.compile_passes.judge import RULES, Decision, Verdict
 from ringfence.compile_passes.lower import eager_piece, lower
 from ringfence.compile_passes.parts import cut as cut_at
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import SplitPlan, split
 from ringfence.runtime.errors import RefusedError
-from support import aot_graph, fuse_graph
+from support import aot_graph, fuse_graph, judge
 
 H = 16
 

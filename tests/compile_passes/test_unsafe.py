@@ -18,7 +18,7 @@ from ringfence.compile_passes.devices import device_of
 from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.groups import collectives_of, groups_of
 from ringfence.compile_passes.host import Unsafe
-from ringfence.compile_passes.judge import Decision, judge
+from ringfence.compile_passes.judge import Decision
 from ringfence.compile_passes.lower import eager_piece, lower
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.rules import RULES
@@ -26,7 +26,7 @@ from ringfence.compile_passes.sizes import size_rule
 from ringfence.compile_passes.split import split
 from ringfence.runtime.errors import CaptureFailedWarning, InputError
 from ringfence.runtime.hazards.situation import Fact
-from support import aot_graph
+from support import aot_graph, judge
 
 H = 4
 GPU = torch.device("cuda", 0)

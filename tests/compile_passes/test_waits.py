@@ -13,12 +13,12 @@ from torch.fx import Graph, GraphModule
 
 import ringfence
 from ringfence.compile_passes.groups import find_group
-from ringfence.compile_passes.judge import Decision, judge
+from ringfence.compile_passes.judge import Decision
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d, calls
 from ringfence.compile_passes.split import split
 from ringfence.compile_passes.waits import keep_waits, settle_waits
-from support import aot_graph, run_ranks
+from support import aot_graph, judge, run_ranks
 
 H = 64
 WAIT = c10d.wait_tensor.default

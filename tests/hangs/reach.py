@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.fuse import SITE
-from ringfence.compile_passes.judge import Decision, Verdict, judge
+from ringfence.compile_passes.judge import Decision, Verdict
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
@@ -43,7 +43,7 @@ from ringfence.runtime.hazards.catalogue import applicable
 from ringfence.runtime.hazards.situation import Collective, Fact, Situation, facts_of_nccl
 from ringfence.runtime.hazards.table import HAZARDS, Action, Hazard
 from ringfence.runtime.versions import in_range, parse_version
-from support import aot_graph, fuse_graph, start_fake_group
+from support import aot_graph, fuse_graph, judge, start_fake_group
 
 #: Row -> collective -> option on_hazard, or "choice" -> what comes of it.
 Reached = dict[str, dict[str, dict[str, str]]]

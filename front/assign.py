@@ -1,0 +1,154 @@
+"""Assign: for each group with sites to fuse, the collective that carries them out, made ready on all its ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .compile_passes.assignment import Assignment
+from .compile_passes.judge import Decision, Verdict
+from .compile_passes.match import Candidate, Site
+from .compile_passes.report import GroupCollective
+from .options import Options
+from .runtime.channel import Channel, ranks_text
+from .runtime.collectives.probe import make_probe
+from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
+from .runtime.collectives.size_table import TABLE, read_table
+from .runtime.collectives.workspace import workspaces_of
+from .runtime.errors import CollectiveUnavailableError
+from .runtime.groups import Group, nccl_version
+from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
+from .runtime.watch.supervisor import Supervisor
+
+
+def assign(
+    candidates: Sequence[Candidate],
+    groups: Mapping[str, Group],
+    channels: Mapping[str, Channel],
+    device: torch.device,
+    options: Options,
+    supervisor: Supervisor,
+    planned: Situation | None = None,
+) -> Assignment:
+    """Who carries out the sites of each group. Ranks come to the groups that they share in the order of their use.
+
+    channels: by group, where there is somebody to talk to. planned: what sites are judged as, where nothing is to be
+    made ready here. Raises what :func:`prepare` raises.
+    """
+    ready: dict[str, ReadyCollective] = {}
+    for name, group in groups.items():
+        sites = [c.site for c in candidates if c.match is not None and c.site.group == name]
+        if not any(c.site.group == name for c in candidates) or not options.fuse:
+            continue
+        summed = {c.site.dtype for c in candidates if c.site.group == name}
+        why = why_reference_only(group, device)
+        if planned is not None or options.collective == "reference" or why is not None:
+            missing = why
+        else:
+            missing = _without_sites(channels[name], len(sites))
+            if missing is None and sites:
+                ready[name] = _prepare(_wanted(sites, summed, options), group, channels[name], device, supervisor)
+                continue
+        if sites:
+            _check_not_insisted(options, group, planned, missing)
+            wanted = _wanted(sites, summed, options) if planned is None else None
+            ready[name] = reference_collective(group.size, missing, wanted)
+    return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned))
+
+
+def nccl_situation(
+    groups: Mapping[str, Group], ready: Mapping[str, ReadyCollective], planned: Situation | None
+) -> Situation | None:
+    """What the hazard table is asked about NCCL's own collectives: on the nodes of whoever carries out the sites."""
+    sizes = [group.size for group in groups.values() if group.backend == "nccl"]
+    if not sizes:
+        return None
+    found = [planned] if planned is not None else [carrier.situation for carrier in ready.values()]
+    like = max(found, key=lambda s: s.nodes, default=Situation(Collective.REFERENCE, world_size=max(sizes)))
+    return replace(like, collective=Collective.NCCL, flashinfer=None, facts=facts_of_nccl(nccl_version()))
+
+
+def _without_sites(channel: Channel, sites: int) -> str | None:
+    """Why no rank may have kernels though some have sites: others have none. None where all or none have some."""
+    counts = channel.exchange("sites to fuse", sites)
+    without = [rank for rank, count in zip(channel.ranks, counts, strict=True) if not count]
+    return f"nothing is fused on {ranks_text(without)}" if 0 < len(without) < len(counts) else None
+
+
+def _check_not_insisted(options: Options, group: Group, planned: Situation | None, why: str | None) -> None:
+    """Raises :class:`CollectiveUnavailableError` where the user asked for kernels that this group cannot have."""
+    if planned is not None or group.size < 2:
+        return
+    if options.collective not in ("auto", "reference"):
+        raise CollectiveUnavailableError(
+            f"collective='{options.collective}' cannot be had over group '{group.name}': {why}; leave it 'auto' to "
+            "fall back, or name the groups to fuse over in the option groups"
+        )
+    if options.deterministic:
+        why = why or "collective='reference' is not shown to return the same bits"
+        raise CollectiveUnavailableError(
+            f"deterministic=True needs a fused kernel over group '{group.name}': {why}; leave it out"
+        )
+
+
+def _wanted(sites: Sequence[Site], summed: Collection[str], options: Options) -> Wanted:
+    """summed: the dtypes of all sums over the group."""
+    most = Counter(site.dtype for site in sites).most_common(1)[0][0]
+    table = read_table(options.size_table) if options.size_table is not None else ()
+    return Wanted(
+        options.collective,
+        options.transport,
+        hidden=max(site.hidden_size or 0 for site in sites),
+        dtype=getattr(torch, most),
+        sizes=options.capture_sizes,
+        max_tokens=options.max_tokens,
+        deterministic=options.deterministic,
+        table=(*table, *TABLE),
+        other_dtypes=tuple(getattr(torch, n) for n in ("float16", "bfloat16", "float32") if n in summed and n != most),
+    )
+
+
+def _prepare(
+    wanted: Wanted, group: Group, channel: Channel, device: torch.device, supervisor: Supervisor
+) -> ReadyCollective:
+    supervisor.health.share(workspaces_of(group.name))
+    # Real memory and real launches, in the midst of a trace with fake tensors.
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
+        if (probed := f"workspaces of group '{group.name}'") not in supervisor.probes:
+            supervisor.probes[probed] = make_probe(group.name, device)
+        return prepare(channel, group, device, wanted)
+
+
+def check_deterministic(sites: Sequence[Site], verdicts: Sequence[Verdict], assigned: Assignment) -> None:
+    """Raises :class:`CollectiveUnavailableError` for a fused site that another kernel would carry out."""
+    refused = {v.site for v in verdicts if v.decision is Decision.REFUSE}
+    for site in sites:
+        if not site.fused or assigned.planned is not None or assigned.groups[str(site.group)].size < 2:
+            continue
+        carrier, hidden, dtype = assigned.ready[str(site.group)], site.hidden_size or 0, getattr(torch, site.dtype)
+        serves = carrier.workspace is not None and carrier.workspace.strategy(1, hidden, dtype)
+        if site.index in refused or not serves:
+            raise CollectiveUnavailableError(
+                f"deterministic=True: {carrier.collective} does not carry out site {site.index} "
+                f"({site.source or site.node}; group {site.group}, hidden size {hidden}, {site.dtype}), and the "
+                "reference is not shown to return the same bits; leave deterministic out"
+            )
+
+
+def described(assigned: Assignment) -> tuple[GroupCollective, ...]:
+    """Who carries out what, for the report."""
+    return tuple(
+        GroupCollective(
+            group,
+            str(carrier.collective),
+            tuple(map(str, carrier.candidates)),
+            carrier.workspace.largest if carrier.workspace is not None else None,
+        )
+        for group, carrier in assigned.ready.items()
+    )
