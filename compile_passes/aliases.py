@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .roles import arguments, aten, bound_arguments, calls
+from .roles import arguments, aten, bound_arguments, calls, is_tensor
 
 #: Views that keep the order of the elements: one undoes another where the shapes say so.
 RESHAPES = frozenset(
@@ -69,6 +69,18 @@ def root(node: Node) -> Node:
     while (source := viewed(node)) is not None:
         node = source
     return node
+
+
+def ancestors(view: Node) -> set[Node]:
+    """What a view is taken of, through other views, and the numbers that they are taken with."""
+    found: set[Node] = set()
+    queue = [view]
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            if node not in found and (viewed(node) is not None or not is_tensor(node)):
+                queue.append(node)
+            found.add(node)
+    return found
 
 
 def readers(node: Node) -> Iterator[tuple[Node, Node]]:

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from .aliases import readers, root, viewed
+from .aliases import ancestors, readers, root, viewed
 from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
 from .part_editor import PartEditor
 from .parts import GraphPart
@@ -383,7 +383,9 @@ class _InPlace(PartEditor):
                 owner = root(value)
                 owner = self.home.get(owner, owner)
                 p = self.place.get(owner)
-                taken = self.local(value, None, p) if p is not None and p != self.place[value] else value
+                numbers = [self.place.get(n, -1) for n in ancestors(value) if viewed(n) is None and n is not owner]
+                known = p is not None and p != self.place[value] and max(numbers, default=-1) < p
+                taken = self.local(value, None, p) if known and p is not None else value
             if taken is not None:
                 self.output.replace_input_with(value, taken)
 

@@ -7,52 +7,85 @@ that. Such an output is therefore no value of the graph: it is taken of the argu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from torch._functorch._aot_autograd.schemas import OutputType
+from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 
 from ..runtime.replay.program import ReturnedView
-from .aliases import root, viewed
+from .aliases import viewed
+from .versions import is_own, written_inputs_of
 
 
-def take_returned_views(gm: GraphModule) -> dict[int, ReturnedView]:
-    """Take the views of inputs out of what the graph returns, by position; the input itself is left in their place."""
+def take_returned_views(gm: GraphModule, of_inputs: Collection[int] = ()) -> dict[int, ReturnedView]:
+    """Take the views of inputs out of what the graph returns, by position; the input itself is left in their place.
+
+    of_inputs: the positions of which AOT says so. A view of what was written into an input is one of them where the
+    model wrote into the input and looked at it, and none where the input was given a copy of the value.
+    """
     (output,) = gm.graph.find_nodes(op="output")
     placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    versions = {v: w.memory for w in written_inputs_of(gm, list(placeholders)) for v in w.versions[1:] if is_own(v)}
     returned = list(output.args[0]) if isinstance(output.args[0], tuple | list) else [output.args[0]]
     views = {}
     for position, value in enumerate(returned):
-        if not isinstance(value, Node) or viewed(value) is None or root(value) not in placeholders:
+        if not isinstance(value, Node):
             continue
-        view = _view(gm, value, placeholders)
+        owner = _owner(value, versions if position in of_inputs else {})
+        memory = versions.get(owner, owner)
+        if memory not in placeholders or value is owner is memory:
+            continue
+        view = _view(gm, value, owner, memory, placeholders)
         if view is not None:
             views[position] = view
-            returned[position] = root(value)
+            returned[position] = memory
     if views:
         output.args = (tuple(returned),)
     return views
 
 
-def _view(gm: GraphModule, value: Node, placeholders: Mapping[Node, int]) -> ReturnedView | None:
+def _owner(value: Node, versions: Mapping[Node, Node]) -> Node:
+    """What a returned value looks at: a version of an input, or what owns its memory."""
+    while value not in versions and (source := viewed(value)) is not None:
+        value = source
+    return value
+
+
+def _view(
+    gm: GraphModule, value: Node, owner: Node, memory: Node, placeholders: Mapping[Node, int]
+) -> ReturnedView | None:
     """``value`` as a function of the graph's inputs; None where it takes a number that the graph computes of data."""
     needed: dict[Node, None] = {}
     queue = [value]
     while queue:
         node = queue.pop()
-        if node not in needed:
+        if node not in needed and node is not owner:
             needed[node] = None
             queue.extend(node.all_input_nodes)
-    inputs = [node for node in needed if node in placeholders]
     if any(node.op == "call_function" and viewed(node) is None and not _is_size(node) for node in needed):
         return None
-    graph, copies = Graph(), {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
+    inputs = [memory, *(node for node in needed if node in placeholders and node is not memory)]
+    graph = Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    copies[owner] = copies[memory]
     for node in gm.graph.nodes:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(copies[value])
     return ReturnedView(GraphModule(gm, graph).forward, tuple(placeholders[node] for node in inputs))
+
+
+def views_of_inputs() -> frozenset[int]:
+    """The positions of the outputs that AOT takes for views of inputs, of the graph that it compiles now."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    if metadata is None:
+        return frozenset()
+    first = metadata.num_mutated_inp_runtime_indices  # the graph returns those before what the model returns
+    return frozenset(
+        first + i for i, info in enumerate(metadata.output_info) if info.output_type is OutputType.alias_of_input
+    )
 
 
 def _is_size(node: Node) -> bool:

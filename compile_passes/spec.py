@@ -25,11 +25,12 @@ from .value_numbers import FunctionalNumbers, InPlaceNumbers
 
 
 def check_parts(
-    gm: GraphModule, parts: Sequence[GraphPart], before: FunctionalNumbers, device: torch.device, *, sizes: bool
+    gm: GraphModule, parts: Sequence[GraphPart], before: FunctionalNumbers, device: torch.device | None, *, sizes: bool
 ) -> None:
     """Raises :class:`PartSpecError` for the first rule that does not hold.
 
-    before: the numbers of ``gm`` from before it was rewritten. sizes: whether pieces are compiled for sizes that are
+    before: the numbers of ``gm`` from before it was rewritten. device: the one that pieces are captured on; None where
+    nothing is captured. sizes: whether pieces are compiled for sizes that are
     symbols, so that they need each as an integer.
     """
     for problem in _problems(gm, parts, before, device, sizes):
@@ -40,7 +41,7 @@ def check_parts(
 
 
 def _problems(
-    gm: GraphModule, parts: Sequence[GraphPart], before: FunctionalNumbers, device: torch.device, sizes: bool
+    gm: GraphModule, parts: Sequence[GraphPart], before: FunctionalNumbers, device: torch.device | None, sizes: bool
 ) -> Iterator[str]:
     place = {node: i for i, part in enumerate(parts) for node in part.nodes}
     yield from _wrong_values(gm, parts, before)
@@ -56,7 +57,7 @@ def _problems(
             for node in inputs:
                 if missing := symbols_of(node) - known:
                     yield f"part {i} is not given the sizes {sorted(map(str, missing))} of {_named(node)}"
-        if device.type not in ("cpu", "meta"):
+        if device is not None and device.type not in ("cpu", "meta"):
             for node in part.nodes:
                 value = node.meta.get("val")
                 if isinstance(value, Tensor) and value.device != device and not is_constant(node):

@@ -43,7 +43,7 @@ from .compile_passes.provenance import input_names, name_inputs
 from .compile_passes.reasons import Reason
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport
-from .compile_passes.returned_views import take_returned_views
+from .compile_passes.returned_views import take_returned_views, views_of_inputs
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.spec import check_parts
 from .compile_passes.split import SplitPlan, split
@@ -176,7 +176,7 @@ class Backend:
         captured = options.capture_sizes if graphs is not None else ()
         verdicts, assigned = self._judge(gm, assigned, sites, captured)
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
-        plan, whole, views = self._split(gm, verdicts)
+        plan, whole, views = self._split(gm, verdicts, device if graphs is not None else None)
         proof = self._prove(plan, verdicts, assigned, captured, pads)
         dump_graph("split", whole)
 
@@ -300,18 +300,18 @@ class Backend:
         return verdicts, assigned
 
     def _split(
-        self, gm: GraphModule, verdicts: Sequence[Verdict]
+        self, gm: GraphModule, verdicts: Sequence[Verdict], captured_on: torch.device | None
     ) -> tuple[SplitPlan, GraphModule, dict[int, ReturnedView]]:
         """Cut the graph where the verdicts say, with writes in place and the sizes that each piece needs."""
         eager = self.options.piece_compiler == "eager"
         fix_storage_offsets(gm)
-        views = take_returned_views(gm)
+        views = take_returned_views(gm, views_of_inputs())
         before = FunctionalNumbers(gm) if self.options.check_parts else None
         parts = write_in_place(gm, cut(gm, verdicts), eager_pieces=eager)
         if not eager:
             parts = give_sizes(gm, parts)
         if before is not None:
-            check_parts(gm, parts, before, device_of(gm), sizes=not eager)
+            check_parts(gm, parts, before, captured_on, sizes=not eager)
         return *split(gm, parts), views
 
     def _prove(

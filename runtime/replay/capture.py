@@ -157,9 +157,12 @@ class _CudaPiece:
         self.replay = graph.replay  # bound once: it is called for every piece of every step
 
     def free(self, position: int) -> Any:
-        """See :class:`GraphBackend`. The graph keeps the memory mapped, and the allocator may use it."""
+        """See :class:`GraphBackend`. The graph keeps the memory mapped, and the allocator may use it.
+
+        What the host computed while the piece was captured is in memory that no graph keeps, so it stays.
+        """
         output = self.outputs[position]
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and output.is_cuda:
             output = on_memory_of(output, self._graph)
             self.outputs = (*self.outputs[:position], output, *self.outputs[position + 1 :])
         return output
@@ -233,10 +236,16 @@ class _SimulatedPiece:
     def __init__(self, tape: Tape, outputs: tuple[Any, ...], pool: Pool) -> None:
         self.outputs = outputs
         self.replay = tape.replay
-        self._pool = pool
+        self._pool, self._kept = pool, tape.kept
         for output in outputs:
             if isinstance(output, Tensor) and pool.block_of(output) in tape.used:
                 _poison(output)
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        """Read tensors that lie where others lay that are gone."""
+        for place in self._kept:
+            for tensor in tensors:
+                place.adopt(tensor)
 
     def free(self, position: int) -> Any:
         """Give an output's memory to whatever is captured later; a tensor that reads it without keeping it."""

@@ -48,7 +48,7 @@ from ..errors import (
 from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote, sizes_text
 from ..watch.supervision import Supervision
 from .buffers import copy_into, narrow, overlap
-from .capture import GraphBackend
+from .capture import GraphBackend, SimulatedGraphs
 from .entry import Entry as _Entry
 from .entry import Key
 from .pending import Pending
@@ -97,6 +97,8 @@ class PiecewiseRunner:
         self._number = self._journal.register(ProgramNote(notes, collective, self._supervision.graph))
         self._sizes = sizes
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
+        #: The simulation tells memory by its owner, where a device knows addresses only.
+        self._adopts = isinstance(graphs, SimulatedGraphs)
         self._in_use = threading.Lock()
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding if not program.written - program.static_inputs else None  # rows would land in caches
@@ -195,6 +197,10 @@ class PiecewiseRunner:
                 f"the workspace of the collectives was closed since {sizes_text(entry.sizes)} were captured, and the "
                 "graph holds its addresses; start over with torch._dynamo.reset()"
             )
+        if self._adopts and entry.gone:  # other tensors lie at the addresses that count
+            entry.parameters = self._places.kept_of(args)
+            for piece in entry.pieces:
+                piece.adopt([args[i] for i in self._places.kept])  # type: ignore[attr-defined]
         try:
             self._step(entry.sizes, REPLAY, self._replay, entry, sizes, args)
             return self._outputs(entry, sizes, args)

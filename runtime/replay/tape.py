@@ -58,6 +58,8 @@ class Tape(TorchDispatchMode):
         self._born: dict[int, tuple[StorageWeakRef, bool | None]] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory of others that was written, and what it held
         self._host: list[Tensor] = []
+        #: Memory of the caller's that kernels read or write.
+        self.kept: list[_Kept] = []
 
     # -- what is recorded ------------------------------------------------------------
 
@@ -265,15 +267,35 @@ class Tape(TorchDispatchMode):
         if block is not None:
             pinned = block.like(leaf)
             return lambda: pinned
-        memory = weak_memory(leaf)
+        place = _Kept(leaf)
+        self.kept.append(place)
+        return place
 
-        def revive() -> Tensor:
-            tensor = memory()
-            if tensor is None:
-                raise CaptureError("a replay reads memory that was freed since it was captured")
-            return tensor
 
-        return revive
+class _Kept:
+    """Memory of somebody else's, which a tape reads and does not keep alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._memory = weak_memory(tensor)
+        self._address, self._dtype = tensor.data_ptr(), tensor.dtype
+        self._layout = tensor.size(), tensor.stride()
+
+    def __call__(self) -> Tensor:
+        tensor = self._memory()
+        if tensor is None:
+            raise CaptureError("a replay reads memory that was freed since it was captured")
+        return tensor
+
+    def adopt(self, tensor: Tensor) -> None:
+        """Read another tensor that lies where this memory was: a device knows addresses only."""
+        storage = tensor.untyped_storage()
+        begin = storage.data_ptr()
+        if self._memory() is not None or not begin <= self._address < begin + storage.nbytes():
+            return
+        with torch.inference_mode(False):
+            seen = torch.empty(0, dtype=self._dtype, device=tensor.device)
+            seen.set_(storage, (self._address - begin) // self._dtype.itemsize, *self._layout)
+        self._memory = weak_memory(seen)
 
 
 #: A byte that is NaN in floats of any width, and no value that a program would count with elsewhere.

@@ -302,9 +302,17 @@ def rows_of_what_was_written(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, .
     return a[:, :3], b[1:, 2:5], a, x * 2
 
 
+def chunk_before_it_is_written(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    first, second = a.tensor_split(2, -1)
+    a.masked_fill_(x[:, :1] > 0, 0.25)
+    return first, second, b[x.shape[0] // 2 :], x * 2
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("program", [chunk_of_an_input, rows_of_what_was_written], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "program", [chunk_of_an_input, rows_of_what_was_written, chunk_before_it_is_written], ids=lambda p: p.__name__
+)
 def test_a_returned_view_is_of_the_callers_tensor(program: Any, dynamic: bool, static: bool) -> None:
     """Where it begins in the storage, and how far its rows lie apart, is asked of what the caller passed."""
     backend = ringfence.Backend(capture_sizes=[4], graphs="simulated", piece_compiler="eager", static_outputs=static)
@@ -319,3 +327,24 @@ def test_a_returned_view_is_of_the_callers_tensor(program: Any, dynamic: bool, s
             torch.testing.assert_close(ours, right)
             torch.testing.assert_close((a, b), (a2, b2))
             assert ours[0].untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
+
+
+def value_that_is_also_written(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    y = a * 2
+    a.copy_(y)
+    return y[:, :3], (x @ x.T)[x.shape[0] // 2 :], cut_here(x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("capture", [(), (4,)], ids=["uncaptured", "captured"])
+def test_a_returned_value_that_an_input_is_given_too_is_the_callers_own(capture: Any, dynamic: bool) -> None:
+    backend = ringfence.Backend(capture_sizes=capture, graphs="simulated", split_ops=SPLIT, piece_compiler="eager")
+    compiled = torch.compile(value_that_is_also_written, backend=backend, fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        for _ in range(3):
+            x, a = torch.randn(4, H), torch.randn(4, H)
+            a2 = a.clone()
+            right, ours = value_that_is_also_written(x, a2, a2), compiled(x, a, a2.clone())
+            torch.testing.assert_close(ours, right)
+            torch.testing.assert_close(a, a2)
+            assert ours[0].untyped_storage().data_ptr() != a.untyped_storage().data_ptr()
