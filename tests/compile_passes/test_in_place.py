@@ -348,3 +348,21 @@ def test_a_returned_value_that_an_input_is_given_too_is_the_callers_own(capture:
             torch.testing.assert_close(ours, right)
             torch.testing.assert_close(a, a2)
             assert ours[0].untyped_storage().data_ptr() != a.untyped_storage().data_ptr()
+
+
+def test_a_cache_at_the_address_of_one_that_is_gone_is_served() -> None:
+    """A device knows addresses only, so the capture of the first cache serves the others that come there."""
+
+    def step(x: Tensor, cache: Tensor) -> Tensor:
+        cache[:2] += x[:2]
+        return cache.sum(0) + x
+
+    backend = ringfence.Backend(capture_sizes=[4], graphs="simulated", piece_compiler="eager")
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(20):
+            x, cache = torch.randn(4, H), torch.randn(6, H)
+            twin = cache.clone()
+            torch.testing.assert_close(compiled(x, cache), step(x, twin))
+            torch.testing.assert_close(cache, twin)
+            del cache
