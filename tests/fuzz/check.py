@@ -293,8 +293,10 @@ def _draw_options(d: random.Random, program: Program, plan: Plan, inductor: bool
         options["on_capture_failure"] = "raise"
         if d.random() < 0.2:
             options["static_outputs"] = True
-    if d.random() < 0.05:
+    if (other := d.random()) < 0.05:
         options["numerics"] = "strict"
+    elif other < 0.1:
+        options["fuse"] = False
     text = "\n".join([*program.body, *program.returns])
     there = sorted({f"fz::{rest.partition('(')[0]}" for rest in text.split("torch.ops.fz.")[1:]})
     if not inductor:  # whose decompositions may leave nothing of an op of aten

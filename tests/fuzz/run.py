@@ -136,9 +136,10 @@ def run(
     shrink_seconds: float,
     limit: float = 180,
     seconds: float | None = None,
+    least: int = 0,
     show_upstream: bool = False,
 ) -> tuple[Counter[str], list[str]]:
-    """Counts by kind, and the failures as text."""
+    """Counts by kind, and the failures as text. Ends after ``seconds``, but not before ``least`` programs."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     counts: Counter[str] = Counter()
     failures: list[str] = []
@@ -146,7 +147,7 @@ def run(
     seeds = range(seed, seed + programs)
     workers = [Worker(list(seeds[j::jobs]), arguments) for j in range(min(jobs, programs))]
     end = time.monotonic() + seconds if seconds else float("inf")
-    while workers and time.monotonic() < end:
+    while workers and (time.monotonic() < end or counts["programs"] < least):
         ready = multiprocessing.connection.wait([w.pipe for w in workers], 5)
         for worker in workers:
             for kind, at, message in worker.receive() if worker.pipe in ready else worker.late(limit + shrink_seconds):

@@ -1,0 +1,103 @@
+"""Programs that were wrong once, each with the setting that showed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .check import Setting
+from .play import Plan
+from .program import Program, parse
+
+_CAPTURED = {"capture_sizes": [2, 3, 4], "graphs": "simulated", "on_capture_failure": "raise"}
+_EAGER = {"piece_compiler": "eager", **_CAPTURED}
+_STEPS = ((3, 2, 3), (3, 2, 3), (2, 1, 1), (3, 2, 3))
+
+
+@dataclass(frozen=True)
+class Regression:
+    program: Program
+    setting: Setting
+
+
+REGRESSIONS = {
+    "view of an input is an output": Regression(
+        parse(
+            {"pos": "positions[n]", "caches": "keep list float32[8,16]"},
+            """
+v1 = F.embedding(pos, caches[0])
+v2, v3 = caches[1].chunk(2, -1)
+""",
+            "v2",
+        ),
+        Setting(Plan(_STEPS), dynamic=True, group=None, options=_EAGER),
+    ),
+    "tag of an op that writes a list": Regression(
+        parse(
+            {"r": "float32[n,16]", "caches": "keep list float32[8,16]"},
+            """
+v1 = torch.cat([self.last[None], r[:-1]])
+self.last.copy_(r[-1])
+torch.ops.fz.many_unsafe(r, [caches[1]])
+""",
+            "v1",
+            {"last": "keep float32[16]"},
+        ),
+        Setting(Plan(_STEPS), dynamic=None, group=None, options=_EAGER),
+    ),
+    "old state is read after the write": Regression(
+        parse(
+            {"x": "float32[n,16]", "c0": "keep float32[8,16]"},
+            """
+v1 = c0.clone()
+c0.index_copy_(0, torch.arange(x.shape[0]), x)
+v2 = x @ self.w
+dist.all_reduce(v2)
+v3 = x + v2
+v4 = F.rms_norm(v3, (16,), self.g, 1e-5) + v1.mean(0)
+""",
+            "v4, v3",
+            {"w": "weight float32[16,16]", "g": "norm float32[16]"},
+        ),
+        Setting(Plan(_STEPS), dynamic=True, options={}),
+    ),
+    "a view whose size another op computes": Regression(
+        parse(
+            {"caches": "keep list float32[8,16]", "x": "float32[n,16]", "r": "float32[n,16]"},
+            """
+n = x.shape[0]
+v2 = torch.cat([x, r])
+v5 = torch.ops.fz.maybe(x, caches[1])
+v8 = torch.ops.fz.exchange_unsafe(torch.sin(caches[1][:, :8]), caches[0][:, :8])
+v11 = v5[n // 2 :]
+""",
+            "v11, v8",
+        ),
+        Setting(Plan(_STEPS), dynamic=True, group=None, functionalize_v2=False, options=_EAGER),
+    ),
+    "a view of a slice of everything": Regression(
+        parse(
+            {"y": "float32[m,16]", "caches": "keep list float32[8,16]"},
+            """
+v3 = caches[1] + caches[0] * 0.5
+v5 = fc.all_gather_tensor(y.contiguous(), 0, dist.group.WORLD)[: y.shape[0]]
+v7 = v5[-1]
+self.stack[...] = torch.sin(v3)
+""",
+            "v7",
+            {"stack": "keep float32[2,8,16]"},
+        ),
+        Setting(Plan(_STEPS[:2]), dynamic=False, group="fake 1", options=_CAPTURED),
+    ),
+    "a written input comes where another one was": Regression(
+        parse({"x": "float32[n,16]"}, "x.mul_(0.5)", "x + 1"),
+        Setting(Plan(((4, 1, 1),) * 8), dynamic=False, group=None, options=_EAGER),
+    ),
+    "a returned view starts at a size": Regression(
+        parse({"x": "float32[n,16]", "r": "float32[n,16]"}, "n = x.shape[0]\nv10 = r[n // 2 :]", "v10"),
+        Setting(Plan(_STEPS), dynamic=True, group=None, options=_EAGER),
+    ),
+    "a returned view of what was written starts at a size": Regression(
+        parse({"x": "float32[n,16]", "c1": "keep float32[8,16]"}, "n = x.shape[0]\nc1.mul_(0.5)\nv1 = c1[n:]", "v1"),
+        Setting(Plan(_STEPS), dynamic=True, group=None, options={"piece_compiler": "eager"}),
+    ),
+}
