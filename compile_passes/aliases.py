@@ -113,5 +113,5 @@ def undoes(back: Node, there: Node) -> bool:
 
 def fake_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call returns of the fake tensors of its arguments."""
-    values, named = map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
-    return target(*values, **named)  # type: ignore[misc]
+    values, named = map_arg((args, kwargs), lambda n: n.meta["val"])
+    return target(*values, **named)

@@ -33,7 +33,7 @@ class Assignment:
         """What the hazard table is asked about the fused sites of a group; None: nothing, the reference has them."""
         if self.planned is not None:
             return self.planned
-        return self.ready[group].situation if group in self.ready else None
+        return self.ready[group].situation if group is not None and group in self.ready else None
 
     def collective(self, group: str | None) -> str:
         """What the fused sites of a group are judged as."""
@@ -42,10 +42,10 @@ class Assignment:
 
     def capture_failure(self, group: str | None) -> str | None:
         """Why the collective of a group must not be captured, though it runs."""
-        return self.ready[group].capture_failure if group in self.ready else None
+        return self.ready[group].capture_failure if group is not None and group in self.ready else None
 
     def backend(self, group: str | None) -> str | None:
-        return self.groups[group].backend if group in self.groups else None
+        return self.groups[group].backend if group is not None and group in self.groups else None
 
     @property
     def names(self) -> dict[str, str]:

@@ -128,14 +128,14 @@ def _outcomes(
     for end, together in sums.items():
         first: Decline | None = None
         for chosen in _choices(together):
-            found = _match(end, chosen, calls)
-            if isinstance(found, Match):
-                found = _policy(found, strict, claimed, all_reduces)
-            if isinstance(found, Match):
-                claimed |= {found.end, found.norm.out}
-                outcomes |= {a.start: found for a in chosen}
+            match = _match(end, chosen, calls)
+            if isinstance(match, Match):
+                match = _policy(match, strict, claimed, all_reduces)
+            if isinstance(match, Match):
+                claimed |= {match.end, match.norm.out}
+                outcomes |= {a.start: match for a in chosen}
                 break
-            first = first or found
+            first = first or match
         for left in together:
             outcomes.setdefault(left.start, first or _claimed(end))
     return outcomes

@@ -81,7 +81,7 @@ def written_inputs(gm: GraphModule) -> frozenset[int]:
     """The indices of the inputs that a functional graph writes into."""
     placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     copies = filter(is_write_back, gm.graph.find_nodes(op="call_function", target=aten.copy_.default))
-    return frozenset(placeholders[first_node(copy)] for copy in copies)  # type: ignore[index]
+    return frozenset(placeholders[first_node(copy)] for copy in copies)
 
 
 def is_functionalised(node: Node) -> bool:

@@ -87,9 +87,12 @@ class _Rewriter:
             value, residual = Parts(self.graph, match.terms, self._input, self.current).write()
             weight = self.current(norm.weight) if norm.weight is not None else None
             operands = (value, weight) if residual is None else (value, residual, weight)
-            collective = self.collectives_of.get(str(all_reduce.group), "reference")
+            # A plain string: a compiler writes its repr into code.
+            collective = str(self.collectives_of.get(str(all_reduce.group), "reference"))
             op = getattr(ops, match.epilogue.op)
-            fused = self.graph.call_function(op, (*operands, norm.eps, norm.weight_bias, all_reduce.group, collective))
+            fused = self.graph.call_function(
+                op, (*operands, norm.eps, norm.weight_bias, str(all_reduce.group), collective)
+            )
             norm_out = self.graph.call_function(operator.getitem, (fused, 0))
             summed = self.graph.call_function(operator.getitem, (fused, 1))
         factors = match.terms.factors

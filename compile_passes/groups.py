@@ -47,7 +47,7 @@ def describe_groups(
 
 def _check_engine_call(node: Node, call: EngineCall, first: str | None) -> None:
     """first: what the graph's first call of the op says of its group."""
-    if dist.is_initialized() and not group_exists(call.group):
+    if dist.is_initialized() and not group_exists(str(call.group)):
         raise OptionsError(
             f"'{node.name}' ({call.op}) runs over '{call.group}', which is no name of a torch process group: say which "
             f"one it stands for, all_reduce_ops={{'{call.op}': tp_group.group_name}}"

@@ -151,7 +151,7 @@ class _InPlace(PartEditor):
 
     def _run_mutation(self, node: Node, change: Mutation, p: int) -> None:
         """Call the op itself, on the memory or on a copy of what somebody reads later."""
-        given: dict[str, Any] = dict(map_arg(change.arguments, lambda n: self.local(n, node, p)))  # type: ignore[call-overload]
+        given: dict[str, Any] = dict(map_arg(change.arguments, lambda n: self.local(n, node, p)))
         given |= {name: [None] * length for name, length in change.lengths.items()}
         given |= {name: None for name, place in change.absent if place is None}
         memories = []
@@ -213,8 +213,8 @@ class _InPlace(PartEditor):
             return memory
         args = map_arg(view.args, lambda n: self.local(n, anchor, p))
         if view.target is not aten.as_strided.default:
-            return self.new(anchor, p, view.target, (memory, *args))  # type: ignore[misc]
-        size, stride, offset = args  # type: ignore[misc]
+            return self.new(anchor, p, view.target, (memory, *args))
+        size, stride, offset = args
         inside = self._difference(offset, tensor(old).storage_offset(), anchor, p)
         if memory.op == "placeholder":
             start = self.new(anchor, p, aten.sym_storage_offset.default, (memory,))
@@ -237,7 +237,7 @@ class _InPlace(PartEditor):
     def _return_values(self, node: Node, change: Mutation, call: Node, given: dict[str, Any], p: int) -> None:
         """The readers of what the op itself returns read it of the call."""
         returns = change.op._schema.returns
-        vals = node.meta.get("val") or ()
+        vals: Any = node.meta.get("val") or ()
         call.meta["val"] = vals[0] if len(returns) == 1 else tuple(vals[: len(returns)]) if returns else None
         for i, returned in enumerate(returns):
             value = new_value(node, i)
@@ -283,7 +283,7 @@ class _InPlace(PartEditor):
     def _reads_versions(self, args: Any, kwargs: Any, buffer: WrittenInput, node: Node) -> bool:
         """Whether a call reads the memory that it would write into through another argument."""
         found: list[Node] = []
-        map_arg((args, kwargs), found.append)  # type: ignore[arg-type, func-returns-value]
+        map_arg((args, kwargs), found.append)
         if node.target in SCATTERS:
             found = found[1:]  # the source may be a write of its own, see _write
             source = arguments(node)[1]
@@ -299,7 +299,7 @@ class _InPlace(PartEditor):
             look = SCATTERS[value.target]
             rest = map_arg(arguments(value)[2:], lambda n: self.local(n, anchor, p))
             named = {k: map_arg(v, lambda n: self.local(n, anchor, p)) for k, v in value.kwargs.items()}
-            seen = self.new(anchor, p, look, (memory, *rest), named)  # type: ignore[misc]
+            seen = self.new(anchor, p, look, (memory, *rest), named)
 
             def is_part(node: Node) -> bool:
                 source = viewed(node)
@@ -314,7 +314,7 @@ class _InPlace(PartEditor):
             else:
                 self.new(anchor, p, aten.copy_.default, (seen, self.local(source, value, p)))
         elif form is not None and isinstance(base, Node) and is_old(base):
-            rest, named = map_arg((arguments(value)[1:], dict(value.kwargs)), lambda n: self.local(n, value, p))  # type: ignore[misc]
+            rest, named = map_arg((arguments(value)[1:], dict(value.kwargs)), lambda n: self.local(n, value, p))
             self.new(anchor, p, form, (memory, *rest), named, like=value)
         else:
             self.new(anchor, p, aten.copy_.default, (memory, self.local(value, anchor, p)))

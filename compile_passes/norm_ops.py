@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,11 +205,11 @@ def _arguments(node: Node, op: torch._ops.OpOverload) -> tuple[dict[str, Any], d
     if node.target not in _WRAPPERS:
         return defaults | dict(zip([a.name for a in schema], node.args, strict=False)) | dict(node.kwargs), {}
     given = dict(node.kwargs)
-    bases = given.pop("_all_bases", None)
+    bases: Any = given.pop("_all_bases", None)
     written = [a.name for a in schema if a.is_write]
     if bases is None:
         return defaults | given, {name: i + 1 for i, name in enumerate(written)}
-    places = {}
+    places: dict[str, int] = {}
     for name in written:
         index = given.pop(f"_{name}_base_index", None)
         if not isinstance(index, int) or index in places.values() or not _whole(given, name, bases[index]):
@@ -283,6 +283,7 @@ def _agrees(
             if name is not None:
                 given[name] = value
         result = op(**given)
+        returned: Sequence[Any]
         if row.out is not None:
             returned = (given[row.out],)
         elif row.in_place:

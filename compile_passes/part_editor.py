@@ -71,7 +71,7 @@ class PartEditor:
         if source is None or (self.place.get(value) == p and (anchor is None or value < anchor)):
             return value
         of = {a: self.local_at(a, anchor, p) for a in value.all_input_nodes}
-        args, kwargs = map_arg((value.args, value.kwargs), lambda n: of[n])  # type: ignore[misc]
+        args, kwargs = map_arg((value.args, value.kwargs), lambda n: of[n])
         return self.new(anchor, p, value.target, args, kwargs)  # type: ignore[arg-type]
 
     def new(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -145,7 +146,8 @@ class _Terms:
         if self.call is not None and node is self.call.node:
             return self._add(node, self.call.x, self.call.residual, 1.0, like=self.call.x)
         if roles.is_add(node) or roles.is_sub(node):
-            return self._add(node, *roles.arguments(node)[:2], roles.factor(node), like=node)
+            left, right = roles.arguments(node)[:2]
+            return self._add(node, left, right, roles.factor(node), like=node)
         scaled = roles.scaled(node)
         self.plain = self.plain and scaled is None
         if scaled is None:
@@ -297,6 +299,6 @@ class Parts:
 
     def _call(self, target: object, *args: object, **kwargs: object) -> Node:
         node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        values = map_arg((args, kwargs), lambda n: n.meta["val"])
+        values: Any = map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[type-var]
         node.meta["val"] = target(*values[0], **values[1])  # type: ignore[operator]
         return node

@@ -48,7 +48,7 @@ def as_node(graph: Graph, wanted: sympy.Expr, known: Mapping[sympy.Symbol, Node]
     for node in graph.nodes:
         if node not in before:
             values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator, index]
+            node.meta["val"] = node.target(*values[0], **values[1])
     return result.node
 
 
@@ -142,5 +142,5 @@ def symbols_of(node: Node) -> set[sympy.Symbol]:
 def _put(node: Node, value: int) -> None:
     """A number in the place of a node, in all that read it."""
     for user in list(node.users):
-        user.args = torch.fx.node.map_arg(user.args, lambda n: value if n is node else n)  # type: ignore[assignment]
-        user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)  # type: ignore[assignment]
+        user.args = torch.fx.node.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)

@@ -35,6 +35,8 @@ class _Numbers:
         #: What a number that stands for a reshape is a reshape of, and the shape that a value was made with.
         self._reshaped: dict[int, int] = {}
         self._made_as: dict[int, str] = {}
+        #: Of a number that stands for a transpose, the view and its arguments that undo it, and what it is one of.
+        self._turned: dict[int, tuple[str, Hashable, int]] = {}
         self._calls: dict[Node, tuple[Mutation, int]] = {}
 
     def number(self, *key: Hashable) -> int:
@@ -71,19 +73,30 @@ class _Numbers:
         """The number of a view of what has the number ``source``."""
         if view.target in RESHAPES:
             return self.reshaped(source, _shape(view))
+        if view.target in INVERSES:
+            return self._turned_over(view.target, view.args[1:], source)
         return self.number("view", str(view.target), source, self.frozen((view.args[1:], view.kwargs)))
+
+    def _turned_over(self, look: Any, args: Any, source: int) -> int:
+        """A whole tensor with its dimensions in another order; turned back, it is itself."""
+        key = str(look), self.frozen(args)
+        if source in self._turned and self._turned[source][:2] == key:
+            return self._turned[source][2]
+        seen = self.number("view", *key, source)
+        self._turned[seen] = str(look), self.frozen(INVERSES[look](args)), source
+        return seen
 
     def put(self, view: Node, look: Any, args: Any, base: int, value: int, shape: str) -> int:
         """The number of what has ``base``, with ``value`` in the place that a view looks at."""
         if look in RESHAPES:
             return self.reshaped(value, shape)
         if look in INVERSES:
-            return self.number("view", str(look), value, self.frozen((INVERSES[look](args), {})))
+            return self._turned_over(look, INVERSES[look](args), value)
         return self.number("put", str(look), base, self.frozen((args, view.kwargs)), value)
 
     def copied(self, target: Node, source: Node) -> int:
         """What a copy leaves in its target."""
-        values = [n.meta.get("val") for n in (target, source)]
+        values: list[Any] = [n.meta.get("val") for n in (target, source)]
         alike = all(isinstance(v, Tensor) for v in values) and values[0].dtype == values[1].dtype
         if alike and _shape(target) == _shape(source):
             return self.read(source)
@@ -122,7 +135,7 @@ class _Numbers:
             call = self.called(change.op, change.arguments, held)
             self._calls[node] = change, call
             return call
-        taken_of = node.args[0] if calls(node, operator.getitem) else None
+        taken_of: Any = node.args[0] if calls(node, operator.getitem) else None
         if taken_of not in self._calls:
             return self.result(node)
         change, call = self._calls[taken_of]
@@ -175,7 +188,7 @@ class InPlaceNumbers(_Numbers):
 
     def __init__(self, gm: GraphModule, nodes: Iterable[Node], before: FunctionalNumbers) -> None:
         super().__init__(before._table)
-        self._reshaped, self._made_as = before._reshaped, before._made_as
+        self._reshaped, self._made_as, self._turned = before._reshaped, before._made_as, before._turned
         placeholders = gm.graph.find_nodes(op="placeholder")
         for node in (*placeholders, *gm.graph.find_nodes(op="get_attr")):
             self.define(node, before.of[node])
@@ -203,16 +216,7 @@ class InPlaceNumbers(_Numbers):
 
     def _call(self, node: Node, op: torch._ops.OpOverload) -> None:
         names = list(mutable_names(op))
-        written = [
-            (name, place, value)
-            for name in names
-            for place, value in (
-                enumerate(node.kwargs[name])
-                if isinstance(node.kwargs[name], tuple | list)
-                else [(None, node.kwargs[name])]
-            )
-            if isinstance(value, Node)
-        ]
+        written = [(name, place, value) for name in names for place, value in _elements(node.kwargs[name])]
         by_argument = BY_ARGUMENT in node.meta
         held = [(name, place, self.read(value if by_argument else _base(value))) for name, place, value in written]
         call = self.called(op, {k: v for k, v in node.kwargs.items() if k not in names}, held)

@@ -94,7 +94,7 @@ def _overwritten(gm: GraphModule) -> set[Node]:
         older = [w.old for w in change.written] if change is not None else []
         older += node.all_input_nodes if is_write_back(node) or is_functionalised(node) else []
         older += [n for n in (viewed(node), updated(node)) if n is not None]
-        queue += [node.args[0]] if calls(node, operator.getitem) else older  # type: ignore[list-item]
+        queue += [node.args[0]] if calls(node, operator.getitem) else older
     return found
 
 
@@ -112,7 +112,7 @@ def _results(node: Node) -> list[Node]:
     if node.op != "call_function" or op_names(node)[0].split("::")[0] not in _FUNCTIONAL or _is_wait(node):
         return []
     values = node.meta.get("val")
-    results = [node] if isinstance(values, Tensor) else _items(node, values)
+    results = [node] if isinstance(values, Tensor) else _items(node, values or ())
     for argument, result in zip(written_arguments(node), results, strict=False):
         for user in [user for user in argument.users if node < user]:
             user.replace_input_with(argument, result)
@@ -163,5 +163,6 @@ def _is_wait(node: Node) -> bool:
 
 
 def _output(gm: GraphModule) -> Node:
+    output: Node
     (output,) = gm.graph.find_nodes(op="output")
     return output

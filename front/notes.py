@@ -66,7 +66,7 @@ def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
 def _about_fused_sites(options: Options) -> list[str]:
     """The given options that are about fused sites alone."""
     given = options.given()
-    names = [n for n in ("transport", "deterministic", "size_table", "verify", "max_tokens") if n in given]
+    names: list[str] = [n for n in ("transport", "deterministic", "size_table", "verify", "max_tokens") if n in given]
     if options.collective not in ("auto", "reference"):
         names.insert(0, "collective")
     return [f"{name}={given[name]!r}" for name in names]

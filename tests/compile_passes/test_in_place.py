@@ -366,3 +366,21 @@ def test_a_cache_at_the_address_of_one_that_is_gone_is_served() -> None:
             torch.testing.assert_close(compiled(x, cache), step(x, twin))
             torch.testing.assert_close(cache, twin)
             del cache
+
+
+def test_a_write_through_a_transpose_is_one_into_the_whole() -> None:
+    """The spec knows that a transpose of a transpose is the tensor itself."""
+
+    def step(c: Tensor, r: Tensor, x: Tensor) -> Tensor:
+        c[1:5].copy_(x)
+        c.t()[:, :4] = r.t()
+        kept = c.contiguous().clone()
+        c.copy_(c * 0.5)
+        return kept
+
+    compiled = torch.compile(step, backend=ringfence.Backend(piece_compiler="eager"), fullgraph=True)
+    with torch.no_grad():
+        c, r, x = torch.randn(8, H), torch.randn(4, H), torch.randn(4, H)
+        twin = c.clone()
+        torch.testing.assert_close(compiled(c, r, x), step(twin, r, x))
+        torch.testing.assert_close(c, twin)
