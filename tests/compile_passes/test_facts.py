@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from unsafe_ops import registered_late, with_host_epoch
 
 from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.fuse import SITE
@@ -74,20 +75,6 @@ def test_copy_to_the_host_in_a_piece() -> None:
     with FakeTensorMode():
         gm = make_fx(lambda x: x.exp().cpu())(torch.empty(4, H, device="cuda"))
     assert found(gm, careless(gm)) == [Fact.HOST_SYNC_IN_PIECE]
-
-
-@torch.library.custom_op("flashinfer::trtllm_custom_all_reduce", mutates_args=())
-def with_host_epoch(x: Tensor, flag_value: int) -> Tensor:
-    return x.clone()
-
-
-@torch.library.custom_op("sgl_kernel::all_reduce", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def registered_late(x: Tensor) -> Tensor:
-    return x.clone()
-
-
-with_host_epoch.register_fake(lambda x, flag_value: torch.empty_like(x))
-registered_late.register_fake(torch.empty_like)
 
 
 @pytest.mark.parametrize(
