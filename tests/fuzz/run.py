@@ -70,10 +70,11 @@ def _kind(message: str) -> str:
 
 
 class Worker:
-    """A process with a share of the seeds. One that crashes or hangs costs the program that it was at."""
+    """A process with a share of the seeds. The program at which it dies or hangs twice is wrong."""
 
     def __init__(self, seeds: list[int], arguments: tuple[Any, ...]) -> None:
         self.seeds, self._arguments = seeds, arguments
+        self._again: set[int] = set()
         self._start()
 
     def _start(self) -> None:
@@ -116,9 +117,13 @@ class Worker:
     def _lost(self, why: str) -> Iterator[tuple[str, int, str]]:
         if self._at is None:
             raise RuntimeError(f"a worker of the fuzzer came to nothing: {why}")
-        self.seeds.remove(self._at)
-        yield "wrong", self._at, why
-        yield "end", self._at, ""
+        if self._at not in self._again:  # who ended it is not known: the program has a second try
+            self._again.add(self._at)
+            self.seeds.sort(key=lambda seed: seed != self._at)
+        else:
+            self.seeds.remove(self._at)
+            yield "wrong", self._at, why
+            yield "end", self._at, ""
         self._restart()
 
     def _restart(self) -> None:
