@@ -98,7 +98,7 @@ class _Numbers:
         """What a copy leaves in its target."""
         values: list[Any] = [n.meta.get("val") for n in (target, source)]
         alike = all(isinstance(v, Tensor) for v in values) and values[0].dtype == values[1].dtype
-        if alike and _shape(target) == _shape(source):
+        if alike and not _is_expanded(values[1], values[0]):
             return self.read(source)
         return self.number("copied", self.read(source), _shape(target), str(getattr(values[0], "dtype", None)))
 
@@ -270,6 +270,12 @@ def _functional_name(node: Node) -> str:
 def _shape(node: Node) -> str:
     value = node.meta.get("val")
     return str([_size(n) for n in value.shape]) if isinstance(value, Tensor) else ""
+
+
+def _is_expanded(source: Tensor, target: Tensor) -> bool:
+    """Whether a copy repeats elements. If not, a size may still have two spellings in a trace: ``4`` and ``s - 4``."""
+    sizes = [list(map(_size, tensor.shape)) for tensor in (source, target)]
+    return len(sizes[0]) != len(sizes[1]) or any(a != b and "1" in (a, b) for a, b in zip(*sizes, strict=True))
 
 
 def _size(value: int | torch.SymInt) -> str:

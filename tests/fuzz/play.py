@@ -158,7 +158,7 @@ def _waited(output: Any) -> Any:
 
 
 def _share_memory(given: Any, outputs: list[Any]) -> bool:
-    places = [o.untyped_storage().data_ptr() for o in outputs if isinstance(o, Tensor)]
+    places = [o.untyped_storage().data_ptr() for o in outputs if type(o) is Tensor]  # one that is unwaited has none
     return isinstance(given, Tensor) and given.untyped_storage().data_ptr() in places
 
 

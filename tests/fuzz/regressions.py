@@ -100,4 +100,26 @@ self.stack[...] = torch.sin(v3)
         parse({"x": "float32[n,16]", "c1": "keep float32[8,16]"}, "n = x.shape[0]\nc1.mul_(0.5)\nv1 = c1[n:]", "v1"),
         Setting(Plan(_STEPS), dynamic=True, group=None, options={"piece_compiler": "eager"}),
     ),
+    **{
+        f"a later part of {call} is written": Regression(
+            parse(
+                {"c0": "keep float32[8,16]", "past": "float32[p,16]"},
+                f"a, b = c0.{call}\nd = b.detach()\nb.mul_(0.5)\ne = d + 1",
+                "past * 2, e, c0 + 1",
+            ),
+            Setting(Plan(_STEPS), dynamic=True, group=None, options={"piece_compiler": "eager"}),
+        )
+        for call in (
+            "split(4)",
+            "split((3, 5))",
+            "chunk(2)",
+            "tensor_split(2)",
+            "tensor_split((3,))",
+            "split_with_sizes((5, 3))",
+            "view(2, 4, 16).unbind(0)",
+            "split(8, 1)",
+            "hsplit(2)",
+            "unflatten(0, (2, 4)).unbind(0)",
+        )
+    },
 }
