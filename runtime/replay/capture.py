@@ -215,7 +215,7 @@ class SimulatedGraphs:
         self._capturing_thread = threading.get_ident()
         cuda = [pool.device.index] if pool.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(cuda), self._kernels.over(tape), tape, torch.no_grad():
+            with torch.random.fork_rng(cuda), self._kernels.over(tape), tape, tape.host_reads, torch.no_grad():
                 outputs = tuple(call(*args))
         finally:
             self._capturing_thread = None

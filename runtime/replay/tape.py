@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -34,6 +35,8 @@ _ALLOCATIONS = frozenset(
     {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
     | {"aten::empty_permuted"}
 )
+#: ``item``, ``bool`` and the like dispatch an op that is tagged.
+_HOST_READS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.__dlpack__})
 _TRANSFERS = frozenset({"aten::_to_copy", "aten::copy_", "aten::copy"})
 
 
@@ -60,6 +63,7 @@ class Tape(TorchDispatchMode):
         self._host: list[Tensor] = []
         #: Memory of the caller's that kernels read or write.
         self.kept: list[_Kept] = []
+        self.host_reads = _HostReads(self._on_device)
 
     # -- what is recorded ------------------------------------------------------------
 
@@ -77,7 +81,7 @@ class Tape(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         key = self._key(args, kwargs)
         if _is_python(func, key):
-            with self:  # what it launches inside is recorded, and its Python is not run again
+            with self, self.host_reads:  # what it launches is recorded, and its Python is not run again
                 return func.redispatch(DispatchKeySet(key), *args, **kwargs)
         return self._op(func, args, kwargs)
 
@@ -270,6 +274,25 @@ class Tape(TorchDispatchMode):
         place = _Kept(leaf)
         self.kept.append(place)
         return place
+
+
+class _HostReads(TorchFunctionMode):
+    """Refuses the calls that read a tensor and dispatch nothing where it is on the CPU.
+
+    On a device they synchronise, which ends a capture; here their result would become a constant without a word.
+    """
+
+    def __init__(self, on_device: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self._on_device = on_device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in _HOST_READS and self._on_device(args[0]):
+            name = f"Tensor.{func.__name__}"
+            raise CaptureError(
+                f"{name} synchronises with the host and cannot be captured; add the op that calls it to split_ops"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class _Kept:

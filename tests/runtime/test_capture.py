@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -148,6 +149,15 @@ def test_simulated_warm_up_runs_what_it_is_given_once() -> None:
 # -- what a capture refuses ------------------------------------------------------------------
 
 
+def inside_an_op(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    def op(x: Tensor) -> Tensor:
+        read(x.reshape(-1)[:3])
+        return x + 1
+
+    op.__annotations__ = {"x": Tensor, "return": Tensor}
+    return torch.library.custom_op("ringfence_test::reads_on_the_host", op, mutates_args=())
+
+
 @pytest.mark.parametrize(
     "sync",
     [
@@ -160,6 +170,13 @@ def test_simulated_warm_up_runs_what_it_is_given_once() -> None:
         lambda x: x[x > 0],
         lambda x: x.unique(),
         lambda x: x.repeat_interleave(torch.tensor([1, 2, 1, 1]), 0),
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.cpu,
+        lambda x: np.asarray(x),
+        torch.from_dlpack,
+        lambda x: inside_an_op(Tensor.tolist)(x),
+        lambda x: inside_an_op(np.asarray)(x),
     ],
     ids=[
         "item",
@@ -171,6 +188,13 @@ def test_simulated_warm_up_runs_what_it_is_given_once() -> None:
         "masked_select",
         "unique",
         "repeat_interleave",
+        "tolist",
+        "numpy",
+        "cpu",
+        "asarray",
+        "dlpack",
+        "tolist_in_an_op",
+        "asarray_in_an_op",
     ],
 )
 def test_simulated_capture_refuses_a_host_sync(sync: Callable[[Tensor], Any]) -> None:
