@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch.distributed import DistError
 
 from ..channel import Store
-from .culprit import Failure
 from .journal import Journal
 from .position import Position
+from .report import Report
 
 #: A position that was heard longer ago than so many beats is not judged.
 _STALE_BEATS = 3
@@ -49,31 +49,6 @@ class _Peer:
     heard: float = 0.0
     beat: int = -1
     reports: int = 0  # how many it has read
-
-
-@dataclass
-class Report:
-    """What goes to all ranks: who is to blame, and for what."""
-
-    kind: str  # "hang", "failure", or "alone": one rank compiles what the others do not
-    reporter: int
-    sentence: str
-    ranks: tuple[int, ...]
-    failure: Failure | None = None
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Report:
-        value = json.loads(data)
-        failure = Failure(**value["failure"]) if value["failure"] is not None else None
-        return cls(value["kind"], value["reporter"], value["sentence"], tuple(value["ranks"]), failure)
-
-    @property
-    def conclusive(self) -> bool:
-        """A victim reports what hit it, and looks for the cause; others should wait for what it finds."""
-        return self.failure is None or not self.failure.victim
 
 
 class Heartbeat:
@@ -128,7 +103,7 @@ class Heartbeat:
     def _say(self, store: Store) -> None:
         while self._outbox:
             number = store.add(f"{self._prefix}/reports", 1)
-            store.set(f"{self._prefix}/report/{number}", self._outbox[0].to_bytes())
+            store.set(f"{self._prefix}/report/{number}", json.dumps(self._outbox[0].to_dict()).encode())
             self._outbox.pop(0)
         self._beat += 1
         said = {"beat": self._beat, "reports": len(self.reports), "position": self._journal.position().to_dict()}
@@ -145,7 +120,7 @@ class Heartbeat:
                 peer.beat, peer.reports, peer.heard = said["beat"], said["reports"], time.monotonic()
         number = len(self.reports) + 1
         while store.check([f"{self._prefix}/report/{number}"]):
-            report = Report.from_bytes(store.get(f"{self._prefix}/report/{number}"))
+            report = Report.from_dict(json.loads(store.get(f"{self._prefix}/report/{number}")))
             self.reports = (*self.reports, report)
             number += 1
 

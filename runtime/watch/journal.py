@@ -21,13 +21,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .marks import CudaMarks
 from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, Calls, PieceNote, Position, ProgramNote, sizes_text
+from .record import Record
+from .report import Report
 from .rings import Marks, Rings
 
 #: All that who keeps a journal needs.
@@ -58,6 +60,8 @@ class Journal(Rings):
     def __init__(self, rank: int = 0, *, pieces: int = 8192, steps: int = 512) -> None:
         super().__init__(pieces, steps)
         self.rank = rank
+        #: What its file says.
+        self.record = Record()
         self._ranks_of: dict[str, tuple[int, ...]] = {}
         self._compiling: list[str] = []
         self._exchanges: list[tuple[str, tuple[int, ...]]] = []  # of several threads, perhaps
@@ -222,23 +226,50 @@ class Journal(Rings):
                 ],
             }
 
-    def dump(self, folder: str | os.PathLike[str], reason: str = "asked for", **more: Any) -> Path:
-        """Write ``journal-rankN.json`` into a folder, replacing an older one whole; the path of the file."""
+    def dump(
+        self,
+        folder: str | os.PathLike[str],
+        reason: str = "asked for",
+        *,
+        report: Report | None = None,
+        **more: Any,
+    ) -> Path:
+        """Write ``journal-rankN.json`` into a folder, replacing an older one whole; the path of the file.
+
+        What was written with the first ``report`` stays: afterwards a reason is added to it.
+        """
+        if self.record.holds(report):
+            return self._write(folder, self.record.add(reason, report, **more))
+        return self._write(folder, self.record.begin(self.to_dict(reason, **more), report))
+
+    def withdraw(self, folder: str | os.PathLike[str] | None, why: str) -> None:
+        """The ranks went on after a report."""
+        if self.record.report is not None:
+            value = self.record.withdraw(why)
+            self._try(lambda: None if folder is None else self._write(folder, value))
+
+    def try_dump(self, folder: str | os.PathLike[str] | None, reason: str, **more: Any) -> None:
+        """:meth:`dump` where a folder was asked for. An error is logged: what led here matters more."""
+        self._try(lambda: None if folder is None else self.dump(folder, reason, **more))
+
+    def _try(self, body: Callable[[], object]) -> None:
+        try:
+            body()
+        except OSError as error:
+            log.error("ringfence: the journal of rank %d cannot be written: %s", self.rank, error)
+
+    def _write(self, folder: str | os.PathLike[str], value: Mapping[str, Any]) -> Path:
         path = Path(folder) / f"journal-rank{self.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-        scratch.write_text(json.dumps(self.to_dict(reason, **more), default=str))
-        scratch.replace(path)
-        return path
-
-    def try_dump(self, folder: str | os.PathLike[str] | None, reason: str, **more: Any) -> None:
-        """The same where a folder was asked for. An error is logged: what led here matters more."""
-        if folder is None:
-            return
         try:
-            self.dump(folder, reason, **more)
-        except OSError as error:
-            log.error("ringfence: the journal of rank %d cannot be written: %s", self.rank, error)
+            scratch.write_text(json.dumps(value, default=str))
+            scratch.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise
+        return path
 
     def dump_on_signal(self, number: int, folder: str | os.PathLike[str]) -> Callable[[], None]:
         """Dump whenever this process gets a signal, say ``signal.SIGUSR2``; returns what undoes it.

@@ -16,6 +16,7 @@ from ..errors import JournalError
 from .culprit import Failure, Finding, find_alone, find_culprit, where
 from .journal import FORMAT
 from .position import REPLAY, Position, sizes_text
+from .report import Report
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class RankJournal:
-    """The file of one rank."""
+    """The file of one rank. report: of the first that went wrong. later: what it wrote after that, and why."""
 
     rank: int
     reason: str
@@ -51,12 +52,20 @@ class RankJournal:
     silent: Mapping[int, str]
     failures: tuple[Failure, ...]
     probes: Mapping[str, Any]
+    report: Report | None = None
+    later: tuple[str, ...] = ()
+
+    @property
+    def saw_it(self) -> bool:
+        """Whether it was written because something went wrong, and not because somebody asked for it."""
+        return self.report is not None or self.reason.partition(": ")[0] in ("hang", "failure", "alone")
 
 
 @dataclass(frozen=True)
 class Merged:
     """What the journals say together. sentence: which rank stopped first, where, and who waits for it.
 
+    missing: ranks without a file. could_not_write: those of them that others heard talk until they wrote themselves.
     nothing_from: rank -> the ranks whose memory holds nothing of it, though they wait in a call.
     """
 
@@ -66,6 +75,7 @@ class Merged:
     missing: tuple[int, ...]
     divergence: str | None
     nothing_from: Mapping[int, tuple[int, ...]]
+    could_not_write: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The schema is docs/report.md."""
@@ -75,10 +85,12 @@ class Merged:
             "ranks": list(self.finding.ranks) if self.finding is not None else [],
             "waiting": list(self.finding.waiting) if self.finding is not None else [],
             "missing": list(self.missing),
+            "could_not_write": list(self.could_not_write),
             "divergence": self.divergence,
             "nothing_from": {str(rank): list(waiting) for rank, waiting in self.nothing_from.items()},
             "positions": {str(j.rank): j.position.to_dict() for j in self.journals},
             "reasons": {str(j.rank): j.reason for j in self.journals},
+            "later": {str(j.rank): list(j.later) for j in self.journals if j.later},
         }
 
     def __str__(self) -> str:
@@ -145,6 +157,8 @@ def _read(path: Path) -> RankJournal:
             {int(rank): str(how) for rank, how in value.get("silent", {}).items()},
             tuple(Failure(**f) for f in value.get("failures", ())),
             dict(value.get("probes", {})),
+            Report.from_dict(value["report"]) if value.get("report") is not None else None,
+            tuple(str(note["reason"]) for note in value.get("later", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise JournalError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
@@ -176,24 +190,20 @@ def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
 
 
 def merge(journals: Sequence[RankJournal]) -> Merged:
-    """Who stopped first? Ranks without a file count as silent."""
-    ranks = {j.rank for j in journals}
+    """Who stopped first? What the ranks reported when it happened counts; else where they were at one moment.
+
+    A rank without a file counts as silent, unless others heard it talk until they wrote.
+    """
     members: dict[str, tuple[int, ...]] = {}
     for j in journals:
         members |= {name: group for name, group in j.groups.items() if group}
-    everybody = ranks | {r for group in members.values() for r in group}
-    missing = tuple(sorted(everybody - ranks))
-    heard: dict[int, Position] = {}
-    for j in journals:
-        for rank, position in j.heard.items():
-            if rank in missing and (rank not in heard or position.moved > heard[rank].moved):
-                heard[rank] = position
-    positions = {**heard, **{j.rank: j.position for j in journals}}
-    silent = {rank: "left no journal" for rank in missing}
-    for j in journals:
-        silent |= {rank: how for rank, how in j.silent.items() if rank in missing}
-    failures = tuple(dict.fromkeys(f for j in journals for f in j.failures))
-    finding = _alone(journals, members) or find_culprit(positions, silent, failures, members)
+    ranks = {j.rank for j in journals}
+    missing = tuple(sorted({r for group in members.values() for r in group} - ranks))
+    heard = {rank for j in journals for rank in j.heard}
+    silent = {rank: how for j in journals for rank, how in j.silent.items()}
+    could_not_write = tuple(rank for rank in missing if rank in heard and rank not in silent)
+    told = _told(journals)
+    finding = told.finding if told is not None else _found(journals, members, missing, could_not_write, silent)
     divergence = first_divergence(journals)
     if finding is not None:
         sentence = finding.sentence
@@ -201,14 +211,41 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
         sentence = divergence or "no rank waits: every step that was begun is complete"
         if divergence is None and len({j.reason for j in journals}) == 1:
             sentence = f"{journals[0].reason}; {sentence}"
-    return Merged(sentence, finding, tuple(journals), missing, divergence, _nothing_from(journals))
+    nothing_from = _nothing_from(journals)
+    return Merged(sentence, finding, tuple(journals), missing, divergence, nothing_from, could_not_write)
 
 
-def _alone(journals: Sequence[RankJournal], members: Mapping[str, Sequence[int]]) -> Finding | None:
-    """Ranks that waited for each other in two places, as one of them saw it. Written, each has gone on to raise it."""
-    told = (j for j in journals if j.reason.startswith("alone: "))
-    seen = (find_alone({**j.heard, j.rank: j.position}, members, 0.0) for j in told)
-    return next(filter(None, seen), None)
+def _told(journals: Sequence[RankJournal]) -> Report | None:
+    """What was reported when it happened: by all ranks the same, unless two of them saw it at once.
+
+    Then the rank that is to blame knows best, and who does not know the cause knows least.
+    """
+    reports = [j.report for j in journals if j.report is not None]
+    votes = Counter(r.ranks for r in reports)
+    return max(reports, key=lambda r: (r.conclusive, r.reporter in r.ranks, votes[r.ranks], -r.reporter), default=None)
+
+
+def _found(
+    journals: Sequence[RankJournal],
+    members: Mapping[str, Sequence[int]],
+    missing: Sequence[int],
+    could_not_write: Sequence[int],
+    silent: Mapping[int, str],
+) -> Finding | None:
+    """The same by where the ranks were, as one of them saw it: the others may have gone on before they wrote."""
+    failures = tuple(dict.fromkeys(f for j in journals for f in j.failures))
+    gone = {rank: silent.get(rank, "left no journal") for rank in missing if rank not in could_not_write}
+    own = {j.rank: j.position for j in journals}
+    heard = {rank: p for j in journals for rank, p in j.heard.items() if rank in missing}
+    # A rank that others did not hear was stopped; one that waits saw what it waited for.
+    saw_it = [j for j in journals if j.saw_it and (j.heard or j.silent)]
+    for j in sorted(saw_it, key=lambda j: (j.rank in silent, not j.position.waits, j.rank)):
+        positions = {**heard, **own, **j.heard, j.rank: j.position}
+        alone = find_alone({**j.heard, j.rank: j.position}, members, 0.0) if j.reason.startswith("alone: ") else None
+        unheard = silent if j.rank not in silent else {}
+        if found := alone or find_culprit(positions, {**gone, **unheard}, failures, members):
+            return found
+    return find_culprit({**heard, **own}, gone, failures, members)
 
 
 def _nothing_from(journals: Sequence[RankJournal]) -> dict[int, tuple[int, ...]]:

@@ -77,7 +77,7 @@ class Neighbours:
     """The pages of a group's ranks. ranks: their global ranks. channel: where they tell each other their addresses."""
 
     def __init__(self, channel: Channel, mine: Page, ranks: Sequence[int]) -> None:
-        self._channel, self.mine, self._ranks = channel, mine, tuple(ranks)
+        self._channel, self.mine, self.ranks = channel, mine, tuple(ranks)
         self._pages: dict[int, Page | None] = {}
         self._since: tuple[int, float] = (-1, 0.0)
         channel.post("page", mine.address)
@@ -107,7 +107,7 @@ class Neighbours:
         return text, tuple(ranks)
 
     def _others(self) -> list[tuple[int, Page]]:
-        for place, rank in enumerate(self._ranks):
+        for place, rank in enumerate(self.ranks):
             if place != self._channel.rank and rank not in self._pages:
                 address = self._channel.posted("page", place)
                 if address is not None:

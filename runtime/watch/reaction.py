@@ -11,8 +11,9 @@ from typing import Any
 
 from ..channel import ranks_text
 from ..errors import GroupFailureError, HangError, RecompiledAloneError, RingfenceError
-from .heartbeat import Heartbeat, Report
+from .heartbeat import Heartbeat
 from .journal import Journal
+from .report import Report
 
 #: What the process ends with when a hang, or the failure of another rank, ends it.
 EXIT_CODE = 85
@@ -58,6 +59,7 @@ class Reaction:
         journal.try_dump(
             self.folder,
             f"{report.kind}: {report.sentence}",
+            report=report,
             heard=heard,
             silent={str(r): how for r, how in others.silent().items()},
             failures=failures,

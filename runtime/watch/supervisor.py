@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..groups import Group, ranks_of
 from .agree import GroupAgreement, PlanDigest
-from .culprit import Failure, alone_text, where
+from .culprit import Failure, Finding, alone_text, where
 from .health import Health
 from .heartbeat import Deadlines
 from .journal import Journal
@@ -39,6 +39,7 @@ from .marks import CudaMarks
 from .page import Neighbours, Page
 from .reaction import Reaction
 from .recompile import CompiledGraph, graph_being_compiled
+from .report import Report, failed
 from .supervision import Supervision
 from .watchdog import Watchdog, is_of_a_peer, open_watchdog
 
@@ -239,7 +240,7 @@ class Supervisor:
         except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # not this rank's own
             self.health.poison(str(error))
             if self.watchdog is None or self.watchdog.report is None:  # the watchdog has written more
-                self.write(str(error))
+                self.write(str(error), report=self._report(error))
             for channel in self._graph.opened:  # of a mesh only the ranks of one group raise it by themselves
                 channel.leave(str(error))
             raise
@@ -275,12 +276,15 @@ class Supervisor:
             told = next(filter(None, (n.told() for n in self._neighbours.values())), None)
             if told is not None and is_of_a_peer(error):
                 self.health.poison(*told)
-                self.write(told[0], traceback=traceback.format_exception(error))
+                alone = Report("alone", told[1][0], Finding(told[1], (self.journal.rank,), told[0]))
+                self.write(told[0], report=alone, traceback=traceback.format_exception(error))
                 raise RecompiledAloneError(*told) from error
             at = place if place is not None else where(self.journal.position())
             text = f"{type(error).__name__}: {error}"
-            failures = [asdict(Failure(self.journal.rank, at, text))]
-            self.write(text, failures=failures, traceback=traceback.format_exception(error))
+            failure = Failure(self.journal.rank, at, text)
+            self.write(
+                text, report=failed(failure), failures=[asdict(failure)], traceback=traceback.format_exception(error)
+            )
         elif (instead := self.watchdog.failed(error, place)) is not error:
             raise instead from error
 
@@ -291,6 +295,13 @@ class Supervisor:
             self.watchdog.failed(error)
         elif self.watchdog is None or self.watchdog.report is None:
             self.write(str(error))
+
+    def _report(self, error: Exception) -> Report | None:
+        """What is known of who is to blame where no watchdog looked."""
+        if isinstance(error, RecompiledAloneError):
+            waiting = tuple(r for n in self._neighbours.values() for r in n.ranks if r not in error.ranks)
+            return Report("alone", self.journal.rank, Finding(error.ranks, waiting, str(error)))
+        return None
 
     def write(self, reason: str, **more: Any) -> None:
         """Write the journal where somebody asked for it."""

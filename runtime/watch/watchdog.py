@@ -25,6 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch.distributed import DistError
 
@@ -32,10 +33,11 @@ from ..channel import Store
 from ..errors import ChannelTimeoutError, RingfenceError
 from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, where
 from .health import Health
-from .heartbeat import Deadlines, Heartbeat, Report, first_lines
+from .heartbeat import Deadlines, Heartbeat, first_lines
 from .journal import Journal
 from .position import Position
 from .reaction import EXIT_CODE, Reaction, bounded
+from .report import Report, failed
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class Watchdog:
         position = self.journal.position()
         text = f"{type(error).__name__}: {first_lines(str(error))}"
         if isinstance(error, ChannelTimeoutError):
-            self._blame(Report("failure", self._rank, text, error.ranks))
+            self._blame(Report("failure", self._rank, Finding(error.ranks, (self._rank,), text)))
             return error
         victim = is_of_a_peer(error) if place is None and position.calls else _is_of_the_store(error)
         failure = Failure(self._rank, place if place is not None else where(position), text, victim)
@@ -129,9 +131,7 @@ class Watchdog:
             if found is not None:
                 self._blame(found)
                 return self._error(found)
-        report = Report(
-            "failure", self._rank, f"rank {self._rank} failed in {failure.where}: {text}", (self._rank,), failure
-        )
+        report = failed(failure)
         self.report, self._own = report, True
         self.health.poison(report.sentence, report.ranks)
         # Told first, the others end at once, and a launcher with them: this process may not come to print it.
@@ -167,7 +167,7 @@ class Watchdog:
                 finding = find_culprit(self.others.positions(), silent, members=self.others.members)
                 assert finding is not None
                 sentence = f"{finding.sentence}; rank {self._rank} got {failure.error} in {failure.where}"
-                return Report("failure", self._rank, sentence, finding.ranks)
+                return Report("failure", self._rank, replace(finding, sentence=sentence))
             if time.monotonic() > until:
                 return None
             time.sleep(self.deadlines.beat / 4)
@@ -197,17 +197,19 @@ class Watchdog:
         if self.report is not None:
             if self.reaction.on_hang == "report" and position.moved != self._reported_at:  # it was no hang, after all
                 self.report, self._read = None, len(self.others.reports)
+                went_on = f"rank {self._rank} went on after that"
+                bounded(lambda: self.journal.withdraw(self.reaction.folder, went_on), 1.0)
             return
         heard = self._heard_of_failure()
         if heard is not None:
             self._act(heard)
         elif (alone := self._alone()) is not None:
             compiles = any(p.compiles for r, p in self.others.positions().items() if r in alone.ranks)
-            self._tell(Report("alone" if compiles else "hang", self._rank, alone.sentence, alone.ranks))
+            self._tell(Report("alone" if compiles else "hang", self._rank, alone))
         elif self._expired(position, now):
             finding = self._finding(position, now - self._moved_at)
             if finding is not None:
-                self._tell(Report("hang", self._rank, finding.sentence, finding.ranks))
+                self._tell(Report("hang", self._rank, finding))
 
     def _tell(self, report: Report) -> None:
         self.report = report

@@ -15,7 +15,7 @@ import pytest
 from ringfence.cli import main
 from ringfence.runtime.errors import JournalError
 from ringfence.runtime.watch import journals
-from ringfence.runtime.watch.culprit import find_culprit
+from ringfence.runtime.watch.culprit import Failure, find_culprit
 from ringfence.runtime.watch.journal import (
     CAPTURE,
     REPLAY,
@@ -27,6 +27,7 @@ from ringfence.runtime.watch.journal import (
     Position,
     ProgramNote,
 )
+from ringfence.runtime.watch.report import Report, failed
 
 #: A compute piece, an island with one call, a piece with two calls.
 NOTE = ProgramNote(
@@ -385,3 +386,67 @@ def test_a_position_of_an_older_file_is_read() -> None:
     old = Position(0, "idle", 3, collective="trtllm").to_dict()
     old["strategy"] = old.pop("collective")
     assert Position.from_dict(old).collective == "trtllm"
+
+
+# -- the first report stays ---------------------------------------------------------------------
+
+
+def report(rank: int, *, victim: bool = False) -> Report:
+    return failed(Failure(rank, "step 0", "ValueError: no such expert", victim))
+
+
+def written(folder: Path) -> dict[str, Any]:
+    value = json.loads((folder / "journal-rank0.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def test_what_was_written_with_the_first_report_stays(tmp_path: Path) -> None:
+    j = journal()
+    step(j, enter=2, leave=1)
+    j.dump(tmp_path, "failure: rank 1", report=report(1), probes={})
+    j.dump(tmp_path, "failure: rank 1", report=report(1), probes={"flags": [1]})  # found out meanwhile
+    j.leave(), j.fail()
+    step(j)
+    j.dump(tmp_path, "signal SIGUSR2")
+    j.dump(tmp_path, "failure: rank 0", report=report(0))
+    value = written(tmp_path)
+    assert value["report"]["finding"]["ranks"] == [1] and value["reason"] == "failure: rank 1"
+    assert value["position"]["step"] == 0 and value["position"]["calls"]
+    assert value["probes"] == {"flags": [1]}
+    assert [note["reason"] for note in value["later"]] == ["signal SIGUSR2", "failure: rank 0"]
+    assert journals.read_folder(tmp_path)[0].later == ("signal SIGUSR2", "failure: rank 0")
+
+
+def test_the_cause_replaces_what_a_victim_wrote(tmp_path: Path) -> None:
+    j = journal()
+    j.dump(tmp_path, "failure: rank 0", report=report(0, victim=True))
+    j.dump(tmp_path, "failure: rank 1", report=report(1))
+    value = written(tmp_path)
+    assert value["reason"] == "failure: rank 1" and value["report"]["finding"]["ranks"] == [1]
+    assert [note["reason"] for note in value["later"]] == ["failure: rank 0"]
+
+
+def test_after_a_report_that_was_withdrawn_the_next_is_a_first_one(tmp_path: Path) -> None:
+    j = journal()
+    j.withdraw(tmp_path, "nothing was reported")
+    assert not list(tmp_path.iterdir())
+    j.dump(tmp_path, "hang: rank 1", report=report(1))
+    j.withdraw(tmp_path, "rank 0 went on")
+    assert [note["reason"] for note in written(tmp_path)["later"]] == ["rank 0 went on"]
+    j.dump(tmp_path, "hang: rank 0", report=report(0))
+    value = written(tmp_path)
+    assert value["reason"] == "hang: rank 0" and value["later"] == []
+    assert [note["reason"] for note in value["earlier"]] == ["hang: rank 1"]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    j = journal()
+    monkeypatch.setattr(Path, "write_text", full)
+    j.try_dump(tmp_path, "hang: rank 1", report=report(1))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,58 @@
+"""Report: what a rank tells all others when something went wrong, and what every rank writes down of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .culprit import Failure, Finding
+
+
+@dataclass(frozen=True)
+class Report:
+    """Who is to blame, and for what.
+
+    kind: "hang"; "failure", an exception broke a step off; "alone", one rank compiles what the others do not.
+    """
+
+    kind: str
+    reporter: int
+    finding: Finding
+    failure: Failure | None = None
+
+    @property
+    def sentence(self) -> str:
+        return self.finding.sentence
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Those to blame."""
+        return self.finding.ranks
+
+    @property
+    def conclusive(self) -> bool:
+        """A victim reports what hit it, and looks for the cause; others should wait for what it finds."""
+        return self.failure is None or not self.failure.victim
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Report:
+        """Raises KeyError, TypeError or ValueError for what :meth:`to_dict` did not write."""
+        told = value["finding"]
+        known = {f.name: told[f.name] for f in fields(Finding) if f.name in told}
+        finding = Finding(**known | {"ranks": _ranks(told["ranks"]), "waiting": _ranks(told["waiting"])})
+        failure = Failure(**value["failure"]) if value.get("failure") is not None else None
+        return cls(str(value["kind"]), int(value["reporter"]), finding, failure)
+
+
+def failed(failure: Failure, waiting: tuple[int, ...] = ()) -> Report:
+    """What a rank reports of its own exception."""
+    sentence = f"rank {failure.rank} failed in {failure.where}: {failure.error}"
+    return Report("failure", failure.rank, Finding((failure.rank,), waiting, sentence), failure)
+
+
+def _ranks(value: Any) -> tuple[int, ...]:
+    return tuple(int(rank) for rank in value)
