@@ -58,7 +58,7 @@ from .options import Options
 from .runtime.errors import HazardError, OptionsError
 from .runtime.hazards.situation import Situation
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.replay.program import Padding, ReturnedView, SizeRule
+from .runtime.replay.program import Padding, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervisor import OF_PROCESS, Asked, Supervisor, leave, supervisor_for
 
@@ -175,8 +175,9 @@ class Backend:
         graphs = self._graphs(device, assigned) if options.capture_sizes and sizes.tokens is not None else None
         captured = options.capture_sizes if graphs is not None else ()
         verdicts, assigned = self._judge(gm, assigned, sites, captured)
+        views = take_returned_views(gm, views_of_inputs())
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
-        plan, whole, views = self._split(gm, verdicts, device if graphs is not None else None)
+        plan, whole = self._split(gm, verdicts, device if graphs is not None else None)
         proof = self._prove(plan, verdicts, assigned, captured, pads)
         dump_graph("split", whole)
 
@@ -301,18 +302,17 @@ class Backend:
 
     def _split(
         self, gm: GraphModule, verdicts: Sequence[Verdict], captured_on: torch.device | None
-    ) -> tuple[SplitPlan, GraphModule, dict[int, ReturnedView]]:
+    ) -> tuple[SplitPlan, GraphModule]:
         """Cut the graph where the verdicts say, with writes in place and the sizes that each piece needs."""
         eager = self.options.piece_compiler == "eager"
         fix_storage_offsets(gm)
-        views = take_returned_views(gm, views_of_inputs())
         before = FunctionalNumbers(gm) if self.options.check_parts else None
         parts = write_in_place(gm, cut(gm, verdicts), eager_pieces=eager)
         if not eager:
             parts = give_sizes(gm, parts)
         if before is not None:
             check_parts(gm, parts, before, captured_on, sizes=not eager)
-        return *split(gm, parts), views
+        return split(gm, parts)
 
     def _prove(
         self,

@@ -29,10 +29,14 @@ class Step:
 
 @dataclass(frozen=True)
 class ReturnedView:
-    """A view of an argument that the program returns: ``call`` of the arguments ``inputs`` of each call."""
+    """A view that the program returns: ``call`` of the arguments ``inputs`` of each call.
+
+    of: the output that it looks at, by its position, which is given first; None for a view of an argument.
+    """
 
     call: Callable[..., Any]
     inputs: tuple[int, ...]
+    of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Program:
     The first ``len(inputs)`` slots are the arguments, named by ``inputs``; ``constants``
     are put into their slots before the first step. ``static_inputs`` are the arguments
     that stay where they are between calls: parameters and buffers. ``written`` are those of
-    the others that the program writes into. ``views`` are taken of the caller's arguments, by position among the
-    outputs, whatever ``outputs`` says there.
+    the others that the program writes into. ``views`` are taken of the caller's arguments, or of an output, by
+    position among the outputs: what ``outputs`` says there is seen by views alone.
     """
 
     steps: tuple[Step, ...]
@@ -54,6 +58,19 @@ class Program:
     static_inputs: frozenset[int]
     written: frozenset[int] = frozenset()
     views: Mapping[int, ReturnedView] = field(default_factory=dict)
+
+    @property
+    def unseen(self) -> frozenset[int]:
+        """The outputs, by position, that a view is given for and that no view looks at."""
+        return frozenset(self.views.keys() - {view.of for view in self.views.values()})
+
+    def with_views(self, outputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """What the caller is given of the outputs, which are the caller's own already."""
+        given = list(outputs)
+        for position, view in self.views.items():
+            of = () if view.of is None else (outputs[view.of],)
+            given[position] = view.call(*of, *[args[i] for i in view.inputs])
+        return given
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class PiecewiseRunner:
         read_by_islands = {i for step in program.steps if step.island for i in step.inputs}
         self._read_kept = [i for i in self._places.kept if i in read_by_islands]
         self._dynamic = [i for i in range(len(program.inputs)) if i not in self._places.kept]
+        self._unseen = program.unseen
 
     @property
     def bytes_held(self) -> dict[tuple[int, ...], int]:
@@ -259,9 +260,12 @@ class PiecewiseRunner:
     # -- uncaptured ------------------------------------------------------------------
 
     def _run(self, args: Sequence[Any], sizes: tuple[int, ...]) -> list[Any]:
+        return self._program.with_views(self._values(args, sizes), args)
+
+    def _values(self, args: Sequence[Any], sizes: tuple[int, ...]) -> list[Any]:
         slots = self._slots(args)
         self._step(sizes, UNCAPTURED, self._run_steps, slots)
-        return self._with_views([slots[i] for i in self._program.outputs], args)
+        return [slots[i] for i in self._program.outputs]
 
     def _run_as(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         """Uncaptured what would be a call of ``target``: other ranks may replay it, so the rows must be as many."""
@@ -274,13 +278,13 @@ class PiecewiseRunner:
                 narrow(grown[i], pads.inputs[i], sizes[0]).copy_(arg)
             elif isinstance(arg, int) and i in self._dynamic:
                 grown[i] = target[0]
-        outputs = self._run(grown, target)
+        outputs = self._values(grown, target)
         for position, slot in enumerate(self._program.outputs):
             if slot < len(args):
                 outputs[position] = args[slot]
-            elif position in pads.outputs:
+            elif position in pads.outputs and position not in self._unseen:
                 outputs[position] = narrow(outputs[position], pads.outputs[position], sizes[0]).clone()
-        return outputs
+        return self._program.with_views(outputs, args)
 
     def _slots(self, args: Sequence[Any]) -> list[Any]:
         slots = [*args, *[None] * (self._program.slots - len(args))]
@@ -347,8 +351,8 @@ class PiecewiseRunner:
         if self._issues and self._pending.any():
             self._pending.wait(entry.slots[slot] for slot in self._program.outputs)
         for position, slot in enumerate(self._program.outputs):
-            if slot < len(args):  # the graph returns an input: the caller's own, not our copy of it
-                outputs.append(args[slot])
+            if slot < len(args) or position in self._unseen:  # an input is the caller's own, not our copy of it
+                outputs.append(args[slot] if slot < len(args) else None)
                 continue
             value = entry.slots[slot]
             if position in grown:
@@ -356,13 +360,7 @@ class PiecewiseRunner:
             if isinstance(value, Tensor) and not self._static_outputs:
                 value = value.clone()
             outputs.append(value)
-        return self._with_views(outputs, args)
-
-    def _with_views(self, outputs: list[Any], args: Sequence[Any]) -> list[Any]:
-        """The views of the caller's own arguments among the outputs."""
-        for position, view in self._program.views.items():
-            outputs[position] = view.call(*[args[i] for i in view.inputs])
-        return outputs
+        return self._program.with_views(outputs, args)
 
     def _record(self, marks: Marks, recording: Recording, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         entry = recording.entry

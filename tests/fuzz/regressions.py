@@ -100,6 +100,14 @@ self.stack[...] = torch.sin(v3)
         parse({"x": "float32[n,16]", "c1": "keep float32[8,16]"}, "n = x.shape[0]\nc1.mul_(0.5)\nv1 = c1[n:]", "v1"),
         Setting(Plan(_STEPS), dynamic=True, group=None, options={"piece_compiler": "eager"}),
     ),
+    "an output is fed back, and a view of it is held": Regression(
+        parse(
+            {"x": "float32[n,16]", "y": "float32[m,16]"},
+            "v5 = torch.sin(x)\nv7 = torch.ops.fz.pure(y)\nx.copy_(v5 * 0.5)",
+            "v5, v5[:], v7",
+        ),
+        Setting(Plan(_STEPS, feed=True), dynamic=None, group=None, options={**_EAGER, "split_ops": ["fz::pure"]}),
+    ),
     **{
         f"a later part of {call} is written": Regression(
             parse(
