@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from .commands import bench, check, doctor, explain, hazards, journal
-from .commands.terminal import FAILED, USAGE
+from .commands.terminal import FAILED, INTERRUPTED, USAGE, answer, say
 from .runtime.errors import (
     JournalError,
     OptionsError,
@@ -30,6 +29,14 @@ _BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceEr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code (:mod:`.commands.terminal`)."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="ringfence", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ringfence {importlib.metadata.version('ringfence')}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -39,15 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], tuple[str, int]] = arguments.run
     try:
         text, code = run(arguments)
-        if text:  # of the ranks of a bench, one has something to say
-            print(text, flush=True)
-    except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RingfenceError as error:
         if _first_of_the_ranks():
-            print(f"ringfence: {error}", file=sys.stderr, flush=True)
+            say(str(error))
         return USAGE if isinstance(error, _BAD_USAGE) else FAILED
-    return code
+    written = answer(text) if text else True  # of the ranks of a bench, one has something to say
+    return code if written else FAILED
 
 
 def _first_of_the_ranks() -> bool:

@@ -11,7 +11,7 @@ from ..runtime.errors import OptionsError, TraceError
 from ..runtime.hazards.situation import Collective, Payload, Situation, Strategy
 from ..runtime.protocol.plan import MODELLED, PlannedPiece, even_pieces, exercise, moe_pieces, programs
 from .arguments import Commands, count, layers, natural, world_size
-from .terminal import FAILED, OK, say_if_unread, stage, write
+from .terminal import FAILED, OK, read, say_if_unread, stage, write
 
 if TYPE_CHECKING:
     from ..runtime.protocol.answer import Answer
@@ -140,8 +140,8 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        return read(path)
+    except (OSError, ValueError) as error:
         raise TraceError(f"'{path}' cannot be read: {error}") from error

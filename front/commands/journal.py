@@ -23,9 +23,9 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    from ..runtime.watch import journals
+    from ..runtime.watch import journals, picture, summary
 
     merged = journals.merge(journals.read_folder(arguments.folder))
     if arguments.svg is not None:
-        write(arguments.svg, journals.svg(merged))
-    return json.dumps(merged.to_dict(), indent=2) if arguments.json else str(merged), OK
+        write(arguments.svg, picture.svg(merged))
+    return json.dumps(merged.to_dict(), indent=2) if arguments.json else summary.text(merged), OK

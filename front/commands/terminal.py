@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 from ..runtime.errors import OptionsError
 
-#: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
-OK, FAILED, USAGE = 0, 1, 2
+#: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own);
+#: broken off from the keyboard, as shells have it.
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 _QUIET_SECONDS = 2.0
 
+#: How long the other end of a FIFO may take to open it.
+_FIFO_SECONDS = 2.0
+
 
 def say(text: str) -> None:
-    print(f"ringfence: {text}", file=sys.stderr, flush=True)
+    """A line on standard error. Who does not read it misses it; nothing fails for that."""
+    with contextlib.suppress(OSError):
+        _print(f"ringfence: {text}", sys.stderr)
+
+
+def answer(text: str) -> bool:
+    """What a command found out, on standard output. False where it cannot be written, which is said then."""
+    try:
+        _print(text, sys.stdout)
+    except BrokenPipeError:  # the reader has enough, as in `ringfence hazards | head`
+        _give_up(sys.stdout)
+    except OSError as error:
+        _give_up(sys.stdout)
+        say(f"the answer cannot be written: {error}")
+        return False
+    return True
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Characters that the stream's encoding lacks are escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Otherwise what is still in the buffer is an error once more when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say_if_unread(flashinfer: str) -> None:
@@ -35,10 +71,54 @@ def first_lines(error: BaseException) -> str:
 
 
 def write(path: Path, text: str) -> None:
+    """In UTF-8. Raises :class:`OptionsError`, also for a FIFO that nobody reads."""
     try:
-        path.write_text(text)
-    except OSError as error:
+        with _fifo_that_is_read(path) if _is_fifo(path) else path.open("wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+    except (OSError, ValueError) as error:  # a path with a null character is a ValueError
         raise OptionsError(f"'{path}' cannot be written: {error}") from error
+
+
+def read(path: Path) -> bytes:
+    """Raises OSError, also for a FIFO into which nobody writes, and ValueError for what is no path."""
+    return _read_fifo(path) if _is_fifo(path) else path.read_bytes()
+
+
+def _is_fifo(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return stat.S_ISFIFO(path.stat().st_mode)
+    return False
+
+
+def _fifo_that_is_read(path: Path) -> BinaryIO:
+    """Opened as a file is, it would wait for a reader for ever."""
+    until = time.monotonic() + _FIFO_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            _still(until)
+        else:
+            os.set_blocking(descriptor, True)
+            return open(descriptor, "wb")
+
+
+def _read_fifo(path: Path) -> bytes:
+    """The same of a writer. One that is there may take its time."""
+    until = time.monotonic() + _FIFO_SECONDS
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        while (first := file.read(1)) == b"":  # None where somebody has it open and has not written yet
+            _still(until)
+        os.set_blocking(file.fileno(), True)
+        return (first or b"") + file.readall()
+
+
+def _still(until: float) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError(f"it is a FIFO, and for {_FIFO_SECONDS:g} s nobody came to its other end")
+    time.sleep(0.02)
 
 
 @contextlib.contextmanager

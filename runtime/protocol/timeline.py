@@ -90,7 +90,7 @@ def dump(result: Result[Any]) -> str:
     return json.dumps(value, indent=1)
 
 
-def load(saved: str) -> Result[Any]:
+def load(saved: str | bytes) -> Result[Any]:
     """Read what :func:`dump` wrote. Raises :class:`TraceError`."""
     try:
         value = json.loads(saved)
@@ -104,7 +104,7 @@ def load(saved: str) -> Result[Any]:
             skipped=_typed(value["skipped"], int),
             shortest=_typed(value["shortest"], bool),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, TraceError):
             raise
         raise TraceError(

@@ -39,11 +39,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Finding:
-    """ranks: to blame. waiting: for them. sentence: both, and where."""
+    """ranks: to blame. waiting: for them. sentence: both, and where. short: without the places. remedy: if any."""
 
     ranks: tuple[int, ...]
     waiting: tuple[int, ...]
     sentence: str
+    short: str = ""
+    remedy: str = ""
 
 
 def where(position: Position) -> str:
@@ -74,7 +76,8 @@ def find_culprit(
     first = next((f for f in failures if not f.victim), None)
     if first is not None:
         others = tuple(r for r in waiting if r != first.rank)
-        return Finding((first.rank,), others, f"rank {first.rank} failed in {first.where}: {first.error}")
+        short = f"rank {first.rank} failed: {first.error}"
+        return Finding((first.rank,), others, f"rank {first.rank} failed in {first.where}: {first.error}", short)
     if silent:
         gone = tuple(sorted(silent))
         said = "; ".join(f"rank {r} {silent[r]}" for r in gone)
@@ -82,7 +85,8 @@ def find_culprit(
         # What was heard long before the others waited says nothing: steps are shorter than a beat.
         recent = [r for r in gone if r in positions and positions[r].step >= step - 1]
         last = "; ".join(f"rank {r} was last heard of {_when(positions[r], 'in')}" for r in recent)
-        return Finding(gone, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting), last])))
+        short = f"{said}; {_wait(waiting)} for {'it' if len(gone) == 1 else 'them'}" if waiting else said
+        return Finding(gone, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting), last])), short)
     stuck = sorted((c.first, r, c) for r in waiting for c in positions[r].calls)
     for _, rank, call in stuck:
         finding = _behind_or_past(positions, rank, call, (members or {}).get(call.group) or tuple(positions))
@@ -92,17 +96,52 @@ def find_culprit(
     if alone:
         rank = alone[0]
         others = tuple(r for r in waiting if r not in alone)
+        short = f"{ranks_text(alone)} do{'es' * (len(alone) == 1)} not get on, in a piece that holds no call"
         return Finding(
-            alone, others, f"{ranks_text(alone)} does not get on in {where(positions[rank])}, which holds no call"
+            alone,
+            others,
+            f"{ranks_text(alone)} does not get on in {where(positions[rank])}, which holds no call",
+            short,
         )
     if stuck:
         together = tuple(dict.fromkeys(r for _, r, _ in stuck))
         places = _who_waits(positions, together)
-        return Finding(together, together, f"every rank has entered the call and none gets on: {places}")
+        odd, short = came_with({r: positions[r].sizes for r in together}) or ((), "")
+        if odd:
+            others = tuple(r for r in together if r not in odd) or together
+            return Finding(odd, others, f"{short}: {places}", short)
+        short = f"every rank has entered {stuck[0][2]} and none gets on"
+        return Finding(together, together, f"every rank has entered the call and none gets on: {places}", short)
     if failures:
         f = failures[0]
-        return Finding((f.rank,), waiting, f"rank {f.rank} failed in {f.where}: {f.error}")
+        return Finding(
+            (f.rank,), waiting, f"rank {f.rank} failed in {f.where}: {f.error}", f"rank {f.rank} failed: {f.error}"
+        )
     return None
+
+
+def came_with(sizes: Mapping[int, tuple[int, ...]]) -> tuple[tuple[int, ...], str] | None:
+    """The ranks that came with other sizes than most, and ``rank 1 came with 1 token, the others with 16``.
+
+    None where all came with the same. Where there is no "most", all are named.
+    """
+    ranks_of: dict[tuple[int, ...], list[int]] = {}
+    for rank in sorted(sizes):
+        ranks_of.setdefault(sizes[rank], []).append(rank)
+    if len(ranks_of) < 2:
+        return None
+    most, *rest = sorted(ranks_of, key=lambda s: -len(ranks_of[s]))
+    if len(ranks_of[rest[0]]) == len(ranks_of[most]):
+        odd, named = tuple(sorted(sizes)), [most, *rest]
+    else:
+        odd, named = tuple(sorted(r for s in rest for r in ranks_of[s])), rest
+    sides = [f"{ranks_text(ranks_of[s])} {'came ' * (not i)}with {_what_came(s)}" for i, s in enumerate(named)]
+    others = [f"the others with {_what_came(most).removesuffix(' tokens')}"] if most not in named else []
+    return odd, ", ".join(sides + others)
+
+
+def _what_came(sizes: tuple[int, ...]) -> str:
+    return f"{sizes[0]} token{'s' * (sizes[0] != 1)}" if len(sizes) == 1 else sizes_text(sizes)
 
 
 def find_alone(
@@ -129,7 +168,9 @@ def _alone(positions: Mapping[int, Position], there: Position, here: Position) -
     alone = tuple(sorted(r for r, p in positions.items() if alike(p, there)))
     waiting = tuple(sorted(r for r, p in positions.items() if alike(p, here)))
     does = there.compiles or f"waits for the others in the exchange '{there.exchange}'"
-    return Finding(alone, waiting, alone_text(alone, waiting, does, where(here)))
+    does_not = f"{ranks_text(waiting)} do{'es' * (len(waiting) == 1)} not"
+    short = f"{ranks_text(alone)} {does}; {does_not}, and neither comes to the other"
+    return Finding(alone, waiting, alone_text(alone, waiting, does, where(here)), short, REMEDY)
 
 
 def alone_text(alone: Sequence[int], waiting: Sequence[int], does: str, place: str) -> str:
@@ -152,6 +193,7 @@ def _behind_or_past(
     known = [r for r in members if r in positions]
     inside = tuple(r for r in known if any(c.group == call.group and c.first == call.first for c in positions[r].calls))
     behind = [r for r in known if positions[r].submitted.get(call.group, 0) <= call.first]
+    call_text = f"call {call.first} of group '{call.group}'"
     if behind:
         least = min(positions[r].submitted.get(call.group, 0) for r in behind)
         culprits = tuple(r for r in behind if positions[r].submitted.get(call.group, 0) == least)
@@ -162,6 +204,7 @@ def _behind_or_past(
             f"{ranks_text(culprits)} did not come to call {call.first} of group '{call.group}' "
             f"({where(positions[rank])} on rank {rank}), in which {ranks_text(inside)} "
             f"wait{'s' * (len(inside) == 1)}: {did}",
+            f"{ranks_text(culprits)} did not come to {call_text}, in which {_wait(inside)}",
         )
     # Of a device only whole steps are known, so this may be a range of calls that a host is still working through.
     within = [r for r in known if positions[r].submitted.get(call.group, 0) <= call.last]
@@ -173,6 +216,7 @@ def _behind_or_past(
             tuple(w for w in inside if w != r),
             f"rank {r} has entered calls before {entered} of group '{call.group}', and rank {rank} all of its step "
             f"({where(positions[rank])}): rank {r} {_what_it_does(positions[r])}",
+            f"rank {r} has entered calls before {entered} of group '{call.group}'; rank {rank} waits, in {call}",
         )
     past = tuple(r for r in known if positions[r].completed.get(call.group, 0) > call.last)
     if past and len(past) <= len(inside):
@@ -182,6 +226,7 @@ def _behind_or_past(
             f"{ranks_text(past)} left out a call of group '{call.group}': {'they have' if len(past) > 1 else 'it has'} "
             f"completed call {call.last}, in which {ranks_text(inside)} still wait{'s' * (len(inside) == 1)} "
             f"({where(positions[rank])})",
+            f"{ranks_text(past)} left out a call of group '{call.group}'; {_wait(inside, 'still ')} in {call}",
         )
     if past:
         return Finding(
@@ -189,6 +234,7 @@ def _behind_or_past(
             past,
             f"{ranks_text(inside)} made a call more than the others: still in {where(positions[rank])}, which "
             f"{ranks_text(past)} have completed",
+            f"{ranks_text(inside)} made a call more than the others: {call}",
         )
     return None
 
@@ -217,4 +263,8 @@ def _who_waits(positions: Mapping[int, Position], waiting: Sequence[int]) -> str
         at = positions[rank]
         place = where(at) if at.stuck_in_piece else f"the exchange '{at.exchange}', {_when(at)}"
         places.setdefault(place, []).append(rank)
-    return "; ".join(f"{ranks_text(r)} wait{'s' * (len(r) == 1)} in {place}" for place, r in places.items())
+    return "; ".join(f"{_wait(r)} in {place}" for place, r in places.items())
+
+
+def _wait(ranks: Sequence[int], still: str = "") -> str:
+    return f"{ranks_text(ranks)} {still}wait{'s' * (len(ranks) == 1)}"

@@ -26,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from . import user_code
 from .marks import CudaMarks
 from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, Calls, PieceNote, Position, ProgramNote, sizes_text
 from .record import Record
@@ -197,9 +198,14 @@ class Journal(Rings):
             "steps": list(self._written_steps()),
             "missed": self.missed,
             "position": self.position().to_dict(),
+            "code": self._code(),
             "stacks": stacks(),
             **more,
         }
+
+    def _code(self) -> dict[str, Any] | None:
+        place = user_code.of_thread(self._caller)  # of the thread that calls the model
+        return asdict(place) if place is not None else None
 
     def _written_steps(self) -> Iterator[dict[str, Any]]:
         oldest_piece = self._submitted - self._piece_mask - 1

@@ -9,18 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from ..channel import ranks_text
 from ..errors import JournalError
-from .culprit import Failure, Finding, find_alone, find_culprit, where
+from .culprit import Failure, Finding, find_alone, find_culprit
 from .journal import FORMAT
 from .position import REPLAY, Position, sizes_text
 from .report import Report
+from .user_code import CodePlace
 
 log = logging.getLogger(__name__)
-
-_DRAWN_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class RankJournal:
-    """The file of one rank. report: of the first that went wrong. later: what it wrote after that, and why."""
+    """The file of one rank. report: of the first that went wrong. later: what it wrote after that, and why.
+
+    code: the line of the user's program in which it stood, or threw.
+    """
 
     rank: int
     reason: str
@@ -54,6 +55,7 @@ class RankJournal:
     probes: Mapping[str, Any]
     report: Report | None = None
     later: tuple[str, ...] = ()
+    code: CodePlace | None = None
 
     @property
     def saw_it(self) -> bool:
@@ -77,11 +79,18 @@ class Merged:
     nothing_from: Mapping[int, tuple[int, ...]]
     could_not_write: tuple[int, ...] = ()
 
+    @property
+    def short(self) -> str:
+        """The sentence without the places."""
+        return (self.finding.short if self.finding is not None else "") or self.sentence
+
     def to_dict(self) -> dict[str, Any]:
         """The schema is docs/report.md."""
         return {
             "format": FORMAT,
             "sentence": self.sentence,
+            "short": self.short,
+            "code": {str(j.rank): str(j.code) for j in self.journals if j.code is not None},
             "ranks": list(self.finding.ranks) if self.finding is not None else [],
             "waiting": list(self.finding.waiting) if self.finding is not None else [],
             "missing": list(self.missing),
@@ -92,22 +101,6 @@ class Merged:
             "reasons": {str(j.rank): j.reason for j in self.journals},
             "later": {str(j.rank): list(j.later) for j in self.journals if j.later},
         }
-
-    def __str__(self) -> str:
-        lines = [self.sentence]
-        if self.divergence is not None:
-            lines.append(self.divergence)
-        for rank, waiting in self.nothing_from.items():
-            wait = "waits" if len(waiting) == 1 else "wait"
-            at = f"in the memory of {ranks_text(waiting)}, which {wait} for it"
-            lines.append(f"nothing of rank {rank} has arrived {at}")
-        if self.missing:
-            lines.append(f"no journal of {ranks_text(self.missing)}")
-        for j in self.journals:
-            at = where(j.position) + ("" if j.position.stuck_in_piece or j.position.step < 0 else ", complete")
-            why = "of that" if self.sentence in j.reason or j.reason in self.sentence else j.reason
-            lines.append(f"rank {j.rank}: {at}; written because {'' if why == 'of that' else 'of: '}{why}")
-        return "\n".join(lines)
 
 
 def read_folder(folder: Path) -> tuple[RankJournal, ...]:
@@ -138,9 +131,11 @@ def read_folder(folder: Path) -> tuple[RankJournal, ...]:
 
 
 def _read(path: Path) -> RankJournal:
+    if not path.is_file():  # a FIFO would be waited for
+        raise JournalError(f"'{path.name}' is no file")
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise JournalError(f"'{path.name}' cannot be read: {error}") from error
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         raise JournalError(f"'{path.name}' is no journal of format {FORMAT}; read it with the ringfence that wrote it")
@@ -159,6 +154,7 @@ def _read(path: Path) -> RankJournal:
             dict(value.get("probes", {})),
             Report.from_dict(value["report"]) if value.get("report") is not None else None,
             tuple(str(note["reason"]) for note in value.get("later", ())),
+            CodePlace.from_dict(value.get("code")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise JournalError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
@@ -276,62 +272,3 @@ def first_divergence(journals: Sequence[RankJournal]) -> str | None:
             sides = "; ".join(f"{ranks_text(r)}: {text}" for text, r in holders.items())
             return f"the ranks diverge at step {number}: {sides}"
     return None
-
-
-# -- the picture --------------------------------------------------------------------------
-
-
-def svg(merged: Merged, width: int = 1100, row: int = 46) -> str:
-    """The last steps of all ranks side by side: time runs right; what is not complete is red, islands are darker."""
-    marks = {j.rank: _last_steps(j.marks) for j in merged.journals}
-    times = [t for some in marks.values() for m in some for t in (m.entered, m.left) if t is not None]
-    first, last = (min(times), max([*times, *(j.written for j in merged.journals)])) if times else (0.0, 1.0)
-    # What hangs has no end: the bars of the time before take nine tenths of the width.
-    moving = max([t for t in times], default=last)
-    left, right = 90, width - 20
-    scale = (right - left) * 0.9 / max(moving - first, 1e-6)
-
-    def x_of(t: float) -> float:
-        return min(left + (t - first) * scale, right)
-
-    top = 56
-    root = ElementTree.Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {width} {top + row * max(len(marks), 1) + 30}",
-            "font-family": "sans-serif",
-            "font-size": "12",
-        },
-    )
-    ElementTree.SubElement(root, "rect", width="100%", height="100%", fill="white")
-    _text(root, 10, 20, merged.sentence, bold=True)
-    _text(root, 10, 38, merged.divergence or "")
-    for place, (rank, some) in enumerate(marks.items()):
-        y = top + row * place
-        blamed = merged.finding is not None and rank in merged.finding.ranks
-        _text(root, 10, y + row // 2, f"rank {rank}", bold=blamed, fill="#b00020" if blamed else "#222")
-        for mark in some:
-            x, end = x_of(mark.entered), right if mark.left is None else x_of(mark.left)
-            fill = "#ff9aa6" if mark.left is None else "#9db8dd" if mark.kind == "island" else "#dbe6f6"
-            box = ElementTree.SubElement(
-                root, "rect", x=f"{x:.1f}", y=str(y), width=f"{max(end - x, 1):.1f}", height=str(row - 12), fill=fill
-            )
-            piece = f"piece {mark.piece} '{mark.name}' ({mark.kind}) {mark.calls}"
-            about = f"step {mark.step} of {sizes_text(mark.sizes)}, {piece}"
-            ElementTree.SubElement(box, "title").text = about
-    span = f"{(moving - first) * 1e3:.1f} ms to the last mark; red: not complete when the journals were written"
-    _text(root, left, top + row * max(len(marks), 1) + 14, span)
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-def _last_steps(marks: Sequence[Mark]) -> list[Mark]:
-    last = max((m.step for m in marks), default=0)
-    return [m for m in marks if m.step > last - _DRAWN_STEPS]
-
-
-def _text(root: ElementTree.Element, x: int, y: int, words: str, bold: bool = False, fill: str = "#222") -> None:
-    weight = "bold" if bold else "normal"
-    text = ElementTree.SubElement(root, "text", {"x": str(x), "y": str(y), "fill": fill, "font-weight": weight})
-    text.text = words

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..channel import ranks_text
 from ..errors import GroupFailureError, HangError, RecompiledAloneError, RingfenceError
+from . import user_code
 from .heartbeat import Heartbeat
 from .journal import Journal
 from .report import Report
@@ -48,10 +48,10 @@ class Reaction:
 
     def write(self, journal: Journal, others: Heartbeat, report: Report, error: BaseException | None = None) -> None:
         """Write the journal, and again with what the probes found: they may cost all the time that there is."""
-        lines = traceback.format_exception(error) if error is not None else []
-        self._write(journal, others, report, traceback=lines, probes={})
+        broke = user_code.written(error)
+        self._write(journal, others, report, **broke, probes={})
         if self.folder is not None and self.probes:
-            self._write(journal, others, report, traceback=lines, probes=self._probe(journal))
+            self._write(journal, others, report, **broke, probes=self._probe(journal))
 
     def _write(self, journal: Journal, others: Heartbeat, report: Report, **more: Any) -> None:
         heard = {str(r): p.position.to_dict() for r, p in others.peers.items() if p.position is not None}

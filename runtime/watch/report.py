@@ -51,7 +51,8 @@ class Report:
 def failed(failure: Failure, waiting: tuple[int, ...] = ()) -> Report:
     """What a rank reports of its own exception."""
     sentence = f"rank {failure.rank} failed in {failure.where}: {failure.error}"
-    return Report("failure", failure.rank, Finding((failure.rank,), waiting, sentence), failure)
+    short = f"rank {failure.rank} failed: {failure.error}"
+    return Report("failure", failure.rank, Finding((failure.rank,), waiting, sentence, short), failure)
 
 
 def _ranks(value: Any) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from ..errors import (
     RecompiledAloneError,
 )
 from ..groups import Group, ranks_of
+from . import user_code
 from .agree import GroupAgreement, PlanDigest
 from .culprit import Failure, Finding, alone_text, where
 from .health import Health
@@ -277,14 +277,12 @@ class Supervisor:
             if told is not None and is_of_a_peer(error):
                 self.health.poison(*told)
                 alone = Report("alone", told[1][0], Finding(told[1], (self.journal.rank,), told[0]))
-                self.write(told[0], report=alone, traceback=traceback.format_exception(error))
+                self.write(told[0], report=alone, **user_code.written(error))
                 raise RecompiledAloneError(*told) from error
             at = place if place is not None else where(self.journal.position())
             text = f"{type(error).__name__}: {error}"
             failure = Failure(self.journal.rank, at, text)
-            self.write(
-                text, report=failed(failure), failures=[asdict(failure)], traceback=traceback.format_exception(error)
-            )
+            self.write(text, report=failed(failure), failures=[asdict(failure)], **user_code.written(error))
         elif (instead := self.watchdog.failed(error, place)) is not error:
             raise instead from error
 

@@ -183,6 +183,7 @@ def test_the_product_whose_peer_never_calls(collective: str, replayed: bool) -> 
 def watched(rank: int, collective: str, folder: str) -> Any:
     """A step that rank 1 leaves out, under a watchdog that only reports."""
     import ringfence
+    from ringfence.runtime.watch import summary
     from ringfence.runtime.watch.journals import merge, read_folder
 
     backend = ringfence.Backend(
@@ -209,7 +210,7 @@ def watched(rank: int, collective: str, folder: str) -> Any:
         values = [json.loads(path.read_text()) for path in paths if path.exists()]
     merged = merge(read_folder(Path(folder)))
     _until_probed(rank)
-    return {"probes": [v["probes"] for v in values], "text": str(merged), "json": merged.to_dict()}
+    return {"probes": [v["probes"] for v in values], "text": summary.text(merged, width=200), "json": merged.to_dict()}
 
 
 @two_gpus

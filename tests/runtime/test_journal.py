@@ -14,7 +14,7 @@ import pytest
 
 from ringfence.cli import main
 from ringfence.runtime.errors import JournalError
-from ringfence.runtime.watch import journals
+from ringfence.runtime.watch import journals, picture, summary
 from ringfence.runtime.watch.culprit import Failure, find_culprit
 from ringfence.runtime.watch.journal import (
     CAPTURE,
@@ -248,17 +248,21 @@ def test_the_rank_that_did_not_come_is_named(tmp_path: Path, capsys: pytest.Capt
     dumped(tmp_path, ahead, behind)
     assert main(["journal", str(tmp_path), "--svg", str(tmp_path / "ranks.svg")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == (
-        "rank 1 did not come to call 3 of group 'tp' (step 1 of sizes (4,), piece 1 'submod_1' (island), "
-        "call 3 of group 'tp' on rank 0), in which rank 0 waits: "
-        "rank 1 is in step 1 of sizes (4,), piece 0 'submod_0' (graph)"
-    )
-    assert said[1].startswith("rank 0: step 1") and said[2].startswith("rank 1: step 1")
+    assert said[0] == "rank 1 did not come to call 3 of group 'tp', in which rank 0 waits"
+    assert [line for line in said if line.startswith("rank 0")] == [
+        "rank 0 waits in call 3: step 1 of sizes (4,), piece 1 'submod_1'"
+    ]
     picture = ElementTree.parse(tmp_path / "ranks.svg")
     assert len(picture.findall(".//{*}rect")) == 1 + 5 + 4
     assert main(["journal", str(tmp_path), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert (value["format"], value["ranks"], value["waiting"], value["missing"]) == (1, [1], [0], [])
+    assert value["short"] == said[0] and "test_journal.py:" in value["code"]["1"]
+    assert value["sentence"] == (
+        "rank 1 did not come to call 3 of group 'tp' (step 1 of sizes (4,), piece 1 'submod_1' (island), "
+        "call 3 of group 'tp' on rank 0), in which rank 0 waits: "
+        "rank 1 is in step 1 of sizes (4,), piece 0 'submod_0' (graph)"
+    )
 
 
 def test_what_the_probes_say_of_a_rank_whose_part_has_not_arrived(
@@ -272,8 +276,8 @@ def test_what_the_probes_say_of_a_rank_whose_part_has_not_arrived(
     dumped(tmp_path, waits, others, probes={"workspaces of group 'tp'": [{"silent": []}, silent], **odd})
     dumped(tmp_path, absent, probes={"workspaces of group 'tp'": "no workspace is open", **odd})
     assert main(["journal", str(tmp_path)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[1] == "nothing of rank 2 has arrived in the memory of ranks 0, 1, which wait for it"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing of rank 2 has arrived in the memory of ranks 0, 1, which wait for it" in said
     assert main(["journal", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["nothing_from"] == {"2": [0, 1]}
 
@@ -319,14 +323,14 @@ def test_a_graph_without_dynamic_sizes_has_fixed_ones(tmp_path: Path) -> None:
     merged = journals.merge(journals.read_folder(dumped(tmp_path, ahead, behind)))
     assert "step 1 of fixed sizes, piece 1" in merged.sentence
     assert merged.divergence == "the ranks diverge at step 0: rank 0: fixed sizes, replay; rank 1: sizes (4,), replay"
-    assert "step 0 of fixed sizes, piece 0" in journals.svg(merged)
-    assert "()" not in str(merged) + journals.svg(merged)
+    assert "step 0 of fixed sizes, piece 0" in picture.svg(merged)
+    assert "()" not in summary.text(merged) + picture.svg(merged)
 
 
 def test_ranks_that_wait_for_nothing(tmp_path: Path) -> None:
     a, b = journal(0), journal(1)
     step(a), step(b)
-    assert "no rank waits" in str(journals.merge(journals.read_folder(dumped(tmp_path, a, b))))
+    assert "no rank waits" in summary.text(journals.merge(journals.read_folder(dumped(tmp_path, a, b))))
 
 
 def write(path: Path, text: str) -> None:
