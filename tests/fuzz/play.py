@@ -158,8 +158,10 @@ def _waited(output: Any) -> Any:
 
 
 def _share_memory(given: Any, outputs: list[Any]) -> bool:
-    places = [o.untyped_storage().data_ptr() for o in outputs if type(o) is Tensor]  # one that is unwaited has none
-    return isinstance(given, Tensor) and given.untyped_storage().data_ptr() in places
+    if type(given) is not Tensor:  # one that is unwaited has no memory of its own
+        return False
+    places = [o.untyped_storage().data_ptr() for o in outputs if type(o) is Tensor]
+    return given.untyped_storage().data_ptr() in places
 
 
 def _copies(values: Any) -> Any:
