@@ -20,7 +20,8 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from . import roles
-from .all_reduce import ALL_REDUCES, AllReduce, GroupOf, nested_all_reduces, recognise_all_reduce
+from .all_reduce import ALL_REDUCES, AllReduce, nested_all_reduces, recognise_all_reduce
+from .engine_ops import GroupOf
 from .match import Candidate, Match, Site
 from .norm_ops import NormCall, NormOp, is_foreign, norm_ops_of, op_of, read_call
 from .norms import Norm, norm_of_call, recognise_rms_norm
@@ -234,6 +235,13 @@ def _usable(all_reduce: AllReduce, groups: Collection[str] | None) -> Decline | 
     start, value = all_reduce.start, all_reduce.value
     if all_reduce.op.lower() != "sum":
         return Decline(Reason.REDUCE_OP, f"{label(start)} reduces with '{all_reduce.op}'; the fused kernels sum")
+    if all_reduce.group is None:
+        op = op_names(start)[0]
+        return Decline(
+            Reason.GROUP_KIND,
+            f"{label(start)} names no process group; say which one it runs over: "
+            f"all_reduce_ops={{'{op}': group.group_name}}, or 'world'",
+        )
     if not isinstance(all_reduce.group, str):
         return Decline(
             Reason.GROUP_KIND,

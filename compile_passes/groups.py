@@ -1,7 +1,8 @@
 """Groups: over which process group each collective of a graph runs.
 
 torch's collectives and the fused ops name it in their arguments. An engine's own op may hold another name
-(vLLM's ``"tp:0"``) or none; what it really runs over is written into its node once, and every later pass reads it.
+(vLLM's ``"tp:0"``), a list of ranks or none; the name of what it runs over is written into its node once, and every
+later pass reads it.
 """
 
 from __future__ import annotations
@@ -14,52 +15,67 @@ import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives.ops import all_reduce
-from ..runtime.errors import OptionsError
-from ..runtime.groups import Group, describe_group, group_exists
-from .all_reduce import EngineCall, GroupOf, engine_call
+from ..runtime.errors import GroupError, OptionsError
+from ..runtime.groups import Group, describe_group, group_exists, register_group, resolve_group
+from .engine_ops import GROUP, EngineCall, GroupOf, engine_call
 from .fuse import SITE
 from .op_calls import nodes_of, op_arguments, op_names
 from .roles import c10d, calls, first_node
-
-#: Key of ``node.meta`` under which an engine's all-reduce keeps the name of its process group.
-GROUP = "ringfence_group"
 
 #: Whose ops name a process group in their arguments.
 NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor", "symm_mem"})
 
 
 def describe_groups(
-    gm: GraphModule, device: torch.device, all_reduce_ops: Mapping[str, GroupOf] | None = None
+    gm: GraphModule,
+    device: torch.device,
+    all_reduce_ops: Mapping[str, GroupOf] | None = None,
+    said: dict[str, str] | None = None,
 ) -> dict[str, Group]:
     """The process groups of the graph's collectives, by first use; each of an engine's ops keeps its own from now on.
+
+    An engine's own name of a group stays in the graph: it stands for the torch group that the option tells. said: by
+    op, what calls of earlier graphs said of the one group that an option gives it for all calls; it is added to.
 
     Raises :class:`GroupError` for a group that does not exist, and :class:`OptionsError` where the option
     ``all_reduce_ops`` does not tell which one an op runs over.
     """
-    named: dict[str, str | None] = {}
+    said = said if said is not None else {}
     for node in nodes_of(gm):
         call = engine_call(node, all_reduce_ops) if all_reduce_ops and not is_ours_or_torchs(node) else None
         if call is not None and isinstance(call.group, str):  # if not, find declines it
-            _check_engine_call(node, call, named.setdefault(call.op, call.overruled))
-            node.meta[GROUP] = call.group
+            node.meta[GROUP] = _group_of_engine_call(node, call, device, said)
     return {name: describe_group(name, device) for name in groups_of(gm)}
 
 
-def _check_engine_call(node: Node, call: EngineCall, first: str | None) -> None:
-    """first: what the graph's first call of the op says of its group."""
-    if dist.is_initialized() and not group_exists(str(call.group)):
+def _group_of_engine_call(node: Node, call: EngineCall, device: torch.device, said: dict[str, str]) -> str:
+    """The name under which a call's group is known from now on: the engine's own, where it has one."""
+    if not dist.is_initialized():  # which describe_group tells
+        return str(call.group)
+    try:
+        group = resolve_group(str(call.group), device)
+    except GroupError as error:
         raise OptionsError(
             f"'{node.name}' ({call.op}) runs over '{call.group}', which is no name of a torch process group: say which "
-            f"one it stands for, all_reduce_ops={{'{call.op}': tp_group.group_name}}"
-        )
-    if call.overruled is None:
-        return
-    if call.overruled != first or group_exists(call.overruled):
+            f"one it stands for, ringfence.register_group('{call.group}', process_group), or "
+            f"all_reduce_ops={{'{call.op}': tp_group.group_name}} ({error})"
+        ) from error
+    if call.said is None or call.said == call.group:
+        return str(call.group)
+    there = resolve_group(call.said, device) if group_exists(call.said) else None
+    if call.whole and (said.setdefault(call.op, call.said) != call.said or (there is not None and there is not group)):
+        other = said[call.op]
         raise OptionsError(
             f"all_reduce_ops says that {call.op} runs over '{call.group}', and '{node.name}' calls it with "
-            f"'{call.overruled}'{'' if call.overruled == first else f', another with {first!r}'}: say for each name "
-            f"which group it stands for, all_reduce_ops={{'{call.op}': {{'{call.overruled}': group.group_name, ...}}}}"
+            f"'{call.said}'{'' if call.said == other else f', another with {other!r}'}: say for each name "
+            f"which group it stands for, ringfence.register_group('{call.said}', process_group), or "
+            f"all_reduce_ops={{'{call.op}': {{'{call.said}': group.group_name, ...}}}}"
         )
+    if there is None:
+        register_group(call.said, group)
+    elif there is not group:  # torch happens to call another group so
+        return str(call.group)
+    return call.said
 
 
 def is_ours_or_torchs(node: Node) -> bool:

@@ -5,7 +5,8 @@
     op(out!, x, weight, eps)                        _C::rms_norm, sgl_kernel::rmsnorm
     op(x!, residual!, weight, eps)                  _C::fused_add_rms_norm: x becomes the norm, residual the sum
 
-The form follows from an op's schema, because all engines order the arguments alike. What it computes follows from
+The form follows from an op's schema, because all engines order the arguments alike; a user may say it instead
+(:class:`NormOp`), and that is checked against the schema. What it computes follows from
 its name where the name is in :data:`KNOWN` or given by the user. Any other op that is called like one is run once,
 on generated inputs, beside the reference: an op that computes an RMSNorm on them is taken for one.
 """
@@ -15,8 +16,8 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,19 +65,44 @@ _WRAPPERS = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.
 class NormOp:
     """An op by the names of its arguments.
 
-    out: written with the norm, which is not returned. in_place: ``x`` becomes the norm and ``residual`` the sum.
-    proven: its name is in no list, and it was run.
+    x: the input, to which ``residual`` is added where there is one. out: written with the norm, which is not returned.
+    in_place: ``x`` becomes the norm and ``residual`` the sum. sum_first: it returns ``(sum, norm)``.
+    weight_bias: added to the weight, 1.0 for Gemma's. name: ``"namespace::name"``. proven: its name is in no list, and
+    it was run.
     """
 
-    name: str
     x: str
     weight: str
     eps: str
     residual: str | None = None
     out: str | None = None
     in_place: bool = False
+    sum_first: bool = False
     weight_bias: float = 0.0
+    name: str = ""
     proven: bool = False
+
+
+def check_row(row: NormOp, schema: torch.FunctionSchema) -> str | None:
+    """Why an op of this schema cannot have the roles that are said of it; None where it can."""
+    arguments = {a.name: a for a in schema.arguments}
+    said = {"x": row.x, "weight": row.weight, "residual": row.residual, "out": row.out}
+    for role, name in {**said, "eps": row.eps}.items():
+        if name is None:
+            continue
+        kind = str(arguments[name].type) if name in arguments else "no argument"
+        if kind not in (("Tensor", "Optional[Tensor]") if role != "eps" else ("float", "Optional[float]", "number")):
+            return f"{role}='{name}' is {kind} of {schema}"
+    written = {name for name, argument in arguments.items() if argument.is_write}
+    expected = {row.out} if row.out is not None else {row.x, row.residual} if row.in_place else set()
+    if row.in_place and (row.residual is None or row.out is not None):
+        return "in_place=True means that x becomes the norm and residual the sum, and not both are named"
+    if written != expected:
+        return f"{schema} writes {sorted(written) or 'nothing'}, and is said to write {sorted(map(str, expected))}"
+    returns = 0 if expected else 2 if row.residual is not None else 1
+    if len(schema.returns) != returns:
+        return f"{schema} returns {len(schema.returns)} values, and is said to return {returns}"
+    return None
 
 
 def read_schema(schema: torch.FunctionSchema, weight_bias: float = 0.0) -> NormOp | str:
@@ -87,15 +113,15 @@ def read_schema(schema: torch.FunctionSchema, weight_bias: float = 0.0) -> NormO
     if len(numbers) != 1 or any(str(a.type) not in ("Tensor", "Optional[Tensor]") for a in tensors):
         return f"{schema.name} takes {len(numbers)} floats where an RMSNorm takes its epsilon, or lists of tensors"
     names, returns = [a.name for a in tensors], len(schema.returns)
-    op = NormOp(schema.name, names[0], names[-1], numbers[0].name, weight_bias=weight_bias)
+    op = NormOp(names[0], names[-1], numbers[0].name, weight_bias=weight_bias, name=schema.name)
     if not written and (len(names), returns) == (2, 1):
         return op
     if not written and (len(names), returns) == (3, 2):
-        return NormOp(op.name, names[0], names[2], op.eps, residual=names[1], weight_bias=weight_bias)
+        return replace(op, residual=names[1])
     if len(names) == 3 and returns == 0 and [a.name for a in written] == names[:1]:
-        return NormOp(op.name, names[1], names[2], op.eps, out=names[0], weight_bias=weight_bias)
+        return replace(op, x=names[1], out=names[0])
     if len(names) == 3 and returns == 0 and [a.name for a in written] == names[:2]:
-        return NormOp(op.name, names[0], names[2], op.eps, names[1], in_place=True, weight_bias=weight_bias)
+        return replace(op, residual=names[1], in_place=True)
     return f"{schema} has another form than the RMSNorm ops that are known: (x, [residual], weight, eps)"
 
 
@@ -118,23 +144,43 @@ _TORCHS = ("aten", "prims", "_c10d_functional", "c10d", "higher_order", "ringfen
 
 
 def norm_ops_of(
-    gm: GraphModule, given: Mapping[str, float] | None = None, device: torch.device | None = None
+    gm: GraphModule, given: Mapping[str, float | NormOp] | None = None, device: torch.device | None = None
 ) -> dict[str, NormOp | str]:
     """By name: the ops of a graph that are an RMSNorm, or why one that looks like it is not taken for one.
 
-    given: what the user says of ops, as in :data:`KNOWN`. device: where ops of other names are run; None runs none.
+    given: what the user says of ops, as in :data:`KNOWN`, or all of their roles. device: where ops of other names are
+    run; None runs none.
     """
     found: dict[str, NormOp | str] = {}
-    listed = {**KNOWN, **(given or {})}
+    listed: dict[str, float | NormOp] = {**KNOWN, **(given or {})}
     for node in gm.graph.nodes:
         op = op_of(node)
         if op is None or (name := op._schema.name) in found:
             continue
         if name in listed:
-            found[name] = read_schema(op._schema, listed[name])
+            found[name] = _believed(op._schema, listed[name])
         elif _looks_like_one(name):
             row = read_schema(op._schema)
             found[name] = row if isinstance(row, str) else _proven(op, row, node, device)
+    return found
+
+
+def _believed(schema: torch.FunctionSchema, said: float | NormOp) -> NormOp | str:
+    if not isinstance(said, NormOp):
+        return read_schema(schema, said)
+    row = replace(said, name=schema.name)
+    wrong = check_row(row, schema)
+    return row if wrong is None else f"norm_ops says of {schema.name} what its schema does not: {wrong}"
+
+
+def installed_ops(names: Iterable[str] = KNOWN) -> dict[str, NormOp | str]:
+    """The roles of those ops that are registered in this process, or why their schema is none's."""
+    found: dict[str, NormOp | str] = {}
+    for name in names:
+        namespace, _, op = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), op, None)
+        if packet is not None:
+            found[name] = read_schema(getattr(packet, packet.overloads()[0])._schema, KNOWN.get(name, 0.0))
     return found
 
 
@@ -182,6 +228,8 @@ def read_call(node: Node, row: NormOp) -> NormCall | str:
         norm, summed, mine = items.get(first), items.get(second), {first, second}
     elif row.residual is not None:
         norm, summed, mine = items.get(0), items.get(1), {0, 1}
+        if row.sum_first:
+            norm, summed = summed, norm
     else:
         norm, summed, mine = node, None, set()
     if norm is not node and (len(items) != len(node.users) or not {i for i, u in items.items() if u.users} <= mine):
@@ -257,7 +305,7 @@ def _proven(op: torch._ops.OpOverload, row: NormOp, node: Node, device: torch.de
         return f"{name} looks like an RMSNorm and cannot be run on {device} ({type(error).__name__}: {error}); {remedy}"
     if not biases:
         return f"{name} is called like an RMSNorm and computes something else"
-    return NormOp(**{**row.__dict__, "weight_bias": biases[0], "proven": True})
+    return replace(row, weight_bias=biases[0], proven=True)
 
 
 def _agrees(

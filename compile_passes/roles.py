@@ -37,6 +37,8 @@ VIEWS = {
     aten.alias.default,
     aten.detach.default,
 }
+#: A view too, where it keeps the dtype: vLLM's embedding ends with one.
+SAME_DTYPE = aten.view.dtype
 #: Ops that hand on the values of their first argument in memory of their own.
 COPIES = {
     aten.clone.default,
@@ -114,7 +116,7 @@ def dtype_text(dtype: torch.dtype) -> str:
 
 def view_input(node: object) -> Node | None:
     """The input of a reshape-like op that keeps rows whole (same last dimension)."""
-    if not calls(node, *VIEWS, *COPIES):
+    if not _hands_on(node):
         return None
     source = node.args[0]
     if not is_tensor(source) or tensor(source).ndim == 0 or tensor(node).ndim == 0:
@@ -125,10 +127,17 @@ def view_input(node: object) -> Node | None:
 
 def reshaped(node: object) -> Node | None:
     """The input of a view or copy, whatever shape it gives the same elements."""
-    if not calls(node, *VIEWS, *COPIES):
+    if not _hands_on(node):
         return None
     source = node.args[0]
     return source if is_tensor(source) else None
+
+
+def _hands_on(node: object) -> TypeGuard[Node]:
+    if not calls(node, SAME_DTYPE):
+        return calls(node, *VIEWS, *COPIES)
+    source = node.args[0]
+    return is_tensor(source) and tensor(source).dtype == tensor(node).dtype
 
 
 def cast_input(node: object) -> Node | None:

@@ -18,6 +18,8 @@ if __name__ != "ringfence":  # the clone's root is on the path: every module wou
 
 if TYPE_CHECKING:
     from .backend import Backend
+    from .compile_passes.engine_ops import AllReduceOp
+    from .compile_passes.norm_ops import NormOp
     from .compile_passes.report import CompileReport, assert_fused
     from .options import Options
     from .runtime.collectives.workspace import close_workspaces
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         MovedInputWarning,
         NestedCaptureError,
         NotFusedError,
+        NotSavableError,
         OptionsError,
         PartSpecError,
         PeerFailedError,
@@ -60,9 +63,11 @@ if TYPE_CHECKING:
         WorkspaceError,
         WorkspaceReplacedError,
     )
+    from .runtime.groups import register_group
 
 __all__ = [
     "AddressChangedError",
+    "AllReduceOp",
     "Backend",
     "CaptureError",
     "CaptureFailedWarning",
@@ -81,7 +86,9 @@ __all__ = [
     "JournalError",
     "MovedInputWarning",
     "NestedCaptureError",
+    "NormOp",
     "NotFusedError",
+    "NotSavableError",
     "Options",
     "OptionsError",
     "PartSpecError",
@@ -104,6 +111,7 @@ __all__ = [
     "WorkspaceReplacedError",
     "assert_fused",
     "close_workspaces",
+    "register_group",
 ]
 __version__ = "0.1.0"
 
@@ -111,11 +119,14 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """On first use, because torch takes seconds to import and ``ringfence hazards`` does not need it."""
     homes = {
+        "AllReduceOp": ".compile_passes.engine_ops",
         "Backend": ".backend",
         "CompileReport": ".compile_passes.report",
+        "NormOp": ".compile_passes.norm_ops",
         "Options": ".options",
         "assert_fused": ".compile_passes.report",
         "close_workspaces": ".runtime.collectives.workspace",
+        "register_group": ".runtime.groups",
     }
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -16,6 +16,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
+from .aot import boxed, compiled
 from .assign import assign, check_deterministic, described
 from .compile_passes.absent import why_no_all_reduce
 from .compile_passes.assignment import Assignment
@@ -29,7 +30,7 @@ from .compile_passes.find import find
 from .compile_passes.functional import written_inputs
 from .compile_passes.fuse import fuse
 from .compile_passes.graph_inputs import check_not_empty, needs_grad, specialise_floats, static_inputs
-from .compile_passes.groups import collectives_of, describe_groups
+from .compile_passes.groups import collectives_of, describe_groups, groups_of
 from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
@@ -56,6 +57,7 @@ from .installed import versions
 from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.errors import HazardError, OptionsError
+from .runtime.groups import same_groups
 from .runtime.hazards.situation import Situation
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.program import Padding, SizeRule
@@ -84,6 +86,7 @@ class Backend:
             "norm_ops": tuple(self.options.norm_ops),
         }
         self._seen_ops: set[str] = set()
+        self._said_groups: dict[str, str] = {}  # by engine op, see describe_groups
         given = self.options
         self._asked = Asked(
             {name: getattr(given, name) for name in OF_PROCESS if name in options},
@@ -128,7 +131,7 @@ class Backend:
                 f"ringfence.Backend({', '.join(f'{k}={v!r}' for k, v in options.items())})"
             )
         with self.supervisor.compiling(self._asked):
-            return self._compile_dynamo_graph(gm, example_inputs)
+            return compiled(lambda: self._compile_dynamo_graph(gm, example_inputs))
 
     def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if needs_grad(gm, example_inputs):
@@ -153,7 +156,8 @@ class Backend:
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any], names: Sequence[str]) -> Callable[..., Any]:
         """Compile one functional ATen graph, for AOT: its tensors are fake. names: of the inputs, by Dynamo."""
         options, device = self.options, device_of(gm)
-        groups = describe_groups(gm, device, options.all_reduce_ops)
+        options.register_groups()
+        groups = describe_groups(gm, device, options.all_reduce_ops, self._said_groups)
         channels = self.supervisor.open(groups.values(), device)
         inputs, static = input_names(gm, names), static_inputs(example_inputs)
         self._look_for_named_ops(gm)
@@ -238,7 +242,7 @@ class Backend:
                 captured=captured,
             )
         )
-        return _boxed(runner)
+        return boxed(runner)
 
     def _look_for_named_ops(self, gm: GraphModule) -> None:
         for option, names in self._named_ops.items():
@@ -254,7 +258,7 @@ class Backend:
         found = find(
             gm,
             strict=options.numerics == "strict",
-            groups=options.groups,
+            groups=same_groups(groups_of(gm), options.groups) if options.groups is not None else None,
             all_reduce_ops=options.all_reduce_ops,
             norm_ops=norm_ops_of(gm, options.norm_ops, device),
         )
@@ -383,15 +387,3 @@ def _inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
-
-
-def _boxed(runner: PiecewiseRunner) -> Callable[[list[Any]], list[Any]]:
-    """AOT's calling convention: the arguments come in a list, which the callee empties."""
-
-    def call(args: list[Any]) -> list[Any]:
-        values = tuple(args)
-        args.clear()
-        return runner(*values)
-
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call

@@ -11,6 +11,7 @@ from .compile_passes.assignment import Assignment
 from .compile_passes.match import Candidate
 from .compile_passes.switch_off import names_site
 from .options import Options
+from .runtime.groups import same_groups
 from .runtime.replay.program import SizeRule
 
 GRAD_MODE = (
@@ -53,7 +54,7 @@ def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
     there = {site.group for site in sites}
     if outcome.absent is not None:
         yield outcome.absent
-    elif unknown := sorted(set(options.groups or ()) - there):
+    elif unknown := [n for n in options.groups or () if not same_groups(filter(None, there), [n])]:
         yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
         yield f"skip_sites names {', '.join(idle)}: no all-reduce of this graph has such a module or source"

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
+from .op_options import all_reduce_ops, check_op_name, check_roles, group_names, norm_ops, strings
 from .runtime.collectives import table
 from .runtime.collectives.size_table import read_table
-from .runtime.errors import OptionsError
+from .runtime.errors import GroupError, OptionsError
+from .runtime.groups import register_group
 
 if TYPE_CHECKING:
-    from .compile_passes.all_reduce import GroupOf
+    from .compile_passes.engine_ops import GroupOf
+    from .compile_passes.norm_ops import NormOp
     from .compile_passes.report import CompileReport
 
 _CHOICES = {
@@ -73,12 +77,16 @@ class Options:
         by value, before it is used.
     max_tokens: the largest token count that a fused kernel's workspace is made for; no capture
         size may exceed it. The reference collective has no workspace.
-    all_reduce_ops: an engine's own all-reduce ops: names of those that take the name of a torch process group as an
-        argument, or a mapping from name to group. An op whose groups have names of the engine's own is mapped to
-        a mapping from those names: ``{"vllm::all_reduce": {"tp:0": tp_group.group_name}}``. Such an op
-        sums its one tensor over the ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
+    all_reduce_ops: an engine's own all-reduce ops: names of those that take the name of a group, or the list of its
+        ranks, as an argument; or a mapping from name to the group of one that takes none (``"world"`` is the default
+        group), to a mapping from the engine's names of groups (``{"vllm::all_reduce": {"tp:0": name}}``),
+        or to a :class:`ringfence.AllReduceOp` that says which argument is what. Such an op sums one tensor over the
+        ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
+    group_names: what an engine's names of groups stand for, ``{"tp:0": tp_group}``, where that was not registered
+        (:func:`ringfence.register_group`): process groups, or torch's names of them. They hold for the process.
     norm_ops: an engine's own RMSNorm ops, besides those that are known by name: names, or a mapping from name to
-        what is added to the weight (1.0 for Gemma's). They take ``(x, [residual], weight, eps)``, or write ``out``
+        what is added to the weight (1.0 for Gemma's), or to a :class:`ringfence.NormOp`. Without one, they take
+        ``(x, [residual], weight, eps)``, or write ``out``
         or ``x`` and ``residual`` in place. An op that is only called like one is run on generated inputs first.
     groups: names of the process groups to fuse over; None means all.
     graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs, and nothing elsewhere. ``"simulated"`` is for
@@ -121,7 +129,8 @@ class Options:
     check_parts: bool = True
     max_tokens: int | None = None
     all_reduce_ops: Mapping[str, GroupOf] = field(default_factory=dict)
-    norm_ops: Mapping[str, float] = field(default_factory=dict)
+    group_names: Mapping[str, Any] = field(default_factory=dict)
+    norm_ops: Mapping[str, float | NormOp] = field(default_factory=dict)
     groups: tuple[str, ...] | None = None
     graphs: str = "auto"
     pad_to_capture_size: bool = False
@@ -158,15 +167,17 @@ class Options:
                 raise OptionsError(f"{key}={checked[key]!r} is not a bool")
         for key in ("split_ops", "groups", "skip_sites"):
             if checked.get(key) is not None:
-                checked[key] = _strings(key, checked[key])
+                checked[key] = strings(key, checked[key])
         if checked.get("groups") == ():
             raise OptionsError("groups is empty, so nothing could be fused; None means every group")
         for name in checked.get("split_ops", ()):
-            _check_op_name("split_ops", name)
+            check_op_name("split_ops", name)
         if "all_reduce_ops" in checked:
-            checked["all_reduce_ops"] = _all_reduce_ops(checked["all_reduce_ops"])
+            checked["all_reduce_ops"] = all_reduce_ops(checked["all_reduce_ops"])
+        if "group_names" in checked:
+            checked["group_names"] = group_names(checked["group_names"])
         if "norm_ops" in checked:
-            checked["norm_ops"] = _norm_ops(checked["norm_ops"])
+            checked["norm_ops"] = norm_ops(checked["norm_ops"])
         _check_sizes(checked)
         for key in _SECONDS:
             seconds = checked.get(key, 1.0)
@@ -221,11 +232,20 @@ class Options:
                         f"{key} holds '{name}', and no such op is registered with torch; import the package that "
                         "registers it before the model is compiled"
                     )
+                check_roles(key, name, getattr(self, key), getattr(found, overload or found.overloads()[0]))
                 if is_taken_apart(name):
                     raise OptionsError(
                         f"{key} holds '{name}', which torch replaces by the ops that it is made of before any backend "
                         "sees it; name one of those (TORCH_LOGS=aot_graphs shows them)"
                     )
+
+    def register_groups(self) -> None:
+        """Let the names in ``group_names`` stand for their groups. Raises :class:`OptionsError`."""
+        for name, group in self.group_names.items():
+            try:
+                register_group(name, group)
+            except GroupError as error:
+                raise OptionsError(f"group_names: {error}") from error
 
     def given(self) -> dict[str, Any]:
         """The options that differ from the defaults."""
@@ -237,9 +257,7 @@ class Options:
         """JSON-ready values; a callable becomes whether it is set."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["on_report"] = self.on_report is not None
-        return {
-            k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in values.items()
-        }
+        return {key: _plain(value) for key, value in values.items()}
 
 
 #: What says something about fused sites alone, and may not be asked for where nothing is to be fused.
@@ -258,13 +276,15 @@ def _check_nothing_asks_for_fusion(options: Options) -> None:
         )
 
 
-def _strings(key: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
-        raise OptionsError(f"{key}={value!r} is not a list of strings")
-    wrong = [v for v in value if not isinstance(v, str)]
-    if wrong:
-        raise OptionsError(f"{key} holds {wrong[0]!r}, which is not a string")
-    return tuple(value)
+def _plain(value: Any) -> Any:
+    """JSON-ready."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, dist.ProcessGroup):
+        return value.group_name
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _check_can_be_written(folder: str) -> None:
@@ -281,43 +301,6 @@ def _check_can_be_written(folder: str) -> None:
         raise OptionsError(
             f"journal_dir='{folder}' cannot be written: '{there}' takes no files ({error.strerror}); name another one"
         ) from error
-
-
-def _check_op_name(key: str, name: str) -> None:
-    namespace, _, rest = name.partition("::")
-    if not namespace or not rest:
-        raise OptionsError(f"{key} holds '{name}'; an op is named 'namespace::name' or 'namespace::name.overload'")
-
-
-def _all_reduce_ops(value: object) -> dict[str, GroupOf]:
-    ops: dict[str, GroupOf]
-    if isinstance(value, Mapping):
-        ops = {k: dict(v) if isinstance(v, Mapping) else v for k, v in value.items()}
-        if not all(isinstance(k, str) and _names_groups(v) for k, v in ops.items()):
-            raise OptionsError(
-                f"all_reduce_ops={value!r} does not map op names to group names (strings, None, or mappings from the "
-                "names that the op takes; of a ProcessGroup pass .group_name)"
-            )
-    else:
-        ops = dict.fromkeys(_strings("all_reduce_ops", value))
-    for name in ops:
-        _check_op_name("all_reduce_ops", name)
-    return ops
-
-
-def _names_groups(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return bool(value) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
-    return isinstance(value, str | None)
-
-
-def _norm_ops(value: object) -> dict[str, float]:
-    ops = dict(value) if isinstance(value, Mapping) else dict.fromkeys(_strings("norm_ops", value), 0.0)
-    for name, bias in ops.items():
-        if not isinstance(name, str) or isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise OptionsError(f"norm_ops={value!r} does not map op names to what is added to the weight (0.0, 1.0)")
-        _check_op_name("norm_ops", name)
-    return {name: float(bias) for name, bias in ops.items()}
 
 
 def _check_sizes(checked: dict[str, Any]) -> None:

@@ -92,6 +92,10 @@ class SizeTableError(RingfenceError, ValueError):
     """A file of sizes that cannot be read."""
 
 
+class NotSavableError(RingfenceError):
+    """A compiled graph was to be saved, and it belongs to this process."""
+
+
 class WorkspaceError(RingfenceError):
     """A workspace cannot be created, used or replaced here and now."""
 

@@ -1,9 +1,15 @@
-"""Process groups, by the names that graphs carry."""
+"""Process groups, by the names that graphs carry.
+
+A name is torch's own, an alias that was registered (an engine's ``"tp:0"``), or one that is made of global ranks
+(``"ranks:0,1"``). torch numbers its groups as a process makes them, so its names mean nothing to another process;
+aliases do, and stay in the graph. They live in torch's registry of names, where its functional collectives look too.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +17,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .errors import GroupError
+
+#: What graphs call the default process group, where an engine's op takes no group.
+WORLD = "world"
+_OF_RANKS = "ranks:"
 
 
 @dataclass(frozen=True)
@@ -30,13 +40,7 @@ def describe_group(name: str, device: torch.device) -> Group:
             f"the model all-reduces over group '{name}', and no process group is initialised; "
             "call torch.distributed.init_process_group before compiling"
         )
-    try:
-        group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    except RuntimeError as error:
-        raise GroupError(
-            f"the model all-reduces over group '{name}', which does not exist in this process; "
-            f"groups are named by ProcessGroup.group_name, and the default one is '{_default_group_name()}'"
-        ) from error
+    group = resolve_group(name, device)
     if type(group) is not dist.ProcessGroup:  # a group of its own class serves every device
         return Group(name, group.name(), group.size(), group.rank())
     try:
@@ -48,19 +52,106 @@ def describe_group(name: str, device: torch.device) -> Group:
     return Group(name, backend, group.size(), group.rank())
 
 
+def resolve_group(name: str, device: torch.device | None = None) -> dist.ProcessGroup:
+    """The process group of that name; one that is named by its ranks is looked for, one for ``device`` first.
+
+    Raises :class:`GroupError` where this process has none.
+    """
+    found = _find(name)
+    if found is not None:
+        return found
+    if name == WORLD and dist.group.WORLD is not None:
+        register_group(name, dist.group.WORLD)
+        return dist.group.WORLD
+    if name.startswith(_OF_RANKS):
+        ranks = [int(rank) for rank in name.removeprefix(_OF_RANKS).split(",")]
+        alike = [group for group in _groups() if dist.get_process_group_ranks(group) == ranks]
+        if not alike:
+            raise GroupError(
+                f"an all-reduce names the ranks {ranks}, and no process group has these; make one on every rank: "
+                f"torch.distributed.new_group({ranks})"
+            )
+        group = next((g for g in alike if device is not None and _serves(g, device)), alike[0])
+        register_group(name, group)
+        return group
+    raise GroupError(
+        f"the model all-reduces over group '{name}', which does not exist in this process; groups are named by "
+        f"ProcessGroup.group_name, and the default one is '{_default_group_name()}'. A name of an engine's own is "
+        f"registered in each process: ringfence.register_group('{name}', process_group)"
+    )
+
+
 def group_exists(name: str) -> bool:
     """Whether this process has a process group of that name."""
-    try:
-        distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    except RuntimeError:
-        return False
-    return True
+    return _find(name) is not None
+
+
+def register_group(name: str, process_group: dist.ProcessGroup | str) -> None:
+    """Let ``name`` stand for a process group of this process, as an engine's ``"tp:0"`` does.
+
+    The name, and not torch's own, is what graphs carry from then on; so every process that runs such a graph registers
+    it, before its first call. It may differ between ranks which group it stands for. It ends with the group, or with
+    torch.distributed. Registering it again for the same group does nothing.
+
+    Raises :class:`GroupError` for what is no process group of this process, and where the name stands for another.
+    """
+    if not isinstance(name, str) or not name:
+        raise GroupError(f"a group is registered by a name, and {name!r} is none")
+    group = _find(process_group) if isinstance(process_group, str) else process_group
+    if group is None or not (dist.is_available() and dist.is_initialized()) or group not in _groups():
+        raise GroupError(
+            f"{process_group!r} is no process group of this process, nor the name of one; pass what "
+            "torch.distributed.new_group returned on a rank of the group (a rank outside registers nothing)"
+        )
+    known = _find(name)
+    if known is group:
+        return
+    if known is not None:
+        raise GroupError(
+            f"'{name}' stands for the group of ranks {dist.get_process_group_ranks(known)} "
+            f"(torch calls it '{known.group_name}') already; register another name for that of ranks "
+            f"{dist.get_process_group_ranks(group)}"
+        )
+    distributed_c10d._unregister_process_group(name)  # type: ignore[attr-defined, arg-type]  # what an earlier group left behind
+    distributed_c10d._register_process_group(name, group)  # type: ignore[attr-defined, arg-type]
+
+
+def name_of_ranks(ranks: Sequence[int]) -> str:
+    """What graphs call the group of these global ranks, where an engine's op lists them: the same in every process."""
+    return _OF_RANKS + ",".join(map(str, sorted(ranks)))
+
+
+def same_groups(names: Iterable[str], among: Iterable[str]) -> set[str]:
+    """Which of ``names`` stand for a process group that one of ``among`` stands for too, be it by another name."""
+    wanted = {group for name in among if (group := _find(name)) is not None}
+    return {name for name in names if _find(name) in wanted}
 
 
 def ranks_of(name: str) -> tuple[int, ...]:
     """The global ranks of a group that exists."""
-    group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    return tuple(dist.get_process_group_ranks(group))
+    return tuple(dist.get_process_group_ranks(resolve_group(name)))
+
+
+def _find(name: str) -> dist.ProcessGroup | None:
+    """The group of that name. torch keeps an alias longer than the group that was destroyed."""
+    try:
+        group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    except RuntimeError:
+        return None
+    return group if group.group_name == name or group in _groups() else None
+
+
+def _groups() -> Collection[dist.ProcessGroup]:
+    """The process groups that this rank is in, in the order in which they were made."""
+    return distributed_c10d._world.pg_map.keys()
+
+
+def _serves(group: dist.ProcessGroup, device: torch.device) -> bool:
+    try:
+        group._get_backend(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def nccl_version() -> str | None:

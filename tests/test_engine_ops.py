@@ -84,16 +84,19 @@ def _ranks_run(rank: int) -> dict[tuple[str, str, bool], tuple[str, float, list[
     solo = [dist.new_group([i]) for i in range(2)][rank]  # its name is another one on each rank
     world = dist.group.WORLD
     assert world is not None
-    GROUPS.update({"tp:0": world, "solo": solo, world.group_name: world, solo.group_name: solo})
+    GROUPS.update({"tp:0": world, "tp:9": world, "solo": solo, world.group_name: world, solo.group_name: solo})
     by_name = {"tp:0": world.group_name, "solo": solo.group_name}
     forms: dict[str, tuple[str, Any]] = {
         "names": (world.group_name, ALL),
         "with overloads": (world.group_name, [f"{name}.default" for name in ALL]),
         "mapped": ("tp:0", dict.fromkeys([*ALL, "engine_test::total"], world.group_name)),
         "mapped by name": ("tp:0", dict.fromkeys(ALL, by_name)),
+        "registered": ("tp:9", ALL),
     }
+    ringfence.register_group("tp:9", world)
     runs = [("functional", "names"), ("in_place", "names"), ("functional", "with overloads"), ("in_place", "mapped")]
     runs += [("without_argument", "mapped"), ("declined", "names"), ("two_groups", "mapped by name")]
+    runs += [("two_groups", "registered")]  # "solo" is known by now
     found = {}
     for model, form in runs:
         group, ops = forms[form]

@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from ..channel import DEFAULT_SECONDS, Channel, open_channel
 from ..errors import CollectiveUnavailableError, OptionsError
-from ..groups import Group, describe_group, nccl_version
+from ..groups import Group, describe_group, nccl_version, resolve_group
 from ..hazards.situation import Strategy
 from . import table as collectives
 from .epilogue import Epilogue, RmsNorm
@@ -177,7 +176,7 @@ def _timings(
     device: torch.device,
 ) -> dict[str, Timing]:
     """One size. Every way is timed in turn, on the same machine in the same state."""
-    process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined, arg-type]
+    process_group = resolve_group(group.name, device)
     x, residual = _drawn(tokens, hidden, dtype, device, channel.rank), _drawn(tokens, hidden, dtype, device, -1)
     weight = torch.ones(hidden, dtype=dtype, device=device)
     norm, out = torch.empty_like(x), torch.empty_like(x)

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed import distributed_c10d
 
 from ..channel import Channel, failures_text, first_difference
 from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatch
-from ..groups import Group
+from ..groups import Group, resolve_group
 from ..hazards.situation import Fact, Situation, Strategy
 from . import table as collectives
 from .choice import Choice, Considered, choose
@@ -279,8 +278,7 @@ def _make(
     one = choice.implementation
     assert choice.row is not None and one.make is not None
     tokens = limit // (wanted.hidden * wanted.dtype.itemsize)
-    process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined, arg-type]
-    kernels = one.make(channel, process_group, tokens, wanted.hidden, wanted.dtype)
+    kernels = one.make(channel, resolve_group(group.name, device), tokens, wanted.hidden, wanted.dtype)
     return Workspace(one, choice.row, kernels, device, group.size, limit, one.dtypes(wanted.dtype))
 
 

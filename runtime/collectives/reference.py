@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..groups import group_exists, resolve_group
 from ..hazards.situation import Collective
 from .epilogue import Epilogue, RmsNorm
 from .kernels import Implementation
@@ -22,8 +23,19 @@ c10d = torch.ops._c10d_functional
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
-    """The sum of ``x`` over the ranks of a group, in a new contiguous tensor of its dtype."""
-    reduced: Tensor = c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group_name))
+    """The sum of ``x`` over the ranks of a group, in a new contiguous tensor of its dtype.
+
+    Raises :class:`GroupError` where this process has no group of that name, as when a graph comes from another one.
+    """
+    x = x.contiguous()
+    try:
+        unfinished = c10d.all_reduce(x, "sum", group_name)
+    except RuntimeError:
+        if group_exists(group_name):
+            raise
+        resolve_group(group_name, x.device)  # one that is named by its ranks is known to torch from now on
+        unfinished = c10d.all_reduce(x, "sum", group_name)
+    reduced: Tensor = c10d.wait_tensor(unfinished)
     return reduced
 
 

@@ -21,10 +21,10 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from ..channel import Channel, failures_text
 from ..errors import GroupError, WorkspaceError
+from ..groups import resolve_group
 from ..hazards.situation import Strategy
 from .kernels import Implementation, KernelCall, Kernels
 from .size_table import SizeRow
@@ -242,8 +242,8 @@ _of_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Workspaces] = weakref.We
 
 
 def workspaces_of(group_name: str) -> Workspaces:
-    """The workspaces of a process group."""
-    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    """The workspaces of a process group. Raises :class:`GroupError` where there is none of that name."""
+    group = resolve_group(group_name)
     found = _of_group.get(group)
     if found is None:
         found = _of_group[group] = Workspaces()
@@ -258,7 +258,7 @@ def close_workspaces(group: dist.ProcessGroup | str) -> None:
     """
     try:
         found = workspaces_of(group if isinstance(group, str) else group.group_name)
-    except (RuntimeError, AttributeError) as error:
+    except (GroupError, AttributeError) as error:
         raise GroupError(
             f"{group!r} is no process group of this process, nor the name of one; pass the group that the model "
             "reduces over (dist.group.WORLD, say), before dist.destroy_process_group"

@@ -240,7 +240,7 @@ def test_groups_have_workspaces_of_their_own() -> None:
 
 
 def test_a_group_that_does_not_exist() -> None:
-    with pytest.raises(RuntimeError, match="resolve"):
+    with pytest.raises(GroupError, match="no such group"):
         workspaces_of("no such group")
 
 

@@ -1,0 +1,118 @@
+"""Options that name ops of engines: lists of them, and what their arguments and groups are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from .runtime.errors import OptionsError
+
+if TYPE_CHECKING:
+    from .compile_passes.engine_ops import GroupOf
+    from .compile_passes.norm_ops import NormOp
+
+
+def strings(key: str, value: object) -> tuple[str, ...]:
+    """A list of strings, whatever kind of list it is. Raises :class:`OptionsError`, as all here."""
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise OptionsError(f"{key}={value!r} is not a list of strings")
+    wrong = [v for v in value if not isinstance(v, str)]
+    if wrong:
+        raise OptionsError(f"{key} holds {wrong[0]!r}, which is not a string")
+    return tuple(value)
+
+
+def check_op_name(key: str, name: str) -> None:
+    """``"namespace::name"`` or ``"namespace::name.overload"``."""
+    namespace, _, rest = name.partition("::")
+    if not namespace or not rest:
+        raise OptionsError(f"{key} holds '{name}'; an op is named 'namespace::name' or 'namespace::name.overload'")
+
+
+def all_reduce_ops(value: object) -> dict[str, GroupOf]:
+    """By op, what is said of its groups or of all its arguments."""
+    ops: dict[str, GroupOf]
+    if isinstance(value, Mapping):
+        ops = {k: _roles("all_reduce_ops", v) if isinstance(v, Mapping) else v for k, v in value.items()}
+        if not all(isinstance(k, str) and _names_groups(v) for k, v in ops.items()):
+            raise OptionsError(
+                f"all_reduce_ops={value!r} does not map op names to group names (strings, None, or mappings from the "
+                "names that the op takes; of a ProcessGroup pass .group_name), nor to ringfence.AllReduceOp"
+            )
+    else:
+        ops = dict.fromkeys(strings("all_reduce_ops", value))
+    for name in ops:
+        check_op_name("all_reduce_ops", name)
+    return ops
+
+
+def _names_groups(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+    return isinstance(value, str | None | _role_classes()["all_reduce_ops"])
+
+
+def norm_ops(value: object) -> dict[str, float | NormOp]:
+    """By op, what is added to its weight, or all its roles."""
+    ops = dict(value) if isinstance(value, Mapping) else dict.fromkeys(strings("norm_ops", value), 0.0)
+    ops = {name: _roles("norm_ops", said) if isinstance(said, Mapping) else said for name, said in ops.items()}
+    row = _role_classes()["norm_ops"]
+    for name, said in ops.items():
+        if not isinstance(name, str) or isinstance(said, bool) or not isinstance(said, int | float | row):
+            raise OptionsError(
+                f"norm_ops={value!r} does not map op names to what is added to the weight (0.0, 1.0), nor to "
+                "ringfence.NormOp"
+            )
+        check_op_name("norm_ops", name)
+    return {name: said if isinstance(said, row) else float(said) for name, said in ops.items()}
+
+
+def check_roles(option: str, name: str, said: Any, op: torch._ops.OpOverload) -> None:
+    """Raises :class:`OptionsError` where an option says of an op's arguments what its schema does not."""
+    from .compile_passes import engine_ops, norm_ops
+
+    row = said[name] if isinstance(said, Mapping) else None
+    wrong = None
+    if isinstance(row, engine_ops.AllReduceOp):
+        wrong = engine_ops.check_row(row, op._schema)
+    elif isinstance(row, norm_ops.NormOp):
+        wrong = norm_ops.check_row(row, op._schema)
+    if wrong is not None:
+        raise OptionsError(f"{option} says of '{name}' what its schema does not: {wrong}")
+
+
+def _role_classes() -> dict[str, Any]:
+    from .compile_passes.engine_ops import AllReduceOp
+    from .compile_passes.norm_ops import NormOp
+
+    return {"all_reduce_ops": AllReduceOp, "norm_ops": NormOp}
+
+
+def _roles(option: str, given: Mapping[str, Any]) -> Any:
+    """Roles of an op's arguments that come as a mapping, as from the command line; names of groups as they are."""
+    row = _role_classes()[option]
+    first = "input" if option == "all_reduce_ops" else "x"
+    if option == "all_reduce_ops" and first not in given:
+        return dict(given)
+    known = [f.name for f in dataclasses.fields(row) if f.name not in ("name", "proven")]
+    needed = [f.name for f in dataclasses.fields(row) if f.default is f.default_factory is dataclasses.MISSING]
+    if not set(needed) <= given.keys() <= set(known):
+        raise OptionsError(
+            f"{option} holds the roles {dict(given)!r}; of {known}, it needs {needed} and may have the others"
+        )
+    return row(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+
+
+def group_names(value: object) -> dict[str, Any]:
+    """By an engine's name, a process group or torch's name of it."""
+    if not isinstance(value, Mapping) or not all(
+        isinstance(name, str) and name and isinstance(group, str | dist.ProcessGroup) for name, group in value.items()
+    ):
+        raise OptionsError(
+            f"group_names={value!r} does not map an engine's names of groups to process groups, or to their names"
+        )
+    return dict(value)
