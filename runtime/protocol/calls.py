@@ -75,4 +75,5 @@ def swapped(calls: Calls, first: int, second: int) -> Calls:
 
 def changed(calls: Calls, *ids: int, **fields: object) -> Calls:
     """The program of a rank whose calls ``ids`` differ: ``tokens=``, ``strategy=``, ``payload=``, ..."""
-    return tuple(replace(call, **fields) if call.id in ids else call for call in calls)  # type: ignore[arg-type]
+    chosen = frozenset(ids)
+    return tuple(replace(call, **fields) if call.id in chosen else call for call in calls)  # type: ignore[arg-type]

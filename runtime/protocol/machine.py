@@ -20,7 +20,7 @@ A *cell* is one word of one rank's memory. Two kinds are in use:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -48,6 +48,32 @@ def flag(number: int, call: int | None = None) -> int:
     return number + (0 if call is None else (call + 1) * _FLAGS_OF_A_CALL)
 
 
+def call_of(word: int, is_flag: bool) -> int | None:
+    """The call that a word was sent in; None where there is none."""
+    if word == EMPTY:
+        return None
+    if is_flag:
+        return word // _FLAGS_OF_A_CALL - 1 if word >= _FLAGS_OF_A_CALL else None
+    return (abs(word) % UNSEEN - 1) // _WORDS_OF_A_CALL
+
+
+def renumbered(word: int, is_flag: bool, number_of: Callable[[int], int], numbers: int) -> int:
+    """The same word where calls have other numbers, and flags have moved on by ``numbers``, a multiple of 3.
+
+    A flag that would fall below 1 keeps its remainder by 3 only: all that may be asked of one so far behind.
+    """
+    if word == EMPTY:
+        return EMPTY
+    if is_flag:
+        call, number = divmod(word, _FLAGS_OF_A_CALL)
+        number = number + numbers if number + numbers > 0 else (number + numbers) % 3 + 3
+        return number + (0 if call == 0 else (number_of(call - 1) + 1) * _FLAGS_OF_A_CALL)
+    unseen, rest = divmod(abs(word), UNSEEN)
+    call, rest = divmod(rest - 1, _WORDS_OF_A_CALL)
+    moved = 1 + number_of(call) * _WORDS_OF_A_CALL + rest + unseen * UNSEEN
+    return moved if word > 0 else -moved
+
+
 class OpKind(Enum):
     PUSH = "push"
     POLL = "poll"
@@ -59,6 +85,27 @@ class OpKind(Enum):
     @property
     def waits(self) -> bool:
         return self in (OpKind.POLL, OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL)
+
+    @property
+    def is_flag(self) -> bool:
+        return self in (OpKind.RAISE, OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL)
+
+    def passes(self, found: int, value: int) -> bool:
+        """Whether a poll is content with this word where it waits for ``value``."""
+        match self:
+            case OpKind.POLL:
+                return found != EMPTY and abs(found) < UNSEEN
+            case OpKind.AWAIT_CHANGE:
+                return found % 3 != (value - 1) % 3
+            case _:
+                return found % _FLAGS_OF_A_CALL == value % _FLAGS_OF_A_CALL
+
+    def right(self, found: int, value: int) -> bool:
+        """Whether it is the word that was meant, unread; or a flag of that barrier or a later one, and of that call."""
+        if self is not OpKind.AWAIT_CHANGE:
+            return found == value
+        call, number = divmod(value, _FLAGS_OF_A_CALL)
+        return found % _FLAGS_OF_A_CALL >= number and call in (0, found // _FLAGS_OF_A_CALL)
 
 
 @dataclass(frozen=True)
@@ -80,23 +127,6 @@ class Op:
     @property
     def tested(self) -> int:
         return len(self.cells) - self.trusted
-
-    def passes(self, found: int, value: int) -> bool:
-        """Whether a poll is content with this word where it waits for ``value``."""
-        match self.kind:
-            case OpKind.POLL:
-                return found != EMPTY and abs(found) < UNSEEN
-            case OpKind.AWAIT_CHANGE:
-                return found % 3 != (value - 1) % 3
-            case _:
-                return found % _FLAGS_OF_A_CALL == value % _FLAGS_OF_A_CALL
-
-    def right(self, found: int, value: int) -> bool:
-        """Whether it is the word that was meant, unread; or a flag of that barrier or a later one, and of that call."""
-        if self.kind is not OpKind.AWAIT_CHANGE:
-            return found == value
-        call, number = divmod(value, _FLAGS_OF_A_CALL)
-        return found % _FLAGS_OF_A_CALL >= number and call in (0, found // _FLAGS_OF_A_CALL)
 
 
 @dataclass(frozen=True)
@@ -127,12 +157,22 @@ class Machine:
     """A :class:`~.explore.Model` of ranks that run launches."""
 
     def __init__(self, programs: Sequence[Sequence[Launch]], names: Sequence[str]) -> None:
-        self.programs = tuple(tuple(launch for launch in launches if launch.ops) for launches in programs)
-        self.names = tuple(names)
-        self.events = tuple(
-            tuple(tuple(Event(rank, m.call, op.kind.value, op.detail) for op in m.ops) for m in launches)
-            for rank, launches in enumerate(self.programs)
-        )
+        self._programs = tuple(tuple(launch for launch in launches if launch.ops) for launches in programs)
+        self._names = names
+        self._events: dict[tuple[int, int, int], Event] = {}
+
+    @property
+    def programs(self) -> Sequence[Sequence[Launch]]:
+        return self._programs
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    @property
+    def width(self) -> int:
+        """How many ops the largest launch has."""
+        return max((len(launch.ops) for launches in self.programs for launch in launches), default=0)
 
     def initial(self) -> State:
         return ((0, 0),) * len(self.programs), (EMPTY,) * len(self.names)
@@ -159,7 +199,11 @@ class Machine:
                 yield event, ((*progress[:rank], here, *progress[rank + 1 :]), tuple(cells))
 
     def event(self, rank: int, at: int, op: int, failure: ModelFailure | None = None, note: str = "") -> Event:
-        event = self.events[rank][at][op]
+        event = self._events.get((rank, at, op))
+        if event is None:
+            launch = self.programs[rank][at]
+            event = Event(rank, launch.call, launch.ops[op].kind.value, launch.ops[op].detail)
+            self._events[rank, at, op] = event
         if not note:
             return event
         return Event(rank, event.call, event.action, f"{event.detail}: {note}" if event.detail else note, failure)
@@ -177,13 +221,14 @@ class Machine:
             if done >> i & 1 or op.after & ~done:
                 continue
             for cell, value in zip(op.cells[: op.tested], op.values, strict=False) if op.kind.waits else ():
-                if not op.passes(memory[cell], value):
+                if not op.kind.passes(memory[cell], value):
                     return f"{here} polls {op.detail}; {self.names[cell]} holds {describe(op, memory[cell], value)}"
         return f"{here} can go on"
 
 
 def ready(op: Op, memory: Sequence[int]) -> bool:
-    return all(op.passes(memory[op.cells[i]], op.values[i]) for i in range(op.tested))
+    passes = op.kind.passes
+    return all([passes(memory[op.cells[i]], op.values[i]) for i in range(op.tested)])
 
 
 def perform(op: Op, memory: list[int]) -> tuple[ModelFailure | None, str]:
@@ -204,7 +249,7 @@ def perform(op: Op, memory: list[int]) -> tuple[ModelFailure | None, str]:
                 memory[cell] = value
             return None, ""
     for cell, value in zip(op.cells, op.values, strict=True):
-        if not op.right(memory[cell], value):
+        if not op.kind.right(memory[cell], value):
             return (
                 ModelFailure.STALE_READ,
                 f"takes {describe(op, memory[cell], value)} for {describe(op, value, value)}",

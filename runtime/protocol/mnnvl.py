@@ -19,12 +19,13 @@ Source: trtllm_mnnvl_allreduce.cuh of FlashInfer 0.6.0 to 0.7.2; :mod:`.rules` h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..hazards.situation import Strategy
 from .calls import Call, Calls
+from .compiler import Compiler
 from .lamport import Mailbox, part, total
-from .machine import CellTable, Launch, Machine, Op, OpKind, tag
+from .machine import Machine, Op, OpKind, tag
 from .rules import Clear, Epoch, LamportRules, Words
 
 #: Up to this many ranks a rank keeps its own part in registers, from FlashInfer 0.6.13 on.
@@ -81,12 +82,14 @@ def mnnvl(programs: Sequence[Calls], rules: LamportRules, *, torn: bool = False)
     torn: 16-byte stores may arrive word by word. PTX does not promise otherwise, and no
     released kernel was seen to suffer from it.
     """
-    memory = CellTable()
+    return mnnvl_compiler(programs, rules, torn=torn).machine(programs)
+
+
+def mnnvl_compiler(programs: Sequence[Calls], rules: LamportRules, *, torn: bool = False) -> MnnvlCompiler:
+    """Of a workspace that is large enough for these programs."""
     world_size = len(programs)
     capacity = max((_rows(call, world_size) for calls in programs for call in calls), default=0)
-    ranks = [_MnnvlRank(rank, world_size, capacity, rules, torn, memory) for rank in range(world_size)]
-    launches = [[ranks[rank].launch(call) for call in calls] for rank, calls in enumerate(programs)]
-    return Machine(launches, memory.names)
+    return MnnvlCompiler(world_size, rules=rules, capacity=capacity, torn=torn)
 
 
 def _scattered_rows(tokens: int, world_size: int) -> int:
@@ -100,27 +103,52 @@ def _rows(call: Call, world_size: int) -> int:
     return call.tokens * world_size
 
 
+@dataclass(frozen=True)
+class MnnvlCompiler(Compiler[MnnvlControlWords]):
+    """MNNVL with its control words in rows instead of bytes. ``capacity``: the rows of a buffer."""
+
+    rules: LamportRules = field(kw_only=True)
+    capacity: int = 0
+    torn: bool = False
+
+    def initial(self) -> MnnvlControlWords:
+        return MnnvlControlWords.initial(self.capacity, self.rules.buffers)
+
+    def kind(self, call: Call) -> Call:
+        epoch = call.epoch % self.rules.buffers if self._by_host and call.epoch is not None else None
+        return Call(0, call.strategy, call.tokens, call.payload, epoch=epoch, workspace=call.workspace)
+
+    def after(self, words: MnnvlControlWords, call: Call) -> MnnvlControlWords:
+        return self._started(words, call).after(call, self.world_size, 1, self.rules.buffers)
+
+    def ops(self, rank: int, words: MnnvlControlWords, call: Call) -> tuple[Op, ...]:
+        return _MnnvlRank(self, rank).ops(self._started(words, call), call)
+
+    def _started(self, words: MnnvlControlWords, call: Call) -> MnnvlControlWords:
+        """The words that the kernel goes by: the host's number of the call comes before them."""
+        if not self._by_host or call.epoch is None:
+            return words
+        buffers = self.rules.buffers
+        return replace(words, cur=call.epoch % buffers, dirty=(call.epoch - 1) % buffers)
+
+    @property
+    def _by_host(self) -> bool:
+        return self.rules.epoch is Epoch.HOST
+
+
 class _MnnvlRank:
-    """Compiles the calls of one rank, and keeps its control words, in rows instead of bytes."""
+    """Writes the ops of one rank's call."""
 
-    def __init__(
-        self, rank: int, world_size: int, capacity: int, rules: LamportRules, torn: bool, memory: CellTable
-    ) -> None:
-        self._rank, self._world, self._capacity = rank, range(world_size), capacity
-        self._rules, self._torn, self._memory = rules, torn, memory
-        self._polled = [r for r in self._world if r != rank or rules.polls_own or world_size > _OWN_IN_REGISTERS]
-        self._words: dict[int, MnnvlControlWords] = {}
+    def __init__(self, compiler: MnnvlCompiler, rank: int) -> None:
+        self._rank, self._world, self._capacity = rank, range(compiler.world_size), compiler.capacity
+        self._rules, self._torn, self._memory = compiler.rules, compiler.torn, compiler.memory
+        own = self._rules.polls_own or compiler.world_size > _OWN_IN_REGISTERS
+        self._polled = [r for r in self._world if r != rank or own]
 
-    def launch(self, call: Call) -> Launch:
-        """The ops of one call."""
-        rules = self._rules
+    def ops(self, words: MnnvlControlWords, call: Call) -> tuple[Op, ...]:
         mailbox = Mailbox(self._memory, f"workspace {call.workspace}" if call.workspace else "")
-        words = self._words.get(call.workspace, MnnvlControlWords.initial(self._capacity, rules.buffers))
-        if rules.epoch is Epoch.HOST and call.epoch is not None:
-            words = replace(words, cur=call.epoch % rules.buffers, dirty=(call.epoch - 1) % rules.buffers)
-        self._words[call.workspace] = words.after(call, len(self._world), 1, rules.buffers)
         body = self._two_shot if call.strategy is Strategy.TWO_SHOT else self._one_shot
-        return Launch(call.id, call.title, (*body(call, words.cur, mailbox), *self._clear(call, words, mailbox)))
+        return (*body(call, words.cur, mailbox), *self._clear(call, words, mailbox))
 
     def _one_shot(self, call: Call, cur: int, mailbox: Mailbox) -> list[Op]:
         """A store to a slot that nobody polls is left out: what its own owner wrote there it alone clears."""

@@ -37,14 +37,21 @@ the word that the run's poll found, or a later one that it can see, which B has 
 if the run itself gets stuck, where no poll that waits could have seen a word that it accepts,
 every order gets stuck after the same steps.
 
+Between two calls all that later steps can ask of the past is little: what every rank knows of
+needs no place any more, and of the writes to a cell only those count that a later poll can see.
+:class:`Past` is that remainder, told from the call that comes next; so it is the same again and
+again in a plan whose layers repeat, and :mod:`.walk` makes each different call once.
+
 The converse does not hold: a pair out of order is a suspicion, for :mod:`.decide` to look into.
 tests/hangs compares the answers with those of the unreduced search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from .machine import EMPTY, Machine, Op, OpKind
 
@@ -75,9 +82,49 @@ class _Write:
 
 @dataclass
 class _Cell:
+    is_flag: bool
     writes: list[_Write] = field(default_factory=list)
-    polls: list[tuple[OpPlace, Op, int]] = field(default_factory=list)
+    polls: list[tuple[OpPlace, OpKind, int]] = field(default_factory=list)
     taken: dict[int, OpPlace] = field(default_factory=dict)
+
+
+#: A vector as pairs (launches that are complete, ops of the next), of launches counted from the next call.
+Vector: TypeAlias = tuple[tuple[int, int], ...]
+
+#: The place of a step that comes before whatever is still to be judged.
+LONG_AGO = OpPlace(0, -(1 << 40), 0)
+
+
+@dataclass(frozen=True)
+class PastOfCell:
+    """What may still matter of a cell: the writes that can be seen, and the steps that some rank need not know of."""
+
+    cell: int
+    is_flag: bool
+    writes: tuple[tuple[OpPlace, int, Vector], ...]
+    polls: tuple[tuple[OpPlace, OpKind, int], ...]
+    taken: tuple[OpPlace, ...]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What an order may still be asked for between two calls. ``starts``: what each rank knows."""
+
+    starts: tuple[Vector, ...]
+    cells: tuple[PastOfCell, ...] = ()
+
+    @staticmethod
+    def nothing(ranks: int) -> Past:
+        return Past((((0, 0),) * ranks,) * ranks)
+
+    @property
+    def reach(self) -> int:
+        """How many calls back the oldest step lies that has not been forgotten."""
+        places = [-at for vector in self.starts for at, _ in vector]
+        for cell in self.cells:
+            places += [-place.at for place, _, _ in cell.writes if place is not LONG_AGO]
+            places += [-place.at for place in (*(p for p, _, _ in cell.polls), *cell.taken)]
+        return max(places)
 
 
 class Order:
@@ -86,12 +133,74 @@ class Order:
     A vector has one number per rank: complete launches << width | ops done in the next one.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        self._width = max((len(m.ops) for launches in machine.programs for m in launches), default=0)
-        ranks = len(machine.programs)
+    def __init__(self, width: int, ranks: int) -> None:
+        """``width``: how many ops the largest launch has."""
+        self._width = width
         self._start: list[tuple[int, ...]] = [(0,) * ranks] * ranks
         self._ends: list[dict[int, tuple[int, ...]]] = [{} for _ in range(ranks)]
         self._cells: dict[int, _Cell] = {}
+
+    @staticmethod
+    def after(past: Past, width: int, at: int = 0) -> Order:
+        """The order of a run that goes on with launch ``at`` of each rank. Values are those of ``past``."""
+        known = [done.bit_length() for vector in past.starts for _, done in vector]
+        known += [d.bit_length() for cell in past.cells for _, _, knows in cell.writes for _, d in knows]
+        order = Order(max(width, *known), len(past.starts))
+
+        def there(place: OpPlace) -> OpPlace:
+            return place if place is LONG_AGO else OpPlace(place.rank, place.at + at, place.op)
+
+        @functools.cache
+        def packed(vector: Vector) -> tuple[int, ...]:
+            return tuple([n + at << order._width | done for n, done in vector])
+
+        order._start = [packed(vector) for vector in past.starts]
+        nothing = packed(((LONG_AGO.at, 0),) * len(past.starts))
+        for cell in past.cells:
+            writes = [_Write(there(p), value, packed(k) if k else nothing) for p, value, k in cell.writes]
+            polls = [(there(p), kind, value) for p, kind, value in cell.polls]
+            taken = {p.rank: there(p) for p in cell.taken}
+            order._cells[cell.cell] = _Cell(cell.is_flag, writes, polls, taken)
+        return order
+
+    def past(self, at: int, moved: Callable[[int, bool], int]) -> Past:
+        """What may still matter once every rank has completed the launches before ``at``.
+
+        moved: a value of a cell, and whether that holds flags, to the value as it is told from the next call.
+        """
+        width, mask = self._width, (1 << self._width) - 1
+        common = self._start[0]
+        for vector in self._start[1:]:
+            common = self._meet(common, vector)
+
+        def told(place: OpPlace) -> OpPlace:
+            return OpPlace(place.rank, place.at - at, place.op)
+
+        @functools.cache  # many words are written by one step
+        def pairs(vector: tuple[int, ...]) -> Vector:
+            return tuple([((v >> width) - at, v & mask) for v in vector])
+
+        @functools.cache
+        def common_knowledge(vector: tuple[int, ...]) -> bool:
+            return self._meet(vector, common) == vector
+
+        cells = []
+        for number, cell in sorted(self._cells.items()):
+            seen = next((i for i in reversed(range(len(cell.writes))) if self._before(cell.writes[i].step, common)), 0)
+            writes = []
+            for write in cell.writes[seen:]:
+                value = moved(write.value, cell.is_flag)
+                if self._before(write.step, common) and common_knowledge(write.knows):
+                    writes.append((LONG_AGO, value, ()))
+                else:
+                    writes.append((told(write.step), value, pairs(write.knows)))
+            if writes and writes[0] == (LONG_AGO, EMPTY, ()):
+                del writes[0]  # the cell is as it was in the beginning
+            polls = tuple((told(p), k, moved(v, cell.is_flag)) for p, k, v in cell.polls if not self._before(p, common))
+            taken = tuple(told(p) for _, p in sorted(cell.taken.items()) if not self._before(p, common))
+            if writes or polls or taken:
+                cells.append(PastOfCell(number, cell.is_flag, tuple(writes), polls, taken))
+        return Past(tuple(pairs(vector) for vector in self._start), tuple(cells))
 
     def judge(self, step: OpPlace, op: Op) -> Suspicion | None:
         """Take the step into the order, or say which pair is not in order."""
@@ -103,20 +212,23 @@ class Order:
                     knows = self._join(knows, end)
             knows = self._with(knows, step.rank, step.at, op.after)
         after = knows
+        written = self._with(knows, step.rank, step.at, op.after | 1 << step.op)
         for i, (cell, value) in enumerate(zip(op.cells, op.values, strict=True)):
-            history = self._cells.setdefault(cell, _Cell())
+            history = self._cells.get(cell)
+            if history is None:
+                history = self._cells[cell] = _Cell(op.kind.is_flag)
             if not op.kind.waits:
-                write = _Write(step, value, self._with(knows, step.rank, step.at, op.after | 1 << step.op))
+                write = _Write(step, value, written)
                 suspicion = self._unordered(history, write, op, knows)
                 history.writes.append(write)
             elif i < op.tested:
                 first, suspicion = self._seen(history, step, op, value, knows)
                 suspicion = suspicion or self._twice(history, step, op, knows)
                 after = self._join(after, first.knows) if first is not None else after
-                history.polls.append((step, op, value))
+                history.polls.append((step, op.kind, value))
             else:
                 suspicion = self._untested(history, step, op, value, after)
-                history.polls.append((step, op, value))
+                history.polls.append((step, op.kind, value))
             if suspicion is not None:
                 return suspicion
         if after is not self._start[step.rank]:
@@ -148,7 +260,7 @@ class Order:
         # What comes before this write comes before all later ones, and is settled.
         history.polls = [poll for poll in history.polls if not self._before(poll[0], knows)]
         for step, poll, value in history.polls:
-            consumed = op.kind is OpKind.PUSH and poll.kind is OpKind.POLL
+            consumed = op.kind is OpKind.PUSH and poll is OpKind.POLL
             if consumed or not (poll.passes(write.value, value) and poll.right(write.value, value)):
                 return Suspicion(step, write.step)
         return None
@@ -170,8 +282,8 @@ class Order:
         sight = self._sight(history, knows)
         for i, write in enumerate(sight):
             found = EMPTY if write is None else write.value
-            accepts = op.passes(found, value)
-            if (accepts and not op.right(found, value)) or (accepted and not accepts):
+            accepts = op.kind.passes(found, value)
+            if (accepts and not op.kind.right(found, value)) or (accepted and not accepts):
                 return None, _held(sight, i, accepted, step)
             if accepts and not accepted:
                 first, accepted = write, True
@@ -180,7 +292,7 @@ class Order:
     def _untested(self, history: _Cell, step: OpPlace, op: Op, value: int, knows: tuple[int, ...]) -> Suspicion | None:
         sight = self._sight(history, knows)
         for i, write in enumerate(sight):
-            if write is None or not op.right(write.value, value):
+            if write is None or not op.kind.right(write.value, value):
                 return _held(sight, i, False, step)
         return None
 
@@ -199,6 +311,10 @@ class Order:
 
     def _with(self, knows: tuple[int, ...], rank: int, at: int, done: int) -> tuple[int, ...]:
         return (*knows[:rank], at << self._width | done, *knows[rank + 1 :])
+
+    def _meet(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+        width = self._width
+        return tuple([x & y if x >> width == y >> width else min(x, y) for x, y in zip(a, b, strict=True)])
 
     def _join(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
         if a == b:

@@ -15,13 +15,17 @@ Source: trtllm_allreduce_fusion.cuh of FlashInfer 0.6.0 to 0.7.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..hazards.situation import Strategy
 from .calls import Call, Calls
+from .compiler import Compiler
 from .lamport import Mailbox, part
-from .machine import CellTable, Launch, Machine, Op, OpKind, flag, tag
+from .machine import Machine, Op, OpKind, flag, tag
 from .rules import Clear, Epoch, LamportRules
+
+#: Where barriers are counted from when the counts of a long run are brought back; a multiple of 3.
+_BARRIERS_AT_FIRST = 3 * 64
 
 
 @dataclass(frozen=True)
@@ -64,33 +68,77 @@ def control_words(calls: Sequence[Call], world_size: int, hidden: int, comm_size
 
 def trtllm(programs: Sequence[Calls], rules: LamportRules) -> Machine:
     """The machine that these programs, one per rank, make of a trtllm workspace."""
-    memory = CellTable()
+    return trtllm_compiler(programs, rules).machine(programs)
+
+
+def trtllm_compiler(programs: Sequence[Calls], rules: LamportRules) -> TrtllmCompiler:
+    """With as many flags as the largest grid of these programs has blocks."""
     flags = max((call.ctas for calls in programs for call in calls), default=1)
-    ranks = [_TrtllmRank(rank, len(programs), flags, rules, memory) for rank in range(len(programs))]
-    launches = [[ranks[rank].launch(call) for call in calls] for rank, calls in enumerate(programs)]
-    return Machine(launches, memory.names)
+    return TrtllmCompiler(len(programs), rules=rules, flags=flags)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A rank's control words, and how many barriers it has passed, of which the real word has the remainder by 3."""
+
+    control: TrtllmControlWords
+    barriers: int = 0
+
+
+@dataclass(frozen=True)
+class TrtllmCompiler(Compiler[_Words]):
+    """trtllm's all-reduce. ``flags`` stands for the 256 of the real workspace."""
+
+    rules: LamportRules = field(kw_only=True)
+    flags: int = 1
+
+    def initial(self) -> _Words:
+        return _Words(TrtllmControlWords.initial(0))
+
+    def kind(self, call: Call) -> Call:
+        if call.strategy is Strategy.TWO_SHOT:  # a barrier: it reads no word of the data
+            return Call(0, call.strategy, ctas=call.ctas, workspace=call.workspace)
+        epoch = call.epoch % self.rules.buffers if self._by_host and call.epoch is not None else None
+        return Call(0, call.strategy, call.tokens, call.payload, epoch=epoch, workspace=call.workspace)
+
+    def after(self, words: _Words, call: Call) -> _Words:
+        if call.strategy is Strategy.TWO_SHOT:
+            return _Words(words.control.after(call, self.world_size, 1, self.rules.buffers), words.barriers + 2)
+        control = self._started(words.control, call)
+        return _Words(control.after(call, self.world_size, 1, self.rules.buffers), words.barriers)
+
+    def rebased(self, words: _Words) -> tuple[_Words, int]:
+        passed = _BARRIERS_AT_FIRST + words.barriers % 3
+        return replace(words, barriers=passed), words.barriers - passed
+
+    def ops(self, rank: int, words: _Words, call: Call) -> tuple[Op, ...]:
+        compiled = _TrtllmRank(self, rank)
+        if call.strategy is Strategy.TWO_SHOT:
+            return tuple(compiled.two_shot(call, words.barriers))
+        return tuple(compiled.one_shot(call, self._started(words.control, call)))
+
+    def _started(self, words: TrtllmControlWords, call: Call) -> TrtllmControlWords:
+        """The words that the kernel goes by: the host's number of the call comes before them."""
+        if not self._by_host or call.epoch is None:
+            return words
+        return replace(words, lamport=call.epoch % self.rules.buffers)
+
+    @property
+    def _by_host(self) -> bool:
+        return self.rules.epoch is Epoch.HOST
 
 
 class _TrtllmRank:
-    """Compiles the calls of one rank. ``flags`` stands for the 256 of the real workspace."""
+    """Writes the ops of one rank's call."""
 
-    def __init__(self, rank: int, world_size: int, flags: int, rules: LamportRules, memory: CellTable) -> None:
-        self._rank, self._world, self._flags = rank, range(world_size), flags
-        self._rules, self._memory = rules, memory
-        self._words: dict[int, TrtllmControlWords] = {}
-        self._barriers: dict[int, int] = {}
+    def __init__(self, compiler: TrtllmCompiler, rank: int) -> None:
+        self._rank, self._world, self._flags = rank, range(compiler.world_size), compiler.flags
+        self._rules, self._memory = compiler.rules, compiler.memory
 
-    def launch(self, call: Call) -> Launch:
-        body = self._two_shot if call.strategy is Strategy.TWO_SHOT else self._one_shot
-        return Launch(call.id, call.title, tuple(body(call)))
-
-    def _one_shot(self, call: Call) -> list[Op]:
+    def one_shot(self, call: Call, words: TrtllmControlWords) -> list[Op]:
         rank, world, rules = self._rank, self._world, self._rules
         mailbox = Mailbox(self._memory, f"workspace {call.workspace}" if call.workspace else "")
-        words = self._words.get(call.workspace, TrtllmControlWords.initial(0))
-        if rules.epoch is Epoch.HOST and call.epoch is not None:
-            words = replace(words, lamport=call.epoch % rules.buffers)
-        self._words[call.workspace] = after = words.after(call, len(world), 1, rules.buffers)
+        after = words.after(call, len(world), 1, rules.buffers)
         cur, dirty = words.lamport, (words.lamport + rules.buffers - 1) % rules.buffers
         sent = tuple(part(call, token, rank, rules) for token in range(call.tokens))
         ops = []
@@ -105,10 +153,8 @@ class _TrtllmRank:
         cleared = {Clear.RECORDED: words.clear, Clear.CURRENT: after.clear, Clear.NONE: 0}[rules.clear]
         return [*ops, *mailbox.clear(rank, dirty, range(cleared))]
 
-    def _two_shot(self, call: Call) -> list[Op]:
+    def two_shot(self, call: Call, passed: int) -> list[Op]:
         ops: list[Op] = []
-        passed = self._barriers.get(call.workspace, 0)
-        self._barriers[call.workspace] = passed + 2
         for block in range(call.ctas):
             before = 0
             for barrier in (passed + 1, passed + 2):

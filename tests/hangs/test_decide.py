@@ -263,6 +263,14 @@ def by_hand(*ranks: list[list[Op]]) -> Machine:
             ModelFailure.DEADLOCK,
             id="the clear can come after the push",
         ),
+        pytest.param(
+            by_hand(
+                [[Op(AWAIT, (1,), (1,)), Op(PUSH, (0,), (1,), after=1), Op(POLL, (0,), (1,))]],
+                [[Op(PUSH, (0,), (2,)), Op(CLEAR, (0,), (0,), after=1), Op(RAISE, (1,), (1,), after=3)]],
+            ),
+            ModelFailure.STALE_READ,
+            id="a launch that has not begun when it is first looked at has not ended either",
+        ),
     ],
 )
 def test_a_run_that_ends_well_does_not_hide_another_order(machine: Machine, failure: ModelFailure) -> None:
