@@ -185,6 +185,19 @@ class CompileReport:
         return json.dumps(self.to_dict(), indent=indent)
 
 
+class Reports(list[CompileReport]):
+    """The reports of a backend, in the order of its graphs. To ask an empty one for a report says why there is none."""
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if not self and not isinstance(index, slice):
+            raise IndexError(
+                "no graph has reached this backend. Call the compiled model first; if it was called, Dynamo compiled "
+                "nothing of it: torch.compile(..., fullgraph=True) names the line that it cannot trace, as a call of "
+                "torch.distributed.nn.functional.all_reduce (call torch.distributed.all_reduce)"
+            )
+        return super().__getitem__(index)
+
+
 def assert_fused(report: CompileReport, count: int | None = None) -> None:
     """Check how many all-reduces of a compiled graph were fused.
 

@@ -43,7 +43,7 @@ from .compile_passes.prove import PlanVerdict, prove
 from .compile_passes.provenance import input_names, name_inputs
 from .compile_passes.reasons import Reason
 from .compile_passes.repeats import merge_repeats
-from .compile_passes.report import CompileReport
+from .compile_passes.report import CompileReport, Reports
 from .compile_passes.returned_views import take_returned_views, views_of_inputs
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.spec import check_parts
@@ -79,7 +79,7 @@ class Backend:
         """planned: what fused sites are judged as, where the plan is for another machine (``ringfence explain``)."""
         self.options = Options.parse(options)
         self._planned = planned
-        self.reports: list[CompileReport] = []
+        self.reports = Reports()
         self._named_ops = {
             "split_ops": self.options.split_ops,
             "all_reduce_ops": tuple(self.options.all_reduce_ops),

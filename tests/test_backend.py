@@ -530,6 +530,25 @@ def test_numerics_and_groups_decide_what_is_fused() -> None:
 
 
 @pytest.mark.usefixtures("fake_group")
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce:FutureWarning")
+def test_a_model_that_dynamo_skips_has_no_report_and_the_backend_says_why() -> None:
+    import torch.distributed.nn.functional as in_autograd
+
+    backend = ringfence.Backend(piece_compiler="eager")
+
+    def run(x: Tensor) -> Tensor:
+        return F.rms_norm(in_autograd.all_reduce(x) + x, (H,))
+
+    with pytest.raises(IndexError, match="Call the compiled model first"):
+        _ = backend.reports[0]
+    with torch.no_grad():
+        torch.compile(run, backend=backend)(rows(3))
+    with pytest.raises(IndexError, match="Dynamo compiled nothing of it"):
+        ringfence.assert_fused(backend.reports[0], count=1)
+    assert backend.reports[:1] == []
+
+
+@pytest.mark.usefixtures("fake_group")
 def test_assert_fused_tells_why_not() -> None:
     backend = ringfence.Backend(piece_compiler="eager")
 
