@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,7 @@ from ringfence.runtime.collectives import ops, ready
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.kernels import Implementation
 from ringfence.runtime.collectives.ready import Wanted, prepare, situation_of
-from ringfence.runtime.collectives.size_table import SizeRow
+from ringfence.runtime.collectives.size_table import SizeRow, write_table
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import (
     CollectiveUnavailableError,
@@ -152,6 +153,17 @@ def test_a_closed_workspace_ends_its_captures() -> None:
         2, serve, {"capture_sizes": [4], "graphs": "simulated", "split_ops": OPS}, {}, [4, 4, 2, 4]
     ):
         assert result["collective"] == "mnnvl"
+
+
+def test_a_table_of_ones_own_decides_and_a_transport_is_insisted_on(tmp_path: Path) -> None:
+    own = str(tmp_path / "sizes.json")
+    write_table(own, [SMALL])
+    table = {"size_table": own, "collective": "trtllm"}, {}, [4]
+    transport = {"transport": "peer", "collective": "mnnvl"}, {}, [4]
+    for by_table, by_transport in run_ranks(2, serve, table, transport, timeout=200):
+        assert by_table["fused_bytes"] == SMALL.fused
+        assert by_transport["candidates"] == ["mnnvl/peer: chosen"]
+        assert by_transport["made"] == [("mnnvl/peer", 64, H)]
 
 
 def test_plain_all_reduces_can_be_left_alone() -> None:
