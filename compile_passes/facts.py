@@ -56,7 +56,7 @@ def _captured_ops(plan: SplitPlan, whole: GraphModule) -> Iterator[Evidence]:
             op, _ = call.names
             what = f"'{call.node.name}' ({op}) in the captured {part.name}"
             unsafe = unsafe_for(call, about)
-            if unsafe - {Unsafe.TAGGED}:
+            if unsafe - {Unsafe.TAGGED, Unsafe.NAMED}:
                 yield Evidence(Fact.HOST_SYNC_IN_PIECE, call.node.name, f"{what} needs the host")
             if op in KNOWN_UNSAFE:
                 yield Evidence(KNOWN_UNSAFE[op], call.node.name, f"{what}: {KNOWN_UNSAFE[op].meaning}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+import torch._inductor.config as inductor_config
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -36,6 +37,7 @@ class Unsafe(StrEnum):
     EFFECT = "effect"
     HIGHER_ORDER = "higher_order"
     TAGGED = "cudagraph_unsafe"
+    NAMED = "named_to_inductor"
 
 
 #: Ops that ask the host for something, though no tag says so. ``FORBIDDEN_CUDAGRAPH_OPS`` of torch/_inductor/utils.py,
@@ -141,8 +143,10 @@ def stream_of(node: Node) -> int | None:
 
 
 def _of_the_target(call: OpCall) -> set[Unsafe]:
-    name, _ = call.names
+    name, overload = call.names
     found = set()
+    if {name, overload} & set(inductor_config.custom_should_partition_ops):
+        found.add(Unsafe.NAMED)
     if torch.Tag.cudagraph_unsafe in call.tags:
         found.add(Unsafe.TAGGED)
     if name in HOST_OPS:

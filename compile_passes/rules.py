@@ -173,6 +173,13 @@ RULES: tuple[Rule, ...] = (
         "torch/_C Tag.cudagraph_unsafe: its author says that it cannot be captured",
     ),
     Rule(
+        "named_to_inductor",
+        lambda f: Unsafe.NAMED in f.unsafe,
+        Decision.SPLIT,
+        "torch._inductor.config.custom_should_partition_ops names it",
+        "torch/_inductor/scheduler.py, Scheduler.should_partition",
+    ),
+    Rule(
         "known_unsafe",
         lambda f: f.op in KNOWN_UNSAFE,
         Decision.SPLIT,

@@ -305,6 +305,19 @@ def test_tag_of_the_default_overload_is_the_ops() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["ringfence_unsafe::plain_write", "ringfence_unsafe::plain_write.default"])
+def test_ops_that_inductor_was_told_to_partition_at(name: str) -> None:
+    def run(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        plain_write(x, out)
+        return out + 1
+
+    gm = aot_graph(run, torch.randn(H, H))
+    with torch._inductor.config.patch(custom_should_partition_ops=[name]):
+        assert decided(gm) == [("ringfence_unsafe::plain_write", "named_to_inductor")]
+    assert not decided(gm)
+
+
 def test_size_that_depends_on_data_is_seen_by_the_tag() -> None:
     assert decided(aot_graph(lambda x: size_in_data(x) + 1, torch.randn(H))) == [
         ("ringfence_unsafe::size_in_data", "data_dependent")
