@@ -66,11 +66,16 @@ class Assignment:
         return any(workspace.closed for workspace in self.workspaces)
 
     @property
-    def judged(self) -> str:
-        """What fused sites are judged as, in a word or two."""
+    def judged_collectives(self) -> tuple[str, ...]:
+        """What fused sites are judged as, each once."""
         if self.planned is not None:
-            return str(self.planned.collective)
-        return ", ".join(dict.fromkeys(str(self.collective(group)) for group in self.ready)) or "reference"
+            return (str(self.planned.collective),)
+        return tuple(dict.fromkeys(str(self.collective(group)) for group in self.ready))
+
+    @property
+    def judged(self) -> str:
+        """The same, in a word or two."""
+        return ", ".join(self.judged_collectives) or "reference"
 
     def with_facts(self, facts: Mapping[str | None, frozenset[Fact]]) -> Assignment:
         """With facts that showed in the cut; those of None are about every group."""

@@ -76,8 +76,8 @@ def judge(
     - "raise": raise :class:`HazardError`;
     - "clean": clean the payload if that avoids it (one-shot only), else as "split".
 
-    ``profile="conservative"`` decides fused sites by the rule of the field instead
-    (:mod:`ringfence.runtime.hazards.engine_default`).
+    ``profile="conservative"`` goes by the rule of the field instead
+    (:mod:`ringfence.runtime.hazards.engine_default`): whoever captures has asked it before.
     """
     mark_constants(gm)
     about = surroundings_of(gm)
@@ -160,12 +160,11 @@ def _outcome(verdict: Verdict, hazard: Hazard, situation: Situation, on_hazard: 
 
 
 def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:
+    """The rule is about the graph: where it bars the capture, this op's decision decides nothing."""
     rule = engine_default(situation.collective)
-    if rule is None or rule.decides is not Action.SPLIT or not situation.capture:
+    if rule is None or rule.captures:
         return verdict
-    return replace(
-        verdict, decision=Decision.SPLIT, rule="field", message=rule.why, source=f"{rule.source} (profile=conservative)"
-    )
+    return replace(verdict, rule="field", message=rule.why, source=f"{rule.source} (profile=conservative)")
 
 
 # -- facts about a node --------------------------------------------------------------

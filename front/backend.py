@@ -58,6 +58,7 @@ from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.errors import HazardError, OptionsError
 from .runtime.groups import same_groups
+from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.hazards.situation import Situation
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.program import Padding, SizeRule
@@ -332,10 +333,12 @@ class Backend:
         return proof
 
     def _graphs(self, device: torch.device, assigned: Assignment) -> GraphBackend | None:
-        """What captures; None where this device has no graphs and nobody asked for the simulation."""
+        """What captures; None where the profile bars it, or where this device has no graphs and none were simulated."""
         wanted = self.options.graphs
         if wanted == "cuda" and device.type != "cuda":
             raise OptionsError(f"graphs='cuda', and the inputs are on {device}; use graphs='auto' or 'simulated'")
+        if self.options.profile == "conservative" and barred_from_capture(assigned.judged_collectives):
+            return None
         if wanted == "simulated":
             return SimulatedGraphs()
         if device.type != "cuda":

@@ -12,6 +12,7 @@ from .compile_passes.match import Candidate
 from .compile_passes.switch_off import names_site
 from .options import Options
 from .runtime.groups import same_groups
+from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.replay.program import SizeRule
 
 GRAD_MODE = (
@@ -74,9 +75,11 @@ def _about_fused_sites(options: Options) -> list[str]:
 
 
 def _about_capture(options: Options, outcome: Outcome) -> Iterator[str]:
-    sizes = outcome.sizes
+    sizes, barred = outcome.sizes, barred_from_capture(outcome.assigned.judged_collectives)
     if options.capture_sizes and sizes.tokens is None:
         yield "nothing is captured: the token count cannot be read from the sizes of the inputs"
+    elif options.capture_sizes and not outcome.captures and options.profile == "conservative" and barred is not None:
+        yield f"nothing is captured: {barred.why} (profile='conservative'; {barred.source})"
     elif options.capture_sizes and not outcome.captures:
         yield (
             f"nothing is captured: {outcome.device.type} has no CUDA graphs; graphs='simulated' captures with a "

@@ -98,7 +98,8 @@ class Options:
         collective if not; ``"refuse"`` is always the reference collective; ``"raise"`` is an error;
         ``"clean"`` flushes the words that a faulty receiver waits for, where that helps (one-shot).
         With the releases that run, M34, M37 and M49 make it act; the other rows are prevented (docs/hazards.md).
-    profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name.
+    profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name: a graph with
+        calls over mnnvl is not captured at all, neither the calls nor what lies between them.
     static_outputs: return the captured output buffers themselves. They hold until the next call.
     on_report: called with the :class:`CompileReport` of every compiled graph.
 

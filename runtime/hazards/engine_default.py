@@ -6,18 +6,18 @@ hazard table (:mod:`.table`) goes by causes instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .situation import Collective
-from .table import Action
 
 
 @dataclass(frozen=True)
 class EngineDefault:
-    """``decides`` is SPLIT (never captured in a piece) or CAPTURE."""
+    """``captures``: whether anything of a graph with such calls is captured, the pieces between the calls too."""
 
     collective: Collective
-    decides: Action
+    captures: bool
     why: str
     source: str
 
@@ -25,13 +25,13 @@ class EngineDefault:
 ENGINE_DEFAULTS: tuple[EngineDefault, ...] = (
     EngineDefault(
         Collective.MNNVL,
-        Action.SPLIT,
-        "mnnvl calls hung in replayed pieces, so the op is kept between them",
+        False,
+        "mnnvl calls hung in replayed pieces, and between them too, so nothing of a graph with such calls is captured",
         "SGL#23402, V#35793",
     ),
     EngineDefault(
         Collective.TRTLLM,
-        Action.CAPTURE,
+        True,
         "no such hang was seen with trtllm, so it is captured with its piece",
         "SGL#23402, SGL#28789",
     ),
@@ -41,3 +41,9 @@ ENGINE_DEFAULTS: tuple[EngineDefault, ...] = (
 def engine_default(collective: str) -> EngineDefault | None:
     """The engines' rule for a collective, or None where they have none."""
     return next((rule for rule in ENGINE_DEFAULTS if rule.collective == collective), None)
+
+
+def barred_from_capture(collectives: Iterable[str]) -> EngineDefault | None:
+    """The rule that bars the capture of a graph with calls of these; None where none does."""
+    rules = (engine_default(collective) for collective in collectives)
+    return next((rule for rule in rules if rule is not None and not rule.captures), None)

@@ -30,7 +30,7 @@ from ringfence.runtime.hazards.catalogue import (
     as_markdown,
     find_hazard,
 )
-from ringfence.runtime.hazards.engine_default import ENGINE_DEFAULTS, engine_default
+from ringfence.runtime.hazards.engine_default import ENGINE_DEFAULTS, barred_from_capture, engine_default
 from ringfence.runtime.hazards.hazard import Check
 from ringfence.runtime.hazards.situation import facts_of_nccl
 from ringfence.runtime.hazards.table import REPOSITORIES
@@ -363,10 +363,11 @@ def test_the_table_needs_no_torch() -> None:
 # -- the field's rule, for profile="conservative" ------------------------------------------------
 
 
-@pytest.mark.parametrize(("collective", "decides"), [(MNNVL, Action.SPLIT), (TRTLLM, Action.CAPTURE)])
-def test_conservative_profile_goes_by_the_name(collective: Collective, decides: Action) -> None:
+@pytest.mark.parametrize(("collective", "captures"), [(MNNVL, False), (TRTLLM, True)])
+def test_conservative_profile_goes_by_the_name(collective: Collective, captures: bool) -> None:
     rule = engine_default(collective)
-    assert rule is not None and rule.decides is decides and rule.why and rule.source
+    assert rule is not None and rule.captures is captures and rule.why and rule.source
+    assert (barred_from_capture([TRTLLM, collective]) is rule) is not captures and barred_from_capture([TRTLLM]) is None
 
 
 def test_conservative_profile_says_nothing_of_others() -> None:

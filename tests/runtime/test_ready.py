@@ -351,22 +351,34 @@ def test_ranks_that_are_unlike_end_alike(what: str, said: str) -> None:
         assert answer.startswith(said)
 
 
-def _conservative(rank: int) -> list[tuple[str, str]]:
-    """The rule of the field is about every call over the collective, with a norm or without."""
+def _conservative(rank: int, collective: str) -> tuple[Any, ...]:
     backend = ringfence.Backend(
-        profile="conservative", capture_sizes=[4], graphs="simulated", max_tokens=64, piece_compiler="eager"
+        collective=collective,
+        profile="conservative",
+        capture_sizes=[4],
+        graphs="simulated",
+        max_tokens=64,
+        piece_compiler="eager",
     )
     package = FakeFlashInfer(dist.group.WORLD.group_name)
     with installed(package), torch.no_grad():
         torch.compile(Layers(), backend=backend)(torch.randn(4, H))
         close_workspaces(package.group)
     (report,) = backend.reports
-    return sorted({(v.op, str(v.decision)) for v in report.verdicts if v.op.startswith("ringfence")})
+    rules = {(v.op, v.rule) for v in report.verdicts if v.op.startswith("ringfence")}
+    return report.graphs, report.captured, [n for n in report.notes if "captured" in n], sorted(rules)
 
 
-def test_plain_all_reduces_are_judged_as_fused_ones_are() -> None:
-    names = ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_rms_norm")
-    assert run_ranks(2, _conservative) == [[(f"ringfence::{name}", "SPLIT") for name in names]] * 2
+@pytest.mark.parametrize("collective", ["mnnvl", "trtllm"])
+def test_the_conservative_profile_captures_nothing_of_a_graph_with_mnnvl(collective: str) -> None:
+    """The rule of the field; it is about every call over the collective, with a norm or without."""
+    for graphs, captured, notes, rules in run_ranks(2, _conservative, collective):
+        if collective == "trtllm":
+            assert (graphs, captured, notes) == ("simulated", (4,), [])
+            continue
+        names = ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_rms_norm")
+        assert rules == [(f"ringfence::{name}", "field") for name in names]
+        assert (graphs, captured) == (None, ()) and "between them too" in notes[0] and len(notes) == 1
 
 
 def _deterministic(rank: int) -> str:
