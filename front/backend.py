@@ -88,6 +88,7 @@ class Backend:
         }
         self._seen_ops: set[str] = set()
         self._said_groups: dict[str, str] = {}  # by engine op, see describe_groups
+        self._versions = versions()  # read once: it asks the file system
         given = self.options
         self._asked = Asked(
             {name: getattr(given, name) for name in OF_PROCESS if name in options},
@@ -193,7 +194,7 @@ class Backend:
             sizes,
             groups,
             options=options.as_dict(),
-            versions=versions(),
+            versions=self._versions,
             device=device,
             captures=graphs is not None,
             pads=pads is not None,
@@ -234,7 +235,7 @@ class Backend:
                 pieces=plan.pieces,
                 verdicts=tuple(verdicts),
                 options=options.as_dict(),
-                versions=versions(),
+                versions=self._versions,
                 graphs=graphs.name if graphs is not None else None,
                 collectives=described(assigned),
                 notes=tuple(notes(options, outcome)),
@@ -359,7 +360,7 @@ class Backend:
     def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         warnings.warn(f"ringfence: {GRAD_MODE}", UserWarning, stacklevel=2)
         chosen = self.options.as_dict()
-        self._report(CompileReport((), (), (), chosen, versions(), graphs=None, notes=(GRAD_MODE,)))
+        self._report(CompileReport((), (), (), chosen, self._versions, graphs=None, notes=(GRAD_MODE,)))
         fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
         return torch._dynamo.lookup_backend(fallback)(gm, list(example_inputs))
 

@@ -6,6 +6,7 @@ Prints each failure with its seed and its smallest program, and a line of counts
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -30,6 +31,8 @@ def _work(seeds: list[int], settings: dict[str, Any], shrink_seconds: float, out
     from fuzz.shrink import shrink
 
     torch.set_num_threads(1)
+    gc.freeze()  # torch is imported for good: a collection need not look through it
+    gc.set_threshold(50_000, 20, 100)
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # what plain torch.compile refuses is no news
     for seed in seeds:
         out.send(("begin", seed, ""))
