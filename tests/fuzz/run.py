@@ -145,9 +145,13 @@ def run(
     limit: float = 180,
     seconds: float | None = None,
     least: int = 0,
+    every: int = 0,
     show_upstream: bool = False,
 ) -> tuple[Counter[str], list[str]]:
-    """Counts by kind, and the failures as text. Ends after ``seconds``, but not before ``least`` programs."""
+    """Counts by kind, and the failures as text. Ends after ``seconds``, but not before ``least`` programs.
+
+    every: say how far it is after so many programs.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     counts: Counter[str] = Counter()
     failures: list[str] = []
@@ -160,6 +164,8 @@ def run(
         for worker in workers:
             for kind, at, message in worker.receive() if worker.pipe in ready else worker.late(limit + shrink_seconds):
                 counts["programs" if kind == "end" else kind] += 1
+                if kind == "end" and every and counts["programs"] % every == 0:
+                    print(f"... {counts['programs']} programs, {counts['wrong']} wrong", file=sys.stderr, flush=True)
                 if kind == "wrong" or (kind in ("upstream", "unsure") and show_upstream):
                     failures.append(f"{'FAILED' if kind == 'wrong' else kind.upper()} seed {at}: {message}")
                     print(failures[-1], flush=True)
@@ -178,6 +184,7 @@ def main() -> int:
     parser.add_argument(
         "--inductor", type=float, default=0.1, help="share of the programs whose pieces Inductor compiles"
     )
+    parser.add_argument("--seconds", type=float, help="end after so long, however many programs there were")
     parser.add_argument("--shrink-seconds", type=float, default=60)
     parser.add_argument("--upstream", action="store_true", help="also print what plain torch.compile gets wrong")
     given = parser.parse_args()
@@ -190,6 +197,8 @@ def main() -> int:
         inductor=given.inductor,
         device=given.device,
         shrink_seconds=given.shrink_seconds,
+        seconds=given.seconds,
+        every=100,
         show_upstream=given.upstream,
     )
     took = time.monotonic() - start
