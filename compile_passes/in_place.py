@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from .aliases import ancestors, readers, root, viewed
+from .elided import may_be_read_late
 from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
 from .part_editor import PartEditor
 from .parts import GraphPart
@@ -32,28 +33,6 @@ from .roles import arguments, aten, calls, same_shape, tensor
 from .symbols import as_node, expression, providers
 from .value_numbers import BY_ARGUMENT
 from .versions import WrittenInput, is_own, scatter_of, written_inputs_of
-
-#: What Inductor looks through where it changes nothing (its ``remove_noop_ops`` and ``remove_no_ops``).
-_ELIDED = {
-    aten.add.Tensor,
-    aten.cat.default,
-    aten.ceil.default,
-    aten.clone.default,
-    aten.constant_pad_nd.default,
-    aten.copy.default,
-    aten.div.Tensor,
-    aten.floor.default,
-    aten.mul.Tensor,
-    aten.pow.Tensor_Scalar,
-    aten.repeat.default,
-    aten.round.default,
-    aten.slice_scatter.default,
-    aten.sub.Tensor,
-    aten.trunc.default,
-    aten._to_copy.default,
-    torch.ops.prims.convert_element_type.default,
-    torch.ops.prims.device_put.default,
-}
 
 
 def write_in_place(gm: GraphModule, parts: Sequence[GraphPart], *, eager_pieces: bool) -> tuple[GraphPart, ...]:
@@ -71,7 +50,6 @@ def write_in_place(gm: GraphModule, parts: Sequence[GraphPart], *, eager_pieces:
 class _InPlace(PartEditor):
     def __init__(self, gm: GraphModule, parts: Sequence[GraphPart], eager_pieces: bool) -> None:
         super().__init__(gm.graph, parts)
-        self.parts = list(parts)
         self.eager = [part.island or eager_pieces for part in parts]
         (self.output,) = gm.graph.find_nodes(op="output")
         self.buffers = list(written_inputs_of(gm, gm.graph.find_nodes(op="placeholder")))
@@ -83,8 +61,6 @@ class _InPlace(PartEditor):
         self.copies = {buffer.copy for buffer in self.buffers}
         #: Nodes that nothing needs any more.
         self.replaced: dict[Node, None] = {}
-        #: Writes that must not be in the piece before them, by the number of that piece.
-        self.tails: dict[Node, int] = {}
         self.sizes = {s: n for s, n in providers(gm).items() if n.op == "placeholder"}
 
     def run(self) -> tuple[GraphPart, ...]:
@@ -96,7 +72,7 @@ class _InPlace(PartEditor):
         for node in reversed(self.graph.nodes):
             if not node.users and (node in self.replaced or _is_free(node)):
                 self.graph.erase_node(node)
-        return self._regrouped()
+        return self.regrouped()
 
     # -- one node --------------------------------------------------------------------
 
@@ -352,8 +328,7 @@ class _InPlace(PartEditor):
             buffer, version, _ = stores[i]
             copy = self.new(None, p, aten.copy_.default, (buffer.memory, values[i]))
             if late[i] and not self.eager[p]:
-                self.tails[copy] = p
-                del self.place[copy]
+                self.leave_to_an_island(copy)
             if self._owns(buffer, version) and self._same_layout(version, buffer.memory):
                 self.home[version] = buffer.memory
 
@@ -388,35 +363,6 @@ class _InPlace(PartEditor):
                 taken = self.local(value, None, p) if known and p is not None else value
             if taken is not None:
                 self.output.replace_input_with(value, taken)
-
-    def _regrouped(self) -> tuple[GraphPart, ...]:
-        nodes: dict[int, list[Node]] = {i: [] for i in range(len(self.parts))}
-        after: dict[int, list[Node]] = {}
-        for node in self.graph.nodes:
-            if node in self.tails:
-                after.setdefault(self.tails[node], []).append(node)
-            elif node in self.place:
-                nodes[self.place[node]].append(node)
-        parts = []
-        for i, part in enumerate(self.parts):
-            if nodes[i]:
-                parts.append(GraphPart(part.island, tuple(nodes[i]), part.ops))
-            if i in after:
-                parts.append(GraphPart(True, tuple(after[i]), ("aten::copy_",)))
-        return tuple(parts)
-
-
-def may_be_read_late(value: Node, written: set[Node]) -> bool:
-    """Whether a compiler may find that ``value`` is one of other written inputs, and copy that instead."""
-    seen, queue = set(), [value]
-    while queue and written:
-        node = queue.pop()
-        if node in written:
-            return True
-        if node not in seen and (viewed(node) is not None or node.target in _ELIDED):
-            queue.extend(node.all_input_nodes)
-        seen.add(node)
-    return False
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .aliases import fake_call, viewed
+from .op_calls import op_names
 from .parts import GraphPart
 
 
@@ -22,9 +23,12 @@ class PartEditor:
 
     def __init__(self, graph: Graph, parts: Sequence[GraphPart]) -> None:
         self.graph = graph
+        self.parts = list(parts)
         self.place = {node: i for i, part in enumerate(parts) for node in part.nodes}
         self.home: dict[Node, Node] = {}
         self.saved: dict[tuple[Node, Node], Node] = {}
+        #: Nodes that are not part of the piece they were made for, which is their number here, but follow it.
+        self._tails: dict[Node, int] = {}
         self._last = {i: part.nodes[-1] for i, part in enumerate(parts)}
         #: Views taken anew, by part and the view that they are.
         self._taken: dict[tuple[int, Node], Node] = {}
@@ -100,3 +104,22 @@ class PartEditor:
     def _inserting(self, anchor: Node | None, p: int) -> Any:
         """Before a node, or else at the end of a part."""
         return self.graph.inserting_before(anchor) if anchor is not None else self.graph.inserting_after(self._last[p])
+
+    def leave_to_an_island(self, node: Node) -> None:
+        """Take a node out of its part: it runs behind that, eagerly."""
+        self._tails[node] = self.place.pop(node)
+
+    def regrouped(self) -> tuple[GraphPart, ...]:
+        """The parts anew, in the order of the graph. One without nodes is gone."""
+        nodes: dict[int, list[Node]] = {i: [] for i in range(len(self.parts))}
+        after: dict[int, list[Node]] = {i: [] for i in range(len(self.parts))}
+        for node in self.graph.nodes:
+            if node in self._tails:
+                after[self._tails[node]].append(node)
+            elif node in self.place:
+                nodes[self.place[node]].append(node)
+        parts = []
+        for i, part in enumerate(self.parts):
+            parts.append(GraphPart(part.island, tuple(nodes[i]), part.ops))
+            parts.append(GraphPart(True, tuple(after[i]), tuple(dict.fromkeys(op_names(n)[0] for n in after[i]))))
+        return tuple(part for part in parts if part.nodes)
