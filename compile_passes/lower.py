@@ -64,7 +64,7 @@ def lower(
         elif node.users:
             slot_of[node] = outputs[0]
         groups = tuple(group_of(n) for n in collectives_of(piece))
-        call = piece.forward if islands[name] else compile_piece(piece)
+        call = eager_piece(piece) if islands[name] else compile_piece(piece)
         inputs = tuple(slot_of[n] for n in arguments(node))
         steps.append(Step(name, call, inputs, outputs, islands[name], calls=groups))
 
@@ -91,12 +91,11 @@ def lower(
 
 
 def _return_tuple(piece: GraphModule) -> int:
-    """Make a piece return a tuple, also of one; the number of its values."""
+    """Make a piece's graph return a tuple, also of one; the number of its values."""
     (output,) = piece.graph.find_nodes(op="output")
     values = output.args[0]
     if not isinstance(values, tuple | list):
         output.args = ((values,),)
-        piece.recompile()
         return 1
     return len(values)
 
@@ -118,8 +117,11 @@ def _progress(items: Sequence[Node], label: str) -> Iterator[Node]:
 
 
 def eager_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
-    """Run the piece's ATen ops as they are."""
-    return piece.forward
+    """Run the piece's ATen ops as they are.
+
+    AOT's graph modules may be lazy: their ``forward`` would go through the whole of ``Module.__call__`` in every step.
+    """
+    return GraphModule(piece, piece.graph).forward
 
 
 def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:

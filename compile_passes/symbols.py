@@ -91,10 +91,9 @@ def give_sizes(gm: GraphModule, parts: Sequence[GraphPart]) -> tuple[GraphPart, 
 
 
 def forget_sizes(part: GraphModule) -> None:
-    """Take what :func:`give_sizes` put into a part out again: its inputs stay."""
+    """Take what :func:`give_sizes` put into a part's graph out again: its inputs stay. Its code is made later."""
     for node in part.graph.find_nodes(op="call_function", target=_sizes):
         part.graph.erase_node(node)
-    part.recompile()
 
 
 def _sizes(*sizes: int) -> None:
