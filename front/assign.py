@@ -16,13 +16,14 @@ from .compile_passes.match import Candidate, Site
 from .compile_passes.report import GroupCollective
 from .options import Options
 from .runtime.channel import Channel, ranks_text
+from .runtime.collectives.opt_outs import nccl_setting
 from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import CollectiveUnavailableError
 from .runtime.groups import Group, nccl_version
-from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
+from .runtime.hazards.situation import Collective, Fact, Situation, facts_of_nccl
 from .runtime.watch.supervisor import Supervisor
 
 
@@ -70,7 +71,11 @@ def nccl_situation(
         return None
     found = [planned] if planned is not None else [carrier.situation for carrier in ready.values()]
     like = max(found, key=lambda s: s.nodes, default=Situation(Collective.REFERENCE, world_size=max(sizes)))
-    return replace(like, collective=Collective.NCCL, flashinfer=None, facts=facts_of_nccl(nccl_version()))
+    return replace(like, collective=Collective.NCCL, flashinfer=None, facts=_facts_of_nccl())
+
+
+def _facts_of_nccl() -> frozenset[Fact]:
+    return facts_of_nccl(nccl_version(), nccl_setting("NCCL_GRAPH_REGISTER"))
 
 
 def _without_sites(channel: Channel, sites: int) -> str | None:

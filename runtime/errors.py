@@ -24,6 +24,10 @@ class GroupError(RingfenceError):
     """The process group of an all-reduce does not exist in this process."""
 
 
+class LinksUnknownError(RingfenceError):
+    """How the GPUs are linked cannot be read."""
+
+
 class RankMismatch(RingfenceError):
     """The ranks of a group are about to do different things."""
 

@@ -15,6 +15,7 @@ from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import mnnvl, ready, reference, table, trtllm
 from ringfence.runtime.collectives.epilogue import Epilogue
 from ringfence.runtime.collectives.kernels import Implementation, KernelMemory
+from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.rank_facts import RankFacts
 from ringfence.runtime.errors import WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
@@ -24,11 +25,12 @@ FACTS = RankFacts(
     device="NVIDIA H200",
     capability=(9, 0),
     multiprocessors=132,
-    flashinfer="0.6.18",
+    flashinfer="0.7.2.post1",
     flashinfer_missing=None,
     opt_outs=("NCCL_NVLS_ENABLE=0",),
     multicast=False,
     peers=None,
+    links=Links("0000:01:00.0", switch=18),
 )
 
 
@@ -101,7 +103,7 @@ class FakeFlashInfer:
     group: str
     wrong: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
-    version: str = "0.6.18"
+    version: str = "0.7.2.post1"
     calls: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     made: list[tuple[str, int, int]] = field(default_factory=list)
     kernels: list[FakeKernels] = field(default_factory=list)

@@ -137,7 +137,7 @@ def test_an_old_nccl_is_named_and_does_not_make_the_machine_ill(
     """One machine is one node, where it was never seen to hang."""
     _pretend(monkeypatch, None)
     monkeypatch.setattr(doctor, "_devices", lambda: ())
-    for version, ids in (("2.28.9", ["M48"]), ("2.30.4", [])):
+    for version, ids in (("2.28.9", ["M48", "M55"]), ("2.30.4", ["M55"]), ("2.27.5", [])):
         monkeypatch.setattr(doctor, "nccl_version", lambda version=version: version)
         assert main(["doctor", "--json"]) == OK
         facts = json.loads(capsys.readouterr().out)

@@ -8,16 +8,17 @@ candidate that was passed over.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import CollectiveUnavailableError
 from ..hazards.catalogue import applicable
 from ..hazards.hazard import Action
-from ..hazards.situation import Payload, Situation
+from ..hazards.situation import Payload, Situation, Strategy
 from . import table as collectives
 from .kernels import Implementation
-from .rank_facts import RankFacts, numbered
-from .size_table import TABLE, SizeRow, find_row, forced_row
+from .links import FULL, Topology
+from .rank_facts import RankFacts, linked, numbered, topology_of
+from .size_table import TABLE, SizeRow, elsewhere, find_row, forced_row
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def choose(
     Raises :class:`CollectiveUnavailableError` where the user insists and cannot have it, with the reasons.
     """
     ranks, among = numbered(ranks, numbers), collectives.ALL if among is None else among
-    capability = ranks[0].capability
+    capability, links = ranks[0].capability, topology_of(ranks)
     considered = []
     for one in among:
         ways = [other.transport for other in among if other.name == one.name]
@@ -83,10 +84,14 @@ def choose(
             continue
         row = None
         if one.make is not None:
-            row = find_row(table, one.name, one.transport, capability, len(ranks))
+            row = find_row(table, one.name, one.transport, capability, len(ranks), links)
             if row is None and wanted != "auto":
-                row = forced_row(one, capability, len(ranks))
-        why_not = (failed or {}).get((one.name, one.transport)) or _why_not(ranks, one, row, deterministic, dtype)
+                row = forced_row(one, capability, len(ranks), links)
+            if row is not None and Strategy.TWO_SHOT not in one.safe(ranks[0].flashinfer):
+                row = replace(row, fused=min(row.fused, row.one_shot), all_reduce=min(row.all_reduce, row.one_shot))
+        why_not = (failed or {}).get((one.name, one.transport)) or _why_not(
+            ranks, one, row, table, deterministic, dtype
+        )
         considered.append(Considered(one.name, one.transport, why_not))
         if why_not is None:
             return Choice(one, row, tuple(considered))
@@ -97,13 +102,17 @@ def choose(
 
 
 def _why_not(
-    ranks: Sequence[RankFacts], one: Implementation, row: SizeRow | None, deterministic: bool, dtype: str
+    ranks: Sequence[RankFacts],
+    one: Implementation,
+    row: SizeRow | None,
+    table: Sequence[SizeRow],
+    deterministic: bool,
+    dtype: str,
 ) -> str | None:
     if unfit := one.fits(ranks):
         return unfit
     if row is None and one.make is not None:
-        major, minor = ranks[0].capability
-        return f"no row of the size table knows {len(ranks)} GPUs of SM{major}{minor}; name it to force it"
+        return _no_row(ranks, elsewhere(table, one.name, one.transport, ranks[0].capability, len(ranks)))
     if deterministic and (row is None or not row.bitwise):
         return "not shown to return the same bits whatever the token count"
     situation = Situation(
@@ -119,3 +128,18 @@ def _why_not(
         if hazard.decides is Action.REFUSE:
             return f"{hazard.id}, {hazard.title.lower()}: {hazard.remedy}"
     return None
+
+
+def _no_row(ranks: Sequence[RankFacts], others: Sequence[SizeRow]) -> str:
+    """Nothing was measured on a machine like this. others: rows of the same GPUs, linked in another way."""
+    major, minor = ranks[0].capability
+    gpus = f"{len(ranks)} GPUs of SM{major}{minor}"
+    if not others:
+        return f"no row of the size table knows {gpus}; name it to force it"
+    slow = "; over these, 10 to 34 times slower than no fusion was reported (hazard M50)"
+    known = " and ".join(f"{row.topology.meaning} ({row.source})" for row in others)
+    return (
+        f"no row of the size table knows {gpus} linked by {linked(ranks)}: it was measured over {known}"
+        f"{slow if topology_of(ranks) not in (*FULL, Topology.UNKNOWN) else ''}; "
+        "measure here with `ringfence bench`, or name it to force it"
+    )

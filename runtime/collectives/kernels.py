@@ -171,7 +171,8 @@ class Implementation:
 
     name: what options and graphs call it. transport: how the ranks' memory is reached, None where it does not matter.
     fits: why it cannot be had on these ranks, or None. make: its kernels; None for the reference, which needs none.
-    requirements: what a call must look like. strategies: what the kernels have.
+    requirements: what a call must look like. strategies: what the kernels have. safe: which of them a release
+    carries out right; the others are not used.
     dtypes: which dtypes a workspace that is made for one serves.
     epoch_on_device: whether a replay finds the protocol's epoch on the device; what the host holds would be baked in.
     facts: what the hazard table should know of each of its calls.
@@ -184,6 +185,7 @@ class Implementation:
     make: Make | None = None
     requirements: tuple[Requirement, ...] = ()
     strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
+    safe: Callable[[str | None], tuple[Strategy, ...]] = lambda version: (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
     dtypes: Callable[[torch.dtype], tuple[torch.dtype, ...]] = lambda dtype: (dtype,)
     epoch_on_device: bool = False
     facts: frozenset[Fact] = frozenset()

@@ -30,8 +30,10 @@ from . import table as collectives
 from .epilogue import Epilogue, RmsNorm
 from .flashinfer import FlashInfer, load
 from .kernels import KernelCall
+from .links import Topology
 from .opt_outs import own_opt_outs
-from .ready import Wanted, prepare
+from .rank_facts import topology_of
+from .ready import Wanted, facts_of_all, prepare
 from .size_table import SizeRow, write_table
 from .workspace import Workspace, close_workspaces
 
@@ -97,7 +99,12 @@ def worth_up_to(times: Iterable[tuple[int, float, float]]) -> int:
 
 
 def row_of(
-    collective: str, capability: tuple[int, int], world_size: int, timings: Sequence[Timing], source: str
+    collective: str,
+    capability: tuple[int, int],
+    world_size: int,
+    timings: Sequence[Timing],
+    source: str,
+    topology: Topology = Topology.NVSWITCH,
 ) -> SizeRow:
     """What these timings say. Two-shot begins where one-shot ends, so a size has one strategy, also without a norm."""
     switch = worth_up_to((t.size, t.one_shot, t.two_shot) for t in timings)
@@ -113,7 +120,16 @@ def row_of(
             bits[t.hidden] |= t.bits
     bitwise = all(len(each) == 1 for each in bits.values())
     return SizeRow(
-        collective, TRANSPORT, capability, world_size, one_shot, fused, min(all_reduce, fused), source, bitwise
+        collective,
+        TRANSPORT,
+        capability,
+        world_size,
+        one_shot,
+        fused,
+        min(all_reduce, fused),
+        source,
+        bitwise,
+        topology,
     )
 
 
@@ -136,6 +152,7 @@ def measure(
     A size that is no whole number of rows is rounded down; at least one holds a row of each hidden size.
     """
     channel = open_channel(group.name, seconds=seconds)
+    topology = topology_of(facts_of_all(channel, device))
     timings: dict[str, list[Timing]] = {collective: [] for collective in CANDIDATES}
     missing: dict[str, str] = {}
     for hidden in hiddens:
@@ -144,7 +161,9 @@ def measure(
         ready: dict[str, Workspace] = {}
         for collective in CANDIDATES:
             limit = tokens[-1] * row_bytes
-            row = SizeRow(collective, TRANSPORT, capability, group.size, limit, limit, limit, "to be measured")
+            row = SizeRow(
+                collective, TRANSPORT, capability, group.size, limit, limit, limit, "to be measured", topology=topology
+            )
             wanted = Wanted(str(collective), TRANSPORT, hidden, dtype, sizes=tokens, table=(row,))
             try:
                 chosen = prepare(channel, group, device, wanted)
@@ -162,7 +181,7 @@ def measure(
         channel.barrier("bench: every rank is done with the workspaces")
         close_workspaces(group.name)
     measured = {c: tuple(timings[c]) for c in CANDIDATES if c not in missing}
-    rows = tuple(row_of(c, capability, group.size, times, source) for c, times in measured.items())
+    rows = tuple(row_of(c, capability, group.size, times, source, topology) for c, times in measured.items())
     return Measured(rows, measured, missing)
 
 

@@ -69,7 +69,26 @@ def nccl_files(
 
 def own_opt_outs() -> tuple[str, ...]:
     """What forbids multicast in this process."""
+    return opt_outs(os.environ, _own_files())
+
+
+def nccl_settings() -> dict[str, str]:
+    """What is set for NCCL in this process, ``NCCL_...`` to its value: by the environment, or else by its files."""
+    found: dict[str, str] = {}
+    for settings in (os.environ, *(_settings(text) for _, text in _own_files())):
+        for name, value in settings.items():
+            if name.startswith("NCCL_"):
+                found.setdefault(name, value.strip())
+    return found
+
+
+def nccl_setting(name: str) -> str | None:
+    """The value of one of them; None where it is not set."""
+    return nccl_settings().get(name)
+
+
+def _own_files() -> list[tuple[str, str]]:
     home = None
     with contextlib.suppress(KeyError):  # a container's user may be in no database
         home = pwd.getpwuid(os.getuid()).pw_dir
-    return opt_outs(os.environ, nccl_files(os.environ, home))
+    return nccl_files(os.environ, home)

@@ -21,7 +21,9 @@ from ..hazards.situation import Fact, Situation, Strategy
 from . import table as collectives
 from .choice import Choice, Considered, choose
 from .kernels import Implementation, KernelCall
-from .rank_facts import RankFacts, probe
+from .links import FULL, Topology
+from .peer_copy import CudaMemory, try_copies
+from .rank_facts import RankFacts, peers_out_of_reach, probe, topology_of
 from .reference import IMPLEMENTATION as REFERENCE
 from .self_test import self_test
 from .size_table import TABLE, SizeRow
@@ -124,11 +126,12 @@ def prepare(
     """
     workspaces = workspaces_of(group.name)
     try:
-        ranks = _facts_of_all(channel, device, wanted, workspaces)
+        ranks = facts_of_all(channel, device, wanted, workspaces)
     except PeerFailedError as error:
         if wanted.collective != "auto" or wanted.deterministic:
             raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
         return reference_collective(group.size, str(error), wanted)
+    ranks, notes = _with_copies(channel, device, ranks, wanted, workspaces)
     dtype = str(wanted.dtype).removeprefix("torch.")
     unfit: dict[tuple[str, str | None], str] = {}  # of these sites, and not of the group
     while True:
@@ -145,7 +148,9 @@ def prepare(
         )
         if choice.row is None:
             situation = situation_of(choice, ranks, dtype=dtype)
-            return ReadyCollective(choice.collective, situation, choice.candidates, notes=_meaningless(wanted))
+            return ReadyCollective(
+                choice.collective, situation, choice.candidates, notes=(*notes, *_meaningless(wanted))
+            )
         way = (choice.collective, choice.transport)
         limit = capacity(choice.row, wanted)
         call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
@@ -188,29 +193,36 @@ def prepare(
             choice.candidates,
             workspace,
             f"its self-test failed: {captured}" if captured else None,
-            tuple(
-                f"calls of {dtype} are carried out by the reference: {r.eager}"
-                for dtype, r in others.items()
-                if r.eager
+            (
+                *notes,
+                *(
+                    f"calls of {dtype} are carried out by the reference: {r.eager}"
+                    for dtype, r in others.items()
+                    if r.eager
+                ),
             ),
         )
 
 
-def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, workspaces: Workspaces) -> list[RankFacts]:
+def facts_of_all(
+    channel: Channel, device: torch.device, wanted: Wanted | None = None, workspaces: Workspaces | None = None
+) -> list[RankFacts]:
     """What every rank knows of itself, by rank; invalid workspaces of the group are given back on the way.
 
-    Raises :class:`PeerFailedError` where one cannot tell, :class:`RankMismatch` where they want different things.
+    wanted: what has to be the same on all. Every rank must call. Raises :class:`PeerFailedError` where one cannot
+    tell, :class:`RankMismatch` where they want different things.
     """
     facts: RankFacts | str
     try:
         facts = probe(device)
     except Exception as error:  # the others are told, instead of left waiting
         facts = f"{type(error).__name__}: {error}"
-    answers = channel.exchange("facts of each rank", (facts, wanted.parts, workspaces.invalid))
+    mine = wanted.parts if wanted is not None else ()
+    answers = channel.exchange("facts of each rank", (facts, mine, workspaces.invalid if workspaces else None))
     asked = [parts for _, parts, _ in answers]
     if len(set(asked)) > 1:
         raise RankMismatch(f"the ranks want different collectives: {first_difference(asked, channel.ranks)}")
-    if invalid := next((why for _, _, why in answers if why is not None), None):
+    if workspaces is not None and (invalid := next((why for _, _, why in answers if why is not None), None)):
         workspaces.discard(channel, invalid)
     failures = tuple(
         (rank, why) for rank, (why, _, _) in zip(channel.ranks, answers, strict=True) if isinstance(why, str)
@@ -218,6 +230,31 @@ def _facts_of_all(channel: Channel, device: torch.device, wanted: Wanted, worksp
     if failures:
         raise PeerFailedError(failures_text(failures), failures)
     return [facts for facts, _, _ in answers]
+
+
+def _with_copies(
+    channel: Channel, device: torch.device, ranks: Sequence[RankFacts], wanted: Wanted, workspaces: Workspaces
+) -> tuple[list[RankFacts], tuple[str, ...]]:
+    """The facts with what copies between all pairs brought, and notes. Tried once for each group.
+
+    Not where NCCL was told to keep off peer memory and no kernel would use it either: a copy may hang the device.
+    """
+    linked = topology_of(ranks) in FULL or wanted.collective not in ("auto", "reference")
+    told_off = any(facts.nccl_p2p_off for facts in ranks) and not linked
+    if device.type != "cuda" or told_off or peers_out_of_reach(ranks) is not None:
+        return list(ranks), ()
+    if workspaces.copies is None:
+        workspaces.copies = try_copies(channel, CudaMemory)
+    copies = workspaces.copies
+    if copies.untried is not None:
+        return list(ranks), (f"copies between the ranks' memories could not be tried: {copies.untried}",)
+    if not copies.lost:
+        return list(ranks), ()
+    note = (
+        f"peer memory does not work here: {copies.lost[0]}. NCCL uses it too and may hang or corrupt: set "
+        "NCCL_P2P_DISABLE=1, or turn PCIe access control (ACS) off (hazard M51)"
+    )
+    return [dataclasses.replace(facts, lost=copies.lost) for facts in ranks], (note,)
 
 
 def _check_alone(workspaces: Workspaces, choice: Choice, group: Group) -> None:
@@ -310,6 +347,8 @@ def situation_of(
         facts.add(Fact.GRAPHS_DIFFER_IN_SIZE)
     if part_of_world:
         facts.add(Fact.GROUP_IS_NOT_WORLD)
+    if topology_of(ranks) in (Topology.PARTIAL, Topology.PCIE):
+        facts.add(Fact.NOT_ALL_NVLINK)
     return Situation(
         choice.collective,
         ranks[0].flashinfer,

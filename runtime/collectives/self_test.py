@@ -230,7 +230,8 @@ def _wait(device: torch.device, channel: Channel) -> None:
             if time.monotonic() > deadline:
                 raise SelfTestHungError(
                     f"a fused collective did not come back within {_SECONDS:g} s in the start-up self-test; it spins "
-                    "on the device until this process ends. End all ranks, and start with collective='reference'"
+                    "on the device until this process ends. End all ranks, and start with collective='reference'; "
+                    "where peer memory is at fault, NCCL hangs too: NCCL_P2P_DISABLE=1 (hazard M51)"
                 )
             channel.interrupt()
             time.sleep(0.0005)

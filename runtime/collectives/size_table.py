@@ -1,6 +1,7 @@
 """Which sizes a fused collective is worth using for, as data.
 
-A row holds for one GPU generation, number of ranks, collective and transport. Sizes are bytes
+A row holds for one GPU generation, number of ranks, collective and transport, and for how the GPUs are linked: what
+wins over an NVSwitch loses over PCIe by an order of magnitude (hazard M50). Sizes are bytes
 of the tensor that one rank reduces (tokens x hidden size x element size), so one row serves
 every model. ``ringfence bench --write-table FILE`` measures rows for the machine at hand, and
 the option ``size_table`` reads them.
@@ -19,11 +20,12 @@ from ..errors import SizeTableError
 from ..hazards.situation import Collective, Strategy
 from . import table as collectives
 from .kernels import Implementation
+from .links import Topology
 
 MIB = 1 << 20
 
-#: Version of the file.
-SCHEMA = 1
+#: Version of the file. Rows of version 1 did not say how the GPUs were linked.
+SCHEMA = 2
 
 #: How the ranks' memory is reached: over an NVLink multicast object, or by the peer's own pointer.
 TRANSPORTS = ("multicast", "peer")
@@ -36,6 +38,7 @@ class SizeRow:
     one_shot: fused, every rank sends everything to every rank. fused: fused at all; between the
     two by two-shot. all_reduce: an all-reduce without a norm. bitwise: one-shot was shown to
     return the same bits for a row of the input in every run and whatever the token count.
+    topology: how the GPUs were linked where it was measured.
     """
 
     collective: str
@@ -47,6 +50,7 @@ class SizeRow:
     all_reduce: int
     source: str
     bitwise: bool = False
+    topology: Topology = Topology.NVSWITCH
 
     def strategy(self, size: int) -> Strategy | None:
         """How a fused call of this size is carried out; None: not by this collective."""
@@ -84,18 +88,34 @@ TABLE: tuple[SizeRow, ...] = (
 
 
 def find_row(
-    rows: Sequence[SizeRow], collective: str, transport: str | None, capability: tuple[int, int], world_size: int
+    rows: Sequence[SizeRow],
+    collective: str,
+    transport: str | None,
+    capability: tuple[int, int],
+    world_size: int,
+    topology: Topology,
 ) -> SizeRow | None:
     """The first row for this; None where nothing is known."""
+    found = elsewhere(rows, collective, transport, capability, world_size)
+    return next((row for row in found if row.topology == topology), None)
+
+
+def elsewhere(
+    rows: Sequence[SizeRow], collective: str, transport: str | None, capability: tuple[int, int], world_size: int
+) -> tuple[SizeRow, ...]:
+    """The rows for this, however the GPUs were linked."""
     wanted = (collective, transport, capability, world_size)
-    return next((r for r in rows if (r.collective, r.transport, r.capability, r.world_size) == wanted), None)
+    return tuple(r for r in rows if (r.collective, r.transport, r.capability, r.world_size) == wanted)
 
 
-def forced_row(one: Implementation, capability: tuple[int, int], world_size: int) -> SizeRow:
+def forced_row(
+    one: Implementation, capability: tuple[int, int], world_size: int, topology: Topology = Topology.UNKNOWN
+) -> SizeRow:
     """For a collective that a user insists on where no row knows it: one-shot as far as a small message goes."""
     one_shot = 8 * MIB // world_size
     fused = 8 * MIB if Strategy.TWO_SHOT in one.strategies else one_shot
-    return SizeRow(one.name, one.transport, capability, world_size, one_shot, fused, 0, "no row: forced by the user")
+    source = "no row: forced by the user"
+    return SizeRow(one.name, one.transport, capability, world_size, one_shot, fused, 0, source, topology=topology)
 
 
 def read_table(path: str | Path) -> tuple[SizeRow, ...]:
@@ -120,7 +140,7 @@ def _row(path: str | Path, index: int, given: Any) -> SizeRow:
     fields = {f.name: f for f in dataclasses.fields(SizeRow)}
     if not isinstance(given, dict):
         raise SizeTableError(f"{where} is no object")
-    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
+    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING or name == "topology"]
     if wrong := sorted({*given} - {*fields}) or [name for name in needed if name not in given]:
         raise SizeTableError(
             f"{where} has unknown or missing fields: {', '.join(wrong)}; `ringfence bench` writes them all"
@@ -142,4 +162,8 @@ def _row(path: str | Path, index: int, given: Any) -> SizeRow:
             raise SizeTableError(f"{where} has {name} {given[name]!r}, which is no {kind.__name__}")
     if given["one_shot"] > given["fused"]:
         raise SizeTableError(f"{where}: one_shot is larger than fused")
-    return SizeRow(**given | {"collective": known[collective], "capability": tuple(capability)})
+    topologies = {str(topology): topology for topology in Topology}
+    if given["topology"] not in list(topologies):
+        raise SizeTableError(f"{where} has topology {given['topology']!r}, which is not one of {list(topologies)}")
+    checked = {"collective": known[collective], "capability": tuple(capability)}
+    return SizeRow(**given | checked | {"topology": topologies[given["topology"]]})

@@ -29,6 +29,9 @@ _PDL = False
 #: dtype: float32 on two ranks overruns it. From this release on the buffer has room for 4-byte elements.
 _FP32_TWO_SHOT_FIXED = "0.7.2"
 
+#: Until then a flag of two-shot's barrier may be taken that is two barriers old, once grids differ (hazard M58).
+_TWO_SHOT_FIXED = "0.7.2"
+
 REQUIREMENTS: tuple[Requirement, ...] = (
     *flashinfer_rules.REQUIREMENTS,
     Requirement(
@@ -48,6 +51,12 @@ REQUIREMENTS: tuple[Requirement, ...] = (
 
 def _fits(ranks: Sequence[RankFacts]) -> str | None:
     return flashinfer_rules.unfit(ranks) or peers_out_of_reach(ranks)
+
+
+def safe(version: str | None) -> tuple[Strategy, ...]:
+    """The strategies that a release carries out right whatever the token counts."""
+    two_shot = version is not None and in_range(version, _TWO_SHOT_FIXED, None)
+    return (Strategy.ONE_SHOT, Strategy.TWO_SHOT) if two_shot else (Strategy.ONE_SHOT,)
 
 
 # -- the adapter -----------------------------------------------------------------------
@@ -94,13 +103,19 @@ def create(
         keeps_own=True,
         flags=int(handles[1][channel.rank]),
     )
-    return Trtllm(api, workspace, release, memory)
+    return Trtllm(api, workspace, release, memory, safe(package.version))
 
 
 class Trtllm:
-    strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
-
-    def __init__(self, api: ModuleType, workspace: Any, release: Callable[[Any], None], memory: KernelMemory) -> None:
+    def __init__(
+        self,
+        api: ModuleType,
+        workspace: Any,
+        release: Callable[[Any], None],
+        memory: KernelMemory,
+        strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT),
+    ) -> None:
+        self.strategies = strategies
         self._call: Callable[..., Any] = api.allreduce_fusion
         self._workspace, self._release = workspace, release
         self._pattern = api.AllReduceFusionPattern
@@ -222,6 +237,7 @@ IMPLEMENTATION = Implementation(
     _fits,
     _make,
     REQUIREMENTS,
+    safe=safe,
     dtypes=_dtypes,
     epoch_on_device=True,
     model="trtllm",

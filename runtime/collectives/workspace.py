@@ -27,6 +27,7 @@ from ..errors import GroupError, WorkspaceError
 from ..groups import resolve_group
 from ..hazards.situation import Strategy
 from .kernels import Implementation, KernelCall, Kernels
+from .peer_copy import Copies
 from .size_table import SizeRow
 
 #: How long work that was submitted before a failure may take to end.
@@ -137,6 +138,8 @@ class Workspaces:
         self.failed: dict[tuple[str, str | None], str] = {}
         #: Why the protocols' state is not known any more; None where it is. A call broke off on some rank.
         self.invalid: str | None = None
+        #: What copies between the ranks' memories brought; None before they were tried, which is done once.
+        self.copies: Copies | None = None
         #: Whose graphs run over them.
         self.users: weakref.WeakSet[User] = weakref.WeakSet()
         self._open: list[Workspace] = []

@@ -16,6 +16,10 @@ MULTICAST = Check(
     "runtime/collectives/rank_facts.py::multicast_barred", "no rank without multicast gets such a workspace"
 )
 BUFFER_SIZE = Check("runtime/collectives/kernels.py::check_buffer", "no workspace has a buffer of 1 GiB")
+PEER_COPY = Check(
+    "runtime/collectives/peer_copy.py::try_copies", "data is copied both ways between all pairs before a kernel does"
+)
+SAFE_STRATEGIES = Check("runtime/collectives/trtllm.py::safe", "before FlashInfer 0.7.2 no call is two-shot")
 FITS = Check("runtime/collectives/workspace.py::Workspace", "a call that does not fit is carried out by the reference")
 NEVER_REPLACED = Check(
     "runtime/collectives/workspace.py::Workspaces", "a workspace stays where it is; a larger one is made beside it"

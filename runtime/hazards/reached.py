@@ -32,4 +32,11 @@ REACHED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
             "clean": "REFUSE",
         },
     },
+    "M50": {
+        "mnnvl": {"split": "IN_GRAPH", "refuse": "IN_GRAPH", "raise": "IN_GRAPH", "clean": "IN_GRAPH"},
+        "trtllm": {"split": "IN_GRAPH", "refuse": "IN_GRAPH", "raise": "IN_GRAPH", "clean": "IN_GRAPH"},
+    },
+    "M55": {
+        "nccl": {"split": "IN_GRAPH", "refuse": "IN_GRAPH", "raise": "IN_GRAPH", "clean": "IN_GRAPH"},
+    },
 }

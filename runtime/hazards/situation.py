@@ -68,11 +68,13 @@ class Fact(Explained):
     RANK_LOCAL_FALLBACK = "rank_local_fallback", "a rank that lacks the workspace falls back without asking the others"
     AUTOTUNE_PER_RANK = "autotune_per_rank", "each rank measures and picks a tactic of its own"
     ZERO_TOKENS = "zero_tokens", "a rank may come with no token"
+    GRIDS_TAKE_TURNS = "grids_take_turns", "calls on one workspace are launched with grids of different sizes"
     GRAPHS_DIFFER_IN_SIZE = "graphs_differ_in_size", "graphs with different token counts take turns on one workspace"
     # what is inside a captured piece
     HOST_EPOCH = "host_epoch", "an op in a captured piece takes its epoch, flag, slot or mask from the host"
     HOST_SYNC_IN_PIECE = "host_sync_in_piece", "a captured piece waits for the device or reads data on the host"
     UNMARKED_UNSAFE_OP = "unmarked_unsafe_op", "a captured piece holds an op known to be uncapturable and not marked so"
+    CONDITIONAL_NODE = "conditional_node", "a collective is captured in the body of a branch or loop"
     PROTOCOL_CUT = "protocol_cut", "the launches of one collective lie in different pieces or islands"
     BUFFERS_NOT_REGISTERED = "buffers_not_registered", "a piece is captured outside the collective's capture context"
     SHARED_GRAPH_EXEC = "shared_graph_exec", "one executable graph is updated in place to serve several pieces"
@@ -84,6 +86,8 @@ class Fact(Explained):
     MISALIGNED_BUFFER = "misaligned_buffer", "the bytes of one Lamport buffer are no multiple of 32"
     LAMPORT_OVER_1_GIB = "lamport_over_1_gib", "one Lamport buffer has 1 GiB or more"
     STRATEGIES_SHARE_WORKSPACE = "strategies_share_workspace", "one-shot and two-shot calls use one workspace"
+    UNMAPPED_IN_FLIGHT = "unmapped_in_flight", "memory is unmapped while a submitted step still uses it"
+    PINNED_BUFFER_REUSED = "pinned_buffer_reused", "the host writes a pinned buffer that is still being copied from"
     UNSTABLE_ISLAND_OUTPUT = "unstable_island_output", "an eager op hands a captured piece memory that moves"
     INPUT_FREED_EARLY = "input_freed_early", "an input's memory is reused before the op that reads it is complete"
     UNDEFINED_PADDING = "undefined_padding", "padded rows or lengths hold whatever was in memory"
@@ -92,6 +96,12 @@ class Fact(Explained):
     GROUP_IS_NOT_WORLD = "group_is_not_world", "the tensor-parallel group is a part of WORLD"
     RENDEZVOUS_WITHOUT_GROUP = "rendezvous_without_group", "the workspace is created without the argument group"
     DEVICE_IS_NOT_RANK = "device_is_not_rank", "a rank's device index differs from its rank in the group"
+    # links and machines
+    NOT_ALL_NVLINK = "not_all_nvlink", "some pair of ranks reaches each other over PCIe only"
+    PEER_COPY_LOST = "peer_copy_lost", "a copy into or out of a peer's memory did not bring the data"
+    FABRIC_NOT_READY = "fabric_not_ready", "the fabric manager has not let a GPU into the NVLink fabric"
+    NO_IMEX_CHANNEL = "no_imex_channel", "a process has no IMEX channel, or nodes are in different IMEX domains"
+    HANDLES_FORBIDDEN = "handles_forbidden", "a process may not take a file descriptor out of another"
     # streams, kernels side by side, and programmatic dependent launch (PDL)
     TWO_STREAMS = "two_streams", "calls on one workspace come from streams that nothing orders"
     COPY_ON_OTHER_STREAM = "copy_on_other_stream", "a copy runs on another stream while pieces are replayed"
@@ -108,16 +118,25 @@ class Fact(Explained):
     PROFILER_ATTACHED = "profiler_attached", "Nsight Systems traces the process"
     NCCL_SYMMETRIC_MEMORY = "nccl_symmetric_memory", "a collective over NCCL's symmetric memory is captured"
     NCCL_BEFORE_2_30_4 = "nccl_before_2_30_4", "the process uses NCCL 2.28.9 or later, and before 2.30.4"
+    NCCL_REGISTERS_GRAPHS = (
+        "nccl_registers_graphs",
+        "NCCL 2.28.9 or later registers captured buffers: NCCL_GRAPH_REGISTER is not 0",
+    )
+    RANK_REJOINS = "rank_rejoins", "a rank that was masked out takes part again"
     NO_GROUP_ABORT = "no_group_abort", "a rank that throws tells nobody, or runs a collective in a finally"
     # seen in a run
     RANK_DID_NOT_ENTER = "rank_did_not_enter", "the journal shows a rank that never entered the call the others spin in"
+    SAME_OTHER_KERNEL = "same_other_kernel", "all ranks are in the same kernel, and it is no collective"
     CONTROL_WORD_ILLEGAL = "control_word_illegal", "a control word holds a value that the protocol never writes"
 
 
-def facts_of_nccl(version: str | None) -> frozenset[Fact]:
-    """What the version of NCCL says. Releases before 2.28.9 were not reported."""
-    suspected = version is not None and in_range(version, "2.28.9", "2.30.4")
-    return frozenset({Fact.NCCL_BEFORE_2_30_4} if suspected else ())
+def facts_of_nccl(version: str | None, graph_register: str | None = None) -> frozenset[Fact]:
+    """What the version of NCCL says, and the value of NCCL_GRAPH_REGISTER. Releases before 2.28.9 were not reported."""
+    if version is None or not in_range(version, "2.28.9", None):
+        return frozenset()
+    registers = (graph_register or "1").strip() != "0"
+    facts = {Fact.NCCL_REGISTERS_GRAPHS: registers, Fact.NCCL_BEFORE_2_30_4: in_range(version, None, "2.30.4")}
+    return frozenset(fact for fact, holds in facts.items() if holds)
 
 
 @dataclass(frozen=True)

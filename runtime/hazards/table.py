@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .hazard import REPOSITORIES, Action, Certainty, Hazard, Invariant
-from .rows import capture, kernels, machines, payload, ranks, replay
+from .rows import capture, kernels, links, machines, payload, ranks, replay, surroundings
 
 __all__ = ["HAZARDS", "REPOSITORIES", "Action", "Certainty", "Hazard", "Invariant"]
 
@@ -15,4 +15,6 @@ HAZARDS: tuple[Hazard, ...] = (
     *capture.ROWS,
     *replay.ROWS,
     *machines.ROWS,
+    *links.ROWS,
+    *surroundings.ROWS,
 )

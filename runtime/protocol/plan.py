@@ -183,15 +183,23 @@ def reduced(ranks: Sequence[Calls]) -> tuple[Calls, ...]:
     return tuple(tuple(replace(call, tokens=small[call.tokens]) for call in calls) for calls in ranks)
 
 
-def with_grids(ranks: Sequence[Calls]) -> tuple[Calls, ...]:
-    """Calls with a grid each: equal where ranks agree on the tokens, which the grid depends on."""
+def with_grids(ranks: Sequence[Calls], *, by_size: bool = False) -> tuple[Calls, ...]:
+    """Calls with a grid each: equal where ranks agree on the tokens, which the grid depends on.
+
+    by_size: also over time, in two-shot: the first token count has one grid, and any other a larger one. A launcher's
+    grids are neither larger nor smaller with the tokens (129 tokens 132 blocks, 144 tokens 72), so two tell all.
+    """
     counts: dict[int, set[int]] = {}
     for call in _all(ranks):
         counts.setdefault(call.id, set()).add(call.tokens)
     order = {id: sorted(tokens) for id, tokens in counts.items()}
-    return tuple(
-        tuple(replace(call, ctas=call.ctas + order[call.id].index(call.tokens)) for call in calls) for calls in ranks
-    )
+    first = next((call.tokens for call in _all(ranks) if call.strategy is Strategy.TWO_SHOT), None)
+
+    def grid(call: Call) -> int:
+        turns = by_size and call.strategy is Strategy.TWO_SHOT and call.tokens != first
+        return call.ctas + order[call.id].index(call.tokens) + turns
+
+    return tuple(tuple(replace(call, ctas=grid(call)) for call in calls) for calls in ranks)
 
 
 def machine_for(collective: str, version: str, ranks: Sequence[Calls]) -> Machine:
@@ -207,7 +215,8 @@ def machine_for(collective: str, version: str, ranks: Sequence[Calls]) -> Machin
         case Collective.MNNVL:
             return mnnvl(reduced(ranks), mnnvl_rules(version))
         case Collective.TRTLLM:
-            return trtllm(with_grids(reduced(ranks)), trtllm_rules(version))
+            rules = trtllm_rules(version)
+            return trtllm(with_grids(reduced(ranks), by_size=rules.own_flag_first), rules)
         case Collective.MOE_ALL_TO_ALL:
             return moe_a2a(ranks, moe_rules(version))
     raise PlanError(f"no model of collective '{collective}'; there are {_listed(MODELLED)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ..errors import VersionError
@@ -48,7 +48,11 @@ class Epoch(StrEnum):
 
 @dataclass(frozen=True)
 class LamportRules:
-    """A protocol in which the data is the flag: a receiver polls until no word is the sentinel."""
+    """A protocol in which the data is the flag: a receiver polls until no word is the sentinel.
+
+    own_flag_first: of trtllm's two-shot, which has barriers: a block raises the flag that its peer waits for before
+    those of blocks that its grid does not have.
+    """
 
     sentinel: Sentinel = Sentinel.BITWISE
     sanitises_input: bool = True
@@ -58,6 +62,7 @@ class LamportRules:
     clear: Clear = Clear.RECORDED
     polls_own: bool = False
     epoch: Epoch = Epoch.DEVICE
+    own_flag_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,10 @@ MNNVL: tuple[MnnvlRange, ...] = (
 #: The newest release whose protocols were read; later ones are taken to have the same.
 NEWEST_READ = "0.7.2.post1"
 
-#: One-shot of the trtllm backend: bitwise per element since FI#1136, own slot polled, no sum is pushed.
+#: The trtllm backend: bitwise per element since FI#1136, own slot polled, no sum is pushed. Until 0.7.1 two-shot raises
+#: a block's own flag first (read in Barrier::sync of trtllm_allreduce_fusion.cuh, 0.6.18.post1 to 0.7.2).
 TRTLLM = LamportRules(polls_own=True)
+_OWN_FLAG_LAST = "0.7.2"
 
 #: ``active_rank_mask`` is a kernel argument (TRT#16200), so a capture bakes it in.
 MOE = MoeRules(mask_on_device=False)
@@ -119,9 +126,9 @@ def mnnvl_rules(version: str) -> LamportRules:
 
 
 def trtllm_rules(version: str) -> LamportRules:
-    """The one-shot protocol of the trtllm backend; no release in the known range changed it."""
+    """The protocol of the trtllm backend: one-shot is the same in all of the known range, two-shot changed in 0.7.2."""
     _known(version)
-    return TRTLLM
+    return replace(TRTLLM, own_flag_first=in_range(version, None, _OWN_FLAG_LAST))
 
 
 def moe_rules(version: str) -> MoeRules:

@@ -9,6 +9,10 @@ it, still has the previous value.
 Each strategy has its own buffers and its own flag among the five control words; the arrival
 ``counter`` is shared, and must equal the grid exactly; it is not modelled here.
 
+Until 0.7.1 a block writes its own flag before those of blocks that its grid does not have, and a peer that waits for
+the former alone may be in its next launch before the latter are performed (hazard M58). From 0.7.2 on its own comes
+last, so whoever has seen it has all of them; they are one step here.
+
 Source: trtllm_allreduce_fusion.cuh of FlashInfer 0.6.0 to 0.7.2.
 """
 
@@ -134,6 +138,7 @@ class _TrtllmRank:
     def __init__(self, compiler: TrtllmCompiler, rank: int) -> None:
         self._rank, self._world, self._flags = rank, range(compiler.world_size), compiler.flags
         self._rules, self._memory = compiler.rules, compiler.memory
+        self._first = compiler.rules.own_flag_first
 
     def one_shot(self, call: Call, words: TrtllmControlWords) -> list[Op]:
         rank, world, rules = self._rank, self._world, self._rules
@@ -157,14 +162,19 @@ class _TrtllmRank:
         ops: list[Op] = []
         for block in range(call.ctas):
             before = 0
+            late: dict[int, int] = {}
             for barrier in (passed + 1, passed + 2):
+                start = len(ops)
                 for peer in self._peers():
-                    cells = tuple(
-                        self._flag(call, peer, number, self._rank) for number in range(block, self._flags, call.ctas)
-                    )
-                    detail = f"block {block}: flags of rank {peer} to {barrier % 3}"
-                    ops.append(Op(OpKind.RAISE, cells, (flag(barrier, call.id),) * len(cells), before, detail=detail))
+                    numbers = range(block, self._flags, call.ctas)
+                    ops += self._raise(call, peer, numbers[: 1 if self._first else None], barrier, before)
                 raised = before | self._mask(ops)
+                for i, peer in enumerate(self._peers() if self._first else ()):
+                    # Each store to a flag comes after the one before to the same flag, and nobody waits for these.
+                    after = before | 1 << start + i | late.get(peer, 0)
+                    more = self._raise(call, peer, range(block, self._flags, call.ctas)[1:], barrier, after)
+                    late[peer] = late.get(peer, 0) | (1 << len(ops) if more else 0)
+                    ops += more
                 # The first barrier says that peers have put their input there: that of this call.
                 due = flag(barrier, call.id if barrier == passed + 1 else None)
                 for peer in self._peers():
@@ -173,6 +183,12 @@ class _TrtllmRank:
                     ops.append(Op(OpKind.AWAIT_CHANGE, cells, (due,), raised, detail=detail))
                 before = raised | self._mask(ops)
         return ops
+
+    def _raise(self, call: Call, peer: int, numbers: range, barrier: int, after: int) -> list[Op]:
+        """One step for these flags of a peer; none for none."""
+        cells = tuple(self._flag(call, peer, number, self._rank) for number in numbers)
+        detail = f"block {numbers[0]}: flags of rank {peer} to {barrier % 3}" if numbers else ""
+        return [Op(OpKind.RAISE, cells, (flag(barrier, call.id),) * len(cells), after, detail=detail)] if cells else []
 
     def _peers(self) -> list[int]:
         """A rank's own flags tell it nothing that it does not know."""

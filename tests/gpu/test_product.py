@@ -250,6 +250,7 @@ def bits(rank: int) -> dict[str, bool]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_which_collectives_return_the_same_bits_whatever_the_token_count(ranks: int) -> None:
     """What the size table's column ``bitwise`` rests on."""
+    from ringfence.runtime.collectives.links import Topology
     from ringfence.runtime.collectives.size_table import TABLE, find_row
     from ringfence.runtime.hazards.situation import Collective
 
@@ -259,7 +260,7 @@ def test_which_collectives_return_the_same_bits_whatever_the_token_count(ranks: 
     assert all(first == other for other in others)
     print(f"the same bits on {ranks} ranks:", first)
     for collective in COLLECTIVES if ranks == 2 else ("trtllm",):
-        row = find_row(TABLE, Collective(collective), "peer", (9, 0), ranks)
+        row = find_row(TABLE, Collective(collective), "peer", (9, 0), ranks, Topology.NVSWITCH)
         assert row is not None
         if torch.cuda.get_device_capability() == row.capability and row.bitwise:
             assert first[f"{collective} norm"] and first[f"{collective} sum"]

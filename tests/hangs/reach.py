@@ -36,6 +36,7 @@ from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.flashinfer import SUPPORTED
+from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.rank_facts import RankFacts
 from ringfence.runtime.collectives.ready import situation_of
 from ringfence.runtime.collectives.size_table import TABLE
@@ -57,6 +58,7 @@ _WHENS = [when for hazard in HAZARDS for when in hazard.when]
 _ENDS = {end for when in _WHENS for end in (when.low, when.high) if end}
 RELEASES = sorted({v for v in (*_ENDS, SUPPORTED[0], "0.7.99") if in_range(v, *SUPPORTED)}, key=parse_version)
 CAPABILITIES = sorted({(8, 0), *(c for w in _WHENS for c in w.capabilities), *(row.capability for row in TABLE)})
+LINKS = (Links("gpu", switch=18, fabric="a fabric"), Links("gpu"))  # an NVSwitch, or PCIe
 WORLD_SIZES = sorted({3, *(n for w in _WHENS for n in w.world_sizes), *(row.world_size for row in TABLE)})
 
 
@@ -80,9 +82,9 @@ def instead_of(function: Callable[..., Any], other: Callable[..., Any]) -> Itera
 
 def worlds() -> Iterator[list[RankFacts]]:
     """The facts of all ranks, of every kind of machine on which all ranks are alike."""
-    kinds = itertools.product(RELEASES, CAPABILITIES, WORLD_SIZES, (1, 2), (True, False), (True, False))
-    for version, capability, size, nodes, multicast, peers in kinds:
-        rank = RankFacts("host0", "a device", capability, 132, version, None, (), multicast, peers)
+    kinds = itertools.product(RELEASES, CAPABILITIES, WORLD_SIZES, (1, 2), (True, False), (True, False), LINKS)
+    for version, capability, size, nodes, multicast, peers, links in kinds:
+        rank = RankFacts("host0", "a device", capability, 132, version, None, (), multicast, peers, links)
         yield [replace(rank, host=f"host{i % nodes}") for i in range(size)]
 
 

@@ -1,4 +1,4 @@
-"""M15, M22, M23, M25, M26, M27, M29, M31, M36, M42, M44: ranks that launch different things, and those that may.
+"""M15, M22, M23, M25, M26, M27, M29, M31, M36, M42, M44, M58: ranks that launch different things, and those that may.
 
 Each case is a plan of two pieces on two or four ranks, decided as a user would ask for it, and
 again with what avoids the hazard.
@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ringfence.runtime.hazards.situation import Strategy
-from ringfence.runtime.protocol.calls import Calls, changed, program, swapped, until, without
+from ringfence.runtime.protocol.calls import Call, Calls, changed, program, swapped, until, without
 from ringfence.runtime.protocol.explore import ModelFailure, explore
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.plan import PlannedRank, check, even_pieces, programs
@@ -46,7 +46,8 @@ def test_m15_an_epoch_that_the_host_holds_cannot_be_captured(sites: int) -> None
 
 def test_m22_unequal_grids_deadlock_and_equal_ones_do_not() -> None:
     calls = program([8] * 3, Strategy.TWO_SHOT)
-    assert failure_of("trtllm", [calls, changed(calls, 0, 1, 2, tokens=4)]) is ModelFailure.DEADLOCK
+    unequal = [calls, changed(calls, 0, 1, 2, tokens=4)]
+    assert check("trtllm", "0.7.2", unequal).failure is ModelFailure.DEADLOCK
     assert failure_of("trtllm", [calls, calls]) is None
 
 
@@ -144,3 +145,27 @@ def test_m44_graphs_of_different_sizes_and_strategies_may_alternate(strategy: St
     mixed = changed(sizes, 1, 3, strategy=strategy)
     assert explore(mnnvl([mixed] * 2, mnnvl_rules("0.6.13"))).safe
     assert explore(trtllm([mixed] * 2, trtllm_rules("0.6.13"))).safe
+
+
+def test_m58_before_0_7_2_a_larger_grid_takes_a_flag_that_is_two_barriers_old() -> None:
+    """The peer waits for the flag of the block alone; those behind it may come after its next launch has begun."""
+
+    def found(version: str, grids: tuple[int, ...]) -> ModelFailure | None:
+        calls = tuple(Call(i, Strategy.TWO_SHOT, ctas=grid) for i, grid in enumerate(grids))
+        return explore(trtllm([calls] * 2, trtllm_rules(version))).failure
+
+    for version in ("0.6.18", "0.7.1"):
+        assert found(version, (1, 2)) is ModelFailure.STALE_READ
+        assert found(version, (2, 1)) is None and found(version, (2, 2)) is None, "no flag comes behind another"
+    for grids in ((1, 2), (2, 1), (1, 3)):
+        assert found("0.7.2", grids) is None
+
+
+@pytest.mark.parametrize("version", ["0.6.13", "0.6.18", "0.7.1", "0.7.2", "0.7.2.post1"])
+def test_m58_is_found_in_plans_whose_sizes_take_turns(version: str) -> None:
+    fixed = version.startswith("0.7.2")
+    assert check("trtllm", version, [program((4, 64), Strategy.TWO_SHOT)] * 4).safe is fixed
+    for sizes, stale in (((4, 64), True), ((64, 4), True), ((64, 64), False), ((4, 64, 4), True)):
+        result = check("trtllm", version, [program(sizes, Strategy.TWO_SHOT)] * 2)
+        assert result.failure is (ModelFailure.STALE_READ if stale and not fixed else None)
+    assert check("trtllm", version, [program((4, 64))] * 2).safe, "one-shot has no such flags"

@@ -42,6 +42,7 @@ CHECKS = {name: check for name, check in vars(checks).items() if isinstance(chec
 NEWEST = "0.7.2.post1"
 MNNVL, TRTLLM, MOE = Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL
 CUTEDSL, NCCL = Collective.MNNVL_CUTEDSL, Collective.NCCL
+SYMMETRIC = Collective.SYMMETRIC_MEMORY
 
 
 def ids(situation: Situation) -> list[str]:
@@ -72,6 +73,8 @@ _m46 = but(Situation(MNNVL, "0.6.6"), Fact.DEVICE_IS_NOT_RANK)
 _m47 = but(Situation(TRTLLM, "0.6.14"), Fact.WORKSPACE_KEPT_WHILE_ASLEEP)
 _sparks = but(newest(NCCL), Fact.NCCL_BEFORE_2_30_4, nodes=2, capability=(12, 1))
 _m49 = Situation(MNNVL, NEWEST, strategy=Strategy.ONE_SHOT, dtype="float16")
+_m58 = but(Situation(TRTLLM, "0.7.1", strategy=Strategy.TWO_SHOT), Fact.GRIDS_TAKE_TURNS)
+_m17 = but(Situation(TRTLLM, "0.7.0.post1"), Fact.PRODUCER_RIGHT_BEFORE_PDL)
 _custom = Situation(Collective.TRTLLM_CUSTOM, "0.6.16", world_size=8, capture=False)
 
 EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
@@ -119,7 +122,10 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
         [newest(TRTLLM, Fact.EARLY_TRIGGER)],
         [newest(MNNVL, Fact.EARLY_TRIGGER), but(newest(TRTLLM), Fact.EARLY_TRIGGER, strategy=Strategy.TWO_SHOT)],
     ),
-    "M17": ([newest(TRTLLM, Fact.PRODUCER_RIGHT_BEFORE_PDL)], [newest(TRTLLM, Fact.PDL)]),
+    "M17": (
+        [_m17],
+        [but(_m17, Fact.PDL), *(but(_m17, Fact.PRODUCER_RIGHT_BEFORE_PDL, flashinfer=v) for v in ("0.7.1", NEWEST))],
+    ),
     "M18": ([newest(NCCL, Fact.SIDE_STREAM_ACROSS_PDL)], [newest(NCCL, Fact.PDL)]),
     "M19": ([newest(MOE, Fact.PDL)], [but(newest(MOE), Fact.PDL, capture=False), newest(TRTLLM, Fact.PDL)]),
     "M20": ([newest(MNNVL, Fact.PROTOCOL_CUT), newest(MOE, Fact.PROTOCOL_CUT)], [newest(MNNVL)]),
@@ -150,8 +156,8 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
         [but(newest(MNNVL), Fact.WORKSPACE_ABSENT_AT_CAPTURE, capture=False)],
     ),
     "M31": (
-        [newest(MNNVL, Fact.WORKSPACE_REPLACED)],
-        [but(newest(MNNVL), Fact.WORKSPACE_REPLACED, capture=False), newest(NCCL, Fact.WORKSPACE_REPLACED)],
+        [newest(MNNVL, Fact.WORKSPACE_REPLACED), newest(NCCL, Fact.WORKSPACE_REPLACED)],
+        [but(newest(MNNVL), Fact.WORKSPACE_REPLACED, capture=False), newest(NCCL)],
     ),
     "M32": (
         [newest(Collective.CUSTOM, Fact.BUFFERS_NOT_REGISTERED)],
@@ -176,7 +182,10 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
         [newest(Collective.SYMMETRIC_MEMORY), newest(MNNVL, Fact.PROFILER_ATTACHED)],
     ),
     "M36": ([_m36], [but(_m36, capability=(10, 3)), but(_m36, Fact.COPY_ON_OTHER_STREAM, capability=(9, 0))]),
-    "M37": ([newest(MNNVL, Fact.TWO_STREAMS)], [newest(MNNVL), newest(NCCL, Fact.TWO_STREAMS)]),
+    "M37": (
+        [newest(c, Fact.TWO_STREAMS) for c in (MNNVL, TRTLLM, SYMMETRIC, Collective.CUSTOM, NCCL)],
+        [newest(MNNVL), newest(Collective.REFERENCE, Fact.TWO_STREAMS)],
+    ),
     "M38": (
         [newest(TRTLLM, Fact.CONCURRENT_PERSISTENT_KERNEL)],
         [newest(TRTLLM), newest(MNNVL, Fact.CONCURRENT_PERSISTENT_KERNEL)],
@@ -231,11 +240,47 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
             but(_m49, flashinfer="0.5.3"),
         ],
     ),
+    "M50": ([newest(TRTLLM, Fact.NOT_ALL_NVLINK)], [newest(TRTLLM), newest(NCCL, Fact.NOT_ALL_NVLINK)]),
+    "M51": (
+        [newest(NCCL, Fact.PEER_COPY_LOST), newest(TRTLLM, Fact.PEER_COPY_LOST)],
+        [newest(NCCL), newest(Collective.REFERENCE, Fact.PEER_COPY_LOST)],
+    ),
+    "M52": ([newest(SYMMETRIC, Fact.FABRIC_NOT_READY)], [newest(SYMMETRIC), newest(TRTLLM, Fact.FABRIC_NOT_READY)]),
+    "M53": (
+        [but(newest(MNNVL), Fact.NO_IMEX_CHANNEL, nodes=2, multicast=True)],
+        [newest(MNNVL, Fact.NO_IMEX_CHANNEL), but(newest(MNNVL), nodes=2)],
+    ),
+    "M54": ([newest(MOE, Fact.HANDLES_FORBIDDEN)], [newest(MOE), newest(NCCL, Fact.HANDLES_FORBIDDEN)]),
+    "M55": (
+        [but(newest(NCCL), Fact.NCCL_REGISTERS_GRAPHS, nodes=2)],
+        [
+            newest(NCCL, Fact.NCCL_REGISTERS_GRAPHS),
+            but(newest(NCCL), nodes=2),
+            but(newest(NCCL), Fact.NCCL_REGISTERS_GRAPHS, nodes=2, capture=False),
+        ],
+    ),
+    "M56": ([newest(NCCL, Fact.UNMAPPED_IN_FLIGHT)], [newest(NCCL)]),
+    "M57": (
+        [newest(NCCL, Fact.CONDITIONAL_NODE)],
+        [newest(NCCL), but(newest(NCCL), Fact.CONDITIONAL_NODE, capture=False)],
+    ),
+    "M58": (
+        [_m58, but(_m58, Fact.GRIDS_TAKE_TURNS, flashinfer="0.6.18", strategy=None)],
+        [
+            but(_m58),
+            but(_m58, Fact.GRIDS_TAKE_TURNS, flashinfer="0.7.2"),
+            but(_m58, Fact.GRIDS_TAKE_TURNS, strategy=Strategy.ONE_SHOT),
+            but(_m58, Fact.GRIDS_TAKE_TURNS, collective=MNNVL),
+        ],
+    ),
+    "M59": ([newest(MOE, Fact.RANK_REJOINS)], [newest(MOE), newest(TRTLLM, Fact.RANK_REJOINS)]),
+    "M60": ([newest(NCCL, Fact.SAME_OTHER_KERNEL)], [newest(NCCL)]),
+    "M61": ([newest(NCCL, Fact.PINNED_BUFFER_REUSED)], [newest(NCCL)]),
 }
 
 
 def test_every_mechanism_has_one_row_in_order() -> None:
-    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 50)]
+    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 62)]
 
 
 @pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.id)
@@ -289,19 +334,30 @@ def test_unknown_version_strategy_and_payload_may_be_the_worst() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "suspected"),
+    ("version", "graph_register", "rows"),
     [
-        ("2.28.9", True),
-        ("2.29.7", True),
-        ("2.30.3", True),
-        ("2.30.4", False),
-        ("2.30.7", False),
-        ("2.27.5", False),
-        (None, False),
+        ("2.27.5", None, []),
+        ("2.28.9", None, ["M48", "M55"]),
+        ("2.28.9", "0", ["M48"]),
+        ("2.29.7", "1", ["M48", "M55"]),
+        ("2.30.3", "", ["M48", "M55"]),
+        ("2.30.4", None, ["M55"]),
+        ("2.30.7", None, ["M55"]),
+        ("2.30.7", " 0 ", []),
+        ("2.31.2", "2", ["M55"]),
+        (None, None, []),
     ],
 )
-def test_what_the_version_of_nccl_says(version: str | None, suspected: bool) -> None:
-    assert facts_of_nccl(version) == ({Fact.NCCL_BEFORE_2_30_4} if suspected else set())
+def test_what_is_known_of_nccl_between_nodes(version: str | None, graph_register: str | None, rows: list[str]) -> None:
+    """From 2.30.4 on M48 is past, and the registered buffers of nccl#2389 and nccl#2334 are there."""
+    two_nodes = but(newest(NCCL), *facts_of_nccl(version, graph_register), nodes=2, capability=(9, 0))
+    assert ids(two_nodes) == rows
+    assert ids(dataclasses.replace(two_nodes, nodes=1)) == ids(dataclasses.replace(two_nodes, capture=False)) == []
+
+
+def test_the_remedy_for_an_old_nccl_does_not_lead_into_the_next_hang() -> None:
+    for id in ("M34", "M48", "M55"):
+        assert "NCCL_GRAPH_REGISTER=0" in find_hazard(id).remedy
 
 
 def test_a_string_that_is_no_version_is_refused() -> None:
@@ -314,7 +370,7 @@ def test_decisions_follow_the_causes() -> None:
     assert Action.SPLIT not in find_hazard("M1").instead and Action.CLEAN_PAYLOAD in find_hazard("M1").instead
     assert [h.id for h in HAZARDS if h.certainty is Certainty.DISPROVED] == ["M44"]
     assert [h.id for h in HAZARDS if h.decides is Action.CAPTURE] == ["M44"]
-    assert {h.id for h in HAZARDS if h.decides is Action.SPLIT} == {"M15", "M19", "M32", "M34"}
+    assert {h.id for h in HAZARDS if h.decides is Action.SPLIT} == {"M15", "M19", "M32", "M34", "M57"}
     with pytest.raises(UnknownHazardError, match="no hazard 'M99'"):
         find_hazard("M99")
 

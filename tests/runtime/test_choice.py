@@ -20,6 +20,7 @@ from ringfence.runtime.collectives import opt_outs as opt_outs_module
 from ringfence.runtime.collectives import rank_facts, ready, table
 from ringfence.runtime.collectives import trtllm as trtllm_module
 from ringfence.runtime.collectives.choice import Choice, choose
+from ringfence.runtime.collectives.links import Links, Topology
 from ringfence.runtime.collectives.opt_outs import nccl_files, opt_outs
 from ringfence.runtime.collectives.rank_facts import RankFacts, multicast_barred, numbered
 from ringfence.runtime.collectives.ready import Wanted, prepare
@@ -32,7 +33,7 @@ from support import run_threaded
 
 MNNVL, TRTLLM, REFERENCE = Collective.MNNVL, Collective.TRTLLM, Collective.REFERENCE
 
-H200 = replace(FACTS, opt_outs=(), peers=True)
+H200 = replace(FACTS, opt_outs=(), peers=True, links=Links("gpu", switch=18, fabric="a rack"))
 B200 = replace(H200, device="NVIDIA B200", capability=(10, 0), multiprocessors=148, multicast=True)
 
 
@@ -118,7 +119,7 @@ REASONS: dict[str, tuple[list[RankFacts], Collective, str, dict[str, Any], str]]
         TRTLLM,
         "peer",
         {},
-        "ranks differ in flashinfer: rank 0: 0.6.18; rank 1: 0.7.0",
+        "ranks differ in flashinfer: rank 0: 0.7.2.post1; rank 1: 0.7.0",
     ),
     "capabilities": (
         [H200, replace(H200, capability=(10, 0))],
@@ -243,8 +244,8 @@ def test_a_size_that_no_row_knows_is_for_those_who_insist() -> None:
     for transport_of in ((MNNVL, "peer"), (TRTLLM, "peer")):
         assert why_not(found, *transport_of) == ("no row of the size table knows 2 GPUs of SM120; name it to force it")
     forced = choose(ranks, wanted="trtllm")
-    assert forced.row == forced_row(trtllm_module.IMPLEMENTATION, (12, 0), 2)
-    assert choose([B200] * 3, wanted="mnnvl").row == forced_row(mnnvl_module.MULTICAST, (10, 0), 3)
+    assert forced.row == forced_row(trtllm_module.IMPLEMENTATION, (12, 0), 2, Topology.NVSWITCH)
+    assert choose([B200] * 3, wanted="mnnvl").row == forced_row(mnnvl_module.MULTICAST, (10, 0), 3, Topology.NVSWITCH)
     with pytest.raises(CollectiveUnavailableError, match="not shown"):  # a forced row was not measured
         choose(ranks, wanted="trtllm", deterministic=True)
 
@@ -360,7 +361,7 @@ def test_ranks_are_named_by_their_global_rank() -> None:
     off = choose([B200, replace(B200, opt_outs=("X=1",))], numbers=(4, 5))
     assert why_not(off, MNNVL, "multicast") == "multicast is turned off (X=1 on rank 5)"
     unlike = choose([H200, replace(H200, flashinfer="0.7.0")], numbers=(4, 5))
-    assert why_not(unlike, TRTLLM, "peer") == "ranks differ in flashinfer: rank 4: 0.6.18; rank 5: 0.7.0"
+    assert why_not(unlike, TRTLLM, "peer") == "ranks differ in flashinfer: rank 4: 0.7.2.post1; rank 5: 0.7.0"
     none = choose([replace(B200, multicast=False)] * 2, numbers=(6, 7))
     assert why_not(none, MNNVL, "multicast") == "the device of rank 6 has no NVLink multicast"
 
@@ -387,11 +388,14 @@ def probed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Rank
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    device = type("Properties", (), {"name": "NVIDIA B200", "major": 10, "minor": 0, "multi_processor_count": 148})
+    device = type(
+        "Properties", (), {"name": "NVIDIA B200", "major": 10, "minor": 0, "multi_processor_count": 148, "uuid": 1}
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
     monkeypatch.setattr(rank_facts, "_device_has_multicast", lambda index: True)
+    monkeypatch.setattr(rank_facts, "read", lambda uuids: (H200.links,))
     monkeypatch.setattr(rank_facts, "load", lambda: FakeFlashInfer("0"))
     return rank_facts.probe(torch.device("cuda", 0))
 
@@ -400,7 +404,7 @@ def probed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Rank
 def test_the_probe_reads_the_variables_of_its_process(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     facts = probed(monkeypatch, {name: VARIABLES[name][0]})
     assert facts.opt_outs == (f"{name}={VARIABLES[name][0]}",)
-    assert facts.capability == (10, 0) and facts.multicast and facts.peers and facts.flashinfer == "0.6.18"
+    assert facts.capability == (10, 0) and facts.multicast and facts.peers and facts.flashinfer == "0.7.2.post1"
     assert chosen([probed(monkeypatch, {}), facts]) == (TRTLLM, "peer")
     assert chosen([probed(monkeypatch, {})] * 2) == (MNNVL, "multicast")
 
@@ -479,7 +483,7 @@ def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatc
 
     packages: dict[int, FakeFlashInfer] = {}
     monkeypatch.setattr(table, "ALL", fakes(lambda: packages[dist.get_rank()]))
-    monkeypatch.setattr(ready, "probe", lambda device: replace(H200, flashinfer="0.6.18"))
+    monkeypatch.setattr(ready, "probe", lambda device: replace(H200, flashinfer="0.7.2.post1"))
     for small, fits, again in run_threaded(2, body):
         assert small == again and small[0] is REFERENCE and "trtllm/peer: hidden size 100 of torch.float32" in small[1]
         assert fits[0] is MNNVL
@@ -489,3 +493,20 @@ def test_one_strategy_for_every_size_of_a_forced_peer_transport() -> None:
     row = choose([replace(H200, capability=(8, 0))] * 2, wanted="mnnvl").row
     assert row is not None and row.one_shot == row.fused
     assert row.strategy(row.fused) is Strategy.ONE_SHOT and row.strategy(row.fused + 1) is None
+
+
+@pytest.mark.parametrize(("version", "two_shot"), [("0.6.18", False), ("0.7.1", False), ("0.7.2", True)])
+def test_two_shot_of_trtllm_is_used_where_its_barrier_is_right(version: str, two_shot: bool) -> None:
+    """M58: before 0.7.2 sizes that only two-shot serves go to the reference, also where trtllm is insisted on."""
+    for ranks, wanted in (
+        ([H200] * 4, "auto"),
+        ([B200] * 4, "trtllm"),
+        ([replace(H200, capability=(12, 0))] * 2, "trtllm"),
+    ):
+        row = choose([replace(facts, flashinfer=version) for facts in ranks], wanted=wanted).row
+        assert row is not None and row.one_shot > 0
+        assert (row.fused > row.one_shot) == two_shot
+        assert row.strategy(row.one_shot + 1) is (Strategy.TWO_SHOT if two_shot else None)
+        assert row.all_reduce <= row.fused
+    row = choose([replace(B200, flashinfer=version)] * 4).row
+    assert row is not None and row.collective is MNNVL and row.fused > row.one_shot, "of mnnvl it is another barrier"

@@ -439,7 +439,7 @@ def _facts(rank: int) -> str:
 
 
 def test_ranks_with_other_packages_do_not_share_a_kernel() -> None:
-    assert run_ranks(2, _facts) == ["mnnvl/peer: ranks differ in flashinfer: rank 0: 0.6.18; rank 1: 0.7.0"] * 2
+    assert run_ranks(2, _facts) == ["mnnvl/peer: ranks differ in flashinfer: rank 0: 0.7.2.post1; rank 1: 0.7.0"] * 2
 
 
 def _sparks(rank: int) -> Any:

@@ -9,12 +9,14 @@ import pytest
 
 from ringfence.runtime.collectives import table as collectives
 from ringfence.runtime.collectives.kernels import Implementation
+from ringfence.runtime.collectives.links import Topology
 from ringfence.runtime.collectives.size_table import (
     MIB,
     SCHEMA,
     TABLE,
     TRANSPORTS,
     SizeRow,
+    elsewhere,
     find_row,
     forced_row,
     read_table,
@@ -32,7 +34,7 @@ def implementation(name: str, transport: str) -> Implementation:
 
 
 def key(row: SizeRow) -> tuple[object, ...]:
-    return row.collective, row.transport, row.capability, row.world_size
+    return row.collective, row.transport, row.capability, row.world_size, row.topology
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r.collective}-{r.transport}-{r.capability[0]}-{r.world_size}")
@@ -57,11 +59,17 @@ def test_no_row_hides_another() -> None:
 def test_rows_are_found_by_all_of_their_key() -> None:
     for row in TABLE:
         assert find_row(TABLE, *key(row)) is row  # type: ignore[arg-type]
-    assert find_row(TABLE, TRTLLM, "multicast", (9, 0), 2) is None
-    assert find_row(TABLE, TRTLLM, "peer", (9, 1), 2) is None
-    assert find_row(TABLE, TRTLLM, "peer", (9, 0), 3) is None
-    assert find_row((), TRTLLM, "peer", (9, 0), 2) is None
-    assert find_row((ROW, *TABLE), TRTLLM, "peer", (9, 0), 2) is ROW
+    switch = Topology.NVSWITCH
+    assert find_row(TABLE, TRTLLM, "multicast", (9, 0), 2, switch) is None
+    assert find_row(TABLE, TRTLLM, "peer", (9, 1), 2, switch) is None
+    assert find_row(TABLE, TRTLLM, "peer", (9, 0), 3, switch) is None
+    assert find_row((), TRTLLM, "peer", (9, 0), 2, switch) is None
+    assert find_row((ROW, *TABLE), TRTLLM, "peer", (9, 0), 2, switch) is ROW
+    for other in {*Topology} - {switch}:
+        assert find_row((ROW, *TABLE), TRTLLM, "peer", (9, 0), 2, other) is None
+    bridged = dataclasses.replace(ROW, topology=Topology.NVLINK)
+    assert find_row((ROW, bridged), TRTLLM, "peer", (9, 0), 2, Topology.NVLINK) is bridged
+    assert elsewhere((ROW, bridged, *TABLE[:1]), TRTLLM, "peer", (9, 0), 2) == (ROW, bridged)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +97,7 @@ def test_a_row_of_one_strategy_has_no_border_inside() -> None:
 def test_forced_rows(world_size: int) -> None:
     trtllm = forced_row(implementation(TRTLLM, "peer"), (12, 0), world_size)
     assert trtllm.one_shot * world_size == trtllm.fused == 8 * MIB
-    assert key(trtllm) == (TRTLLM, "peer", (12, 0), world_size)
+    assert key(trtllm) == (TRTLLM, "peer", (12, 0), world_size, Topology.UNKNOWN)
     assert not trtllm.bitwise and trtllm.all_reduce == 0, "neither was measured"
     peer = forced_row(implementation(MNNVL, "peer"), (12, 0), world_size)
     assert peer.one_shot == peer.fused, "the peer transport has no two-shot"
@@ -106,6 +114,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_table(path, (ROW,))
     (row,) = read_table(str(path))
     assert row == ROW and isinstance(row.collective, Collective) and isinstance(row.capability, tuple)
+    assert row.topology is Topology.NVSWITCH
     write_table(path, ())
     assert read_table(path) == ()
 
@@ -124,7 +133,7 @@ def read(tmp_path: Path, *rows: Any) -> tuple[SizeRow, ...]:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"rows": []}', '{"schema": 2, "rows": []}', '{"schema": 1}', '{"schema": 1, "rows": {}}'],
+    ["", "{", "[]", "null", '{"rows": []}', '{"schema": 1, "rows": []}', '{"schema": 2}', '{"schema": 2, "rows": {}}'],
 )
 def test_files_that_are_no_table(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sizes.json"
@@ -163,6 +172,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "one rank": ({"world_size": 1}, "has world_size 1"),
     "order": ({"one_shot": 4001}, "one_shot is larger than fused"),
     "source": ({"source": 7}, "has source 7"),
+    "topology": ({"topology": "a cable"}, "has topology 'a cable', which is not one of ['nvswitch'"),
+    "topology of another type": ({"topology": ["nvswitch"]}, "has topology ['nvswitch']"),
     "bitwise": ({"bitwise": "no"}, "has bitwise 'no'"),
 }
 

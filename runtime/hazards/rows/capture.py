@@ -6,17 +6,22 @@ from .. import checks
 from ..hazard import WITH_WORKSPACE, Action, Certainty, Hazard, Invariant
 from ..situation import Collective, Fact, When
 
+#: Who registers the buffers of captured calls.
+_REGISTERED = (Collective.NCCL, Collective.CUSTOM, Collective.SYMMETRIC_MEMORY)
+
 ROWS: tuple[Hazard, ...] = (
     Hazard(
         id="M30",
         title="A workspace is created during a capture",
-        symptom="A hang or an invalidated capture in the first warm-up of a graph.",
-        mechanism="Creation synchronises the device and meets the other ranks at a barrier; a capture allows neither.",
+        symptom="A hang or an invalidated capture in the first warm-up of a graph; an engine that fails at start "
+        "because NCCL registers a symmetric-memory window during a capture.",
+        mechanism="Creation, and the registration of a window, synchronise the device and meet the other ranks at a "
+        "barrier; a capture allows neither.",
         when=(When(capture=True, facts=(Fact.WORKSPACE_ABSENT_AT_CAPTURE,)),),
         decides=Action.REFUSE,
         invariants=(Invariant.I7,),
         remedy="Create every workspace before the first capture, and let creation fail while a stream captures.",
-        source="TRT#8781, TRT#8803, V#55973",
+        source="TRT#8781, TRT#8803, V#55973, V#54626",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m30_a_workspace_made_in_warm_up_waits_for_a_rank_that_spins",
         prevented_by=checks.NOT_IN_CAPTURE,
@@ -24,14 +29,17 @@ ROWS: tuple[Hazard, ...] = (
     Hazard(
         id="M31",
         title="A workspace is replaced after a capture",
-        symptom="An illegal access, or a spin on memory that nobody writes, at the first replay after a larger call.",
+        symptom="An illegal access, or a spin on memory that nobody writes, at the first replay after a larger call, "
+        "or after the graphs' memory pool was paused and resumed (sleep and wake-up): with NCCL a hang.",
         mechanism="A captured graph holds addresses. A workspace that grew, or whose memory was released and mapped "
-        "anew, is not at them any more.",
-        when=(When(WITH_WORKSPACE, capture=True, facts=(Fact.WORKSPACE_REPLACED,)),),
+        "anew, is not at them any more. NCCL registers the buffers of captured calls with the device and the network, "
+        "and a registration does not follow memory that is mapped anew at the same address.",
+        when=(When((*WITH_WORKSPACE, *_REGISTERED), capture=True, facts=(Fact.WORKSPACE_REPLACED,)),),
         decides=Action.RUNTIME_GUARD,
         invariants=(Invariant.I7,),
-        remedy="Size for the largest call and freeze; number the generations, and drop graphs of an older one.",
-        source="SGL#40648, FI#3745, FI#3727, FI#3950",
+        remedy="Size for the largest call and freeze; number the generations, and drop graphs of an older one. With "
+        "NCCL, keep its buffers out of memory that is paused, capture anew after waking, or set NCCL_GRAPH_REGISTER=0.",
+        source="SGL#40648, fzyzcjy/torch_memory_saver#88, FI#3745, FI#3727, FI#3950",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_captured_pieces.py::test_m31_a_replay_uses_the_workspace_that_was_captured",
         guard=checks.CLOSED,
@@ -71,7 +79,8 @@ ROWS: tuple[Hazard, ...] = (
     Hazard(
         id="M34",
         title="A collective is captured that cannot be",
-        symptom="A hang or wrong data at replay; part of the op is the host's, or its author said not to capture it.",
+        symptom="A hang or wrong data at replay; part of the op is the host's, or its author said not to capture it. "
+        "Or an engine fails at start: NCCL's symmetric memory registers its windows during a capture.",
         mechanism="Part of the collective happens on the host or in memory that a replay does not restore, so the "
         "graph repeats only the rest.",
         when=(
@@ -88,8 +97,9 @@ ROWS: tuple[Hazard, ...] = (
         ),
         decides=Action.SPLIT,
         invariants=(Invariant.I6, Invariant.I18),
-        remedy="Run it eagerly between pieces; use NCCL 2.30.4 or later, without its symmetric memory.",
-        source="V#46253, V#46372, V#52504, V#40969, SGL#29946, SGL#37768, pytorch/torchtitan#3685",
+        remedy="Run it eagerly between pieces; use NCCL 2.30.4 or later with NCCL_GRAPH_REGISTER=0 between nodes (M48, "
+        "M55), without its symmetric memory, or register its windows before the capture.",
+        source="V#46253, V#46372, V#52504, V#40969, V#54626, SGL#29946, SGL#37768, pytorch/torchtitan#3685",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_memory.py::test_m34_the_hosts_part_of_a_captured_collective_is_not_replayed",
     ),

@@ -130,12 +130,13 @@ ROWS: tuple[Hazard, ...] = (
         symptom="Wrong values in the first layer, or after any kernel that has just written the residual; no hang.",
         mechanism="The kernel loads residual, weight and scale before it waits for the grid it depends on, so with "
         "PDL the kernel just before may not have written them.",
-        when=(When((TRTLLM,), facts=(Fact.PRODUCER_RIGHT_BEFORE_PDL,)),),
+        when=(When((TRTLLM,), high="0.7.1", facts=(Fact.PRODUCER_RIGHT_BEFORE_PDL,)),),
         decides=Action.REFUSE,
         invariants=(Invariant.I10,),
-        remedy="Pass launch_with_pdl=False where the kernel just before writes the residual, the weight or the scale.",
-        source="FI#5081 (open); read in FlashInfer's source",
-        certainty=Certainty.ANALYSIS,
+        remedy="Upgrade FlashInfer to 0.7.1 or later, which loads them after the wait; before that pass "
+        "launch_with_pdl=False where the kernel just before writes the residual, the weight or the scale.",
+        source="FI#5081; read in FlashInfer 0.7.0.post1, which has it, and 0.7.1, which has not",
+        certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_pdl.py::test_m17_residual_is_loaded_before_its_producer_wrote_it",
         prevented_by=checks.TRTLLM_LAUNCH,
     ),

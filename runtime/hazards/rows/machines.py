@@ -70,7 +70,8 @@ ROWS: tuple[Hazard, ...] = (
         decides=Action.WARN,
         instead=(Action.SPLIT,),
         invariants=(Invariant.I6, Invariant.I18),
-        remedy="Use NCCL 2.30.4 or later, or run its collectives eagerly (option split_ops).",
+        remedy="Use NCCL 2.30.4 or later, with NCCL_GRAPH_REGISTER=0, since releases up to 2.30.7 at least hang "
+        "between nodes in another way (M55); or run its collectives eagerly (option split_ops).",
         source="V#52504 (open), V#40969, marin-community/marin#8038; measured on H200",
         certainty=Certainty.OPEN,
         not_shown="seen between DGX Sparks only",

@@ -73,9 +73,11 @@ ROWS: tuple[Hazard, ...] = (
     Hazard(
         id="M25",
         title="Ranks replay different graphs",
-        symptom="First wrong numbers, then a spin; the journals of two ranks differ in a graph, a size or a call.",
+        symptom="First wrong numbers, then a spin; the journals of two ranks differ in a graph, a size or a call. An "
+        "idle data-parallel rank runs eager while a busy one replays, or batches differ because each rank aborts by "
+        "its own clock.",
         mechanism="A rank that skips, adds or resizes a call is one buffer off. Its peers first take a later call's "
-        "words for this one's, and wait for ever at the end.",
+        "words for this one's, and wait for ever at the end. NCCL deadlocks at once.",
         when=(
             When(facts=(Fact.DIVERGENT_SEQUENCE,)),
             When(facts=(Fact.RANK_LOCAL_CHOICE,)),
@@ -83,7 +85,8 @@ ROWS: tuple[Hazard, ...] = (
         decides=Action.REFUSE,
         invariants=(Invariant.I2, Invariant.I3),
         remedy="Pick graph and padding from values that were reduced over the group; compare a hash of the calls.",
-        source="V#25906, V#23595, V#42271, V#48720, V#13418",
+        source="V#25906, V#23595, V#42271, V#48720, V#13418, SGL#37561, SGL#37933, SGL#33871, SGL#27221, "
+        "volcengine/verl#7846",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_divergence.py::test_m25_ranks_that_choose_different_graphs_fail",
         prevented_by=checks.AGREEMENT,
@@ -121,13 +124,13 @@ ROWS: tuple[Hazard, ...] = (
         id="M28",
         title="A rank is slow or dead, and its peers look guilty",
         symptom="The spinning kernel is a collective; the rank that matters is not in it, but compiling, loading a "
-        "module, writing a log, or stuck in another kernel.",
+        "module, writing a log, spinning in the driver on the host, or stuck in another kernel.",
         mechanism="A collective waits for all ranks, so whatever stops one stops the others inside the collective.",
         when=(When(facts=(Fact.RANK_DID_NOT_ENTER,)),),
         decides=Action.RUNTIME_GUARD,
         invariants=(Invariant.I17, Invariant.I13),
         remedy="Look at the rank that did not enter. Load all kernels before capture (CUDA_MODULE_LOADING=EAGER).",
-        source="FI#4032, FI#4814, FI#3329, SGL#30209, TS#486, TRT#17376",
+        source="FI#4032, FI#4814, FI#3329, SGL#30209, TS#486, TRT#17376, V#41725",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m28_a_lazy_module_load_waits_for_a_kernel_that_waits_for_the_peer",
         guard=checks.CULPRIT,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from .. import checks
 from ..hazard import ALL_REDUCES, CUTEDSL, MOE, TRTLLM, WITH_WORKSPACE, Action, Certainty, Hazard, Invariant
-from ..situation import Fact, When
+from ..situation import Collective, Fact, When
+
+#: What else has state that belongs to one call at a time.
+_ONE_AT_A_TIME = (Collective.SYMMETRIC_MEMORY, Collective.CUSTOM, Collective.NCCL)
 
 ROWS: tuple[Hazard, ...] = (
     Hazard(
@@ -26,14 +29,16 @@ ROWS: tuple[Hazard, ...] = (
     Hazard(
         id="M37",
         title="Two calls on one workspace overlap",
-        symptom="mnnvl: wrong data, then a spin. trtllm: block 0 spins for a counter that has gone past its grid.",
-        mechanism="Rotation, counter and clear size belong to one call at a time. A second call in flight reads "
-        "them half changed.",
-        when=(When(WITH_WORKSPACE, facts=(Fact.TWO_STREAMS,)),),
+        symptom="mnnvl: wrong data, then a spin. trtllm: block 0 spins for a counter that has gone past its grid. "
+        "Symmetric memory (one-shot or two-shot), or one NCCL communicator in graphs on two streams: a deadlock.",
+        mechanism="Rotation, counter, signal pads and clear size belong to one call at a time. A second call in flight "
+        "reads them half changed. NCCL puts calls of one communicator in order itself, but not between graphs that are "
+        "replayed at a time.",
+        when=(When((*WITH_WORKSPACE, *_ONE_AT_A_TIME), facts=(Fact.TWO_STREAMS,)),),
         decides=Action.REFUSE,
         invariants=(Invariant.I4,),
-        remedy="Use one workspace per group and stream, or order the streams by events.",
-        source="TRT#3988, TRT#10633, FI#4393, SGL#31135",
+        remedy="Use one workspace, buffer or communicator per group and stream, or order the streams by events.",
+        source="TRT#3988, TRT#10633, FI#4393, SGL#31135, PT#189228, ROCm/rccl#2179",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_streams.py::test_m37_two_trtllm_calls_at_a_time_count_past_the_number",
     ),
