@@ -8,7 +8,6 @@ attributes and nothing else: no memory, no CUDA context, and above all no multic
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.metadata
 import platform
 import re
@@ -19,15 +18,18 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from .copies import NOT_TRIED, try_all
+from .machine import Sight, look
 from .runtime.collectives import table
 from .runtime.collectives.choice import choose
 from .runtime.collectives.flashinfer import Unavailable, load
-from .runtime.collectives.opt_outs import own_opt_outs
-from .runtime.collectives.rank_facts import RankFacts, probe
+from .runtime.collectives.links import Links, Topology, between
+from .runtime.collectives.opt_outs import nccl_settings, own_opt_outs
+from .runtime.collectives.rank_facts import RankFacts, linked, numbered, probe
 from .runtime.collectives.ready import reference_collective, situation_of
 from .runtime.errors import VersionError
 from .runtime.groups import nccl_version
-from .runtime.hazards.catalogue import applicable
+from .runtime.hazards.catalogue import applicable, find_hazard
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.hazards.table import Action, Hazard
 from .runtime.versions import parse_version
@@ -70,11 +72,18 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Links:
-    """Active NVLinks of one device: to each device that this process sees, and to a switch or any other."""
+class DeviceLinks:
+    """Active NVLinks of one device: to each device that this process sees, and to a switch or any other.
+
+    near: how each is reached, as ``nvidia-smi topo -m`` says it; None for itself. fabric_state: what the fabric
+    manager has made of the device, None where there is none.
+    """
 
     to: tuple[int, ...]
     elsewhere: int
+    switch: int
+    near: tuple[str | None, ...]
+    fabric_state: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,11 @@ class KnownHazard:
 
 @dataclass(frozen=True)
 class Facts:
-    """flashinfer: the installed version. flashinfer_unusable: why ringfence does not use it."""
+    """flashinfer: the installed version. flashinfer_unusable: why ringfence does not use it.
+
+    topology: how the devices reach each other. copies: for each device, whether data that it copies to each other one
+    arrives. machine: what else was looked at.
+    """
 
     ringfence: str
     python: str
@@ -115,7 +128,10 @@ class Facts:
     flashinfer_unusable: str | None
     driver: Found[str]
     devices: Found[tuple[Gpu, ...]]
-    links: Found[tuple[Links, ...]]
+    links: Found[tuple[DeviceLinks, ...]]
+    topology: Found[str]
+    copies: Found[tuple[tuple[bool | None, ...], ...]]
+    machine: tuple[Sight, ...]
     opt_outs: tuple[str, ...]
     advice: tuple[Advice, ...]
     hazards: tuple[KnownHazard, ...]
@@ -129,8 +145,12 @@ class Facts:
 # -- gathering -------------------------------------------------------------------------
 
 
-def gather() -> Facts:
-    """Look at this machine. Never raises."""
+def gather(*, copies: bool = False, journals: Path | None = None) -> Facts:
+    """Look at this machine. Never raises.
+
+    copies: whether to try copies between the devices, which takes a process and memory on them.
+    journals: the folder in which ranks would write. None is the current one.
+    """
     devices = _found(_devices)
     found = devices.value or ()
     version, nccl = _flashinfer_version(), _found(_nccl)
@@ -138,6 +158,10 @@ def gather() -> Facts:
     unusable = package.why or (package.value.reason if isinstance(package.value, Unavailable) else None)
     ranks = _found(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
     advice, hazards = advise(ranks.value or (), ranks.why or devices.why)
+    links = _found(lambda: _links(ranks.value or ())) if found else Found[tuple[DeviceLinks, ...]](None, devices.why)
+    tried = _found(lambda: _copies(len(found))) if copies else Found[Any](None, NOT_TRIED)
+    settings = nccl_settings()
+    sights = look([facts.links for facts in ranks.value or ()], settings, journals or Path.cwd())
     return Facts(
         ringfence=importlib.metadata.version("ringfence"),
         python=platform.python_version(),
@@ -148,10 +172,20 @@ def gather() -> Facts:
         flashinfer_unusable=unusable,
         driver=_found(_driver),
         devices=devices,
-        links=_found(_links) if found else Found(None, devices.why),
+        links=links,
+        topology=_found(lambda: _linked(ranks.value or ())),
+        copies=tried,
+        machine=sights,
         opt_outs=own_opt_outs(),
         advice=advice,
-        hazards=_merged([*hazards_of_version(version.value), *hazards_of_nccl(nccl.value), *hazards]),
+        hazards=_merged(
+            [
+                *hazards_of_version(version.value),
+                *hazards_of_nccl(nccl.value, settings.get("NCCL_GRAPH_REGISTER")),
+                *hazards_of_machine(sights, tried.value),
+                *hazards,
+            ]
+        ),
     )
 
 
@@ -196,9 +230,18 @@ def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
     ]
 
 
-def hazards_of_nccl(version: str | None) -> list[tuple[Hazard, str]]:
+def hazards_of_machine(
+    sights: Sequence[Sight], copies: Sequence[Sequence[bool | None]] | None
+) -> list[tuple[Hazard, str]]:
+    """What is the case here, and not only possible: a fabric that is not ready, copies that were lost."""
+    found = [(find_hazard(s.hazard), f"{s.name}: {s.seen}") for s in sights if s.hazard in ("M52", "M53")]
+    lost = [(of, to) for of, row in enumerate(copies or ()) for to, arrived in enumerate(row) if arrived is False]
+    return found + [(find_hazard("M51"), f"copies from device {of} to device {to}") for of, to in lost]
+
+
+def hazards_of_nccl(version: str | None, graph_register: str | None = None) -> list[tuple[Hazard, str]]:
     """What this NCCL is known for where a group spans several machines, whatever these are."""
-    situation = Situation(Collective.NCCL, nodes=2, facts=facts_of_nccl(version))
+    situation = Situation(Collective.NCCL, nodes=2, facts=facts_of_nccl(version, graph_register))
     return [(hazard, f"NCCL {version}, captured, in a group of several nodes") for hazard in applicable(situation)]
 
 
@@ -276,6 +319,19 @@ def _driver_offers_multicast(index: int) -> bool:
     return bool(value.value)
 
 
+def _linked(ranks: Sequence[RankFacts]) -> str:
+    if len(ranks) < 2:
+        raise _Absent("there are not two devices")
+    return linked(numbered(ranks))
+
+
+def _copies(count: int) -> tuple[tuple[bool | None, ...], ...]:
+    if count < 2:
+        raise _Absent("there are not two devices")
+    found = try_all(count)
+    return tuple(tuple(found.get((of, to)) for to in range(count)) for of in range(count))
+
+
 def _driver() -> str:
     path = Path("/proc/driver/nvidia/version")
     if not path.exists():
@@ -284,50 +340,26 @@ def _driver() -> str:
     return found[0] if found else text.strip()
 
 
-def _links() -> tuple[Links, ...]:
-    # NVML counts all devices of the machine, torch those that CUDA_VISIBLE_DEVICES leaves: the UUID is common.
-    return links(_nvml(), [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())])
+def _links(ranks: Sequence[RankFacts]) -> tuple[DeviceLinks, ...]:
+    for facts in ranks:
+        if facts.links is None:
+            raise _Absent(facts.links_unknown or "NVML does not say")
+    found = [facts.links for facts in ranks if facts.links is not None]
+    return tuple(device_links(one, found) for one in found)
 
 
-def links(nvml: Any, uuids: Sequence[str]) -> tuple[Links, ...]:
-    """The active NVLinks of these devices, by ``pynvml``."""
-    nvml.nvmlInit()
-    try:
-        handles = [nvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
-        places = [_text(nvml.nvmlDeviceGetPciInfo(handle).busId) for handle in handles]
-        found = []
-        for handle in handles:
-            ends = list(_ends(nvml, handle))
-            to = tuple(ends.count(place) for place in places)
-            found.append(Links(to, len(ends) - sum(to)))
-        return tuple(found)
-    finally:
-        nvml.nvmlShutdown()
+def device_links(one: Links, devices: Sequence[Links]) -> DeviceLinks:
+    """What this process sees of one device's links. devices: the links of all that it sees."""
+    to = tuple(dict(one.to).get(other.address, 0) for other in devices)
+    near = tuple(None if other is one else _near(one, other) for other in devices)
+    return DeviceLinks(to, one.active - sum(to), one.switch, near, one.fabric_state)
 
 
-def _ends(nvml: Any, handle: Any) -> list[str]:
-    """The PCI address at the other end of each active NVLink of a device."""
-    ends = []
-    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-        try:
-            if nvml.nvmlDeviceGetNvLinkState(handle, link) != nvml.NVML_FEATURE_ENABLED:
-                continue
-        except nvml.NVMLError:  # this device has fewer links, or none
-            break
-        try:
-            ends.append(_text(nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId))
-        except nvml.NVMLError:  # a virtual machine hides the switch
-            ends.append("hidden")
-    return ends
-
-
-def _text(value: str | bytes) -> str:
-    """NVML's strings are bytes in some releases of its binding."""
-    return (value.decode() if isinstance(value, bytes) else value).lower()
-
-
-def _nvml() -> Any:
-    try:
-        return importlib.import_module("pynvml")
-    except ImportError as error:
-        raise _Absent("pynvml cannot be imported: pip install nvidia-ml-py") from error
+def _near(one: Links, other: Links) -> str:
+    """As ``nvidia-smi topo -m`` says it: how many NVLinks, or how near over PCIe."""
+    way = between(one, other)
+    if way is Topology.NVSWITCH:
+        return f"NV{one.active}"
+    if way is Topology.NVLINK:
+        return f"NV{dict(one.to).get(other.address) or dict(other.to).get(one.address)}"
+    return dict(one.pcie).get(other.address, "PCIe") if way is Topology.PCIE else "unknown"

@@ -16,7 +16,9 @@ from ringfence import doctor
 from ringfence.cli import main
 from ringfence.commands.doctor import as_dict, as_text
 from ringfence.commands.terminal import FAILED, OK, USAGE
-from ringfence.doctor import Facts, Found, Gpu, Links, advise, gather, hazards_of_version
+from ringfence.doctor import DeviceLinks, Facts, Found, Gpu, advise, gather, hazards_of_version
+from ringfence.runtime.collectives import rank_facts
+from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.opt_outs import MULTICAST_OPT_OUTS
 from ringfence.runtime.hazards.situation import Collective
 
@@ -153,16 +155,22 @@ def _made_up() -> Facts:
         Gpu(i, "NVIDIA H200", (9, 0), 141 << 30, Found(True), Found((None, True) if i == 0 else (True, None)))
         for i in range(2)
     )
-    links = Found((Links((0, 6), 12), Links((6, 0), 12)))
+    links = Found((DeviceLinks((0, 6), 12, 12, (None, "NV6")), DeviceLinks((6, 0), 12, 12, ("NV6", None))))
     return replace(gather(), devices=Found(devices), links=links, advice=advice, hazards=())
 
 
 def test_devices_and_links_are_shown() -> None:
     facts = _made_up()
     text = as_text(facts)
-    assert "141 GiB" in text and "SM90" in text and "peer, 6 NVLinks" in text and "12 NVLinks" in text
+    assert "141 GiB" in text and "SM90" in text and "peer, NV6" in text and "12 NVLinks" in text
     assert "2 ranks: mnnvl/peer, one-shot up to 8 MiB, fused up to 8 MiB" in text
-    assert json.loads(json.dumps(as_dict(facts)))["links"]["value"][0] == {"to": [0, 6], "elsewhere": 12}
+    assert json.loads(json.dumps(as_dict(facts)))["links"]["value"][0] == {
+        "to": [0, 6],
+        "elsewhere": 12,
+        "switch": 12,
+        "near": [None, "NV6"],
+        "fabric_state": None,
+    }
     text = as_text(replace(facts, links=Found(None, "no pynvml")))
     assert "NVLinks: unknown (no pynvml)" in text and "peer" in text and "to 1" in text
 
@@ -193,7 +201,7 @@ def test_a_machine_with_gpus_is_read_through_torch(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: 100))
-    monkeypatch.setattr(doctor, "_nvml", lambda: 1 / 0)
+    monkeypatch.setattr(rank_facts, "read", lambda uuids: 1 / 0)
     facts = gather()
     assert facts.devices.value is not None
     assert [d.peers.value for d in facts.devices.value] == [(None, True), (True, None)]
@@ -204,44 +212,52 @@ def test_a_machine_with_gpus_is_read_through_torch(monkeypatch: pytest.MonkeyPat
     assert "unknown (cuInit returned 100)" in text and "NVLinks: unknown (Zero" in text and "2 ranks: " in text
 
 
-class FakeNvml:
-    """Two GPUs: three links between them, two to a switch, one that is down, one whose end is hidden."""
-
-    NVML_NVLINK_MAX_LINKS, NVML_FEATURE_ENABLED = 18, 1
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self) -> None:
-        self.open = 0
-
-    def nvmlInit(self) -> None:
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
-        return {"GPU-a": 0, "GPU-b": 1}[uuid]
-
-    def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
-        return SimpleNamespace(busId=(b"00000000:3B:00.0", b"00000000:5E:00.0")[handle])
-
-    def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
-        if link > 6:
-            raise self.NVMLError
-        return int(link != 5)
-
-    def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: int, link: int) -> Any:
-        if link == 6:
-            raise self.NVMLError
-        return SimpleNamespace(busId=("00000000:5e:00.0", "00000000:3b:00.0")[handle] if link < 3 else "switch")
+def test_the_matrix_is_that_of_nvidia_smi() -> None:
+    bridged = [Links("a", to=(("b", 12),), switch=2, pcie=(("b", "NODE"), ("c", "SYS")), fabric_state="completed")]
+    bridged += [Links("b", to=(("a", 12),)), Links("c")]
+    assert doctor.device_links(bridged[0], bridged) == DeviceLinks((0, 12, 0), 2, 2, (None, "NV12", "SYS"), "completed")
+    assert doctor.device_links(bridged[2], bridged).near == ("PCIe", "PCIe", None)
+    switched = [Links(name, switch=18) for name in "ab"]
+    assert doctor.device_links(switched[1], switched) == DeviceLinks((0, 0), 18, 18, ("NV18", None))
+    hidden = [Links(name, hidden=18) for name in "ab"]
+    assert doctor.device_links(hidden[0], hidden).near == (None, "unknown")
 
 
-def test_links_are_counted_by_their_other_end() -> None:
-    nvml = FakeNvml()
-    assert doctor.links(nvml, ["GPU-a", "GPU-b"]) == (Links((0, 3), 3), Links((3, 0), 3))
-    assert doctor.links(nvml, ["GPU-b"]) == (Links((0,), 6),)
-    with pytest.raises(KeyError):
-        doctor.links(nvml, ["GPU-c"])
-    assert nvml.open == 0
+def test_copies_that_are_lost_make_a_machine_ill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pretend(monkeypatch, None)
+    monkeypatch.setattr(doctor, "nccl_version", lambda: None)
+    monkeypatch.setattr(doctor, "_devices", lambda: _made_up().devices.value)
+    monkeypatch.setattr(doctor, "probe", lambda device: replace(FACTS, peers=True))
+    for lost, code in ((False, OK), (True, FAILED)):
+        monkeypatch.setattr(doctor, "try_all", lambda count, lost=lost: {(0, 1): True, (1, 0): not lost})
+        assert main(["doctor", "--copies", "--json"]) == code
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["copies"]["value"] == [[None, True], [not lost, None]]
+        assert ("M51" in [h["id"] for h in facts["hazards"]]) == lost and facts["healthy"] is not lost
+        assert main(["doctor", "--copies"]) == code
+        out = capsys.readouterr().out
+        assert "linked by: NVSwitch" in out
+        assert (
+            "copies between them: LOST 1 to 0 (of 2)" in out and "applies to: copies from device 1 to device 0" in out
+            if lost
+            else "copies between them: all 2 arrive" in out and "M51" not in out
+        )
+    assert main(["doctor", "--json"]) == OK
+    assert json.loads(capsys.readouterr().out)["copies"] == {"value": None, "why": "not tried: --copies"}
+
+
+def test_what_may_go_wrong_is_said_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _pretend(monkeypatch, None)
+    unready = replace(FACTS, peers=True, links=Links("gpu", switch=18, fabric_state="in progress"))
+    monkeypatch.setattr(doctor, "_devices", lambda: _made_up().devices.value)
+    monkeypatch.setattr(doctor, "probe", lambda device: unready)
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    assert main(["doctor", "--journal-dir", str(tmp_path / "not" / "yet")]) == FAILED
+    out = capsys.readouterr().out
+    assert "  ! fabric: the fabric manager has not let these GPUs in" in out and "(M52 The NVLink fabric" in out
+    assert "remedy: Restart nvidia-fabricmanager" in out and "NCCL_GRAPH_REGISTER=0" in out
+    assert f"free in {tmp_path / 'not' / 'yet'}" in out

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..copies import NOT_TRIED
 from .arguments import Commands
 from .terminal import FAILED, OK, stage
 
 if TYPE_CHECKING:
     from ..doctor import Advice, Facts
+    from ..machine import Sight
 
 #: Version of the JSON; docs/report.md describes it.
 SCHEMA = 1
@@ -25,6 +28,18 @@ def add(commands: Commands) -> None:
         "decides against capture applies, 2 on bad usage.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.add_argument(
+        "--copies",
+        action="store_true",
+        help="try copies between all pairs of GPUs, both ways, in a process that is ended after a minute: peer access "
+        "that the driver advertises may lose data (M51)",
+    )
+    parser.add_argument(
+        "--journal-dir",
+        type=Path,
+        metavar="DIR",
+        help="where ranks will write journals; its free space is looked at (the current folder by default)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -32,7 +47,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from ..doctor import gather
 
     with stage("looking at this machine"):
-        facts = gather()
+        facts = gather(copies=arguments.copies, journals=arguments.journal_dir)
     text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts)
     return text, OK if facts.healthy else FAILED
 
@@ -67,6 +82,11 @@ def as_text(facts: Facts) -> str:
         lines.append(tabulate(_device_rows(facts), headers="keys", disable_numparse=True))
         if facts.links.value is None:
             lines.append(f"NVLinks: {facts.links}")
+        lines.append(f"linked by: {facts.topology}")
+        if facts.copies.value is not None or facts.copies.why != NOT_TRIED:
+            lines.append(f"copies between them: {_copies(facts)}")
+    lines += ["", tabulate([(s.name, s.seen) for s in facts.machine], tablefmt="plain", disable_numparse=True)]
+    lines += [line for sight in facts.machine for line in _concern(sight)]
     lines += ["", 'collective="auto" would choose']
     for advice in facts.advice:
         where = f" ({advice.not_here})" if advice.not_here else ""
@@ -96,13 +116,34 @@ def _device_rows(facts: Facts) -> list[dict[str, Any]]:
         for other in devices:
             peer = device.peers.value[other.index] if device.peers.value else None
             cell = "unknown" if device.peers.value is None else "peer" if peer else "no peer"
-            if mine is not None and mine.to[other.index]:
-                cell += f", {mine.to[other.index]} NVLinks"
+            if mine is not None:
+                cell += f", {mine.near[other.index]}"
             row[f"to {other.index}"] = "-" if other is device else cell
         if mine is not None:
             row["to a switch or others"] = f"{mine.elsewhere} NVLinks"
         rows.append(row)
     return rows
+
+
+def _copies(facts: Facts) -> str:
+    if facts.copies.value is None:
+        return str(facts.copies)
+    pairs = [(of, to, arrived) for of, row in enumerate(facts.copies.value) for to, arrived in enumerate(row)]
+    lost = [f"{of} to {to}" for of, to, arrived in pairs if arrived is False]
+    tried = sum(arrived is not None for *_, arrived in pairs)
+    return f"LOST {', '.join(lost)} (of {tried})" if lost else f"all {tried} arrive"
+
+
+def _concern(sight: Sight) -> list[str]:
+    """What may follow from it, with the row of the hazard table and its remedy."""
+    from ..runtime.hazards.catalogue import find_hazard
+
+    if sight.concern is None:
+        return []
+    if sight.hazard is None:
+        return [f"  ! {sight.name}: {sight.concern}"]
+    row = find_hazard(sight.hazard)
+    return [f"  ! {sight.name}: {sight.concern} ({row.id} {row.title})", f"    remedy: {row.remedy}"]
 
 
 def _yes(value: bool | None) -> str:
