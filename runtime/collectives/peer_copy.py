@@ -60,7 +60,7 @@ def try_copies(channel: Channel, make: Callable[[], PeerMemory], *, seconds: flo
     A failure to try is none of the copies: a container may forbid handles while the memory is well.
     """
     others = [rank for rank in range(channel.size) if rank != channel.rank]
-    trial = _Trial(channel, others, seconds)
+    trial = _CopiesOfRank(channel, others, seconds)
     handles, failures = channel.attempt("peer copy: memory", lambda: trial.allocate(make()))
     if not failures:
         every = channel.exchange("peer copy: handles", handles)
@@ -78,7 +78,7 @@ def try_copies(channel: Channel, make: Callable[[], PeerMemory], *, seconds: flo
     return Copies(tuple(sentence for of_rank in lost for sentence in of_rank))
 
 
-class _Trial:
+class _CopiesOfRank:
     """One rank's part: a buffer with a slot for each rank, what this one puts into its peers, and what it takes."""
 
     _memory: PeerMemory
