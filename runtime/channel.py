@@ -74,6 +74,55 @@ class _Skipped(_Left):
     """The same, of a rank that passes over a whole opening."""
 
 
+class Patience:
+    """A wait for other ranks: how long it lasts, what it says meanwhile, and what may break it off.
+
+    topic: what they do not come to. seconds: the deadline. me: this rank. interrupt: see :class:`Channel`.
+    about: what this rank says of itself where it waits in vain.
+    """
+
+    def __init__(
+        self, topic: str, seconds: float, me: int, interrupt: Callable[[], None], about: Callable[[], str] = str
+    ) -> None:
+        self._topic, self._seconds, self._me, self._interrupt, self._about = topic, seconds, me, interrupt, about
+        self._sleep, self._began = _SHORTEST_SLEEP, time.monotonic()
+        self._look, self._tell = self._began + _LOOK_SECONDS, self._began + _TELL_SECONDS
+
+    def looks(self) -> bool:
+        """Whether it is time for what costs more than asking who has come."""
+        now = time.monotonic()
+        if now <= self._look:
+            return False
+        self._look = now + _LOOK_SECONDS
+        return True
+
+    def wait(self, missing: tuple[int, ...]) -> None:
+        """Wait a moment for these ranks. Raises :class:`ChannelTimeoutError` at the deadline."""
+        waited = time.monotonic() - self._began
+        about = self._about()
+        about = f"; rank {self._me} {about}" if about else ""
+        if waited > self._seconds:
+            raise ChannelTimeoutError(
+                f"{ranks_text(missing)} did not come to '{self._topic}' within {self._seconds:g} s; "
+                f"look at what those processes do: they died, hang, or run something else{about}",
+                missing,
+            )
+        if time.monotonic() > self._tell:
+            self._tell += 2 * (self._tell - self._began)
+            log.warning(
+                "ringfence: rank %d waits for %s in the exchange '%s' since %.0f s, and for %.0f s at most%s",
+                self._me,
+                ranks_text(missing),
+                self._topic,
+                waited,
+                self._seconds,
+                about,
+            )
+        self._interrupt()
+        time.sleep(self._sleep)
+        self._sleep = min(2 * self._sleep, _LONGEST_SLEEP)
+
+
 class Channel:
     """Exchanges among the ranks of one group.
 
@@ -181,8 +230,7 @@ class Channel:
 
     def _collect(self, key: str, topic: str, seconds: float) -> list[tuple[str, Any]]:
         answers: dict[int, tuple[str, Any]] = {}
-        began, sleep = time.monotonic(), _SHORTEST_SLEEP
-        deadline, look, tell = began + seconds, began + _LOOK_SECONDS, began + _TELL_SECONDS
+        patience = Patience(topic, seconds, self.ranks[self.rank], lambda: self.interrupt(), lambda: self.about)
         while True:
             for rank in range(self.size):
                 if rank not in answers and self._has_answered(key, rank):
@@ -192,35 +240,9 @@ class Channel:
             if len(answers) == self.size:
                 return [answers[rank] for rank in range(self.size)]
             missing = [rank for rank in range(self.size) if rank not in answers]
-            now = time.monotonic()
-            if now > look:
-                look = now + _LOOK_SECONDS
-                if self._has_passed(key, missing) and (sentence := self._catch_up()):
-                    raise RankLeftError(sentence)
-            named = tuple(self.ranks[rank] for rank in missing)
-            if now > deadline:
-                raise ChannelTimeoutError(
-                    f"{ranks_text(named)} did not come to '{topic}' within {seconds:g} s; "
-                    f"look at what those processes do: they died, hang, or run something else{self._about()}",
-                    named,
-                )
-            if now > tell:
-                tell += 2 * (tell - began)
-                log.warning(
-                    "ringfence: rank %d waits for %s in the exchange '%s' since %.0f s, and for %.0f s at most%s",
-                    self.ranks[self.rank],
-                    ranks_text(named),
-                    topic,
-                    now - began,
-                    seconds,
-                    self._about(),
-                )
-            self.interrupt()
-            time.sleep(sleep)
-            sleep = min(2 * sleep, _LONGEST_SLEEP)
-
-    def _about(self) -> str:
-        return f"; rank {self.ranks[self.rank]} {self.about}" if self.about else ""
+            if patience.looks() and self._has_passed(key, missing) and (sentence := self._catch_up()):
+                raise RankLeftError(sentence)
+            patience.wait(tuple(self.ranks[rank] for rank in missing))
 
     def _answer(self, key: str, topic: str, value: Any) -> None:
         self._store.set(f"{key}/{self.rank}", pickle.dumps((topic, value)))
@@ -269,20 +291,29 @@ class Channel:
         return [self._store.add(f"opened/{rank}", 0) for rank in range(self.size)]
 
 
-def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS, **hooks: Any) -> Channel:
+def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS, start: str = "", **hooks: Any) -> Channel:
     """A channel among the ranks of a process group. Every rank of it must open it as often as the others.
 
-    hooks: ``interrupt`` and ``waiting`` of :class:`Channel`.
+    start: tells the processes of this start of the job from those of another (:mod:`.meeting`), whose answers the
+    store may still hold. hooks: ``interrupt`` and ``waiting`` of :class:`Channel`.
     """
+    from torch.distributed import distributed_c10d
+
+    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    store, ranks = store_of(group_name, start)
+    return Channel(store, group.rank(), group.size(), seconds=seconds, ranks=ranks, **hooks)
+
+
+def store_of(group_name: str, start: str = "") -> tuple[Store, tuple[int, ...]]:
+    """The store that the ranks of a process group share, under a prefix of its own, and its global ranks."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
     group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
-    ranks = dist.get_process_group_ranks(group)
+    ranks = tuple(dist.get_process_group_ranks(group))
     # Groups of other ranks may have the same name: meshes name theirs by dimension.
-    prefix = f"ringfence/{group_name}/{'-'.join(map(str, ranks))}"
-    store = dist.PrefixStore(prefix, distributed_c10d._get_default_store())  # type: ignore[attr-defined]
-    return Channel(store, group.rank(), group.size(), seconds=seconds, ranks=ranks, **hooks)
+    prefix = "/".join(filter(None, ("ringfence", start, group_name, "-".join(map(str, ranks)))))
+    return dist.PrefixStore(prefix, distributed_c10d._get_default_store()), ranks  # type: ignore[attr-defined]
 
 
 def _reason(error: BaseException) -> str:

@@ -65,13 +65,16 @@ def find_culprit(
     silent: Mapping[int, str],
     failures: Sequence[Failure] = (),
     members: Mapping[str, Sequence[int]] | None = None,
+    ended: Mapping[int, str] | None = None,
 ) -> Finding | None:
     """The ranks that the others wait for; None where nobody waits.
 
     positions: by rank, the last that is known. silent: ranks that no longer answer, and how
     that shows. failures: in the order in which they were reported. members: the ranks of each
-    group; a group that is not in it is taken to hold all.
+    group; a group that is not in it is taken to hold all. ended: ranks that said so, and how; their positions
+    are those of that moment.
     """
+    ended = ended or {}
     waiting = tuple(sorted(r for r, p in positions.items() if p.waits and r not in silent))
     first = next((f for f in failures if not f.victim), None)
     if first is not None:
@@ -89,9 +92,13 @@ def find_culprit(
         return Finding(gone, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting), last])), short)
     stuck = sorted((c.first, r, c) for r in waiting for c in positions[r].calls)
     for _, rank, call in stuck:
-        finding = _behind_or_past(positions, rank, call, (members or {}).get(call.group) or tuple(positions))
+        finding = _behind_or_past(positions, rank, call, (members or {}).get(call.group) or tuple(positions), ended)
         if finding is not None:
             return finding
+    left = tuple(r for r in sorted(ended) if r not in waiting)
+    if left and waiting:
+        said = "; ".join(ended[r] for r in left)
+        return Finding(left, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting)])))
     alone = tuple(r for r in waiting if positions[r].stuck_in_piece and not positions[r].calls)
     if alone:
         rank = alone[0]
@@ -144,6 +151,11 @@ def _what_came(sizes: tuple[int, ...]) -> str:
     return f"{sizes[0]} token{'s' * (sizes[0] != 1)}" if len(sizes) == 1 else sizes_text(sizes)
 
 
+def stood_still(positions: Mapping[int, Position], finding: Finding, seconds: float) -> bool:
+    """Whether a rank has waited so long for those to blame that it is more than the time of a step."""
+    return any(positions[r].still >= seconds for r in finding.waiting if r in positions)
+
+
 def find_alone(
     positions: Mapping[int, Position], members: Mapping[str, Sequence[int]], seconds: float
 ) -> Finding | None:
@@ -187,7 +199,7 @@ def compiles_too_long(position: Position) -> Finding:
 
 
 def _behind_or_past(
-    positions: Mapping[int, Position], rank: int, call: Calls, members: Sequence[int]
+    positions: Mapping[int, Position], rank: int, call: Calls, members: Sequence[int], ended: Mapping[int, str]
 ) -> Finding | None:
     """Who keeps ``rank`` waiting in ``call``?"""
     known = [r for r in members if r in positions]
@@ -197,7 +209,7 @@ def _behind_or_past(
     if behind:
         least = min(positions[r].submitted.get(call.group, 0) for r in behind)
         culprits = tuple(r for r in behind if positions[r].submitted.get(call.group, 0) == least)
-        did = "; ".join(f"rank {r} {_what_it_does(positions[r])}" for r in culprits)
+        did = "; ".join(ended.get(r) or f"rank {r} {_what_it_does(positions[r])}" for r in culprits)
         return Finding(
             culprits,
             tuple(r for r in inside if r not in culprits),
@@ -215,7 +227,7 @@ def _behind_or_past(
             (r,),
             tuple(w for w in inside if w != r),
             f"rank {r} has entered calls before {entered} of group '{call.group}', and rank {rank} all of its step "
-            f"({where(positions[rank])}): rank {r} {_what_it_does(positions[r])}",
+            f"({where(positions[rank])}): {ended.get(r) or f'rank {r} {_what_it_does(positions[r])}'}",
             f"rank {r} has entered calls before {entered} of group '{call.group}'; rank {rank} waits, in {call}",
         )
     past = tuple(r for r in known if positions[r].completed.get(call.group, 0) > call.last)
@@ -250,6 +262,11 @@ def _what_it_does(position: Position) -> str:
     if position.step < 0:
         return "has not called the model"
     return f"is outside of the model since {position.still:.1f} s, after {where(position)}"
+
+
+def place_of(position: Position) -> str:
+    """``in step 4 ..., piece 7``, where a rank stands, or ``after step 3 ...``, where it is outside of the model."""
+    return f"in {where(position)}" if position.stuck_in_piece else _when(position)
 
 
 def _when(position: Position, word: str = "after") -> str:

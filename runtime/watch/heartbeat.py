@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from torch.distributed import DistError
 
 from ..channel import Store
+from .culprit import place_of
 from .journal import Journal
 from .position import Position
+from .process import this_process, why_silent
 from .report import Report
 
 #: A position that was heard longer ago than so many beats is not judged.
 _STALE_BEATS = 3
+#: The last of them are told at every beat.
+_TOLD = 8
+#: A process that ends, and serves the store, waits so long for the others to have read it.
+_FAREWELL_SECONDS = 0.4
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,20 @@ class Deadlines:
 
 @dataclass
 class _Peer:
-    """What was last heard of another rank."""
+    """What was last heard of another rank.
 
+    token: of its process. end: how it ended, in its own words. closed: it may go on, and nobody talks for it.
+    """
+
+    token: str
     position: Position | None = None
     heard: float = 0.0
     beat: int = -1
     reports: int = 0  # how many it has read
+    process: tuple[str, int] = ("", 0)
+    end: str = ""
+    closed: bool = False
+    read_ends: frozenset[int] = frozenset()  # of which ranks it knows that they ended
 
 
 class Heartbeat:
@@ -56,11 +70,16 @@ class Heartbeat:
 
     connect: called once, by the thread that talks: a store that all ranks share, under a prefix of
     this purpose. Where its host is gone, that may take as long as the store's time-out. host: who serves
-    the store, for messages; None: no rank does.
+    the store, for messages; None: no rank does. token: of this process, as its peers know it.
     """
 
     def __init__(
-        self, journal: Journal, connect: Callable[[], Store], deadlines: Deadlines, host: int | None = 0
+        self,
+        journal: Journal,
+        connect: Callable[[], Store],
+        deadlines: Deadlines,
+        host: int | None = 0,
+        token: str | None = None,
     ) -> None:
         self.rank, self.host = journal.rank, host
         #: The ranks of each group.
@@ -68,21 +87,26 @@ class Heartbeat:
         self.peers: dict[int, _Peer] = {}
         #: All of them, of all ranks, in the order in which they came.
         self.reports: tuple[Report, ...] = ()
+        #: How this rank ends, for its peers; empty while it goes on.
+        self.end = ""
+        self.closed = False
         self._journal, self._connect, self.deadlines = journal, connect, deadlines
+        self._token = token if token is not None else str(self.rank)
         self._store: Store | None = None
         self._store_error: str | None = None
-        self._prefix = ""
         self._outbox: list[Report] = []
+        self._end_said = ""
         self._beat = 0
+        self._process = this_process()
         self._talked = time.monotonic()
 
-    def join_group(self, name: str, ranks: Sequence[int]) -> None:
-        """Heartbeat to the ranks of this group too."""
+    def join_group(self, name: str, ranks: Sequence[int], tokens: Sequence[str] | None = None) -> None:
+        """Heartbeat to the ranks of this group too. tokens: of their processes, by their place in the group."""
         self.members = {**self.members, name: tuple(ranks)}
         known = dict(self.peers)
-        for rank in ranks:
-            if rank != self.rank:
-                known.setdefault(rank, _Peer(heard=time.monotonic()))
+        for rank, token in zip(ranks, tokens if tokens is not None else map(str, ranks), strict=True):
+            if rank != self.rank and (rank not in known or known[rank].token != token):
+                known[rank] = _Peer(token, heard=time.monotonic())
         self.peers = known
 
     def talk(self) -> None:
@@ -91,9 +115,7 @@ class Heartbeat:
             return
         try:
             if self._store is None:
-                store = self._connect()
-                self._prefix = str(store.add(f"opened/{self.rank}", 1))
-                self._store = store
+                self._store = self._connect()
             self._say(self._store)
             self._hear(self._store)
             self._talked = time.monotonic()
@@ -101,50 +123,101 @@ class Heartbeat:
             self._store_error = f"{type(error).__name__}: {first_lines(str(error))}"
 
     def _say(self, store: Store) -> None:
-        while self._outbox:
-            number = store.add(f"{self._prefix}/reports", 1)
-            store.set(f"{self._prefix}/report/{number}", json.dumps(self._outbox[0].to_dict()).encode())
-            self._outbox.pop(0)
+        new, end = list(self._outbox), self.end
+        self._learn(new)
         self._beat += 1
-        said = {"beat": self._beat, "reports": len(self.reports), "position": self._journal.position().to_dict()}
-        store.set(f"{self._prefix}/at/{self.rank}", json.dumps(said).encode())
+        said = {
+            "beat": self._beat,
+            "reports": len(self.reports),
+            "position": self._journal.position().to_dict(),
+            "process": self._process,
+            # What it has heard too: its peers may not be those of who told it.
+            "told": [report.to_dict() for report in self.reports[-_TOLD:]],
+            "end": end,
+            "closed": self.closed,
+            "ends": list(self.ended()),
+        }
+        store.set(f"at/{self._token}", json.dumps(said).encode())
+        del self._outbox[: len(new)]
+        self._end_said = end
 
     def _hear(self, store: Store) -> None:
-        for rank, peer in self.peers.items():
-            key = f"{self._prefix}/at/{rank}"
+        for peer in self.peers.values():
+            key = f"at/{peer.token}"
             if peer.position is None and not store.check([key]):
                 continue
             said = json.loads(store.get(key))
             if said["beat"] != peer.beat:
                 peer.position = Position.from_dict(said["position"])
                 peer.beat, peer.reports, peer.heard = said["beat"], said["reports"], time.monotonic()
-        number = len(self.reports) + 1
-        while store.check([f"{self._prefix}/report/{number}"]):
-            report = Report.from_dict(json.loads(store.get(f"{self._prefix}/report/{number}")))
-            self.reports = (*self.reports, report)
-            number += 1
+                peer.end, peer.closed, peer.read_ends = said["end"], said["closed"], frozenset(said["ends"])
+                peer.process = (str(said["process"][0]), int(said["process"][1]))
+                self._learn([Report.from_dict(value) for value in said["told"]])
+
+    def _learn(self, reports: Sequence[Report]) -> None:
+        known = {(r.reporter, r.stamp) for r in self.reports}
+        self.reports = (*self.reports, *(r for r in reports if (r.reporter, r.stamp) not in known))
 
     def tell(self, report: Report) -> None:
         """Give the talking thread a moment to send it; a store that is gone takes it from nobody."""
         if report.reporter != self.rank:
             return
         self._outbox.append(report)
-        until = time.monotonic() + 1
-        while self._outbox and not self.store_is_gone() and time.monotonic() < until:
-            time.sleep(0.01)
+        self._until(lambda: not self._outbox, time.monotonic() + 1)
+
+    def tell_end(self, how: str) -> None:
+        """The same of how this rank ends. Who serves the store waits until the others have read it."""
+        self.end = how
+        until = time.monotonic() + 4 * self.deadlines.beat
+        self._until(lambda: self._end_said == how, until)
+        if self.rank == self.host:
+            self._until(self._end_is_read, until)
+
+    def closes(self) -> None:
+        """Nobody talks for this rank from now on, though it may go on calling the model."""
+        if not self.end:
+            self.closed = True
+            self.end = self._ends("has closed its backend")
+
+    def goes_on(self) -> None:
+        """It talks again."""
+        self.closed, self.end = False, ""
+
+    def bid_farewell(self) -> None:
+        """The talking thread's last words, when it is closed or the process ends."""
+        self.end = self.end or self._ends("has ended")
+        until = time.monotonic() + _FAREWELL_SECONDS
+        self.talk()
+        while self.rank == self.host and not self.closed and not self._end_is_read() and time.monotonic() < until:
+            time.sleep(self.deadlines.beat / 10)
+            self.talk()
+
+    def _ends(self, how: str) -> str:
+        return f"rank {self.rank} {how}, {place_of(self._journal.position())}"
 
     def until_read(self, since: float) -> None:
         """Wait until all ranks that answer have read the reports: this process may end now, and the store with it."""
-        until = since + 4 * self.deadlines.beat
-        while time.monotonic() < until and not self.store_is_gone():
-            silent = self.silent()
-            if all(p.reports >= max(1, len(self.reports)) for r, p in self.peers.items() if r not in silent):
-                return
-            time.sleep(self.deadlines.beat / 10)
+        self._until(self._reports_are_read, since + 4 * self.deadlines.beat)
+
+    def _reports_are_read(self) -> bool:
+        gone = self.silent().keys() | self.ended().keys()
+        return all(p.reports >= max(1, len(self.reports)) for r, p in self.peers.items() if r not in gone)
+
+    def _end_is_read(self) -> bool:
+        gone = self.silent().keys() | self.ended().keys()
+        return all(self.rank in p.read_ends for r, p in self.peers.items() if r not in gone and p.position is not None)
+
+    def _until(self, done: Callable[[], bool], until: float) -> None:
+        while not self.store_is_gone() and time.monotonic() < until and not done():
+            time.sleep(self.deadlines.beat / 20)
+
+    def ended(self) -> dict[int, str]:
+        """The ranks that said that they end, and how. One that only closed has no position any more."""
+        return {rank: peer.end for rank, peer in self.peers.items() if peer.end}
 
     def positions(self) -> dict[int, Position]:
         """Where each rank is: this one now, the others when they were last heard of."""
-        known = {rank: p.position for rank, p in self.peers.items() if p.position is not None}
+        known = {rank: p.position for rank, p in self.peers.items() if p.position is not None and not p.closed}
         return {self.rank: self._journal.position(), **known}
 
     def silent(self, *, patient: bool = True) -> dict[int, str]:
@@ -153,9 +226,10 @@ class Heartbeat:
         if self.store_is_gone():
             if self.host is None or self.host == self.rank:
                 return {}
+            if self.host in self.ended():
+                return {}
             how = f"({self._store_error})" if self._store_error is not None else f"for {now - self._talked:.1f} s"
             return {self.host: f"serves the store, which does not answer {how}: its process ended or is stopped"}
-        why = "its process ended, is stopped, or holds Python's lock"
         position = self._journal.position()
         # Before a rank has been in a call with this one, it may still be reading its weights.
         met = {rank for name, ranks in self.members.items() if position.completed.get(name) for rank in ranks}
@@ -163,8 +237,8 @@ class Heartbeat:
         for rank, peer in self.peers.items():
             limit = self._patience(position, peer) if patient else self.deadlines.silence
             since = now - peer.heard
-            if since > limit and (peer.position is not None or rank in met):
-                silent[rank] = f"has not been heard of for {since:.1f} s ({why})"
+            if since > limit and (peer.position is not None or rank in met) and not peer.end:
+                silent[rank] = f"has not been heard of for {since:.1f} s ({why_silent(*peer.process)})"
         return silent
 
     def stale(self) -> tuple[int, ...]:
@@ -172,7 +246,7 @@ class Heartbeat:
         if self.store_is_gone():  # nothing will be heard any more
             return ()
         silent, since = self.silent(), time.monotonic() - _STALE_BEATS * self.deadlines.beat
-        heard = {rank: peer.heard for rank, peer in self.peers.items() if peer.position is not None}
+        heard = {rank: peer.heard for rank, peer in self.peers.items() if peer.position is not None and not peer.end}
         return tuple(rank for rank, at in heard.items() if rank not in silent and at < since)
 
     def _patience(self, position: Position, peer: _Peer) -> float:

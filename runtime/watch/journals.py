@@ -12,7 +12,8 @@ from typing import Any
 
 from ..channel import ranks_text
 from ..errors import JournalError
-from .culprit import Failure, Finding, find_alone, find_culprit
+from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
+from .heartbeat import Deadlines
 from .journal import FORMAT
 from .position import REPLAY, Position, sizes_text
 from .report import Report
@@ -198,11 +199,21 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     heard = {rank for j in journals for rank in j.heard}
     silent = {rank: how for j in journals for rank, how in j.silent.items()}
     could_not_write = tuple(rank for rank in missing if rank in heard and rank not in silent)
-    told = _told(journals)
+    told, ends = (
+        _told(journals),
+        [j.report.sentence for j in journals if j.report is not None and j.report.kind == "end"],
+    )
     finding = told.finding if told is not None else _found(journals, members, missing, could_not_write, silent)
+    if told is None and ends and finding is not None:
+        at = {j.rank: j.position for j in journals}
+        finding = (
+            finding if stood_still(at, finding, Deadlines().alone) else None
+        )  # else it was in the middle of a step
     divergence = first_divergence(journals)
     if finding is not None:
         sentence = finding.sentence
+    elif ends:
+        sentence = f"nobody waited for long: {'; '.join(ends)}"
     else:
         sentence = divergence or "no rank waits: every step that was begun is complete"
         if divergence is None and len({j.reason for j in journals}) == 1:
@@ -214,11 +225,11 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
 def _told(journals: Sequence[RankJournal]) -> Report | None:
     """What was reported when it happened: by all ranks the same, unless two of them saw it at once.
 
-    Then the rank that is to blame knows best, and who does not know the cause knows least.
+    Then the rank that is to blame knows best. None where nobody knew the cause.
     """
-    reports = [j.report for j in journals if j.report is not None]
+    reports = [j.report for j in journals if j.report is not None and j.report.conclusive]
     votes = Counter(r.ranks for r in reports)
-    return max(reports, key=lambda r: (r.conclusive, r.reporter in r.ranks, votes[r.ranks], -r.reporter), default=None)
+    return max(reports, key=lambda r: (r.reporter in r.ranks, votes[r.ranks], -r.reporter), default=None)
 
 
 def _found(

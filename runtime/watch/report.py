@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .culprit import Failure, Finding
@@ -13,13 +14,15 @@ from .culprit import Failure, Finding
 class Report:
     """Who is to blame, and for what.
 
-    kind: "hang"; "failure", an exception broke a step off; "alone", one rank compiles what the others do not.
+    kind: "hang"; "failure", an exception broke a step off; "alone", one rank compiles what the others do not; "end", a
+    rank was told to end, which is no mistake. stamp: no two of one reporter have the same.
     """
 
     kind: str
     reporter: int
     finding: Finding
     failure: Failure | None = None
+    stamp: int = field(default_factory=time.monotonic_ns)
 
     @property
     def sentence(self) -> str:
@@ -33,7 +36,7 @@ class Report:
     @property
     def conclusive(self) -> bool:
         """A victim reports what hit it, and looks for the cause; others should wait for what it finds."""
-        return self.failure is None or not self.failure.victim
+        return self.kind != "end" and (self.failure is None or not self.failure.victim)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,7 +48,7 @@ class Report:
         known = {f.name: told[f.name] for f in fields(Finding) if f.name in told}
         finding = Finding(**known | {"ranks": _ranks(told["ranks"]), "waiting": _ranks(told["waiting"])})
         failure = Failure(**value["failure"]) if value.get("failure") is not None else None
-        return cls(str(value["kind"]), int(value["reporter"]), finding, failure)
+        return cls(str(value["kind"]), int(value["reporter"]), finding, failure, int(value["stamp"]))
 
 
 def failed(failure: Failure, waiting: tuple[int, ...] = ()) -> Report:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..channel import DEFAULT_SECONDS, Channel, open_channel
+from ..channel import DEFAULT_SECONDS, Channel, open_channel, store_of
 from ..errors import (
     ChannelTimeoutError,
     GroupFailureError,
@@ -29,9 +29,11 @@ from ..errors import (
     RecompiledAloneError,
 )
 from ..groups import Group, ranks_of
+from ..meeting import Start, leave_last_words, meet, start_of, world_store
 from . import user_code
 from .agree import GroupAgreement, PlanDigest
-from .culprit import Failure, Finding, alone_text, where
+from .culprit import Finding, alone_text, place_of
+from .ending import broken_off, how_it_ends, on_uncaught
 from .health import Health
 from .heartbeat import Deadlines
 from .journal import Journal
@@ -39,7 +41,7 @@ from .marks import CudaMarks
 from .page import Neighbours, Page
 from .reaction import Reaction
 from .recompile import CompiledGraph, graph_being_compiled
-from .report import Report, failed
+from .report import Report
 from .supervision import Supervision
 from .watchdog import Watchdog, is_of_a_peer, open_watchdog
 
@@ -89,6 +91,9 @@ class Supervisor:
         self.probes: dict[str, Callable[[], Any]] = {}
         self._asked: weakref.WeakSet[Asked] = weakref.WeakSet()
         self._graph = _Graph(Asked())
+        self.start = Start.of_this_process()
+        self._met: dict[str, tuple[str, ...]] = {}  # the tokens of each group's processes
+        self._forget_uncaught: Callable[[], None] | None = None
         self._neighbours: dict[str, Neighbours] = {}
         self._has_marks = False
 
@@ -106,6 +111,9 @@ class Supervisor:
         weakref.finalize(asked, _rest, weakref.ref(self)).atexit = False
         if self.watchdog is not None and self._settings:
             self.watchdog.configure(self._reaction(), self._deadlines)
+        if self._forget_uncaught is None and self._settings.get("on_hang") is not None:
+            died, supervisor = Supervisor._died, weakref.ref(self)
+            self._forget_uncaught = on_uncaught(lambda error: died(found, error) if (found := supervisor()) else None)
 
     def leave(self, asked: Asked) -> None:
         """The watch ends with the last that asked for it."""
@@ -122,6 +130,9 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop watching, whoever asks for it."""
+        if self._forget_uncaught is not None:
+            self._forget_uncaught()
+            self._forget_uncaught = None
         if self.watchdog is not None:
             self.watchdog.close()
 
@@ -188,7 +199,9 @@ class Supervisor:
 
     def _watch(self) -> None:
         if self.watchdog is None:
-            self.watchdog = open_watchdog(self.journal, self._reaction(), self._deadlines, self.health)
+            self.watchdog = open_watchdog(
+                self.journal, self._reaction(), self._deadlines, self.health, self.start.token
+            )
             self.journal.one_caller = True
         else:
             self.watchdog.start()
@@ -196,14 +209,17 @@ class Supervisor:
     def _open(self, name: str) -> Channel:
         ranks = ranks_of(name)
         self.journal.name_group(name, ranks)
+        hooks = {
+            "seconds": self._graph.asked.agree_seconds,
+            "waiting": functools.partial(self.journal.waiting, among=ranks),
+            "interrupt": functools.partial(self._interrupt, name),
+        }
+        if name not in self._met:
+            store, _ = store_of(name)
+            self._met[name] = meet(store, world_store(), self.start, ranks.index(dist.get_rank()), ranks, **hooks)
         if self.watchdog is not None:
-            self.watchdog.others.join_group(name, ranks)
-        channel = open_channel(
-            name,
-            seconds=self._graph.asked.agree_seconds,
-            waiting=functools.partial(self.journal.waiting, among=ranks),
-            interrupt=functools.partial(self._interrupt, name),
-        )
+            self.watchdog.others.join_group(name, ranks, self._met[name])
+        channel = open_channel(name, start=start_of(self._met[name]), **hooks)
         channel.about = self._graph.about.why if self._graph.about.guard else ""
         self._graph.opened.append(channel)
         if name not in self._neighbours and (page := Page.make()) is not None:
@@ -279,12 +295,37 @@ class Supervisor:
                 alone = Report("alone", told[1][0], Finding(told[1], (self.journal.rank,), told[0]))
                 self.write(told[0], report=alone, **user_code.written(error))
                 raise RecompiledAloneError(*told) from error
-            at = place if place is not None else where(self.journal.position())
-            text = f"{type(error).__name__}: {error}"
-            failure = Failure(self.journal.rank, at, text)
-            self.write(text, report=failed(failure), failures=[asdict(failure)], **user_code.written(error))
-        elif (instead := self.watchdog.failed(error, place)) is not error:
+            self._write_own(error, place)
+            return
+        try:
+            instead = self.watchdog.failed(error, place)
+        except BaseException as told:  # a signal that came while the main thread sat in the collective
+            self.watchdog.ends(told)
+            raise
+        if instead is not error:
             raise instead from error
+
+    def _died(self, error: BaseException) -> None:
+        """An exception outside of every call ends this process. Whoever knows of its cause already has told it."""
+        if self.health.poisoned is not None or not dist.is_initialized():
+            return
+        self.journal.rank = dist.get_rank()
+        position = self.journal.position()
+        place = f"its own code, {place_of(position)}"
+        if self.watchdog is not None and self._met:
+            self.watchdog.failed(error, place)
+            return
+        self._write_own(error, place)
+        if how_it_ends(error, waits=False) is None:
+            sentence = f"rank {self.journal.rank} failed in {place}: {type(error).__name__}: {error}"
+            with contextlib.suppress(RuntimeError):  # the store may be gone
+                leave_last_words(world_store(), self.start, self.journal.rank, dist.get_world_size(), sentence)
+
+    def _write_own(self, error: BaseException, place: str | None) -> None:
+        """What broke a step of this rank off, where nobody watches."""
+        report = broken_off(error, self.journal.position(), place, victim=is_of_a_peer(error))
+        failures = [asdict(report.failure)] if report.failure is not None else []
+        self.write(report.sentence, report=report, failures=failures, **user_code.written(error))
 
     def disagreed(self, error: Exception) -> None:
         """An exchange beside the steps came to no agreement."""
@@ -292,7 +333,7 @@ class Supervisor:
         if isinstance(error, ChannelTimeoutError) and self.watchdog is not None:
             self.watchdog.failed(error)
         elif self.watchdog is None or self.watchdog.report is None:
-            self.write(str(error))
+            self.write(str(error), report=self._report(error))
 
     def _report(self, error: Exception) -> Report | None:
         """What is known of who is to blame where no watchdog looked."""

@@ -25,13 +25,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from torch.distributed import DistError
 
 from ..channel import Store
 from ..errors import ChannelTimeoutError, RingfenceError
-from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, where
+from .cause import cause_of, waited_for
+from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, place_of, where
+from .ending import how_it_ends
 from .health import Health
 from .heartbeat import Deadlines, Heartbeat, first_lines
 from .journal import Journal
@@ -62,11 +63,12 @@ class Watchdog:
         *,
         host: int | None = 0,
         health: Health | None = None,
+        token: str | None = None,
     ) -> None:
         self.journal, self.health = journal, health if health is not None else Health()
         self.reaction, self.deadlines = reaction, deadlines if deadlines is not None else Deadlines()
         self.report: Report | None = None
-        self.others = Heartbeat(journal, connect, self.deadlines, host)
+        self.others = Heartbeat(journal, connect, self.deadlines, host, token)
         self._rank = journal.rank
         self._read = 0  # reports before this one are done with
         self._reported_at = -1  # what the journal's counter was
@@ -84,9 +86,14 @@ class Watchdog:
         if self.runs:
             return
         self._runs, self._stop = True, threading.Event()
+        self.others.goes_on()
+        bid_farewell = {"talk": self.others.bid_farewell}
         threads = [
             threading.Thread(
-                target=_loop, args=(weakref.ref(self), self._stop, name), name=f"ringfence-{name}", daemon=True
+                target=_loop,
+                args=(weakref.ref(self), self._stop, name, bid_farewell.get(name)),
+                name=f"ringfence-{name}",
+                daemon=True,
             )
             for name in ("talk", "watch")
         ]
@@ -95,7 +102,8 @@ class Watchdog:
             thread.start()
 
     def close(self) -> None:
-        """Stop watching. The threads end within a beat, unless the store keeps one of them."""
+        """Stop watching, and say so. The threads end within a beat, unless the store keeps one of them."""
+        self.others.closes()
         self._stop.set()
 
     @property
@@ -116,6 +124,8 @@ class Watchdog:
         if self._stop.is_set():  # closed: nobody talks for this rank any more
             return error
         self._reached = True
+        if self.ends(error):
+            return error
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
             (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)
             return self._error(self.report)
@@ -127,7 +137,7 @@ class Watchdog:
         victim = is_of_a_peer(error) if place is None and position.calls else _is_of_the_store(error)
         failure = Failure(self._rank, place if place is not None else where(position), text, victim)
         if victim:
-            found = self._cause(failure)
+            found = cause_of(failure, self.others)
             if found is not None:
                 self._blame(found)
                 return self._error(found)
@@ -150,27 +160,25 @@ class Watchdog:
         self._act(report)
         self.others.until_read(told)
 
+    def ends(self, error: BaseException) -> bool:
+        """Whether this rank is told to end by ``error``. Who was waited for until then is written down, if one was."""
+        position = self.journal.position()
+        how = how_it_ends(error, waits=bool(position.calls or position.exchange))
+        if how is None or self._stop.is_set():
+            return False
+        sentence = f"rank {self._rank} {how}, {place_of(position)}"
+        found, end = waited_for(self.others), Report("end", self._rank, Finding((), (), sentence))
+        bounded(lambda: log.warning("ringfence: %s", sentence), 0.2)
+        if found is not None:
+            bounded(lambda: self._write(found), 1.0)
+        bounded(lambda: self._write(end), 1.0)
+        self.others.tell_end(sentence)
+        return True
+
     @property
     def _ends(self) -> bool:
         """Whether the process ends for what was found, and the main thread should not outrun that."""
         return self.reaction.on_hang == "abort" and not self._own
-
-    def _cause(self, failure: Failure) -> Report | None:
-        """Who made a collective of this rank fail? Waits until a dead rank would have become silent."""
-        until = time.monotonic() + self.deadlines.silence + 2 * self.deadlines.beat
-        while True:
-            other = next((r for r in self.others.reports if r.conclusive), None)
-            if other is not None:
-                return other
-            silent = self.others.silent(patient=False)
-            if silent:
-                finding = find_culprit(self.others.positions(), silent, members=self.others.members)
-                assert finding is not None
-                sentence = f"{finding.sentence}; rank {self._rank} got {failure.error} in {failure.where}"
-                return Report("failure", self._rank, replace(finding, sentence=sentence))
-            if time.monotonic() > until:
-                return None
-            time.sleep(self.deadlines.beat / 4)
 
     def interrupt(self) -> None:
         """Raise what was found, for code of the main thread that waits for other ranks."""
@@ -242,19 +250,20 @@ class Watchdog:
                 f"rank {self._rank} waits in {where(position)}; the store does not answer, so for whom is not known"
             )
             return Finding((), (self._rank,), sentence)
-        positions, silent = self.others.positions(), self.others.silent()
+        positions, silent, ended = self.others.positions(), self.others.silent(), self.others.ended()
         position = positions[self._rank]
-        if position.exchange and not silent:
+        if position.exchange and not silent and not ended:
             return None  # an exchange has a deadline of its own for ranks that are merely late
         if position.phase == "compile" and not position.exchange:
             return compiles_too_long(position)
         if self.others.stale():
             return None  # it has gone on since, or is about to be silent: where it was tells nothing
         failures = [r.failure for r in self.others.reports if r.failure is not None]
-        finding = find_culprit(positions, silent, failures, self.others.members)
+        finding = find_culprit(positions, silent, failures, self.others.members, ended)
         if finding is None or still > self.deadlines.warm_up:
             return finding
-        suspects = [positions[r] for r in finding.ranks if r != self._rank and r in positions and r not in silent]
+        gone = {self._rank, *silent, *ended}
+        suspects = [positions[r] for r in finding.ranks if r in positions and r not in gone]
         if any(p.still < self._limit(p) and (p.phase != "idle") for p in suspects):
             return None
         # A rank that has just left the model has its deadline too: it may be about to come back.
@@ -302,9 +311,13 @@ class Watchdog:
 
 
 def open_watchdog(
-    journal: Journal, reaction: Reaction, deadlines: Deadlines | None = None, health: Health | None = None
+    journal: Journal,
+    reaction: Reaction,
+    deadlines: Deadlines | None = None,
+    health: Health | None = None,
+    token: str | None = None,
 ) -> Watchdog:
-    """A running watchdog over the default process group's store. Every rank must open it as often as the others."""
+    """A running watchdog over the default process group's store. token: see :class:`Heartbeat`."""
     from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
     store = distributed_c10d._get_default_store()
@@ -317,6 +330,7 @@ def open_watchdog(
         deadlines,
         host=None if by_launcher else 0,
         health=health,
+        token=token,
     )
     watchdog.start()
     return watchdog
@@ -330,13 +344,10 @@ def _end(stop: threading.Event, threads: Sequence[threading.Thread]) -> None:
             thread.join(0.5)
 
 
-def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) -> None:
-    """Without keeping the watchdog alive: who drops the model drops the threads."""
+def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str, last: Callable[[], None] | None) -> None:
+    """Without keeping the watchdog alive: who drops the model drops the threads. last: what is done at the end."""
     beat, told, said = 0.0, False, ""
-    while not stop.wait(beat):
-        watchdog = reference()
-        if watchdog is None:
-            return
+    while not stop.wait(beat) and (watchdog := reference()) is not None:
         if not told:
             watchdog.journal.watch_from_here()
             told = True
@@ -348,6 +359,8 @@ def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str) ->
                 said = repr(error)
                 log.exception("ringfence: the watchdog's thread '%s' goes on after an error", name)
         del watchdog
+    if last is not None:
+        last()
 
 
 def is_of_a_peer(error: BaseException) -> bool:

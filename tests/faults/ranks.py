@@ -7,6 +7,7 @@ Used by the tests and by ``benchmarks/soak.py``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import random
 import re
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -46,7 +48,9 @@ class Fault:
     """One way to go wrong, and what the other ranks have to say about it.
 
     says: a pattern that the error of every rank but ``rank`` must match. None: nothing may go wrong.
-    journal: the same of what the merged journals say, where that is another sentence.
+    journal: the same of what the merged journals say, where that is another sentence. signalled: the signal that all
+    ranks get, and how many seconds after the fault. exit_code: of every rank, where all must end in one way.
+    could_not_write: a rank whose disk is full.
     device: "cpu" or "cuda"; first_device: of rank 0.
     """
 
@@ -60,6 +64,9 @@ class Fault:
     first_device: int = 0
     steps: int = 12
     sizes: tuple[int, ...] = SIZES
+    signalled: tuple[int, float] | None = None
+    exit_code: int | None = None
+    could_not_write: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +88,7 @@ class Outcome:
     fault: Fault
     endings: list[Ending]
     journal: str = ""
+    could_not_write: tuple[int, ...] = ()
     left_running: bool = False
 
     @property
@@ -90,6 +98,16 @@ class Outcome:
     def problems(self) -> list[str]:
         """What is not as it must be; empty where all is."""
         problems = ["a process is left running"] if self.left_running else []
+        if self.fault.could_not_write is not None and self.could_not_write != (self.fault.could_not_write,):
+            problems.append(f"the journals do not say that it could not write, but {self.could_not_write}")
+        if self.fault.journal is not None and not re.search(self.fault.journal, self.journal):
+            problems.append(f"the journals do not say /{self.fault.journal}/: {self.journal}")
+        if self.fault.exit_code is not None:
+            return problems + [
+                f"rank {e.rank} ended with {e.exit_code}, {e.seconds:.1f} s after the fault: {e.error}"
+                for e in self.endings
+                if e.exit_code != self.fault.exit_code or e.error or e.seconds > DEADLINE + MARGIN
+            ]
         if self.fault.says is None:
             return problems + [
                 f"rank {e.rank} ended with {e.exit_code} after {e.steps} steps: {e.error}"
@@ -103,11 +121,10 @@ class Outcome:
                 problems.append(f"rank {e.rank} does not say /{self.fault.says}/: {e.error}")
             if e.culprits and tuple(e.culprits) != (self.fault.rank,):
                 problems.append(f"rank {e.rank} blames {e.culprits}: {e.error}")
-            if e.seconds > DEADLINE + MARGIN:
+            if e.seconds > DEADLINE + MARGIN + (self.fault.signalled or (0, 0.0))[1]:
                 problems.append(f"rank {e.rank} ended {e.seconds:.1f} s after the fault")
-        sentence = self.fault.journal or self.fault.says
-        if not re.search(sentence, self.journal):
-            problems.append(f"the journals do not say /{sentence}/: {self.journal}")
+        if self.fault.journal is None and not re.search(self.fault.says, self.journal):
+            problems.append(f"the journals do not say /{self.fault.says}/: {self.journal}")
         return problems
 
 
@@ -127,7 +144,10 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
             if fault.name == "throws":
                 say("fault")
                 raise ValueError("the island was told to throw")
-            if fault.name == "stuck":
+            if fault.name == "paused":  # as by a debugger: its parent lets it go on
+                say("fault")
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if fault.name in ("stuck", "disk full", "interrupted"):
                 say("fault")
                 time.sleep(3600)
         if fault.name == "slow":  # each step of one rank takes longer than the deadline, and five times the others'
@@ -255,14 +275,22 @@ def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection
     def say(*message: Any) -> None:
         pipe.send((message[0], time.monotonic(), *message[1:]))
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts a soak waits for the runs that have begun
+    # Who interrupts a soak waits for the runs that have begun.
+    interrupts = fault.signalled is not None and fault.signalled[0] == signal.SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler if interrupts else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as servers do
+    clock = time.time
+    time.time = lambda: clock() + 7200.0 * rank  # nothing may rest on the clocks of hosts being equal
     errors = os.open(os.path.join(folder, f"stderr-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
     try:
         _run(fault, rank, port, folder, say)
+    except SystemExit as error:
+        sys.exit(error.code)  # with all that a process does when it ends
     except BaseException as error:
         inner = getattr(error, "inner_exception", error)
-        say("error", type(inner).__name__, str(inner), getattr(inner, "ranks", ()))
+        say("error", type(inner).__name__, str(inner) or type(inner).__name__, getattr(inner, "ranks", ()))
+        sys.excepthook(type(error), error, error.__traceback__)  # as in a process that multiprocessing did not start
         time.sleep(0.5)  # as a server would, between an error and its end: the watchdogs talk on
         os._exit(1)
     os._exit(0)  # a process group whose peers are gone must not be waited for
@@ -277,6 +305,8 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
 
     mine = rank == fault.rank
     torch.set_num_threads(2 + rank if fault.name == "other thread count" else 1)
+    if fault.name == "dies before compiling":  # what tells its last words from those of another start
+        os.environ.update(TORCHELASTIC_RUN_ID="faults", TORCHELASTIC_RESTART_COUNT="0")
     address, device = f"tcp://127.0.0.1:{port}", None
     if fault.device == "cuda":
         device = torch.device("cuda", fault.first_device + rank)
@@ -295,11 +325,13 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         graphs="simulated" if device is None else "auto",
         split_ops=["ringfence_faults::pause"],
         on_hang=fault.on_hang,
-        step_seconds=DEADLINE,
-        warm_up_seconds=15 * DEADLINE,
-        agree_seconds=5 * DEADLINE,
-        journal_dir=folder,
-        **fault.options,
+        **{
+            "step_seconds": DEADLINE,
+            "warm_up_seconds": 15 * DEADLINE,
+            "agree_seconds": 5 * DEADLINE,
+            "journal_dir": folder,
+            **fault.options,
+        },
     )
     model = torch.compile(_model(fault, rank, say), backend=backend, fullgraph=True, dynamic=True)
     x = {n: torch.randn(n, HIDDEN[fault.device], device=device, dtype=DTYPE[fault.device]) for n in set(fault.sizes)}
@@ -324,6 +356,11 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         backend_module.lower = lower
     if fault.name == "stopped compiling":
         _stop_before_the_others_come(mine, say)
+    if rank == fault.could_not_write:
+        _fill_the_disk()
+    if mine and fault.name == "dies before compiling":
+        say("fault")
+        raise ValueError("out of memory while the weights are read")
     if mine and fault.name == "skipped call":
         _leave_out_a_call(say)
     if fault.name in ("other option", "compiles alone"):  # time counts from when the last rank has come to compare
@@ -344,6 +381,11 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
                     draft(x[fault.sizes[0]])
             if mine and fault.name == "compiles alone" and step == 7:
                 model(x[4][:1])
+            if mine and fault.name == "throws between calls" and step == 7:
+                say("fault")
+                raise ValueError("the scheduler was told to throw")
+            if fault.name == "told to end" and step == 7:
+                say("fault")
             if mine and fault.name == "skipped step" and step == 7:
                 say("fault")
                 continue
@@ -357,6 +399,17 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
     while time.monotonic() < until:  # idle, as a server without requests
         backend.supervisor.health.check()
         time.sleep(0.05)
+
+
+def _fill_the_disk() -> None:
+    """Whatever this rank writes from now on is cut off."""
+    write = Path.write_text
+
+    def full(self: Path, text: str) -> int:
+        write(self, text[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    Path.write_text = full
 
 
 def run_fault(fault: Fault) -> Outcome:
@@ -379,7 +432,7 @@ def run_fault(fault: Fault) -> Outcome:
                 process.kill()
                 process.join()
         outcome.left_running = any(process.is_alive() for process in processes)
-        outcome.journal = _merged(folder)
+        outcome.journal, outcome.could_not_write = _merged(folder)
         return outcome
 
 
@@ -399,6 +452,7 @@ def _free_port() -> int:
 def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder: str) -> Outcome:
     endings = [Ending(rank) for rank in range(fault.ranks)]
     struck, ended = None, dict[int, float]()
+    signals = [fault.signalled] if fault.signalled is not None else []
     end = time.monotonic() + HARD_END
     waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
     watched = set(range(fault.ranks))
@@ -418,6 +472,12 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
                 elif what == "error":
                     endings[rank].kind, endings[rank].error, endings[rank].culprits = more
                     ended.setdefault(rank, at)  # what counts is when the error was raised
+        if struck is not None and signals and time.monotonic() > struck + signals[0][1]:
+            number, _ = signals.pop()
+            some = processes if number != signal.SIGCONT else processes[fault.rank : fault.rank + 1]
+            for process in some:  # one after the other, as a launcher does
+                os.kill(process.pid, number)
+                time.sleep(0.03)
     for rank, ending in enumerate(endings):
         if rank in ended:
             processes[rank].join(5)  # its files are closed before it can be waited for
@@ -430,13 +490,14 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
     return Outcome(fault, endings)
 
 
-def _merged(folder: str) -> str:
+def _merged(folder: str) -> tuple[str, tuple[int, ...]]:
     from ringfence.runtime.watch.journals import merge, read_folder
 
     try:
-        return merge(read_folder(Path(folder))).sentence
+        merged = merge(read_folder(Path(folder)))
     except ValueError as error:
-        return str(error)
+        return str(error), ()
+    return merged.sentence, merged.could_not_write
 
 
 def fork_server() -> Any:
@@ -516,6 +577,7 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
     if device == "cpu":  # on GPUs there would be a fall back too, to the other kernels
         return (
             *found,
+            *ends(fault),
             fault("fails preparing", 1, None, ranks=2),
             # Each step is a call of the draft's and two of the other's. One left out shows where the count runs out.
             fault(
@@ -535,6 +597,24 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
             ),
         )
     return found
+
+
+def ends(fault: Callable[..., Fault]) -> tuple[Fault, ...]:
+    """Ranks that are ended, paused or cut off from outside, and those that end between two calls."""
+    behind = r"^rank 1 did not come to call 14 .*in which ranks 0, 2 wait"
+    told = r"KeyboardInterrupt|rank 1 did not come to call 14 .*rank 1 was interrupted"
+    patient, report, abort = {"step_seconds": 30.0}, {"on_hang": "report"}, {"on_hang": "abort"}
+    ends, unheard = (signal.SIGTERM, 0.2), r"^rank 1 has not been heard of.*in step 7"
+    return (
+        # Ctrl-C on a frozen job: before the deadline, and after the hang was reported.
+        fault("interrupted", 1, told, behind, signalled=(signal.SIGINT, 2.6), options=patient),
+        fault("interrupted", 1, told, behind, signalled=(signal.SIGINT, 4.0), **report),
+        fault("told to end", 1, "", "^nobody waited", signalled=ends, steps=2000, exit_code=0, **abort),
+        fault("disk full", 1, behind[1:], behind, could_not_write=0, **abort),
+        fault("paused", 1, None, unheard, signalled=(signal.SIGCONT, 4.0), **report),
+        fault("throws between calls", 1, r"rank 1 failed in its own code, after step 6 .*scheduler was told to throw"),
+        fault("dies before compiling", 1, r"rank 1 failed in its own code, .*out of memory", **abort),
+    )
 
 
 FAULTS = faults()
