@@ -41,7 +41,7 @@ Failures = tuple[tuple[int, str], ...]
 DEFAULT_SECONDS = 600.0
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0005, 0.02
 #: How often a rank that waits looks how often the others have opened a channel.
-_LOOK_SECONDS = 0.25
+LOOK_SECONDS = 0.25
 #: After this it says for whom it waits; then after three times as long, and so on.
 _TELL_SECONDS = 20.0
 
@@ -86,14 +86,14 @@ class Patience:
     ) -> None:
         self._topic, self._seconds, self._me, self._interrupt, self._about = topic, seconds, me, interrupt, about
         self._sleep, self._began = _SHORTEST_SLEEP, time.monotonic()
-        self._look, self._tell = self._began + _LOOK_SECONDS, self._began + _TELL_SECONDS
+        self._look, self._tell = self._began + LOOK_SECONDS, self._began + _TELL_SECONDS
 
     def looks(self) -> bool:
         """Whether it is time for what costs more than asking who has come."""
         now = time.monotonic()
         if now <= self._look:
             return False
-        self._look = now + _LOOK_SECONDS
+        self._look = now + LOOK_SECONDS
         return True
 
     def wait(self, missing: tuple[int, ...]) -> None:

@@ -14,12 +14,13 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .channel import Patience, Store
+from .channel import LOOK_SECONDS, Patience, Store
 from .errors import GroupFailureError
 
 TOPIC = "meet"
@@ -108,11 +109,14 @@ def start_of(tokens: Sequence[str]) -> str:
     return hashlib.sha256("/".join(tokens).encode()).hexdigest()[:12]
 
 
-def leave_last_words(world: Store, start: Start, rank: int, ranks: Sequence[int], sentence: str) -> None:
+def leave_last_words(world: Store, start: Start, rank: int, size: int, sentence: str) -> None:
     """For ranks that wait for this one, which dies before it has met them. May raise what the store raises."""
-    read = {str(r): world.get(f"here/{r}").decode() for r in ranks if r != rank and world.check([f"here/{r}"])}
+    others = [r for r in range(size) if r != rank]
+    read = {str(r): world.get(f"here/{r}").decode() for r in others if world.check([f"here/{r}"])}
     said = {"run": start.run, "attempt": start.attempt, "read": read, "sentence": sentence}
     world.set(f"died/{rank}", json.dumps(said))
+    if rank == 0:  # the store may end with it
+        time.sleep(2 * LOOK_SECONDS)
 
 
 def _raise_last_words(world: Store, start: Start, rank: int, missing: int) -> None:

@@ -199,16 +199,12 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     heard = {rank for j in journals for rank in j.heard}
     silent = {rank: how for j in journals for rank, how in j.silent.items()}
     could_not_write = tuple(rank for rank in missing if rank in heard and rank not in silent)
-    told, ends = (
-        _told(journals),
-        [j.report.sentence for j in journals if j.report is not None and j.report.kind == "end"],
-    )
+    told = _told(journals)
     finding = told.finding if told is not None else _found(journals, members, missing, could_not_write, silent)
+    ends = [j.report.sentence for j in journals if j.report is not None and j.report.kind == "end"]
     if told is None and ends and finding is not None:
-        at = {j.rank: j.position for j in journals}
-        finding = (
-            finding if stood_still(at, finding, Deadlines().alone) else None
-        )  # else it was in the middle of a step
+        standing = stood_still({j.rank: j.position for j in journals}, finding, Deadlines().alone)
+        finding = finding if standing else None  # else they were in the middle of a step
     divergence = first_divergence(journals)
     if finding is not None:
         sentence = finding.sentence

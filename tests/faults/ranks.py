@@ -301,12 +301,11 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
 
     import ringfence
     from ringfence import backend as backend_module
+    from ringfence.runtime.meeting import world_store
     from ringfence.runtime.watch import agree
 
     mine = rank == fault.rank
     torch.set_num_threads(2 + rank if fault.name == "other thread count" else 1)
-    if fault.name == "dies before compiling":  # what tells its last words from those of another start
-        os.environ.update(TORCHELASTIC_RUN_ID="faults", TORCHELASTIC_RESTART_COUNT="0")
     address, device = f"tcp://127.0.0.1:{port}", None
     if fault.device == "cuda":
         device = torch.device("cuda", fault.first_device + rank)
@@ -358,7 +357,8 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         _stop_before_the_others_come(mine, say)
     if rank == fault.could_not_write:
         _fill_the_disk()
-    if mine and fault.name == "dies before compiling":
+    if mine and fault.name == "dies before compiling":  # the others wait for it
+        world_store().wait([f"here/{other}" for other in range(fault.ranks) if other != rank])
         say("fault")
         raise ValueError("out of memory while the weights are read")
     if mine and fault.name == "skipped call":

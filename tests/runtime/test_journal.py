@@ -408,8 +408,9 @@ def written(folder: Path) -> dict[str, Any]:
 def test_what_was_written_with_the_first_report_stays(tmp_path: Path) -> None:
     j = journal()
     step(j, enter=2, leave=1)
-    j.dump(tmp_path, "failure: rank 1", report=report(1), probes={})
-    j.dump(tmp_path, "failure: rank 1", report=report(1), probes={"flags": [1]})  # found out meanwhile
+    first = report(1)
+    j.dump(tmp_path, "failure: rank 1", report=first, probes={})
+    j.dump(tmp_path, "failure: rank 1", report=first, probes={"flags": [1]})  # found out meanwhile
     j.leave(), j.fail()
     step(j)
     j.dump(tmp_path, "signal SIGUSR2")
