@@ -2,6 +2,7 @@
 
 _c10d_functional.all_reduce -> wait_tensor     functional collectives, DTensor
 ... -> aten.copy(dst, waited)                  in-place dist.all_reduce
+ringfence.all_reduce(x)                        called by the model itself
 namespace.op(x, group)                         an engine's own op: :mod:`.engine_ops`
 auto_functionalized[_v2](namespace.op_, ...)   the same, mutating its input
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from ..runtime.collectives import ops
 from . import roles
 from .engine_ops import GroupOf, engine_call, listed, read_sum_of
 from .provenance import label
@@ -30,7 +32,7 @@ _NOT_FUNCTIONAL = (
 )
 
 #: torch's own, in any form.
-ALL_REDUCES = frozenset((c10d.all_reduce.default, *_NOT_FUNCTIONAL))
+ALL_REDUCES = frozenset((c10d.all_reduce.default, ops.all_reduce, *_NOT_FUNCTIONAL))
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> A
             Reason.ALL_REDUCE_FORM,
             f"{label(node)} ({node.target}) is not functional; run the passes on a graph from aot_autograd",
         )
+    source = roles.first_node(node)
+    if roles.calls(node, ops.all_reduce) and node.args[-1] == ops.PREPARED and source is not None:  # the model's own
+        return _walk(node, source, "sum", node.args[1], node)
     call = engine_call(node, all_reduce_ops) if all_reduce_ops else None
     if call is None:
         return None

@@ -101,7 +101,15 @@ class Match:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site and, where it is fused, its match, which the sites of merged all-reduces share."""
+    """A site and, where it is fused, its match, which the sites of merged all-reduces share.
+
+    called: the model calls the fused op by itself, so there is nothing to rewrite.
+    """
 
     site: Site
     match: Match | None
+    called: bool = False
+
+    @property
+    def fuses(self) -> bool:
+        return self.match is not None or self.called

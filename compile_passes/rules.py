@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..runtime.collectives import table
+from ..runtime.groups import HOST_BACKENDS
 from ..runtime.hazards.situation import Collective, Fact
 from .host import Unsafe
 
@@ -58,9 +59,6 @@ class Rule:
     message: str
     source: str
 
-
-#: Backends whose collectives are carried out by the host, or by nobody.
-_HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
 
 #: Who keeps the epoch, slot and flags of a call in words on the device.
 _DEVICE_EPOCH = frozenset(one.name for one in table.ALL if one.epoch_on_device)
@@ -202,7 +200,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "host_collective",
-        lambda f: f.collective and f.backend in _HOST_BACKENDS and f.carrier in (None, Collective.REFERENCE),
+        lambda f: f.collective and f.backend in HOST_BACKENDS and f.carrier in (None, Collective.REFERENCE),
         Decision.SPLIT,
         "runs on the host over {backend}; a replayed piece would not run it again",
         "docs/design.md, what decides capture",

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ..runtime.replay.program import Padding, SizeRule
 from .devices import device_of
 from .match import Candidate
-from .roles import is_tensor, tensor
+from .roles import first_node, is_tensor, tensor
 
 
 def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: frozenset[int]) -> SizeRule:
@@ -57,7 +57,9 @@ def _row_counts(
     """What may be the token count, the best first."""
     by_name = {n.name: n for n in gm.graph.nodes}
     matched = [c.match.all_reduce.value for c in candidates if c.match is not None]
-    others = [by_name[c.site.node] for c in candidates if c.match is None]
+    called = [first_node(by_name[c.site.node]) for c in candidates if c.called]
+    matched += [node for node in called if node is not None]
+    others = [by_name[c.site.node] for c in candidates if not c.fuses]
     for node in (*matched, *others):
         if is_tensor(node) and tensor(node).ndim > 1:
             yield math.prod(tensor(node).shape[:-1])

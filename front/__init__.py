@@ -18,10 +18,12 @@ if __name__ != "ringfence":  # the clone's root is on the path: every module wou
 
 if TYPE_CHECKING:
     from .backend import Backend
+    from .callable import all_reduce, all_reduce_add_rms_norm, prepare
     from .compile_passes.engine_ops import AllReduceOp
     from .compile_passes.norm_ops import NormOp
     from .compile_passes.report import CompileReport, assert_fused
     from .options import Options
+    from .runtime.collectives.prepared import Prepared
     from .runtime.collectives.workspace import close_workspaces
     from .runtime.errors import (
         AddressChangedError,
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
         WorkspaceReplacedError,
     )
     from .runtime.groups import register_group
+    from .watching import watch
 
 __all__ = [
     "AddressChangedError",
@@ -97,6 +100,7 @@ __all__ = [
     "PeerFailedError",
     "PlanError",
     "PoisonedError",
+    "Prepared",
     "RankLeftError",
     "RankMismatch",
     "RecompiledAloneError",
@@ -111,9 +115,13 @@ __all__ = [
     "VersionError",
     "WorkspaceError",
     "WorkspaceReplacedError",
+    "all_reduce",
+    "all_reduce_add_rms_norm",
     "assert_fused",
     "close_workspaces",
+    "prepare",
     "register_group",
+    "watch",
 ]
 __version__ = "0.1.0"
 
@@ -126,9 +134,14 @@ def __getattr__(name: str) -> Any:
         "CompileReport": ".compile_passes.report",
         "NormOp": ".compile_passes.norm_ops",
         "Options": ".options",
+        "Prepared": ".runtime.collectives.prepared",
+        "all_reduce": ".callable",
+        "all_reduce_add_rms_norm": ".callable",
         "assert_fused": ".compile_passes.report",
         "close_workspaces": ".runtime.collectives.workspace",
+        "prepare": ".callable",
         "register_group": ".runtime.groups",
+        "watch": ".watching",
     }
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -43,8 +43,8 @@ def assign(
     """
     ready: dict[str, ReadyCollective] = {}
     for name, group in groups.items():
-        sites = [c.site for c in candidates if c.match is not None and c.site.group == name]
-        if not any(c.site.group == name for c in candidates) or not options.fuse:
+        sites = [c.site for c in candidates if c.fuses and c.site.group == name]
+        if not any(c.site.group == name for c in candidates) or not (options.fuse or sites):
             continue
         summed = {c.site.dtype for c in candidates if c.site.group == name}
         why = why_reference_only(group, device)
@@ -60,6 +60,22 @@ def assign(
             wanted = _wanted(sites, summed, options) if planned is None else None
             ready[name] = reference_collective(group.size, missing, wanted)
     return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned))
+
+
+def ready_for(
+    wanted: Wanted,
+    group: Group,
+    channel: Channel | None,
+    device: torch.device,
+    options: Options,
+    supervisor: Supervisor,
+) -> ReadyCollective:
+    """The collective of one group, of which no graph is known. Every rank must call. Raises as :func:`assign`."""
+    why = why_reference_only(group, device)
+    if channel is None or options.collective == "reference" or why is not None:
+        _check_not_insisted(options, group, None, why)
+        return reference_collective(group.size, why, replace(wanted, max_tokens=None))  # which has to be given
+    return _prepare(wanted, group, channel, device, supervisor)
 
 
 def nccl_situation(
@@ -104,17 +120,23 @@ def _check_not_insisted(options: Options, group: Group, planned: Situation | Non
 def _wanted(sites: Sequence[Site], summed: Collection[str], options: Options) -> Wanted:
     """summed: the dtypes of all sums over the group."""
     most = Counter(site.dtype for site in sites).most_common(1)[0][0]
+    others = tuple(getattr(torch, n) for n in ("float16", "bfloat16", "float32") if n in summed and n != most)
+    hidden = max(site.hidden_size or 0 for site in sites)
+    return replace(wanted_by(options, hidden, getattr(torch, most), options.capture_sizes), other_dtypes=others)
+
+
+def wanted_by(options: Options, hidden: int, dtype: torch.dtype, sizes: Sequence[int]) -> Wanted:
+    """What options ask of a group's collective. sizes: token counts that will be captured."""
     table = read_table(options.size_table) if options.size_table is not None else ()
     return Wanted(
         options.collective,
         options.transport,
-        hidden=max(site.hidden_size or 0 for site in sites),
-        dtype=getattr(torch, most),
-        sizes=options.capture_sizes,
+        hidden=hidden,
+        dtype=dtype,
+        sizes=tuple(sizes),
         max_tokens=options.max_tokens,
         deterministic=options.deterministic,
         table=(*table, *TABLE),
-        other_dtypes=tuple(getattr(torch, n) for n in ("float16", "bfloat16", "float32") if n in summed and n != most),
     )
 
 

@@ -20,6 +20,7 @@ from .aot import boxed, compiled
 from .assign import assign, check_deterministic, described
 from .compile_passes.absent import why_no_all_reduce
 from .compile_passes.assignment import Assignment
+from .compile_passes.called import called_sites, name_prepared
 from .compile_passes.clean import clean_payload
 from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
 from .compile_passes.devices import device_of
@@ -266,11 +267,12 @@ class Backend:
         )
         candidates = switch_off(found, fuse=options.fuse, skip_sites=options.skip_sites)
         check_not_empty(gm, candidates)
-        return verify(candidates, device) if options.verify else candidates
+        checked = verify(candidates, device) if options.verify else candidates
+        return [*checked, *called_sites(gm, len(checked))]
 
     def _sizes(self, gm: GraphModule, candidates: Sequence[Candidate], static: frozenset[int]) -> SizeRule:
         sizes = size_rule(gm, candidates, static)
-        fuses = any(c.match is not None for c in candidates)
+        fuses = any(c.fuses for c in candidates)
         if self.options.deterministic and fuses and sizes.tokens is None:
             raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
         return sizes
@@ -278,6 +280,7 @@ class Backend:
     def _fuse(self, gm: GraphModule, candidates: Sequence[Candidate], assigned: Assignment) -> list[Site]:
         """Name the collectives in the graph: for fused sites, and for plain all-reduces where that was asked for."""
         sites = fuse(gm, candidates, collectives=assigned.names)
+        name_prepared(gm, assigned.names)
         if self.options.plain_all_reduce:
             keep = {s.node for s in sites if s.decline is not None and s.decline.reason is Reason.SWITCHED_OFF}
             keep |= {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(self.options.split_ops)}

@@ -59,7 +59,7 @@ def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
         yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
         yield f"skip_sites names {', '.join(idle)}: no all-reduce of this graph has such a module or source"
-    fused = any(c.match is not None for c in outcome.candidates)
+    fused = any(c.fuses for c in outcome.candidates)
     if not fused and (meaningless := _about_fused_sites(options)):
         yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
     yield from dict.fromkeys(note for carrier in outcome.assigned.ready.values() for note in carrier.notes)

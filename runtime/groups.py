@@ -18,6 +18,9 @@ from torch.distributed import distributed_c10d
 
 from .errors import GroupError
 
+#: Backends whose collectives are carried out by the host, or by nobody.
+HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
+
 #: What graphs call the default process group, where an engine's op takes no group.
 WORLD = "world"
 _OF_RANKS = "ranks:"
@@ -60,6 +63,8 @@ def resolve_group(name: str, device: torch.device | None = None) -> dist.Process
     found = _find(name)
     if found is not None:
         return found
+    if not dist.is_available() or not dist.is_initialized():
+        raise GroupError(f"group '{name}' is asked for, and torch.distributed.init_process_group was not called")
     if name == WORLD and dist.group.WORLD is not None:
         register_group(name, dist.group.WORLD)
         return dist.group.WORLD
@@ -79,6 +84,29 @@ def resolve_group(name: str, device: torch.device | None = None) -> dist.Process
         f"ProcessGroup.group_name, and the default one is '{_default_group_name()}'. A name of an engine's own is "
         f"registered in each process: ringfence.register_group('{name}', process_group)"
     )
+
+
+def name_of_group(group: dist.ProcessGroup | str | None) -> str:
+    """What a call gives as its group, for a process group or a name; None is the default group.
+
+    May be traced. Raises :class:`GroupError` for anything else.
+    """
+    if group is None:
+        return WORLD
+    if isinstance(group, str):
+        return group
+    if not isinstance(group, dist.ProcessGroup):
+        raise GroupError(f"{group!r} is no process group, nor the name of one (a rank outside of a group has none)")
+    return str(group.group_name)
+
+
+def device_of_group(name: str) -> torch.device:
+    """The current CUDA device where the group serves one, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        if _serves(resolve_group(name, device), device):
+            return device
+    return torch.device("cpu")
 
 
 def group_exists(name: str) -> bool:

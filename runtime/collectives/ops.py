@@ -13,9 +13,11 @@ one of float16, bfloat16, float32; ``weight`` is ``[hidden]``, of the same dtype
 None for ones. ``group`` is the name of a process group; every rank of it must make
 the call, in the same order.
 
-``collective`` says who carries the sum out: "reference", or a collective whose workspace
-belongs to the group. A call that the workspace does not serve (too large, another dtype, no
-workspace) is carried out by the reference: the shapes decide, which are the same on every rank.
+``collective`` says who carries the sum out: "reference", a collective whose workspace
+belongs to the group, or "prepared": whoever :func:`ringfence.prepare` chose. A call that the workspace does not
+serve (too large, another dtype, no workspace) is carried out by the reference: the shapes decide, which are the same
+on every rank. Behind the name of a collective, ", not captured" says that a capture which somebody else makes may
+not hold it.
 
 An empty tensor is refused with :class:`InputError`: the fused kernels cannot launch
 on zero tokens, and a rank that returned early would leave the others waiting.
@@ -30,11 +32,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CollectiveUnavailableError, InputError
+from ..capturing import is_capturing
+from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError, PoisonedError
+from ..groups import HOST_BACKENDS, describe_group
 from ..hazards.situation import Strategy
+from ..seams import run_between
 from . import reference, table
 from .epilogue import Epilogue, RmsNorm
+from .prepared import Prepared
 from .workspace import Workspace, workspaces_of
+
+#: In place of a collective: whoever was prepared for the group (:class:`.prepared.Prepared`).
+PREPARED = "prepared"
+#: Behind the name of a collective: no capture that somebody else makes may hold the call.
+NOT_CAPTURED = ", not captured"
+
+#: What the fused ops take.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
@@ -45,8 +59,9 @@ def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
     if collective == reference.IMPLEMENTATION.name:
         return None
     workspaces = workspaces_of(group)
-    found = workspaces.find(collective, input.device, input.dtype, input.numel() * input.element_size())
-    if found is None:
+    wanted = collective if collective != PREPARED else None
+    found = workspaces.find(wanted, input.device, input.dtype, input.numel() * input.element_size())
+    if found is None and wanted is not None:
         known = dict.fromkeys(str(one.name) for one in table.ALL)
         if collective not in known and all(one.collective != collective for one in workspaces.open):
             raise CollectiveUnavailableError(
@@ -100,7 +115,7 @@ def _fused(
     return norm.view(shape), out.view(shape)
 
 
-def _normed(
+def normed(
     input: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -109,7 +124,24 @@ def _normed(
     group: str,
     collective: str,
 ) -> tuple[Tensor, ...]:
+    """``(norm, sum)``; see above."""
     meaning, asked = _epilogues(residual is not None, eps, weight_bias, weight is not None)
+
+    def run(collective: str, *operands: Any) -> tuple[Tensor, ...]:
+        return _normed(meaning, asked, group, collective, *operands)
+
+    return _carried(run, group, collective, input, residual, weight)
+
+
+def _normed(
+    meaning: Epilogue,
+    asked: Epilogue,
+    group: str,
+    collective: str,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, ...]:
     workspace = _workspace(input, group, collective)
     if workspace is not None:
         x = _rows(input)
@@ -122,6 +154,15 @@ def _normed(
 _SUM = Epilogue()
 
 
+def summed(input: Tensor, group: str, collective: str) -> Tensor:
+    """The sum; see above."""
+
+    def run(collective: str, input: Tensor) -> tuple[Tensor]:
+        return (_summed(input, group, collective),)
+
+    return _carried(run, group, collective, input)[0]
+
+
 def _summed(input: Tensor, group: str, collective: str) -> Tensor:
     workspace = _workspace(input, group, collective)
     if workspace is not None and input.dim():
@@ -130,6 +171,74 @@ def _summed(input: Tensor, group: str, collective: str) -> Tensor:
         if strategy is not None:
             return _fused(workspace, strategy, _SUM, x, None, None, input.shape)[0]
     return reference.all_reduce(input, group)
+
+
+# -- in captures of somebody else ---------------------------------------------------
+
+
+def _carried(run: Callable[..., tuple[Tensor, ...]], group: str, collective: str, *operands: Any) -> tuple[Tensor, ...]:
+    """``run(collective, *operands)``, as a capture that somebody else makes allows it.
+
+    A call that must not be captured runs between two segments of that capture, else by the reference if that can be
+    captured, else it is refused. The graphs of a compiled model that captures itself name a collective and nothing
+    more: their judge has spoken.
+    """
+    named = collective.removesuffix(NOT_CAPTURED)
+    if named == collective != PREPARED:
+        return run(collective, *operands)
+    input: Tensor = operands[0]
+    prepared = None
+    if collective == PREPARED:
+        _check(*operands)
+        prepared = _prepared(group, input.dtype)
+        if prepared is not None and not prepared.largest:
+            named = reference.IMPLEMENTATION.name
+    if not is_capturing(input.device) or (prepared is not None and prepared.captured):
+        return run(named, *operands)
+    between = run_between(functools.partial(run, named), operands, input.device)
+    if between is not None:
+        return between
+    backend = describe_group(group, input.device).backend
+    if backend in HOST_BACKENDS:
+        why = (
+            f"the collectives of group '{group}' run on the host over {backend}, and a replay would not run them again"
+        )
+    elif prepared is not None and prepared.collective == reference.IMPLEMENTATION.name:
+        why = prepared.capture
+    else:
+        return run(reference.IMPLEMENTATION.name, *operands)
+    raise CaptureError(
+        f"a fused all-reduce was called inside a capture that must not hold it: {why}. Capture without it, or in "
+        "segments between which it runs (vLLM's and SGLang's breakable graphs)"
+    )
+
+
+def _prepared(group: str, dtype: torch.dtype) -> Prepared | None:
+    workspaces = workspaces_of(group)
+    if workspaces.invalid is not None:
+        raise PoisonedError(f"{workspaces.invalid}; close the workspaces, ringfence.close_workspaces('{group}')")
+    return workspaces.prepared.get(dtype)
+
+
+def _check(input: Tensor, residual: Tensor | None = None, weight: Tensor | None = None) -> None:
+    """Of a call that a person wrote: a graph's was matched."""
+    if not isinstance(input, Tensor) or input.dtype not in DTYPES or not input.dim():
+        raise InputError(
+            f"a fused all-reduce takes [..., hidden] of {', '.join(map(str, DTYPES))}, and was given "
+            f"{f'{input.dtype} {list(input.shape)}' if isinstance(input, Tensor) else repr(input)}"
+        )
+    wanted = {"residual": (residual, list(input.shape)), "weight": (weight, [input.shape[-1]])}
+    for name, (value, shape) in wanted.items():
+        if value is not None and (value.dtype, value.device, list(value.shape)) != (input.dtype, input.device, shape):
+            raise InputError(
+                f"{name} is {value.dtype} {list(value.shape)} on {value.device}; with an input of {input.dtype} "
+                f"{list(input.shape)} on {input.device} it is {input.dtype} {shape} there"
+            )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, weight)):
+        raise GradModeError(
+            "the fused all-reduce has no backward and was called in grad mode with tensors that require grad; call it "
+            "under torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def _contiguous_like(input: Tensor) -> Tensor:
@@ -141,11 +250,11 @@ def _register(form: Epilogue) -> Any:
     residual = ", Tensor residual" if form.residual else ""
     norm = ", Tensor? weight, float eps, float weight_bias" if form.norm is not None else ""
     results = "(Tensor, Tensor)" if form.norm is not None else "Tensor"
-    run: Callable[..., Any] = _normed if form.norm is not None else _summed
+    run: Callable[..., Any] = normed if form.norm is not None else summed
     if form.norm is not None and not form.residual:
 
         def run(input: Tensor, *others: Any) -> Any:
-            return _normed(input, None, *others)
+            return normed(input, None, *others)
 
     def fake(input: Tensor, *_: Any) -> Any:
         like = _contiguous_like(input)
@@ -161,3 +270,6 @@ _ANY_NORM = RmsNorm(0.0)
 all_reduce_add_rms_norm = _register(Epilogue(True, _ANY_NORM))
 all_reduce_rms_norm = _register(Epilogue(False, _ANY_NORM))
 all_reduce = _register(_SUM)
+
+#: All of them.
+OPS = (all_reduce_add_rms_norm, all_reduce_rms_norm, all_reduce)

@@ -28,6 +28,7 @@ from ..groups import resolve_group
 from ..hazards.situation import Strategy
 from .kernels import Implementation, KernelCall, Kernels
 from .peer_copy import Copies
+from .prepared import Prepared
 from .size_table import SizeRow
 
 #: How long work that was submitted before a failure may take to end.
@@ -140,14 +141,16 @@ class Workspaces:
         self.invalid: str | None = None
         #: What copies between the ranks' memories brought; None before they were tried, which is done once.
         self.copies: Copies | None = None
+        #: By dtype: what was prepared for calls that name no collective.
+        self.prepared: dict[torch.dtype, Prepared] = {}
         #: Whose graphs run over them.
         self.users: weakref.WeakSet[User] = weakref.WeakSet()
         self._open: list[Workspace] = []
 
-    def find(self, collective: str, device: torch.device, dtype: torch.dtype, size: int) -> Workspace | None:
-        """The first one for calls of ``size`` bytes."""
+    def find(self, collective: str | None, device: torch.device, dtype: torch.dtype, size: int) -> Workspace | None:
+        """The first one for calls of ``size`` bytes, of whatever collective where none is named."""
         for workspace in self._open:
-            mine = workspace.collective == collective and workspace.device == device
+            mine = collective in (None, workspace.collective) and workspace.device == device
             if mine and dtype in workspace.dtypes and size <= workspace.capacity:
                 return workspace
         return None
@@ -222,6 +225,7 @@ class Workspaces:
 
     def close(self) -> None:
         """Close all. Captured graphs over them can no longer be replayed. Every rank must close, outside of calls."""
+        self.prepared.clear()
         self.failed.clear()  # also where nothing came of any: whoever closes wants another try
         if not self._open:
             return

@@ -1,0 +1,50 @@
+"""Called: fused ops that a model calls by itself (``ringfence.all_reduce_add_rms_norm``), as sites of its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import GraphModule, Node
+
+from ..runtime.collectives import ops
+from .fuse import SITE
+from .match import Candidate, Site
+from .op_calls import op_arguments
+from .provenance import module_of, source_of
+from .roles import calls, dtype_text, first_node, tensor
+
+_CALLED = (ops.all_reduce_add_rms_norm, ops.all_reduce_rms_norm)
+
+
+def called_sites(gm: GraphModule, first: int) -> list[Candidate]:
+    """One candidate for each, numbered from ``first``; their nodes know it from now on."""
+    nodes = [n for n in gm.graph.nodes if calls(n, *_CALLED) and SITE not in n.meta]
+    return [Candidate(_site(node, first + i), None, called=True) for i, node in enumerate(nodes)]
+
+
+def _site(node: Node, index: int) -> Site:
+    node.meta[SITE] = index
+    arguments, source = op_arguments(node), first_node(node)
+    assert source is not None, "a fused op takes its input first"
+    last = tensor(source).shape[-1]
+    return Site(
+        index,
+        node.name,
+        kind=str(node.target).split(".")[1],
+        decline=None,
+        group=arguments["group"],
+        dtype=dtype_text(tensor(source).dtype),
+        hidden_size=last if isinstance(last, int) else None,
+        eps=arguments["eps"],
+        has_residual="residual" in arguments,
+        source=source_of(node),
+        module=module_of(node),
+    )
+
+
+def name_prepared(gm: GraphModule, collectives: Mapping[str, str]) -> int:
+    """Let calls that name no collective name that of their group; how many did not."""
+    nodes = [n for n in gm.graph.nodes if calls(n, *_CALLED, ops.all_reduce) and n.args[-1] == ops.PREPARED]
+    for node in nodes:
+        node.args = (*node.args[:-1], str(collectives.get(str(op_arguments(node)["group"]), "reference")))
+    return len(nodes)

@@ -1,0 +1,40 @@
+"""Journal and watchdog around steps that an engine runs by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .options import Options
+from .runtime.errors import OptionsError
+from .runtime.groups import device_of_group, name_of_group
+from .runtime.watch.steps import Watch, watch_group
+from .runtime.watch.supervisor import OF_PROCESS, Asked
+
+_OPTIONS = (*OF_PROCESS, "agree_seconds", "check_every_step")
+
+
+def watch(
+    group: dist.ProcessGroup | str | None = None, *, device: torch.device | str | None = None, **options: Any
+) -> Watch:
+    """Journal, agreement and watchdog for the steps of a group's ranks, whoever runs them. Every rank must call.
+
+        with watch.step("decode", tokens):
+            engine.execute(...)
+
+    group: a process group, or its name; None is the default group. device: where steps run; the current CUDA device
+    where the group serves one, else the CPU. options: ``on_hang``, ``step_seconds``, ``warm_up_seconds``,
+    ``journal_dir``, ``agree_seconds`` and ``check_every_step`` of :class:`ringfence.Options`; the process has one
+    journal and one watchdog, so these are the same for all that ask.
+
+    Raises :class:`OptionsError`, :class:`GroupError`, and :class:`RankMismatch` where ranks ask for different things.
+    """
+    if unknown := [name for name in options if name not in _OPTIONS]:
+        raise OptionsError(f"watch takes no {', '.join(unknown)}; its options are {', '.join(_OPTIONS)}")
+    given = Options.parse(options)
+    name = name_of_group(group)
+    process = {key: getattr(given, key) for key in OF_PROCESS if key in options}
+    asked = Asked(process, agree_seconds=given.agree_seconds, every_step=given.check_every_step)
+    return watch_group(name, torch.device(device) if device is not None else device_of_group(name), asked)

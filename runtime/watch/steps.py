@@ -1,0 +1,80 @@
+"""Watch: journal, agreement and watchdog around steps that somebody else runs.
+
+    watch = ringfence.watch(group, on_hang="abort", journal_dir="/var/log/job")   # every rank
+    with watch.step("decode", tokens):
+        engine.execute(...)
+
+Nothing is known of what a step launches, so it counts as one call of the group: the rank that has entered fewest steps
+is the one that the others wait for. Ranks must run the same steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..groups import describe_group
+from .agree import PlanDigest
+from .journal import REPLAY, UNCAPTURED, Journal, PieceNote, ProgramNote
+from .supervision import Supervision
+from .supervisor import Asked, leave, supervisor_for
+
+
+class Watch:
+    """What :func:`watch_group` returns. The watch ends with :meth:`close`, or with the last that holds it."""
+
+    def __init__(self, name: str, supervision: Supervision, journal: Journal, asked: Asked) -> None:
+        self._name, self._supervision, self._asked = name, supervision, asked
+        self._numbers: dict[str, int] = {}
+        self.journal = journal
+
+    @contextlib.contextmanager
+    def step(self, name: str, tokens: int = 0, *, replay: bool = False) -> Iterator[None]:
+        """Around one step. name: what kind it is; tokens: how many it takes; replay: it replays a captured graph.
+
+        What is raised inside goes on to the other ranks; where another rank is its cause, that is raised instead.
+        Raises :class:`PoisonedError` where the ranks are out of step.
+        """
+        number = self._numbers.get(name)
+        if number is None:
+            note = ProgramNote((PieceNote(name, not replay, (self._name,)),), name=name)
+            number = self._numbers[name] = self.journal.register(note)
+        self._supervision.check()
+        self._supervision.before_step((tokens,), name)
+        marks = self.journal.begin(number, (tokens,), REPLAY if replay else UNCAPTURED)
+        try:
+            marks.enter()
+            yield
+            marks.leave()
+        except BaseException as error:
+            try:
+                self._supervision.failed(error)  # raises in its place where another rank is the cause
+            finally:
+                marks.fail()
+            raise
+        marks.end()
+
+    def close(self) -> None:
+        """Stop watching, as far as nobody else asks for it. The journal goes on being written."""
+        leave(self._asked)
+
+
+def watch_group(
+    name: str,
+    device: torch.device,
+    asked: Asked,
+) -> Watch:
+    """Watch the steps of a group's ranks. Every rank must call, as often as the others.
+
+    Raises :class:`RankMismatch` where the ranks ask for different things.
+    """
+    supervisor = supervisor_for(asked)
+    group = describe_group(name, device)
+    settings = (*sorted(asked.process.items()), ("check_every_step", asked.every_step))
+    told = tuple((key, str(value)) for key, value in settings if key != "journal_dir")
+    with supervisor.compiling(asked), supervisor.compilation():
+        channels = supervisor.open([group], device)
+        supervision = supervisor.supervise(channels, PlanDigest(told, lockstep=False))
+    return Watch(name, supervision, supervisor.journal, asked)

@@ -1,0 +1,217 @@
+"""The fused op as a function: eager, traced, prepared, in captures; and the watch around an engine's steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import callable_ranks
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ringfence
+from ringfence.runtime.collectives.prepared import Prepared
+from ringfence.runtime.collectives.workspace import workspaces_of
+from ringfence.runtime.errors import (
+    CaptureError,
+    CollectiveUnavailableError,
+    GradModeError,
+    GroupError,
+    InputError,
+    OptionsError,
+    PoisonedError,
+    WorkspaceError,
+)
+from ringfence.runtime.replay.capture import SimulatedGraphs
+from support import TOLERANCE, run_python, run_ranks
+
+H = 256
+
+
+def test_numbers_eager_and_traced_by_anybody() -> None:
+    for worst in run_ranks(2, callable_ranks.eager_and_traced):
+        assert worst.keys() == {
+            "add", "alias", "strided", "bare", "gemma", "sum", "eager", "aot_eager", "inductor"
+        }  # fmt: skip
+        assert max(worst.values()) <= 1.0, worst
+
+
+def test_in_a_graph_that_ringfence_compiles_it_is_a_site() -> None:
+    for found in run_ranks(2, callable_ranks.in_ringfences_graphs):
+        for way, (worst, sites, verdicts) in found.items():
+            assert worst <= 4 * TOLERANCE[torch.float32], way
+            assert [site[:3] for site in sites] == [
+                ("all_reduce_add_rms_norm", "world", True),  # found
+                (None, "world", False),
+                ("all_reduce_add_rms_norm", "world", True),  # called
+                ("all_reduce_rms_norm", "world", True),
+            ]
+            assert [sites[i][3] for i in (0, 2, 3)] == pytest.approx([1e-6, 1e-5, 1e-6])
+            assert {rule for _, rule, _ in verdicts} == {"host_collective" if way == "captured" else "no_capture"}
+            assert len(verdicts) == 4, "each is judged"
+
+
+def test_prepared_ahead_it_is_carried_out_by_kernels() -> None:
+    for rank, found in enumerate(run_ranks(2, callable_ranks.prepared)):
+        made = found["prepared"]
+        assert isinstance(made, Prepared) and found["stored"]
+        assert (made.group, made.collective, made.hidden, made.dtype, made.max_tokens) == (
+            "world", "mnnvl", H, "bfloat16", 8
+        )  # fmt: skip
+        assert made.largest == 8 * H * 2 and made.captured and made.capture.startswith("device_epoch"), made
+        assert any("chosen" in why for why in made.why), made.why
+        assert "mnnvl, up to 8 tokens of 256 bfloat16" in found["text"] and ": captured (" in found["text"]
+        assert found["error"] <= TOLERANCE[torch.bfloat16]
+        assert found["calls"] == [("mnnvl/peer", "one-shot", (3, H)), ("mnnvl/peer", "all_reduce", (3, H))], (
+            "too large a call and another dtype go to the reference"
+        )
+        worst, kernels, collective = found["traced"]
+        assert worst <= TOLERANCE[torch.bfloat16] and collective == "mnnvl" and kernels == ["mnnvl/peer"], rank
+        poisoned, error, _ = found["captured"]
+        assert poisoned and error <= TOLERANCE[torch.bfloat16]
+        assert found["again"] == (1, "mnnvl"), "the workspace that is there is used"
+        assert found["closed"] == ({}, 0) and found["after"] == []
+
+
+def test_ranks_that_prepare_different_things_hear_of_it() -> None:
+    for said in run_ranks(2, callable_ranks.disagreeing):
+        assert len(said) == 2
+        assert "max_tokens differs: rank 0: 8; rank 1: 9" in said[0]
+        assert "hidden differs: rank 0: 256; rank 1: 257" in said[1]
+
+
+# -- bad input
+
+
+def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(3, H).to(dtype), torch.randn(3, H).to(dtype), torch.rand(H).to(dtype)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_operands_that_do_not_fit() -> None:
+    x, r, w = given()
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((x.double(), r, w), r"takes \[\.\.\., hidden\] of torch\.float16"),
+        ((x.long(), r, w), "takes"),
+        (([1.0], r, w), "takes"),
+        ((x[0, 0], None, None), "takes"),
+        ((x, r[:1], w), r"residual is torch\.float32 \[1, 256\]"),
+        ((x, r.bfloat16(), w), "residual is torch.bfloat16"),
+        ((x, r, w[:1]), r"weight is torch\.float32 \[1\]"),
+        ((x, r, w.half()), "weight is torch.float16"),
+        ((x[:0], r[:0], w), "empty tensor"),
+    ]
+    for operands, message in cases:
+        with pytest.raises(InputError, match=message):
+            ringfence.all_reduce_add_rms_norm(*operands)
+    with pytest.raises(InputError, match="takes"):
+        ringfence.all_reduce(x.int())
+    with pytest.raises(GradModeError, match="no backward"):
+        ringfence.all_reduce_add_rms_norm(x, r, w.requires_grad_())
+    with torch.no_grad():
+        assert ringfence.all_reduce_add_rms_norm(x, r, w)[1].shape == x.shape
+
+
+def test_groups_that_are_not_there() -> None:
+    x, r, w = given()
+    with pytest.raises(GroupError, match="init_process_group was not called"):
+        ringfence.all_reduce_add_rms_norm(x, r, w)
+    with pytest.raises(GroupError, match="no process group is initialised"):
+        ringfence.prepare(None, H, torch.float32, 8)
+    with pytest.raises(GroupError, match="-100 is no process group"):
+        ringfence.all_reduce(x, group=dist.GroupMember.NON_GROUP_MEMBER)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_bad_arguments_of_prepare() -> None:
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((None, 0, torch.bfloat16, 8), {}, "hidden=0"),
+        ((None, H, torch.float64, 8), {}, "dtype=torch.float64 is none of"),
+        ((None, H, torch.bfloat16, 0), {}, "max_tokens=0"),
+        ((None, H, torch.bfloat16, None), {}, "max_tokens=None"),
+        ((None, H, torch.bfloat16, 8), {"collective": "fast"}, "collective='fast' is not one of"),
+        ((None, H, torch.bfloat16, 8), {"on_hazard": "clean"}, "on_hazard='clean' rewrites a graph"),
+        ((None, H, torch.bfloat16, 8), {"agree_seconds": -1}, "agree_seconds=-1"),
+    ]
+    for args, options, message in cases:
+        with pytest.raises(OptionsError, match=message):
+            ringfence.prepare(*args, **options)
+    with pytest.raises(CollectiveUnavailableError, match=r"collective='mnnvl' cannot be had over group 'world'"):
+        ringfence.prepare(None, H, torch.bfloat16, 8, collective="mnnvl")
+    with pytest.raises(GroupError, match="'nope'"):
+        ringfence.prepare("nope", H, torch.bfloat16, 8)
+    with pytest.raises(WorkspaceError, match="inside a capture"):
+        SimulatedGraphs().capture(lambda: [ringfence.prepare(None, H, torch.bfloat16, 8)], ())
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_a_group_whose_collectives_the_host_runs_is_not_captured_in_silence() -> None:
+    made = ringfence.prepare(None, H, torch.float32, 8)
+    assert (made.collective, made.captured, made.nbytes, made.largest) == ("reference", False, 0, 0)
+    assert made.capture.startswith("host_collective") and "the tensors are on cpu" in "".join(made.why)
+    for close in (False, True):
+        if close:  # as where nothing was prepared
+            ringfence.close_workspaces("world")
+        with pytest.raises(CaptureError, match=r"inside a capture that must not hold it: .* on the host over fake"):
+            SimulatedGraphs().capture(lambda *g: ringfence.all_reduce_add_rms_norm(*g), given())
+        with pytest.raises(CaptureError, match="must not hold it"):
+            SimulatedGraphs().capture(lambda x: [ringfence.all_reduce(x)], given()[:1])
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_after_a_failure_nothing_is_called() -> None:
+    workspaces_of("world").invalidate("rank 1 died")
+    with pytest.raises(PoisonedError, match=r"rank 1 died; .*close_workspaces"):
+        ringfence.all_reduce_add_rms_norm(*given())
+
+
+# -- the watch
+
+
+def test_steps_of_an_engine_are_written_down_and_a_failure_is_told(tmp_path: Any) -> None:
+    first, second = run_ranks(2, callable_ranks.watched, str(tmp_path))
+    for found in (first, second):
+        position = found["before"]
+        assert (position.step, position.sizes, position.phase) == (3, (4,), "idle")
+        assert position.submitted == position.completed == {"world": 4}, "a step counts as one call"
+    assert "rank 1" in first["heard"] and "ValueError: out of pages" in first["heard"], first
+    assert second["heard"] == "out of pages"
+    journal = json.loads((tmp_path / "journal-rank1.json").read_text())
+    assert [p["name"] for p in journal["programs"]] == ["decode", "prefill"]
+    assert "out of pages" in journal["reason"]
+
+
+def test_ranks_that_watch_differently_hear_of_it() -> None:
+    for said in run_ranks(2, callable_ranks.watched_unlike):
+        assert "step_seconds differs: rank 0: 30" in said and "rank 1: 31" in said
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_bad_arguments_of_watch() -> None:
+    with pytest.raises(OptionsError, match=r"watch takes no capture_sizes; its options are on_hang"):
+        ringfence.watch(capture_sizes=[4])
+    with pytest.raises(OptionsError, match="on_hang='shout'"):
+        ringfence.watch(on_hang="shout")
+    with pytest.raises(GroupError, match="'nope'"):
+        ringfence.watch("nope")
+    watch = ringfence.watch()
+    with pytest.raises(KeyError), watch.step("decode", 4):
+        raise KeyError("mine")
+    with watch.step("decode", 4):
+        pass
+    assert watch.journal.position().step == 1
+
+
+def test_the_readmes_example_runs(tmp_path: Any) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.partition("## As a callable\n")[2].partition("\n## ")[0]
+    program = section.partition("```python\n")[2].partition("```")[0]
+    assert "init_process_group" in program and "watch.step" in program
+    (tmp_path / "program.py").write_text(program)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py")
+    done = run_python(*launch, cwd=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "ringfence: group '0': reference" in done.stdout and "norm of [16, 64]" in done.stdout, done.stdout
