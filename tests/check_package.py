@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def modules_in_tree() -> set[str]:
     folders = [ROOT / top for top in ("compile_passes", "runtime")]
     files = [path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py")]
+    files += [path.relative_to(ROOT) for path in (ROOT / "runtime/collectives/cuda").iterdir()]
     door = [path.relative_to(ROOT / "front") for path in (ROOT / "front").rglob("*.py")]
     return {f"ringfence/{path}" for path in (*files, *door)} | {"ringfence/py.typed"}
 

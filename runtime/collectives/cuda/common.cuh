@@ -1,0 +1,431 @@
+// What the forms of the all-reduce share: how a row travels, how its arrival is seen, and what follows the sum.
+//
+// A row of VECTORS 16-byte vectors travels in lines of 128 bytes: seven vectors of data, and an eighth that repeats the
+// number of the call. Eight neighbouring lanes write a line with one store and read it with one load, and such a store
+// arrives whole, over NVLink and within a GPU. So a line says by itself that it is there: no payload can imitate the
+// number of a call, which never comes again, and nothing is ever cleared.
+//
+// The number of the call is kept on the device, in a word for each block that a grid may have. A block reads its own,
+// and when it has received everything it advances its own and those of blocks that this grid does not have. So all
+// words are alike between two calls, whatever their grids, and nothing of the protocol is in a captured graph.
+//
+// Calls take turns with two buffers. A rank that writes call n + 2 has received from every peer in call n + 1, so each
+// peer had begun it, and had received all of call n, whose buffer is written now. A kernel lets its dependents begin
+// (programmatic dependent launch) after it has received everything and advanced the numbers; so this holds even where
+// the kernel between two calls neither waits nor lasts.
+//
+// No wait is without an end: what does not come within the bound is reported to the host, and the outputs are NaN.
+//
+// Compiled by NVRTC without headers. There are no ranks' numbers among the template arguments: one image serves all.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// A call of one rank. As in ringfence.py, field by field.
+struct Call {
+    const char *input, *residual, *weight;  // [tokens, hidden], the same, [hidden]
+    char *norm, *out;                       // both [tokens, hidden]
+    char *inbox;                            // two buffers of this rank
+    char *peers[7];                         // the inboxes of the others, by rank
+    u64 *numbers;                           // of the last call, for each block
+    u32 *broken;                            // not 0: a wait has ended without success, and no call works any more
+    const u64 *bound;                       // nanoseconds of a wait, in the host's memory
+    u32 *report;                            // in the host's memory: what report() writes
+    u64 buffer_bytes;
+    u32 number_count, tokens, rank;
+    float eps, weight_bias;
+};
+
+// -- instructions ----------------------------------------------------------------------
+
+__device__ __forceinline__ void store(char *at, uint4 v) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load(const char *at) {
+    uint4 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u64 clock_ns() {
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_dependents_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// -- elements --------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 &word(uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+struct BFloat16 {
+    static constexpr int COUNT = 8;  // in a vector
+    static __device__ __forceinline__ void unpack(uint4 v, float *to) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            to[2 * i] = __uint_as_float(word(v, i) << 16);
+            to[2 * i + 1] = __uint_as_float(word(v, i) & 0xffff0000u);
+        }
+    }
+    static __device__ __forceinline__ uint4 pack(const float *from) {
+        uint4 v;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word(v, i)) : "f"(from[2 * i + 1]), "f"(from[2 * i]));
+        return v;
+    }
+};
+
+struct Float16 {
+    static constexpr int COUNT = 8;
+    static __device__ __forceinline__ void unpack(uint4 v, float *to) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+                : "=f"(to[2 * i]), "=f"(to[2 * i + 1])
+                : "r"(word(v, i)));
+    }
+    static __device__ __forceinline__ uint4 pack(const float *from) {
+        uint4 v;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word(v, i)) : "f"(from[2 * i + 1]), "f"(from[2 * i]));
+        return v;
+    }
+};
+
+struct Float32 {
+    static constexpr int COUNT = 4;
+    static __device__ __forceinline__ void unpack(uint4 v, float *to) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] = __uint_as_float(word(v, i));
+    }
+    static __device__ __forceinline__ uint4 pack(const float *from) {
+        return make_uint4(__float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]),
+                          __float_as_uint(from[3]));
+    }
+};
+
+// Rounded once, of two vectors added in float32.
+template <class T>
+__device__ __forceinline__ uint4 added(uint4 a, uint4 b) {
+    float x[T::COUNT], y[T::COUNT];
+    T::unpack(a, x);
+    T::unpack(b, y);
+#pragma unroll
+    for (int i = 0; i < T::COUNT; i++) x[i] += y[i];
+    return T::pack(x);
+}
+
+// The sum over the ranks, always in their order, in float32 and rounded once: the same bits on every rank.
+// got: of the others, by rank.
+template <class T, int RANKS>
+__device__ __forceinline__ uint4 summed(u32 rank, uint4 own, const uint4 (&got)[RANKS - 1]) {
+    float sum[T::COUNT], part[T::COUNT];
+    T::unpack(rank == 0 ? own : got[0], sum);
+#pragma unroll
+    for (int r = 1; r < RANKS; r++) {
+        T::unpack(r == rank ? own : r < rank ? got[r < RANKS - 1 ? r : 0] : got[r - 1], part);
+#pragma unroll
+        for (int i = 0; i < T::COUNT; i++) sum[i] += part[i];
+    }
+    return T::pack(sum);
+}
+
+// -- rows and blocks -------------------------------------------------------------------
+
+constexpr int VECTORS_OF_A_LINE = 7;
+constexpr int LINE_BYTES = 128;
+constexpr int LINES_OF_A_WARP = 4;
+constexpr u32 ALL = 0xffffffffu;
+// How often a wait looks in vain before it looks at the time.
+constexpr int LOOKS = 64;
+
+// What a wait that ended without success was for: a part, a sum, or nothing, because a source told that it has lost
+// something itself. The host is told, in words of its memory: 1, the call (two words), the token, the source, the own
+// rank, a bit for each rank that is missing, and this.
+constexpr u32 PART = 0, SUM = 1, TOLD = 2;
+
+// Tell the host, if nothing was told before.
+__device__ __noinline__ void report(const Call &call, u64 number, u32 token, u32 missing, int only, u32 what) {
+    if (atomicCAS(call.broken, 0u, 1u) != 0) return;
+    const u32 below = (1u << call.rank) - 1;
+    const u32 ranks = only >= 0 ? 1u << only : (missing & below) | (missing & ~below) << 1;
+    volatile u32 *to = call.report;
+    to[1] = (u32)number;
+    to[2] = (u32)(number >> 32);
+    to[3] = token;
+    to[4] = __ffs((int)ranks) - 1;
+    to[5] = call.rank;
+    to[6] = ranks;
+    to[7] = what;
+    __threadfence_system();
+    to[0] = 1;
+    __threadfence_system();
+}
+
+// How a row is spread: over BLOCKS blocks of WARPS warps, each of which carries a granule of four lines in each of
+// ROUNDS rounds. One warp more, the last of a block, carries none: it advances the numbers while the others go on.
+template <class T_, int RANKS_, int VECTORS_, bool RESIDUAL_, bool NORM_, bool WEIGHT_, int BLOCKS_, int WARPS_,
+          int ROUNDS_>
+struct Form {
+    typedef T_ T;
+    static constexpr int RANKS = RANKS_, PEERS = RANKS_ - 1, VECTORS = VECTORS_, BLOCKS = BLOCKS_, WARPS = WARPS_,
+                         ROUNDS = ROUNDS_;
+    static constexpr bool RESIDUAL = RESIDUAL_, NORM = NORM_, WEIGHT = WEIGHT_;
+    // Blocks that share a norm are a cluster.
+    static constexpr bool CLUSTER = NORM_ && BLOCKS_ > 1;
+    static constexpr int LINES = (VECTORS + VECTORS_OF_A_LINE - 1) / VECTORS_OF_A_LINE;
+    static constexpr int GRANULES = (LINES + LINES_OF_A_WARP - 1) / LINES_OF_A_WARP;
+    static constexpr int OF_A_BLOCK = (GRANULES + BLOCKS - 1) / BLOCKS;
+    static constexpr u64 ROW_BYTES = 16ull * VECTORS;
+    static_assert(RANKS >= 2 && RANKS <= 8, "two to eight ranks");
+    static_assert(WARPS * ROUNDS >= OF_A_BLOCK, "the warps do not cover the row");
+    static_assert(WARPS >= 1 && WARPS <= 31, "a block has at most 32 warps");
+};
+
+// What a lane carries in a round: a vector of a line, the flag of one, or nothing.
+struct Place {
+    int granule;  // -1: the whole warp carries nothing
+    int line, vector;
+    bool wire, data, flag;
+};
+
+template <class F>
+struct Shared {
+    float squares[2][F::LINES];  // of each line; tokens take turns
+    int lost;                    // some wait of this block's, or of the cluster's, has ended without success
+};
+
+template <class F>
+struct Block {
+    typedef typename F::T T;
+    const Call &call;
+    Shared<F> &shared;
+    const u32 lane, warp, part, first, step;
+    u64 number;
+    bool lost;
+
+    __device__ Block(const Call &c, Shared<F> &s)
+        : call(c), shared(s), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), part(blockIdx.x % F::BLOCKS),
+          first(blockIdx.x / F::BLOCKS), step(gridDim.x / F::BLOCKS), number(0), lost(false) {}
+
+    // Where no call works any more, this one sends, and receives nothing.
+    __device__ void begin() {
+        if (threadIdx.x == 0) shared.lost = 0;
+        wait_for_kernel_before();
+        number = *(const volatile u64 *)(call.numbers + blockIdx.x) + 1;
+        lost = __any_sync(ALL, *(const volatile u32 *)call.broken != 0);
+    }
+
+    __device__ Place place(int round) const {
+        Place p;
+        const int own = round * F::WARPS + (int)warp;
+        const int granule = (int)part * F::OF_A_BLOCK + own;
+        const bool here = warp < F::WARPS && own < F::OF_A_BLOCK && granule < F::GRANULES;
+        const int column = lane & 7;
+        p.granule = here ? granule : -1;
+        p.line = granule * LINES_OF_A_WARP + (int)(lane >> 3);
+        p.vector = p.line * VECTORS_OF_A_LINE + column;
+        p.wire = here && p.line < F::LINES;
+        p.flag = p.wire && column == VECTORS_OF_A_LINE;
+        p.data = p.wire && column < VECTORS_OF_A_LINE && p.vector < F::VECTORS;
+        return p;
+    }
+
+    // Vectors of a row, and of what belongs to every row.
+    __device__ uint4 read(const char *rows, u32 token, const Place &p) const {
+        if (!p.data) return make_uint4(0, 0, 0, 0);
+        return *(const uint4 *)(rows + token * F::ROW_BYTES + 16 * p.vector);
+    }
+
+    __device__ void write(char *rows, u32 token, const Place &p, uint4 v) const {
+        if (p.data) *(uint4 *)(rows + token * F::ROW_BYTES + 16 * p.vector) = v;
+    }
+
+    // Where a call's lines lie in an inbox: in the buffer whose turn it is.
+    __device__ u64 slot(u64 granule) const {
+        return (number & 1) * call.buffer_bytes + (granule * LINES_OF_A_WARP + (lane >> 3)) * LINE_BYTES +
+               16 * (lane & 7);
+    }
+
+    __device__ void send(char *inbox, u64 granule, const Place &p, uint4 v) const {
+        const u32 low = (u32)number, high = (u32)(number >> 32);
+        if (p.flag) v = make_uint4(low, high, lost, 0);
+        __syncwarp();  // the lanes of a line store at once
+        if (p.wire) store(inbox + slot(granule), v);
+    }
+
+    // Receive a granule of each of SOURCES sources, `stride` granules apart. The whole warp calls.
+    template <int SOURCES>
+    __device__ void receive(u64 granule, u64 stride, const Place &p, u32 token, int only, uint4 (&got)[SOURCES]) {
+        const char *at = call.inbox + slot(granule);
+        const u32 low = (u32)number, high = (u32)(number >> 32);
+        u32 missing = (1u << SOURCES) - 1;
+        u64 since = 0;
+        for (u32 looks = 1; !lost; looks++) {
+            __syncwarp();  // the lanes of a line load at once
+#pragma unroll
+            for (int s = 0; s < SOURCES; s++)
+                if (missing >> s & 1)
+                    got[s] = p.wire ? load(at + s * stride * (LINES_OF_A_WARP * LINE_BYTES)) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int s = 0; s < SOURCES; s++)
+                if (missing >> s & 1) {
+                    const bool here = !p.flag || (got[s].x == low && got[s].y == high);
+                    if (__all_sync(ALL, here)) missing &= ~(1u << s);
+                }
+            if (missing == 0) {
+                bool told = false;
+#pragma unroll
+                for (int s = 0; s < SOURCES; s++) told |= p.flag && got[s].z != 0;
+                if (!__any_sync(ALL, told)) return;
+#pragma unroll
+                for (int s = 0; s < SOURCES; s++) missing |= (u32)__any_sync(ALL, p.flag && got[s].z != 0) << s;
+                lost = true;
+                if (lane == 0) report(call, number, token, missing, only, TOLD);
+            } else if (looks % LOOKS == 0) {
+                lost = gave_up(since, token, missing, only);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < SOURCES; s++) got[s] = make_uint4(0, 0, 0, 0);
+    }
+
+    // Whether the time of a wait is over, or another has ended without success. The whole warp calls.
+    // only: the one source, by rank; or -1, where bit i of `missing` is the i-th of the others.
+    __device__ bool gave_up(u64 &since, u32 token, u32 missing, int only) {
+        int over = 0;
+        if (lane == 0) {
+            const u64 now = clock_ns();
+            if (since == 0) since = now;
+            over = *(const volatile u32 *)call.broken != 0 ? 2 : now - since >= *(const volatile u64 *)call.bound;
+            if (over == 1) report(call, number, token, missing, only, only >= 0 ? SUM : PART);
+        }
+        return __shfl_sync(ALL, over, 0) != 0;
+    }
+
+    // All threads of the block, or of the cluster that shares the norm, and what they wrote into shared memory.
+    __device__ void meet() const {
+#if __CUDA_ARCH__ >= 900
+        if (F::CLUSTER) {
+            asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+            asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+            return;
+        }
+#endif
+        __syncthreads();
+    }
+
+    // A word of shared memory, of each block of the cluster.
+    __device__ void tell(void *to, u32 value) const {
+#if __CUDA_ARCH__ >= 900
+        if (F::CLUSTER) {
+            u32 mine, theirs;
+            asm volatile("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(mine) : "l"(to));
+#pragma unroll
+            for (int block = 0; block < F::BLOCKS; block++) {
+                asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(block));
+                asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(theirs), "r"(value) : "memory");
+            }
+            return;
+        }
+#endif
+        *(volatile u32 *)to = value;
+    }
+
+    // What a token needs beside its sum. Asked for before the wait, unless it would fill the registers.
+    __device__ void prepare(u32 token, uint4 (&residual)[F::ROUNDS], uint4 (&weight)[F::ROUNDS]) const {
+#pragma unroll
+        for (int i = 0; i < F::ROUNDS; i++) {
+            const Place p = place(i);
+            residual[i] = F::RESIDUAL ? read(call.residual, token, p) : make_uint4(0, 0, 0, 0);
+            weight[i] = F::WEIGHT && F::ROUNDS <= 2 ? read(call.weight, 0, p) : make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    // What follows the sums of a token. Squares are summed line by line and then over the lines: this order depends on
+    // nothing but the row, so the bits depend neither on the number of tokens nor on how blocks share a row.
+    __device__ void follow(u32 token, int turn, bool last, const uint4 (&sums)[F::ROUNDS],
+                           const uint4 (&residual)[F::ROUNDS], const uint4 (&weight)[F::ROUNDS]) {
+        uint4 rounded[F::ROUNDS];
+#pragma unroll
+        for (int i = 0; i < F::ROUNDS; i++) {
+            const Place p = place(i);
+            rounded[i] = F::RESIDUAL ? added<T>(sums[i], residual[i]) : sums[i];
+            write(call.out, token, p, rounded[i]);
+            if (F::NORM && p.granule >= 0) {
+                float x[T::COUNT], square = 0.f;
+                T::unpack(rounded[i], x);
+#pragma unroll
+                for (int k = 0; k < T::COUNT; k++) square = fmaf(x[k], x[k], square);
+                square = p.data ? square : 0.f;
+#pragma unroll
+                for (int half = 1; half < 8; half *= 2) square += __shfl_xor_sync(ALL, square, half);
+                if (p.flag) tell(&shared.squares[turn & 1][p.line], __float_as_uint(square));
+            }
+        }
+        if (!F::NORM && !last) return;
+        if (lost && lane == 0) tell(&shared.lost, 1);
+        meet();
+        if (last) received();
+        if (!F::NORM) return;
+        float total = 0.f;
+        for (int line = lane; line < F::LINES; line += 32) total += shared.squares[turn & 1][line];
+#pragma unroll
+        for (int half = 1; half < 32; half *= 2) total += __shfl_xor_sync(ALL, total, half);
+        const float scale = rsqrtf(total / (float)(F::VECTORS * T::COUNT) + call.eps);
+#pragma unroll
+        for (int i = 0; i < F::ROUNDS; i++) {
+            const Place p = place(i);
+            float x[T::COUNT], w[T::COUNT];
+            T::unpack(rounded[i], x);
+            if (F::WEIGHT) T::unpack(F::ROUNDS <= 2 ? weight[i] : read(call.weight, 0, p), w);
+#pragma unroll
+            for (int k = 0; k < T::COUNT; k++) x[k] = F::WEIGHT ? x[k] * scale * (w[k] + call.weight_bias) : x[k] * scale;
+            write(call.norm, token, p, T::pack(x));
+        }
+    }
+
+    // All threads have received everything, so the next call may begin.
+    __device__ void received() const {
+        if (warp != F::WARPS) return;
+        for (u32 i = blockIdx.x + lane * gridDim.x; i < call.number_count; i += 32 * gridDim.x)
+            *(volatile u64 *)(call.numbers + i) = number;
+        __threadfence();
+        __syncwarp();
+        if (lane == 0) let_dependents_begin();
+    }
+
+    // A call that has lost something returns nothing but NaN.
+    __device__ void end() {
+        if (*(volatile int *)&shared.lost) fill();
+    }
+
+    // The outputs of this block's tokens are NaN, in every dtype.
+    __device__ void fill() const {
+        const uint4 nan = make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu);
+        for (u32 token = first; token < call.tokens; token += step)
+#pragma unroll
+            for (int i = 0; i < F::ROUNDS; i++) {
+                write(call.out, token, place(i), nan);
+                if (F::NORM) write(call.norm, token, place(i), nan);
+            }
+    }
+};

@@ -1,0 +1,324 @@
+"""ringfence: an all-reduce of our own, with what follows it, over peer memory; compiled here, with bounded waits.
+
+The protocol is told in ``cuda/common.cuh``. What is here: the memory of a rank, how it is shared with the others, and
+launches. It needs neither FlashInfer nor a toolkit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from ctypes import c_uint, c_ulonglong, c_void_p
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..channel import Channel, ranks_text
+from ..errors import HangError, RingfenceError, WorkspaceError
+from ..hazards.situation import Strategy
+from . import nvrtc
+from .cuda_driver import Driver, current_stream
+from .epilogue import Epilogue
+from .forms import ENTRY, GRANULE, CallArguments, Form, granules_of, granules_of_token
+from .kernels import KernelCall, KernelMemory
+
+#: Devices that the kernels were written for.
+CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
+#: From here on blocks form clusters, and a kernel may begin before the one before it ends (PDL).
+_CLUSTERS_FROM = (9, 0)
+#: The largest row.
+MOST_ROW_BYTES = 64 * 1024
+#: The most blocks of a grid: each has a word with the number of its last call.
+MOST_BLOCKS = 1024
+#: Up to so many tokens, each is shared by so many blocks.
+_SHARED_UP_TO, _SHARED_BY = 16, 4
+#: How much of an inbox one-shot may ask for: beyond it, a large call is two-shot's.
+_MOST_ONE_SHOT_BYTES = 128 << 20
+#: Seconds that ranks wait for each other before memory is given back.
+_CLOSE_SECONDS = 5.0
+
+#: Until the runner sets another: how long a kernel waits for a peer.
+WAIT_SECONDS = 30.0
+
+#: Words of 8 bytes of pinned memory, where the report begins, and how many words of 4 bytes it has.
+_HOST_WORDS, _REPORT, _REPORT_WORDS = 16, 8, 8
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a kernel said about a wait that ended without success.
+
+    call: the number of the call among all of its workspace, from 1. token: which row. source: the rank that did not
+    come, ``missing``: all of these. told: that rank did come, and told that it had lost something itself.
+    """
+
+    call: int
+    token: int
+    source: int
+    rank: int
+    missing: tuple[int, ...]
+    sums: bool
+    told: bool
+
+    @staticmethod
+    def read(words: Sequence[int]) -> Lost:
+        """From the eight words that the kernel wrote."""
+        _, low, high, token, source, rank, mask, what = words
+        missing = tuple(r for r in range(8) if mask >> r & 1)
+        return Lost(low | high << 32, token, source, rank, missing, what == 1, what == 2)
+
+    def __str__(self) -> str:
+        named = ranks_text(self.missing)
+        what = "the sum" if self.sums else "the part"
+        where = f"call {self.call} of the workspace, token {self.token}"
+        if self.told:
+            return f"rank {self.rank} heard from {named} that a wait there had ended without success ({where})"
+        return f"rank {self.rank} waited in vain for {what} of {named} ({where})"
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What the kernels of one rank work on. Addresses on its device; sizes in bytes.
+
+    inbox: two buffers of ``buffer_bytes``, where the others write. peers: their inboxes, by rank, without its own.
+    numbers: int64, the number of the last call, for each block. broken: int32, whether a wait ended without success.
+    host: int64 in pinned memory: how long a wait may last, in nanoseconds, and what a kernel reports.
+    """
+
+    device: int
+    rank: int
+    inbox: int
+    peers: tuple[int, ...]
+    buffer_bytes: int
+    numbers: Tensor
+    broken: Tensor
+    host: Tensor
+
+    @staticmethod
+    def make(device: int, rank: int, inbox: int, peers: Sequence[int], buffer_bytes: int) -> RankMemory:
+        with torch.inference_mode(False):
+            numbers = torch.zeros(MOST_BLOCKS, dtype=torch.int64, device=f"cuda:{device}")
+            broken = torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
+            host = torch.zeros(_HOST_WORDS, dtype=torch.int64, pin_memory=True)
+        memory = RankMemory(device, rank, inbox, tuple(peers), buffer_bytes, numbers, broken, host)
+        memory.wait_for(WAIT_SECONDS)
+        return memory
+
+    @property
+    def world_size(self) -> int:
+        return len(self.peers) + 1
+
+    def wait_for(self, seconds: float) -> None:
+        """How long a kernel waits from now on, also one that was captured and one that waits already."""
+        self.host[0] = int(seconds * 1e9)
+
+    @cached_property
+    def _report(self) -> Any:
+        return (c_uint * _REPORT_WORDS).from_address(self.host.data_ptr() + 8 * _REPORT)
+
+    def lost(self) -> Lost | None:
+        """What a kernel has reported. Waits for nothing."""
+        return Lost.read(self._report) if self._report[0] else None
+
+
+def arguments(memory: RankMemory, x: Tensor, row_bytes: int) -> CallArguments:
+    """Those of a call, without what its epilogue adds."""
+    host = memory.host.data_ptr()
+    peers = (c_ulonglong * 7)(*memory.peers)
+    call = CallArguments(input=x.data_ptr(), inbox=memory.inbox, peers=peers)
+    call.numbers, call.broken = memory.numbers.data_ptr(), memory.broken.data_ptr()
+    call.bound, call.report = host, host + 8 * _REPORT
+    call.buffer_bytes, call.number_count = memory.buffer_bytes, memory.numbers.numel()
+    call.tokens, call.rank = x.numel() * x.element_size() // row_bytes, memory.rank
+    return call
+
+
+@dataclass
+class Functions:
+    """The kernels of one device, compiled and loaded when they are first asked for."""
+
+    driver: Driver
+    capability: tuple[int, int]
+    cache: Path | None = None
+    _loaded: dict[Form, tuple[c_void_p, c_void_p]] = field(default_factory=dict)
+
+    def of(self, form: Form) -> c_void_p:
+        """Raises :class:`WorkspaceError` where it cannot be compiled or loaded."""
+        found = self._loaded.get(form)
+        if found is None:
+            module = self.driver.load(nvrtc.cubin(form.source, self.capability, self.cache))
+            found = self._loaded[form] = module, self.driver.function(module, ENTRY)
+        return found[1]
+
+    def close(self) -> None:
+        while self._loaded:
+            _, (module, _) = self._loaded.popitem()
+            self.driver.unload(module)
+
+
+def blocks_of_token(tokens: int, row_bytes: int, capability: tuple[int, int]) -> int:
+    """How many blocks share a token: where tokens are few, more of the device takes part."""
+    if tokens > _SHARED_UP_TO or capability < _CLUSTERS_FROM:
+        return 1
+    return min(_SHARED_BY, granules_of(row_bytes))
+
+
+class RingfenceKernels:
+    """The kernels of one rank over its memory. release: gives the memory back."""
+
+    strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
+
+    def __init__(self, functions: Functions, memory: RankMemory, release: _Release | None = None) -> None:
+        self._functions, self.rank_memory, self._release = functions, memory, release
+        self._capability = functions.capability
+        self._closed = False
+
+    @property
+    def memory(self) -> KernelMemory | None:
+        """Nothing to look at from outside: the kernels report for themselves."""
+        return None
+
+    def form(self, x: Tensor, epilogue: Epilogue, strategy: Strategy, blocks: int | None = None) -> Form:
+        """The kernel of a call."""
+        row_bytes = x.shape[-1] * x.element_size()
+        norm = epilogue.norm
+        return Form(
+            strategy,
+            x.dtype,
+            self.rank_memory.world_size,
+            row_bytes,
+            residual=epilogue.residual,
+            norm=norm is not None,
+            weight=norm is not None and norm.has_weight,
+            blocks=blocks or blocks_of_token(x.shape[0], row_bytes, self._capability),
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        epilogue: Epilogue,
+        strategy: Strategy,
+        operands: tuple[Tensor | None, Tensor | None] | None,
+        norm: Tensor | None,
+        out: Tensor,
+        *,
+        blocks: int | None = None,
+        most_blocks: int = MOST_BLOCKS,
+    ) -> None:
+        """As of :class:`Kernels`, of any epilogue; what it lacks of operands is None.
+
+        blocks: that share a token, most_blocks: of the grid, for tests and tuning; any choice returns the same bits.
+        Raises :class:`HangError` where a wait of an earlier call has ended without success.
+        """
+        if self._closed:
+            raise WorkspaceError("this workspace was closed")
+        self.check()
+        memory = self.rank_memory
+        form = self.form(x, epilogue, strategy, blocks)
+        call = arguments(memory, x, form.row_bytes)
+        residual, weight = operands or (None, None)
+        call.residual = residual.data_ptr() if residual is not None else 0
+        call.weight = weight.data_ptr() if weight is not None else 0
+        call.norm, call.out = norm.data_ptr() if norm is not None else 0, out.data_ptr()
+        if epilogue.norm is not None:
+            call.eps, call.weight_bias = epilogue.norm.eps, epilogue.norm.weight_bias
+        grid = min(x.shape[0], max(min(most_blocks, MOST_BLOCKS) // form.blocks, 1)) * form.blocks
+        with torch.cuda.device(memory.device):
+            self._functions.driver.launch(
+                self._functions.of(form),
+                grid,
+                form.threads,
+                call,
+                current_stream(memory.device),
+                dependent=self._capability >= _CLUSTERS_FROM,
+            )
+
+    def check(self) -> None:
+        """Raises :class:`HangError` where a kernel's wait has ended without success. Waits for nothing."""
+        lost = self.rank_memory.lost()
+        if lost is not None:
+            raise HangError(f"{lost}; the outputs since then are NaN", lost.missing)
+
+    def holds(self, call: KernelCall) -> bool:
+        """Whether an inbox is large enough for a call."""
+        granules = granules_of_token(call.strategy, call.hidden * call.dtype.itemsize, call.world_size)
+        return call.tokens * granules * GRANULE <= self.rank_memory.buffer_bytes
+
+    def control_words(self) -> tuple[int, ...]:
+        """The number of the last call and whether a wait has ended without success."""
+        return (*self.rank_memory.numbers.tolist(), *self.rank_memory.broken.tolist())
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._functions.close()
+        if self._release is not None:
+            self._release()
+
+
+# -- memory that ranks share -----------------------------------------------------------
+
+
+@dataclass
+class _Release:
+    """Gives memory back once nobody has it open. Every rank must call."""
+
+    driver: Driver
+    channel: Channel
+    inbox: int
+    opened: list[int] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        for address in self.opened:
+            self.driver.close(address)
+        self.opened = []
+        with contextlib.suppress(RingfenceError, RuntimeError):  # of a rank that is gone, the driver closes it
+            self.channel.exchange("ringfence workspace: closed", None, seconds=_CLOSE_SECONDS)
+        self.driver.free(self.inbox)
+
+
+def buffer_bytes(world_size: int, max_tokens: int, row_bytes: int) -> int:
+    """Of one of the two buffers of an inbox: for so many tokens, or about as many bytes in other rows."""
+    one_shot, two_shot = (
+        max_tokens * granules_of_token(strategy, row_bytes, world_size) * GRANULE
+        for strategy in (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
+    )
+    return max(two_shot, min(one_shot, _MOST_ONE_SHOT_BYTES))
+
+
+def share(driver: Driver, channel: Channel, size: int) -> tuple[int, tuple[int, ...], _Release]:
+    """``size`` bytes of 0 on each rank's device: this rank's address, those of the others, and how to give it back."""
+    inbox = driver.allocate(size)
+    release = _Release(driver, channel, inbox)
+    try:
+        handles = channel.exchange("ringfence workspace: memory", driver.handle(inbox))
+        for rank, handle in enumerate(handles):
+            if rank != channel.rank:
+                release.opened.append(driver.open(handle))
+    except BaseException:
+        for address in release.opened:
+            driver.close(address)
+        driver.free(inbox)
+        raise
+    return inbox, tuple(release.opened), release
+
+
+def create(
+    channel: Channel, group: dist.ProcessGroup, max_tokens: int, hidden: int, dtype: torch.dtype
+) -> RingfenceKernels:
+    """The kernels of this rank, on the current device. Every rank must call. Raises :class:`WorkspaceError`."""
+    device = torch.cuda.current_device()
+    torch.cuda.synchronize(device)  # the driver works in the context that torch made
+    driver = Driver()
+    functions = Functions(driver, torch.cuda.get_device_capability(device))
+    size = buffer_bytes(channel.size, max_tokens, hidden * dtype.itemsize)
+    inbox, peers, release = share(driver, channel, 2 * size)
+    memory = RankMemory.make(device, channel.rank, inbox, peers, size)
+    torch.cuda.synchronize(device)
+    return RingfenceKernels(functions, memory, release)

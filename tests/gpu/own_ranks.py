@@ -1,0 +1,440 @@
+"""Two to eight ranks of ringfence's own kernels on ONE GPU: a rank is a stream, memory of its own and its kernels.
+
+The kernels cannot tell: they are given addresses. What cannot be shown here is what a link does. The blocks of all
+ranks must fit onto the GPU at once, so grids are kept small. :func:`run` is called in a child (:mod:`.children`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringfence.runtime.collectives import nvrtc
+from ringfence.runtime.collectives.cuda_driver import Driver
+from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
+from ringfence.runtime.collectives.forms import Form
+from ringfence.runtime.collectives.ringfence import Functions, RankMemory, RingfenceKernels, buffer_bytes
+from ringfence.runtime.errors import HangError
+from ringfence.runtime.hazards.situation import Strategy
+
+EPS = 1e-6
+ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
+SUM = Epilogue()
+NORM = Epilogue(norm=RmsNorm(EPS))
+BARE = Epilogue(norm=RmsNorm(EPS, has_weight=False))
+FUSED = Epilogue(True, RmsNorm(EPS))
+GEMMA = Epilogue(True, RmsNorm(EPS, 1.0))
+FUSED_BARE = Epilogue(True, RmsNorm(EPS, has_weight=False))
+EPILOGUES = {"sum": SUM, "norm": NORM, "bare": BARE, "fused": FUSED, "gemma": GEMMA, "fused bare": FUSED_BARE}
+PAYLOADS = ("ordinary", "0x8005", "negative zero", "subnormal", "infinite", "nan")
+
+#: Relative error of a norm: one rounding to the dtype, and float32 before it.
+_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-19}
+#: Blocks of a rank's grid.
+MOST_BLOCKS = 32
+#: Until a kernel gives up, which no healthy one does.
+SECONDS = 8.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of all ranks. blocks: that share a token, None for the usual number."""
+
+    tokens: int
+    hidden: int
+    dtype: torch.dtype
+    epilogue: str
+    strategy: Strategy
+    blocks: int | None = None
+    payload: str = "ordinary"
+
+
+class Ranks:
+    """Emulated ranks with inboxes for calls of so many bytes."""
+
+    def __init__(self, world_size: int, tokens: int, row_bytes: int) -> None:
+        self.world_size = world_size
+        size = buffer_bytes(world_size, tokens, row_bytes)
+        self.inboxes = [torch.zeros(2 * size, dtype=torch.uint8, device="cuda") for _ in range(world_size)]
+        self.functions = Functions(Driver(), torch.cuda.get_device_capability())
+        self.streams = [torch.cuda.Stream() for _ in range(world_size)]
+        addresses = [inbox.data_ptr() for inbox in self.inboxes]
+        self.kernels = []
+        for rank, inbox in enumerate(addresses):
+            others = [address for other, address in enumerate(addresses) if other != rank]
+            memory = RankMemory.make(0, rank, inbox, others, size)
+            memory.wait_for(SECONDS)
+            self.kernels.append(RingfenceKernels(self.functions, memory))
+        torch.cuda.synchronize()
+
+    def load(self, calls: Sequence[tuple[Tensor, Case]]) -> float:
+        """Compile and load what these calls need; the seconds it took."""
+        began = time.monotonic()
+        forms = {self.form(x, case) for x, case in calls}
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda form: nvrtc.cubin(form.source, self.functions.capability), forms))
+        for form in forms:
+            self.functions.of(form)
+        return time.monotonic() - began
+
+    def form(self, x: Tensor, case: Case) -> Form:
+        return self.kernels[0].form(x, EPILOGUES[case.epilogue], case.strategy, case.blocks)
+
+
+class Call:
+    """Inputs of all ranks, and what is right."""
+
+    def __init__(self, case: Case, world_size: int, seed: int) -> None:
+        self.case = case
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda").to(case.dtype)
+
+        self.inputs = [numbers(case.tokens, case.hidden) for _ in range(world_size)]
+        self.residual, self.weight = numbers(case.tokens, case.hidden), numbers(case.hidden)
+        for rank, x in enumerate(self.inputs):
+            spoil(x, case.payload, rank)
+        epilogue = EPILOGUES[case.epilogue]
+        total = self.inputs[0].float()
+        for x in self.inputs[1:]:
+            total = total + x.float()
+        self.out = total.to(case.dtype)
+        if epilogue.residual:
+            self.out = (self.out.float() + self.residual.float()).to(case.dtype)
+        self.norm: Tensor | None = None
+        if epilogue.norm is not None:
+            wide = self.out.double()
+            self.norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+            if epilogue.norm.has_weight:
+                self.norm = self.norm * (self.weight.double() + epilogue.norm.weight_bias)
+
+    def outputs(self) -> tuple[Tensor | None, Tensor]:
+        return (None if self.norm is None else torch.full_like(self.out, 7.0), torch.full_like(self.out, 7.0))
+
+    def launch(
+        self, kernels: RingfenceKernels, rank: int, norm: Tensor | None, out: Tensor, most_blocks: int = MOST_BLOCKS
+    ) -> None:
+        """On the current stream."""
+        case, epilogue = self.case, EPILOGUES[self.case.epilogue]
+        weight = self.weight if epilogue.norm is not None and epilogue.norm.has_weight else None
+        operands = (self.residual if epilogue.residual else None, weight)
+        kernels.run(
+            self.inputs[rank], epilogue, case.strategy, operands, norm, out, blocks=case.blocks, most_blocks=most_blocks
+        )
+
+    def wrong(self, norm: Tensor | None, out: Tensor) -> str | None:
+        """The sum has to be right to the bit: it is rounded twice, as plain torch rounds it."""
+        if not same(out, self.out):
+            return f"out of {self.case} differs in {int((bits(out) != bits(self.out)).sum())} elements"
+        if norm is None or self.norm is None:
+            return None
+        right = self.norm
+        if not torch.equal(norm.isfinite(), right.to(norm.dtype).isfinite()):
+            return f"norm of {self.case} is finite elsewhere"
+        floor = torch.finfo(norm.dtype).smallest_normal
+        error = ((norm.double() - right).abs() / (right.abs() + floor)).nan_to_num(0.0, 0.0, 0.0)
+        worst = float(error.max())
+        return f"norm of {self.case} is off by {worst:.3g}" if worst > _ROUNDING[norm.dtype] else None
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit, but that there are many NaNs."""
+    nan = a.isnan() & b.isnan()
+    return bool(((bits(a) == bits(b)) | nan).all())
+
+
+def spoil(x: Tensor, payload: str, rank: int) -> None:
+    """Put what a kernel could mistake for something else into a third of the columns, and a whole row of it."""
+    special = {"infinite": float("inf"), "nan": float("nan"), "negative zero": -0.0}
+    if payload == "0x8005":
+        words = bits(x)
+        words[:, ::3] = -32763 if x.element_size() == 2 else -(2**31) + 0x80058005 % 2**31
+        words[-1] = words[-1, 0]
+    elif payload == "subnormal":
+        words = bits(x)
+        words[:, ::3] = 5 + rank
+        words[-1] = 3
+    elif payload == "infinite":
+        x[:, rank::7] = special[payload]
+        x[-1, :] = special[payload] if rank == 0 else 1.0
+    elif payload in special:
+        x[:, ::3] = special[payload]
+        x[-1] = special[payload]
+
+
+# -- what is asked ---------------------------------------------------------------------
+
+
+def run(item: dict[str, Any]) -> dict[str, Any]:
+    """One of the functions below, by name."""
+    began = time.monotonic()
+    ask = {"numerics": numerics, "soak": soak, "alone": alone, "told": told, "timing": timing}[item.pop("what")]
+    torch.cuda.init()
+    found = ask(**item)
+    return {"kind": "returned", "seconds": round(time.monotonic() - began, 2)} | found
+
+
+def cases_of(world_size: int) -> list[Case]:
+    """Every form for two ranks; for more, every strategy and dtype, and blocks that share a token."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    found = []
+    for dtype, epilogue, strategy in itertools.product(dtypes, EPILOGUES, (ONE, TWO)):
+        if world_size == 2 or epilogue in ("sum", "fused"):
+            found.append(Case(5, 2048, dtype, epilogue, strategy, 1))
+    for strategy, (tokens, blocks) in itertools.product((ONE, TWO), ((1, 4), (40, 4), (40, 2), (70, 1))):
+        found.append(Case(tokens, 2048, torch.bfloat16, "fused", strategy, blocks))
+    for hidden in (8, 2880, 32768):  # a row of one vector, one that ends inside a line, the largest
+        found.append(Case(3, hidden, torch.bfloat16, "gemma" if hidden == 2880 else "fused", ONE, 1))
+    return found
+
+
+def numerics(world_size: int) -> dict[str, Any]:
+    """Each case with each payload, twice, on ranks that share one history."""
+    ranks = Ranks(world_size, 70, 2 * 32768)
+    calls = [Call(case, world_size, 31 * i) for i, case in enumerate(cases_of(world_size))]
+    seconds = ranks.load([(call.inputs[0], call.case) for call in calls])
+    wrong: list[str] = []
+    sums: dict[tuple[Any, ...], list[Tensor]] = {}
+    for payload in PAYLOADS:
+        for i, case in enumerate(cases_of(world_size)):
+            case = Case(**{**case.__dict__, "payload": payload})
+            call = Call(case, world_size, 31 * i + 7)
+            outputs = [call.outputs() for _ in range(world_size)]
+            torch.cuda.synchronize()
+            for rank, (norm, out) in enumerate(outputs):
+                with torch.cuda.stream(ranks.streams[rank]):
+                    call.launch(ranks.kernels[rank], rank, norm, out)
+            torch.cuda.synchronize()
+            for rank, (norm, out) in enumerate(outputs):
+                if trouble := call.wrong(norm, out):
+                    wrong.append(f"rank {rank}: {trouble}")
+                if rank and norm is not None and outputs[0][0] is not None and not same(norm, outputs[0][0]):
+                    wrong.append(f"rank {rank}: other bits than rank 0 in {case}")
+    # The same rows alone, among others, by each strategy, and by several blocks.
+    rows = Call(Case(40, 2048, torch.bfloat16, "fused", ONE), world_size, 5)
+    for tokens, strategy, blocks in itertools.product((1, 16, 17, 40), (ONE, TWO), (1, 4)):
+        part = Call(Case(tokens, 2048, torch.bfloat16, "fused", strategy, blocks), world_size, 5)
+        for mine, whole in zip(part.inputs, rows.inputs, strict=True):
+            mine.copy_(whole[:tokens])
+        part.residual.copy_(rows.residual[:tokens])
+        part.weight.copy_(rows.weight)
+        outputs = [part.outputs() for _ in range(world_size)]
+        torch.cuda.synchronize()
+        for rank, (norm, out) in enumerate(outputs):
+            with torch.cuda.stream(ranks.streams[rank]):
+                part.launch(ranks.kernels[rank], rank, norm, out)
+        torch.cuda.synchronize()
+        assert outputs[0][0] is not None
+        sums.setdefault(("first row",), []).append(outputs[0][0][0].clone())
+    if any(not same(row, found[0]) for found in sums.values() for row in found):
+        wrong.append("the bits of a row depend on the number of tokens, the strategy or the blocks")
+    lost = [str(kernels.rank_memory.lost()) for kernels in ranks.kernels if kernels.rank_memory.lost()]
+    return {"wrong": wrong[:5], "count": len(wrong), "lost": lost, "load_seconds": round(seconds, 2)}
+
+
+class Round:
+    """Calls in a row, whose outputs lie in one piece of memory for each rank."""
+
+    def __init__(self, calls: Sequence[Call], world_size: int) -> None:
+        self.calls = calls
+        sizes = [call.out.numel() * call.out.element_size() for call in calls for _ in range(2)]
+        self.flat = [torch.zeros(sum(sizes) // 4, dtype=torch.int32, device="cuda") for _ in range(world_size)]
+        self.right: Tensor | None = None
+        self.views = [list(self._views(flat)) for flat in self.flat]
+        self.bad = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(world_size)]
+
+    def _views(self, flat: Tensor) -> Any:
+        at, memory = 0, flat.view(torch.uint8)
+        for call in self.calls:
+            size = call.out.numel() * call.out.element_size()
+            norm, out = (
+                memory[at + i * size : at + (i + 1) * size].view(call.case.dtype).view_as(call.out) for i in range(2)
+            )
+            at += 2 * size
+            yield (None if call.norm is None else norm), out
+
+    def launch(self, ranks: Ranks, rank: int) -> None:
+        for call, (norm, out) in zip(self.calls, self.views[rank], strict=True):
+            call.launch(ranks.kernels[rank], rank, norm, out)
+
+    def check(self, rank: int) -> None:
+        """On the device: no rank waits for the host."""
+        assert self.right is not None
+        self.bad[rank] += (self.flat[rank] != self.right).sum()
+
+
+def soak(world_size: int, calls: int, captured: bool, seed: int = 3) -> dict[str, Any]:
+    """Calls of mixed sizes, strategies, shares and payloads, back to back; each result bit by bit as at first."""
+    picks = random.Random(seed)
+    ranks = Ranks(world_size, 64, 4096)
+    shapes = [(1, 2048), (2, 2048), (3, 2048), (16, 2048), (33, 2048), (64, 2048), (5, 1800), (9, 512)]
+    forms = [("fused", ONE), ("fused", TWO), ("sum", ONE), ("sum", TWO), ("norm", ONE)]
+    rounds = []
+    for turn in range(6):
+        made = []
+        for i in range(25):
+            tokens, hidden = picks.choice(shapes)
+            epilogue, strategy = picks.choice(forms)
+            if hidden == 512:
+                strategy = ONE
+            case = Case(
+                tokens, hidden, torch.bfloat16, epilogue, strategy, picks.choice((1, 4)), picks.choice(PAYLOADS)
+            )
+            made.append(Call(case, world_size, 1000 * turn + i))
+        rounds.append(Round(made, world_size))
+    ranks.load([(call.inputs[0], call.case) for one in rounds for call in one.calls])
+    wrong: list[str] = []
+    for one in rounds:
+        for rank in range(world_size):
+            with torch.cuda.stream(ranks.streams[rank]):
+                one.launch(ranks, rank)
+        torch.cuda.synchronize()
+        for rank, call_outputs in enumerate(one.views):
+            for call, (norm, out) in zip(one.calls, call_outputs, strict=True):
+                if trouble := call.wrong(norm, out):
+                    wrong.append(f"rank {rank}: {trouble}")
+        one.right = one.flat[0].clone()
+        for rank in range(world_size):  # nothing may be loaded or allocated beside kernels that wait
+            with torch.cuda.stream(ranks.streams[rank]):
+                one.flat[rank].fill_(0)
+                one.check(rank)
+                one.bad[rank].zero_()
+        torch.cuda.synchronize()
+    graphs: list[list[torch.cuda.CUDAGraph]] = []
+    torch.cuda.synchronize()
+    for one in rounds if captured else ():
+        graphs.append([torch.cuda.CUDAGraph() for _ in range(world_size)])
+        for rank in range(world_size):
+            with torch.cuda.graph(graphs[-1][rank], stream=ranks.streams[rank]):
+                one.launch(ranks, rank)
+    torch.cuda.synchronize()
+    done = 0
+    while done < calls:
+        place = picks.randrange(len(rounds))
+        one = rounds[place]
+        for rank in range(world_size):
+            with torch.cuda.stream(ranks.streams[rank]):
+                one.flat[rank].fill_(0x7F007F00)
+                if captured:
+                    graphs[place][rank].replay()
+                else:
+                    one.launch(ranks, rank)
+                one.check(rank)
+        done += len(one.calls)
+        if done % 1000 < len(one.calls):
+            torch.cuda.synchronize()  # no queue fills up
+    torch.cuda.synchronize()
+    bad = sum(int(count) for one in rounds for count in one.bad)
+    lost = [str(kernels.rank_memory.lost()) for kernels in ranks.kernels if kernels.rank_memory.lost()]
+    numbers = {tuple(kernels.control_words()) for kernels in ranks.kernels}
+    alike = len(numbers) == 1 and len(set(next(iter(numbers))[:-1])) == 1
+    return {"wrong": wrong[:5], "bad": bad, "lost": lost, "calls": done, "numbers_alike": alike}
+
+
+def alone(world_size: int, strategy: str, seconds: float = 0.5) -> dict[str, Any]:
+    """The last rank never comes to the second call."""
+    ranks = Ranks(world_size, 16, 4096)
+    call = Call(Case(6, 2048, torch.bfloat16, "fused", Strategy(strategy)), world_size, 1)
+    ranks.load([(call.inputs[0], call.case)])
+    for present in (world_size, world_size - 1):
+        outputs = [call.outputs() for _ in range(world_size)]
+        torch.cuda.synchronize()
+        for kernels in ranks.kernels:
+            kernels.rank_memory.wait_for(seconds)
+        began = time.monotonic()
+        for rank, (norm, out) in enumerate(outputs[:present]):
+            with torch.cuda.stream(ranks.streams[rank]):
+                call.launch(ranks.kernels[rank], rank, norm, out)
+        torch.cuda.synchronize()
+    took = time.monotonic() - began
+    seen: dict[str, Any] = {"took": round(took, 2), "reports": [], "nan": [], "raised": []}
+    for rank in range(world_size - 1):
+        kernels = ranks.kernels[rank]
+        lost = kernels.rank_memory.lost()
+        seen["reports"].append([lost.call, lost.token, lost.source, lost.rank, lost.told] if lost else None)
+        norm, out = outputs[rank]
+        seen["nan"].append(bool(out.isnan().all()) and norm is not None and bool(norm.isnan().all()))
+        try:
+            call.launch(kernels, rank, norm, out)
+        except HangError as error:
+            seen["raised"].append([str(error), list(error.ranks)])
+    return seen
+
+
+def told(seconds: float = 0.3) -> dict[str, Any]:
+    """Rank 1 comes to two captured calls after rank 0 gave up: the second tells it, and it waits for nothing."""
+    ranks = Ranks(2, 16, 4096)
+    call = Call(Case(3, 2048, torch.bfloat16, "fused", ONE, 1), 2, 1)
+    ranks.load([(call.inputs[0], call.case)])
+    outputs = [[call.outputs() for _ in range(2)] for _ in range(2)]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    torch.cuda.synchronize()
+    for rank, graph in enumerate(graphs):
+        with torch.cuda.graph(graph, stream=ranks.streams[rank]):
+            for norm, out in outputs[rank]:
+                call.launch(ranks.kernels[rank], rank, norm, out)
+    torch.cuda.synchronize()
+    for kernels in ranks.kernels:
+        kernels.rank_memory.wait_for(seconds)
+    took = []
+    for rank, graph in enumerate(graphs):
+        began = time.monotonic()
+        with torch.cuda.stream(ranks.streams[rank]):
+            graph.replay()
+        torch.cuda.synchronize()
+        took.append(round(time.monotonic() - began, 2))
+    reports = [kernels.rank_memory.lost() for kernels in ranks.kernels]
+    first, second = outputs[1]
+    return {
+        "took": took,
+        "reports": [[r.call, r.source, r.rank, r.told] if r else None for r in reports],
+        "nan": [bool(out.isnan().any()) for _, out in (*outputs[0], first, second)],
+        "right": call.wrong(*first) is None,
+    }
+
+
+def timing(tokens: Sequence[int], sites: int = 50, hidden: int = 8192) -> dict[str, Any]:
+    """Microseconds of a site of two emulated ranks, captured; no link in it, so it says what the kernels cost."""
+    ranks = Ranks(2, max(tokens), 2 * hidden)
+    rows = []
+    for count, strategy, blocks in itertools.product(tokens, (ONE, TWO), (1, 4)):
+        call = Call(Case(count, hidden, torch.bfloat16, "fused", strategy, blocks), 2, count)
+        if count * blocks > 128:
+            continue
+        ranks.load([(call.inputs[0], call.case)])
+        outputs = [call.outputs() for _ in range(2)]
+        graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+        torch.cuda.synchronize()
+        for rank, graph in enumerate(graphs):
+            with torch.cuda.graph(graph, stream=ranks.streams[rank]):
+                for _ in range(sites):
+                    call.launch(ranks.kernels[rank], rank, *outputs[rank], most_blocks=128)
+        best = float("inf")
+        for _ in range(6):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            torch.cuda.synchronize()
+            for repeat in range(5):
+                for rank, graph in enumerate(graphs):
+                    with torch.cuda.stream(ranks.streams[rank]):
+                        if repeat == 1 and rank == 0:
+                            events[0].record()
+                        graph.replay()
+            events[1].record(ranks.streams[0])
+            torch.cuda.synchronize()
+            best = min(best, events[0].elapsed_time(events[1]) * 1000 / 4 / sites)
+        wrong = call.wrong(*outputs[0])
+        rows.append([count, str(strategy), blocks, round(best, 2), wrong])
+    return {"rows": rows}
