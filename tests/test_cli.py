@@ -333,10 +333,21 @@ def test_check_names_what_is_not_in_the_model(ringfence: Run) -> None:
 
 
 def test_check_shows_a_trace_again(ringfence: Run, tmp_path: Path) -> None:
-    _, saved, _ = ringfence(*MNNVL, "0.6.10", "--layers", "1", "--pieces", "1", "--json")
-    (tmp_path / "trace.json").write_text(saved)
-    code, out, err = ringfence("check", "--trace", str(tmp_path / "trace.json"))
-    assert code == FAILED and out.startswith("deadlock: a shortest trace"), err
+    """With what it was called and how to mend it, as text and as picture; a file of the trace alone has neither."""
+    asked = (*MNNVL, "0.6.10", "--layers", "1", "--pieces", "1")
+    trace, pictures = tmp_path / "trace.json", [tmp_path / "first.svg", tmp_path / "again.svg"]
+    _, first, _ = ringfence(*asked, "--svg", str(pictures[0]))
+    _, saved, _ = ringfence(*asked, "--json")
+    trace.write_text(saved)
+    code, out, err = ringfence("check", "--trace", str(trace), "--svg", str(pictures[1]))
+    assert (code, out) == (FAILED, first), err
+    assert max(map(len, out.splitlines())) <= 80 and "hazard: M1" in out and "remedy: Upgrade" in out
+    assert pictures[0].read_text() == pictures[1].read_text() and "remedy: Upgrade" in pictures[1].read_text()
+    code, again, _ = ringfence("check", "--trace", str(trace), "--json")
+    assert (code, json.loads(again)) == (FAILED, json.loads(saved))
+    trace.write_text(json.dumps(json.loads(saved) | {"hazard": 7, "remedy": None, "also": "M1", "payload": []}))
+    code, out, err = ringfence("check", "--trace", str(trace))
+    assert code == FAILED and out.startswith("deadlock: a shortest trace") and "hazard" not in out, err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,26 +63,40 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     if arguments.trace is not None:
         if any(getattr(arguments, name) is not None for name in ("collective", "flashinfer", "tp")):
             raise OptionsError("--trace shows what was asked before; leave --collective, --flashinfer and --tp out")
-        result, lines = timeline.load(_read(arguments.trace)), []
-        extra = {"safe": result.safe, "kind": str(result.failure or "safe")}
+        saved = _read(arguments.trace)
+        result = timeline.load(saved)
+        extra = {"safe": result.safe, "kind": str(result.failure or "safe")} | _said_before(saved)
     else:
         answer = _ask(arguments)
-        result, lines, extra = answer.result, _lines(answer), _as_dict(answer)
+        result, extra = answer.result, _as_dict(answer)
+    lines = _lines(extra)
     if arguments.svg is not None:
-        write(arguments.svg, timeline.svg(result))
-    text = "\n".join([timeline.text(result), *lines])
+        write(arguments.svg, timeline.svg(result, lines))
+    text = "\n".join([timeline.text(result), *map(timeline.wrapped, lines)])
     if arguments.json:
         text = json.dumps(json.loads(timeline.dump(result)) | extra, indent=2)
     return text, OK if result.safe else FAILED
 
 
-def _lines(answer: Answer) -> list[str]:
-    """What the hazard table says, below the trace."""
-    row = answer.hazard
-    lines = [f"payload: {answer.payload}"] if not answer.safe else []
-    lines += [f"hazard: {row.id}, {row.title}"] if row is not None else []
-    lines += [f"remedy: {answer.remedy}"] if answer.remedy else []
-    return lines + [f"not in the model: {also.id}, {also.title.lower()}: {also.remedy}" for also in answer.also]
+def _lines(said: Mapping[str, Any]) -> list[str]:
+    """What the hazard table says, below the trace. said: the answer's JSON."""
+    from ..runtime.hazards.catalogue import find_hazard
+
+    hazard, remedy = said.get("hazard"), said.get("remedy")
+    lines = [f"payload: {said['payload']}"] if not said["safe"] and "payload" in said else []
+    lines += [f"hazard: {hazard}, {find_hazard(hazard).title}"] if hazard is not None else []
+    lines += [f"remedy: {remedy}"] if remedy is not None else []
+    also = [find_hazard(id) for id in said.get("also", ())]
+    return lines + [f"not in the model: {row.id}, {row.title.lower()}: {row.remedy}" for row in also]
+
+
+def _said_before(saved: bytes) -> dict[str, Any]:
+    """What the answer's JSON has beside the trace; one that is not as it was written is left out."""
+    value = json.loads(saved)
+    said = {name: value.get(name) for name in ("payload", "hazard", "invariant", "remedy")}
+    also = value.get("also")
+    found: dict[str, Any] = {name: text for name, text in said.items() if isinstance(text, str)}
+    return found | ({"also": also} if isinstance(also, list) and all(isinstance(id, str) for id in also) else {})
 
 
 def _as_dict(answer: Answer) -> dict[str, Any]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
-from xml.etree import ElementTree
 
 from tabulate import tabulate
 
+from ..drawing import ALARM, ALARM_FILL, FAINT, Drawing, lines_of
 from ..errors import TraceError
 from .explore import Event, ModelFailure, Result
 
 _FORMAT = 1
+
+#: Of the picture. The numbers of the steps stand left of the columns.
+_WIDTH, _LEFT, _NARROWEST, _WIDEST, _BETWEEN = 1000.0, 44.0, 190.0, 480.0, 6.0
 
 
 def headline(result: Result[Any]) -> str:
@@ -31,46 +36,65 @@ def before(result: Result[Any]) -> str:
     return f"every rank has made {result.skipped} call{'s' * (result.skipped != 1)} without trouble; from there:"
 
 
-def text(result: Result[Any], width: int = 32) -> str:
-    """The timeline: one row per step, in the column of the rank that makes it."""
+def text(result: Result[Any], width: int = 80) -> str:
+    """The timeline: a row for each step, in the column of the rank that makes it; of many ranks, with its number."""
     ranks = _ranks(result)
-    rows = [
-        [step, *[_sentence(event) if event.rank == rank else "" for rank in ranks]]
-        for step, event in enumerate(result.trace, start=1)
-    ]
-    headers = ["step", *[f"rank {rank}" for rank in ranks]]
-    table = tabulate(rows, headers, tablefmt="simple", maxcolwidths=[None, *[width] * len(ranks)]) if rows else ""
-    return "\n".join(filter(None, [headline(result), before(result), table, *result.waiting]))
+    if len(ranks) <= 2:
+        headers = ["step", *[f"rank {rank}" for rank in ranks]]
+        rows = [
+            [step, *[_sentence(event) if event.rank == rank else "" for rank in ranks]]
+            for step, event in enumerate(result.trace, start=1)
+        ]
+        widths = [None, *[(width - 4) // max(len(ranks), 1) - 4] * len(ranks)]
+    else:
+        headers = ["step", "rank", "does"]
+        rows = [[step, event.rank, _sentence(event)] for step, event in enumerate(result.trace, start=1)]
+        widths = [None, None, width - 18]
+    table = tabulate(rows, headers, tablefmt="simple", maxcolwidths=widths) if rows else ""
+    waiting = (wrapped(sentence, width) for sentence in result.waiting)
+    return "\n".join(filter(None, [headline(result), before(result), table, *waiting]))
 
 
-def svg(result: Result[Any], column: int = 300, row: int = 34) -> str:
-    """The timeline as a picture: time runs down, the step that fails and the ranks that wait are red."""
+def wrapped(line: str, width: int = 80) -> str:
+    """For a terminal; what is not on the first line is indented."""
+    return textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def svg(result: Result[Any], notes: Sequence[str] = ()) -> str:
+    """The timeline as a picture: time runs down, the step that fails and the ranks that wait are red.
+
+    notes: what stands below: why, and what to do about it.
+    """
     ranks = _ranks(result)
-    top = 80
-    height = top + row * len(result.trace) + 22 * len(result.waiting) + 24
-    root = ElementTree.Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {max(column * len(ranks), 700) + 20} {height}",
-            "font-family": "sans-serif",
-            "font-size": "12",
-        },
-    )
-    ElementTree.SubElement(root, "rect", width="100%", height="100%", fill="white")
-    _write(root, 10, 20, headline(result), weight="bold")
-    _write(root, 10, 38, before(result))
-    for place, rank in enumerate(ranks):
-        x = 10 + column * place
-        _write(root, x + 8, top - 14, f"rank {rank}", weight="bold")
-        end = str(top + row * len(result.trace))
-        ElementTree.SubElement(root, "line", x1=str(x), x2=str(x), y1=str(top - 8), y2=end, stroke="#bbb")
-    for step, event in enumerate(result.trace):
-        _box(root, 10 + column * ranks.index(event.rank), top + row * step, column - 10, row - 6, event)
-    for i, sentence in enumerate(result.waiting):
-        _write(root, 10, top + row * len(result.trace) + 22 * (i + 1), sentence, fill="#b00020")
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
+    column = min(max(_WIDTH / max(len(ranks), 1), _NARROWEST), _WIDEST)
+    drawing = Drawing(max(column * len(ranks), _WIDTH) + _LEFT + 12)
+    y = drawing.paragraph(16, 12, drawing.width - 32, headline(result), size=15, bold=True)
+    y = drawing.paragraph(16, y, drawing.width - 32, before(result), size=13) + (30 if ranks else 6)
+    columns = {rank: _LEFT + column * place for place, rank in enumerate(ranks)}
+    steps = [lines_of(_sentence(event), column - 22) for event in result.trace]
+    bottom = y + sum(_box_height(lines) + _BETWEEN for lines in steps)
+    for rank, x in columns.items():
+        drawing.words(x + 8, y - 10, f"rank {rank}", size=13, bold=True)
+        drawing.line((x, y - 8), (x, bottom), colour="#c5cad6")
+    for step, (event, lines) in enumerate(zip(result.trace, steps, strict=True), start=1):
+        fill, stroke = (ALARM_FILL, ALARM) if event.failure is not None else ("#eef3fb", "#9fb4d6")
+        x, height = columns[event.rank], _box_height(lines)
+        drawing.words(16, y + 18, str(step), size=11, fill=FAINT)
+        drawing.box(x, y, column - 12, height, fill, stroke=stroke, round_=4, about=_sentence(event))
+        drawing.paragraph(x + 6, y + 5, column - 22, _sentence(event))
+        y += height + _BETWEEN
+    for sentence in result.waiting:
+        y = drawing.paragraph(16, y + 4, drawing.width - 32, sentence, fill=ALARM)
+    for note in notes:
+        y = drawing.paragraph(16, y + 4, drawing.width - 32, note)
+    if ranks:
+        failing = [(ALARM_FILL, ALARM, "the step that fails")] if any(e.failure for e in result.trace) else []
+        y = drawing.legend(16, y, [("#eef3fb", "#9fb4d6", "a step of a rank; time runs down"), *failing])
+    return drawing.svg(y + 12)
+
+
+def _box_height(lines: Sequence[str]) -> float:
+    return 12 + 16.8 * len(lines)
 
 
 def dump(result: Result[Any]) -> str:
@@ -134,27 +158,12 @@ def _typed(value: Any, kind: type) -> Any:
 
 
 def _ranks(result: Result[Any]) -> list[int]:
-    return sorted({event.rank for event in result.trace})
+    """Those that make a step, or wait in the end."""
+    waiting = (re.match(r"rank (\d+)\b", sentence) for sentence in result.waiting)
+    return sorted({event.rank for event in result.trace} | {int(found[1]) for found in waiting if found})
 
 
 def _sentence(event: Event) -> str:
     call = "" if event.call is None else f"call {event.call}: "
     failed = f" -- {event.failure.replace('_', ' ').upper()}" if event.failure is not None else ""
     return f"{call}{event.action} {event.detail}{failed}"
-
-
-def _box(root: ElementTree.Element, x: int, y: int, width: int, height: int, event: Event) -> None:
-    fill = "#ffd9de" if event.failure is not None else "#eef3fb"
-    ElementTree.SubElement(
-        root, "rect", x=str(x), y=str(y), width=str(width), height=str(height), rx="4", fill=fill, stroke="#8aa"
-    )
-    sentence = _sentence(event)
-    shown = sentence if len(sentence) <= width // 6 else sentence[: width // 6 - 1] + "…"
-    text = _write(root, x + 8, y + height // 2 + 4, shown)
-    ElementTree.SubElement(text, "title").text = sentence
-
-
-def _write(root: ElementTree.Element, x: int, y: int, words: str, fill: str = "#222", weight: str = "normal") -> Any:
-    text = ElementTree.SubElement(root, "text", {"x": str(x), "y": str(y), "fill": fill, "font-weight": weight})
-    text.text = words
-    return text

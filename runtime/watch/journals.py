@@ -15,7 +15,7 @@ from ..errors import JournalError
 from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
 from .heartbeat import Deadlines
 from .journal import FORMAT
-from .position import REPLAY, Position, sizes_text
+from .position import REPLAY, Calls, Position, sizes_text
 from .report import Report
 from .user_code import CodePlace
 
@@ -33,7 +33,7 @@ class Mark:
     sizes: tuple[int, ...]
     entered: float
     left: float | None
-    calls: str
+    calls: tuple[Calls, ...]
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
         for i, (entered, left) in enumerate(step["pieces"]):
             piece = pieces[i]
             calls = []
-            for group in piece["calls"]:
-                calls.append(f"call {counts[group]} of group '{group}'")
-                counts[group] += 1
+            for group, number in Counter(piece["calls"]).items():
+                calls.append(Calls(str(group), counts[group], counts[group] + number - 1))
+                counts[group] += number
             kind = "island" if piece["island"] else "graph" if step["how"] == REPLAY else step["how"]
             yield Mark(
                 step["step"],
@@ -182,7 +182,7 @@ def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
                 tuple(step["sizes"]),
                 offset + entered / 1e9,
                 None if left is None else offset + left / 1e9,
-                ", ".join(calls),
+                tuple(calls),
             )
 
 

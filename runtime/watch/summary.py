@@ -16,7 +16,7 @@ WIDTH = 80
 
 def text(merged: Merged, width: int = WIDTH) -> str:
     """At most ``width`` columns wide, but for a word that is longer."""
-    lines = [*_answer(merged), "", *(rank_line(merged, rank) for rank in ranks_of(merged)), *_more(merged)]
+    lines = [*answer(merged), "", *(rank_line(merged, rank) for rank in ranks_of(merged)), *_more(merged)]
     return "\n".join(_wrapped(line, width) for line in lines)
 
 
@@ -45,7 +45,7 @@ def sizes_line(merged: Merged) -> str | None:
     return None
 
 
-def _answer(merged: Merged) -> Iterator[str]:
+def answer(merged: Merged) -> Iterator[str]:
     came = sizes_line(merged)
     no_culprit = merged.finding is None and merged.sentence == merged.divergence
     if came is None or not no_culprit:

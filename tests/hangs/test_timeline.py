@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from ringfence.runtime.drawing import ALARM_FILL
 from ringfence.runtime.errors import TraceError
 from ringfence.runtime.protocol.calls import program, until, without
 from ringfence.runtime.protocol.explore import Event, ModelFailure, Result
@@ -44,6 +46,16 @@ def test_a_timeline_has_a_column_per_rank_and_a_row_per_step() -> None:
     ]
 
 
+def test_many_ranks_fit_a_terminal_too() -> None:
+    trace = tuple(
+        Event(rank, 8, "poll", f"token {rank}, buffer 1: takes what was sent in call 7" * 2) for rank in range(8)
+    )
+    said = text(Result(ModelFailure.DEADLOCK, 1, trace, ("rank 3 waits for " + "a word " * 30,))).splitlines()
+    assert max(map(len, said)) <= 80 and said[1].split() == ["step", "rank", "does"]
+    begun = [line.split()[:2] for line in said if line[:16].strip() and line[0] == " " and line[5].isdigit()]
+    assert begun == [[str(rank + 1), str(rank)] for rank in range(8)]
+
+
 def test_a_safe_answer_is_one_line() -> None:
     assert text(SAFE) == f"safe: no order of the steps fails ({SAFE.states} states)"
 
@@ -55,7 +67,7 @@ def test_a_stale_read_ends_in_the_step_that_reads() -> None:
 
 
 def test_a_deadlock_ends_in_what_everybody_waits_for() -> None:
-    assert text(STUCK).splitlines()[-2:] == list(STUCK.waiting)
+    assert text(STUCK, width=200).splitlines()[-2:] == list(STUCK.waiting)
     assert "polls token 0" in STUCK.waiting[0]
     assert STUCK.waiting[1] == "rank 1 waits for nothing: its program has ended"
 
@@ -71,9 +83,28 @@ def test_the_picture_shows_every_step_and_every_wait(result: Result[Any]) -> Non
     assert len(boxes) == len(result.trace)
     titles = [e.text or "" for e in root.iter(f"{SVG}title")]
     assert all(event.detail in title for event, title in zip(result.trace, titles, strict=True))
-    words = [e.text for e in root.iter(f"{SVG}text")]
-    assert set(result.waiting) <= set(words)
-    assert sum(box.get("fill") == "#ffd9de" for box in boxes) == (result.failure is ModelFailure.STALE_READ)
+    said = " ".join(e.text or "" for e in root.iter(f"{SVG}text"))
+    assert all(sentence in said for sentence in result.waiting)
+    assert sum(box.get("fill") == ALARM_FILL for box in boxes) == (result.failure is ModelFailure.STALE_READ)
+
+
+def test_the_picture_has_every_line_whole_and_what_the_table_says() -> None:
+    """In boxes that are high enough; nothing is cut, and nothing lies outside."""
+    long = "takes rank 0's part of token 0 in call 7 for rank 0's part of token 0 in call 8"
+    trace = tuple(Event(rank, 8, "poll", f"token {rank}, buffer 1: {long}") for rank in range(8))
+    result: Result[Any] = Result(ModelFailure.STALE_READ, 1, trace, ("rank 9 waits",))
+    root = ElementTree.fromstring(
+        svg(result, ["hazard: M25, ranks replay different graphs", "remedy: " + "vote " * 60])
+    )
+    said = " ".join(e.text or "" for e in root.iter(f"{SVG}text"))
+    assert said.count(long) == 8 and "…" not in said
+    assert "hazard: M25" in said and said.count("vote") == 60
+    assert [f"rank {r}" for r in (*range(8), 9)] == re.findall(r"rank \d(?= rank|$)|rank 9(?= )", said)[:9]
+    boxes = [e for e in root.iter(f"{SVG}rect") if e.get("rx")]
+    width, height = (float(root.attrib["viewBox"].split()[i]) for i in (2, 3))
+    assert all(float(b.attrib["x"]) + float(b.attrib["width"]) <= width for b in boxes)
+    below = float(boxes[-1].attrib["y"]) + float(boxes[-1].attrib["height"])
+    assert below < height and all(float(b.attrib["height"]) > 60 for b in boxes)
 
 
 def test_the_picture_escapes_what_it_is_told() -> None:
