@@ -1,71 +1,17 @@
-"""The command line: ``ringfence explain``, ``check``, ``hazards``, ``journal``, ``doctor`` and ``bench``."""
+"""The console script. A command is imported within reach of Ctrl-C: that takes longer than most of them run."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import os
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-
-from .commands import bench, check, doctor, explain, hazards, journal
-from .commands.terminal import FAILED, INTERRUPTED, USAGE, answer, say
-from .runtime.errors import (
-    JournalError,
-    OptionsError,
-    PlanError,
-    RingfenceError,
-    TooManyStatesError,
-    TraceError,
-    UnknownHazardError,
-    VersionError,
-)
-
-#: None of these imports torch when it is imported: usage, --help and what needs no torch answer at once.
-COMMANDS = (explain, check, hazards, journal, doctor, bench)
-
-_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, TooManyStatesError, JournalError)
+import sys
+from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code (:mod:`.commands.terminal`)."""
     try:
-        return _main(argv)
+        from .commands.line import run
+
+        return run(argv)
     except KeyboardInterrupt:
-        say("interrupted")
-        return INTERRUPTED
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="ringfence", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"ringfence {importlib.metadata.version('ringfence')}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in COMMANDS:
-        command.add(commands)
-    arguments = parser.parse_args(argv)
-    run: Callable[[argparse.Namespace], tuple[str, int]] = arguments.run
-    try:
-        text, code = run(arguments)
-    except RingfenceError as error:
-        if _first_of_the_ranks():
-            say(str(error))
-        return USAGE if isinstance(error, _BAD_USAGE) else FAILED
-    written = answer(text) if text else True  # of the ranks of a bench, one has something to say
-    return code if written else FAILED
-
-
-def _first_of_the_ranks() -> bool:
-    """Whether no other rank of a torchrun job has failed before this one. The first speaks for all.
-
-    It need not be rank 0: torchrun ends the others as soon as one has ended, perhaps before they could speak.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
-        return int(store.add(f"ringfence/failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1)) == 1
-    except (KeyError, ValueError, RuntimeError):  # better twice than never
-        return True
+        print("ringfence: interrupted", file=sys.stderr, flush=True)
+        return 130  # as shells have it

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from ringfence import cli
-from ringfence.commands import terminal
-from ringfence.commands.terminal import FAILED, INTERRUPTED, OK, USAGE
+from ringfence.commands import line, terminal
+from ringfence.commands.terminal import FAILED, OK, USAGE
 from ringfence.runtime.errors import OptionsError
 
 CHECK = ("check", "--collective", "mnnvl", "--flashinfer", "0.6.10", "--tp", "2", "--layers", "2", "--pieces", "2")
@@ -36,7 +36,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("command", [c.__name__.rpartition(".")[2] for c in cli.COMMANDS])
+@pytest.mark.parametrize("command", [c.__name__.rpartition(".")[2] for c in line.COMMANDS])
 def test_ctrl_c_is_one_line(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -47,9 +47,9 @@ def test_ctrl_c_is_one_line(
         "journal": (str(tmp_path),),
         "bench": ("--write-table", "t"),
     }
-    for module in cli.COMMANDS:
+    for module in line.COMMANDS:
         monkeypatch.setattr(module, "run", lambda _: signal.raise_signal(signal.SIGINT))
-    assert cli.main([command, *arguments.get(command, ())]) == INTERRUPTED == 130
+    assert cli.main([command, *arguments.get(command, ())]) == 130
     assert capsys.readouterr() == ("", "ringfence: interrupted\n")
 
 
@@ -59,6 +59,28 @@ def test_a_process_that_gets_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     with (tmp_path / "fifo").open("wb"):  # the process reads it now, and nothing comes
         process.send_signal(signal.SIGINT)
         assert ended(process) == (130, "", "ringfence: interrupted\n")
+
+
+def test_a_stream_that_was_closed_before_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``2>&-``: what is said goes nowhere, and not to the other stream."""
+    monkeypatch.setattr(sys, "stderr", None)
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    terminal.say("exploring")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert terminal.answer("safe") and out.getvalue() == ""
+
+
+def test_ctrl_c_in_the_imports_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "ringfence.commands.line":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "ringfence.commands.line", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert cli.main(["hazards"]) == 130
+    assert capsys.readouterr() == ("", "ringfence: interrupted\n")
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

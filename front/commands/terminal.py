@@ -15,9 +15,9 @@ from typing import BinaryIO, TextIO
 
 from ..runtime.errors import OptionsError
 
-#: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own);
-#: broken off from the keyboard, as shells have it.
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+#: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
+#: Broken off from the keyboard is 130 (:mod:`ringfence.cli`).
+OK, FAILED, USAGE = 0, 1, 2
 
 _QUIET_SECONDS = 2.0
 
@@ -44,8 +44,10 @@ def answer(text: str) -> bool:
     return True
 
 
-def _print(text: str, stream: TextIO) -> None:
-    """Characters that the stream's encoding lacks are escaped."""
+def _print(text: str, stream: TextIO | None) -> None:
+    """Characters that the stream's encoding lacks are escaped. None is a stream that was closed before we began."""
+    if stream is None:
+        return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 

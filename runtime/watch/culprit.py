@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..channel import ranks_text
+from . import checked
 from .position import COMPILES, Calls, Position, sizes_text
 
 #: For ranks of which one compiles alone.
@@ -35,6 +37,13 @@ class Failure:
     where: str
     error: str
     victim: bool = False
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Failure:
+        """Raises TypeError for what a journal does not hold."""
+        failure = cls(**value)
+        where, error = checked.text(failure.where), checked.text(failure.error)
+        return cls(checked.integer(failure.rank), where, error, bool(failure.victim))
 
 
 @dataclass(frozen=True)

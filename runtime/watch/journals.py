@@ -12,6 +12,7 @@ from typing import Any
 
 from ..channel import ranks_text
 from ..errors import JournalError
+from . import checked
 from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
 from .heartbeat import Deadlines
 from .journal import FORMAT
@@ -142,16 +143,19 @@ def _read(path: Path) -> RankJournal:
         raise JournalError(f"'{path.name}' is no journal of format {FORMAT}; read it with the ringfence that wrote it")
     try:
         return RankJournal(
-            int(value["rank"]),
-            str(value["reason"]),
-            float(value["time"]),
+            checked.integer(value["rank"]),
+            checked.text(value["reason"]),
+            checked.number(value["time"]),
             Position.from_dict(value["position"]),
-            {str(name): tuple(ranks) for name, ranks in value["groups"].items()},
-            tuple((s["step"], tuple(s["sizes"]), s["how"]) for s in value["steps"]),
+            {str(name): checked.integers(ranks) for name, ranks in value["groups"].items()},
+            tuple(
+                (checked.integer(s["step"]), checked.integers(s["sizes"]), checked.text(s["how"]))
+                for s in value["steps"]
+            ),
             tuple(_marks(value)),
             {int(rank): Position.from_dict(p) for rank, p in value.get("heard", {}).items()},
             {int(rank): str(how) for rank, how in value.get("silent", {}).items()},
-            tuple(Failure(**f) for f in value.get("failures", ())),
+            tuple(Failure.from_dict(f) for f in value.get("failures", ())),
             dict(value.get("probes", {})),
             Report.from_dict(value["report"]) if value.get("report") is not None else None,
             tuple(str(note["reason"]) for note in value.get("later", ())),
@@ -163,10 +167,10 @@ def _read(path: Path) -> RankJournal:
 
 def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
     # Ranks have monotonic clocks of their own; the wall clock is what they share.
-    offset = value["time"] - value["clock_ns"] / 1e9
+    offset = checked.number(value["time"]) - checked.integer(value["clock_ns"]) / 1e9
     for step in value["steps"]:
         pieces = value["programs"][step["program"]]["pieces"]
-        counts: Counter[str] = Counter(step["calls_before"])
+        counts: Counter[str] = Counter(checked.counts(step["calls_before"]))
         for i, (entered, left) in enumerate(step["pieces"]):
             piece = pieces[i]
             calls = []
@@ -175,13 +179,13 @@ def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
                 counts[group] += number
             kind = "island" if piece["island"] else "graph" if step["how"] == REPLAY else step["how"]
             yield Mark(
-                step["step"],
+                checked.integer(step["step"]),
                 i,
-                piece["name"],
+                checked.text(piece["name"]),
                 kind,
-                tuple(step["sizes"]),
-                offset + entered / 1e9,
-                None if left is None else offset + left / 1e9,
+                checked.integers(step["sizes"]),
+                offset + checked.integer(entered) / 1e9,
+                None if left is None else offset + checked.integer(left) / 1e9,
                 tuple(calls),
             )
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from . import checked
+
 #: What a rank does that compiles a graph of which no more is known.
 COMPILES = "compiles a graph"
 
@@ -107,9 +109,22 @@ class Position:
         fields = dict(value)
         if "strategy" in fields:  # what the field was called once; a strategy is one-shot or two-shot
             fields["collective"] = fields.pop("strategy")
-        fields["sizes"], fields["among"] = tuple(fields["sizes"]), tuple(fields.get("among", ()))
-        fields["calls"] = tuple(Calls(**c) for c in fields["calls"])
-        position = cls(**fields)
-        if not isinstance(position.rank, int) or not isinstance(position.still, float | int):
-            raise TypeError(f"rank {position.rank!r}, still {position.still!r}")
-        return position
+        texts = ("phase", "name", "kind", "collective", "exchange", "graph", "compiles")
+        forms = dict.fromkeys(texts, checked.text) | {
+            "rank": checked.integer,
+            "step": checked.integer,
+            "moved": checked.integer,
+            "piece": checked.integer_or_none,
+            "sizes": checked.integers,
+            "among": checked.integers,
+            "submitted": checked.counts,
+            "completed": checked.counts,
+            "still": checked.number,
+            "calls": _calls,
+        }
+        return cls(**{name: forms[name](field) for name, field in fields.items()})
+
+
+def _calls(value: Any) -> tuple[Calls, ...]:
+    calls = (Calls(**call) for call in value)
+    return tuple(Calls(checked.text(c.group), checked.integer(c.first), checked.integer(c.last)) for c in calls)

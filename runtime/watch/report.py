@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from . import checked
 from .culprit import Failure, Finding
 
 
@@ -46,8 +47,10 @@ class Report:
         """Raises KeyError, TypeError or ValueError for what :meth:`to_dict` did not write."""
         told = value["finding"]
         known = {f.name: told[f.name] for f in fields(Finding) if f.name in told}
-        finding = Finding(**known | {"ranks": _ranks(told["ranks"]), "waiting": _ranks(told["waiting"])})
-        failure = Failure(**value["failure"]) if value.get("failure") is not None else None
+        ranks = {name: checked.integers(told[name]) for name in ("ranks", "waiting")}
+        texts = {name: checked.text(text) for name, text in known.items() if name not in ranks}
+        finding = Finding(**ranks, **texts)
+        failure = Failure.from_dict(value["failure"]) if value.get("failure") is not None else None
         return cls(str(value["kind"]), int(value["reporter"]), finding, failure, int(value["stamp"]))
 
 
@@ -56,7 +59,3 @@ def failed(failure: Failure, waiting: tuple[int, ...] = ()) -> Report:
     sentence = f"rank {failure.rank} failed in {failure.where}: {failure.error}"
     short = f"rank {failure.rank} failed: {failure.error}"
     return Report("failure", failure.rank, Finding((failure.rank,), waiting, sentence, short), failure)
-
-
-def _ranks(value: Any) -> tuple[int, ...]:
-    return tuple(int(rank) for rank in value)

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
+from . import checked
+
 #: Frames of these say what waits, not who made it wait. The standard library is left out too.
 _NOT_THE_USERS = frozenset({"torch", "ringfence"})
 _INSTALLED = ("site-packages", "dist-packages")
@@ -38,9 +40,8 @@ class CodePlace:
         if value is None:
             return None
         place = cls(**value)
-        if not isinstance(place.line, int) or not all(isinstance(t, str) for t in (place.file, place.function)):
-            raise TypeError(f"{value!r} is no line of code")
-        return place
+        file, function, text = map(checked.text, (place.file, place.function, place.text))
+        return cls(file, checked.integer(place.line), function, text)
 
 
 def of_thread(ident: int) -> CodePlace | None:

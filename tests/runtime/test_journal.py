@@ -455,3 +455,41 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
     monkeypatch.setattr(Path, "write_text", full)
     j.try_dump(tmp_path, "hang: rank 1", report=report(1))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("position", "piece"), "9"),
+        (("position", "submitted"), 1.5),
+        (("position", "still"), float("nan")),
+        (("position", "calls"), [{"group": "tp", "first": None, "last": 3}]),
+        (("heard", "1", "moved"), [1]),
+        (("groups", "tp"), [0, None]),
+        (("groups", "tp"), [0, [1]]),
+        (("steps", 0, "step"), {"a": 1}),
+        (("steps", 0, "how"), [1]),
+        (("steps", 0, "pieces", 0), [0, float("inf")]),
+        (("steps", 0, "calls_before"), {"tp": "many"}),
+        (("failures",), [{"rank": 0, "where": 3, "error": "", "victim": False}]),
+        (("code",), {"file": "job.py", "line": "30", "function": "serve", "text": ""}),
+        (("report",), {"kind": "hang", "reporter": 0, "finding": {"ranks": [0], "waiting": "x", "sentence": ""}}),
+        (("time",), 1e300),
+        (("rank",), True),
+    ],
+)
+def test_a_value_that_is_no_such_thing_is_damage(tmp_path: Path, where: tuple[Any, ...], value: Any) -> None:
+    """In one line: files are edited, cut, and written by other versions."""
+    ahead, behind = journal(0), journal(1)
+    step(ahead), step(behind)
+    dumped(tmp_path, ahead, heard={"1": behind.position().to_dict()}, failures=[])
+    path = tmp_path / "journal-rank0.json"
+    written = json.loads(path.read_text())
+    journals.merge(journals.read_folder(tmp_path))
+    at = written
+    for key in where[:-1]:
+        at = at[key]
+    at[where[-1]] = value
+    path.write_text(json.dumps(written))
+    with pytest.raises(JournalError, match=r"^'journal-rank0.json' is damaged: \w+Error: [^\n]+$"):
+        journals.read_folder(tmp_path)
