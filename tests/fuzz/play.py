@@ -158,10 +158,9 @@ def _waited(output: Any) -> Any:
 
 
 def _share_memory(given: Any, outputs: list[Any]) -> bool:
-    if type(given) is not Tensor:  # one that is unwaited has no memory of its own
-        return False
-    places = [o.untyped_storage().data_ptr() for o in outputs if type(o) is Tensor]
-    return given.untyped_storage().data_ptr() in places
+    known = [t for t in (given, *outputs) if type(t) is Tensor]  # one that is unwaited lies nowhere yet
+    places = [t.untyped_storage().data_ptr() for t in known]
+    return bool(known) and known[0] is given and places[0] in places[1:]
 
 
 def _copies(values: Any) -> Any:
