@@ -1,0 +1,239 @@
+"""Neighbourhoods of one to three all-reduces, as values to draw from."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+
+@dataclass(frozen=True)
+class Block:
+    """One all-reduce and what follows it. The defaults are the plainest site that fuses."""
+
+    input: str = "fresh"
+    layout: str = "plain"
+    collective: str = "sum"
+    behind: str = "nothing"
+    after_reduce: tuple[str, ...] = ()
+    residual: str = "full"
+    add: str = "plain"
+    before_norm: tuple[str, ...] = ()
+    mutate: str = "nothing"
+    norm: str = "chain"
+    compute: str = "float32"
+    square: str = "pow"
+    mean: str = "mean"
+    eps: float | None = 1e-6
+    eps_form: str = "number"
+    root: str = "rsqrt"
+    factor: str = "as_is"
+    product: str = "wide"
+    middle: str = "as_is"
+    weight: str = "wide"
+    weight_swapped: bool = False
+    end: str = "dtype"
+    readers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """Blocks, the tensors they work on, how the graph is traced and the options of ``find``."""
+
+    blocks: tuple[Block, ...] = (Block(),)
+    order: str = "sequential"
+    dtype: torch.dtype = torch.float32
+    batch: int | None = None
+    tokens: int = 4
+    hidden: int = 8
+    scale: float = 1.0
+    front: str = "aot"
+    cse: bool = False
+    dynamic: str = "nothing"
+    strict: bool = False
+    groups: tuple[str, ...] | None = None
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        """Only what differs from the plainest program: failures are read by people."""
+        blocks = ", ".join(f"Block({_differences(b)})" for b in self.blocks)
+        rest = _differences(dataclasses.replace(self, blocks=Program.blocks))
+        return f"Program(({blocks},), {rest})"
+
+
+def _differences(value: Any) -> str:
+    fields = dataclasses.fields(value)
+    return ", ".join(f"{f.name}={getattr(value, f.name)!r}" for f in fields if getattr(value, f.name) != f.default)
+
+
+_VIEWS = ("to_3d", "to_2d", "unsqueeze", "unsqueeze_squeeze", "copy", "clone", "alias", "reshape_back", "rounded")
+
+#: For each field: choices that usually leave a site fusable, choices that usually do not, and how many
+#: times likelier the former are. The first is what Hypothesis shrinks to.
+_BLOCK: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]] = {
+    "input": (("fresh", "previous"), (), 1),
+    "layout": (("plain", "scaled"), ("transposed", "sliced", "expanded"), 6),
+    "collective": (
+        ("sum", "sum", "sum", "custom", "custom_inplace", "flat"),
+        ("avg", "other_group", "in_float32", "twice", "unused_twin"),
+        12,
+    ),
+    "behind": (
+        ("nothing",) * 16
+        + ("scaled", "halved", "divided", "negated", "by_constant", "biased", "shared")
+        + ("doubled", "doubled_first", "doubled_scaled", "less_another", "scaled_sum"),
+        ("gated", "by_tensor", "doubled_over_other_group", "doubled_read", "huge"),
+        8,
+    ),
+    "residual": (
+        (
+            *("full", "none", "previous", "late", "other_reduce", "other_reduce_view", "transposed", "input"),
+            *("row", "column", "bias"),
+        ),
+        (
+            "number",
+            "zero_dim",
+            "wider",
+            "reduced",
+            "of_reduced",
+            "float32",
+            "float64",
+            "other_group",
+        ),
+        6,
+    ),
+    "add": (
+        ("plain", "swapped", "wide", "wide_mixed", "alpha", "alpha_swapped", "sub", "rsub", "scaled"),
+        ("float64", "wide_view", "alpha_third"),
+        8,
+    ),
+    "mutate": (("nothing",), ("input", "scratch", "weight", "sum"), 40),
+    "norm": (
+        ("chain", "chain", "chain", "rms_norm", "rms_norm_wide", "fused_op"),
+        ("none", "sum", "layer_norm", "two_dims", "heads", "fused_op_root", "of_two_casts"),
+        6,
+    ),
+    "compute": (("float32",), ("activation", "float64"), 5),
+    "square": (("pow", "mul", "square", "mul_two_casts"), ("cube", "abs", "other", "low"), 15),
+    "mean": (
+        ("mean", "unsqueeze", "sum_div", "sum_mul"),
+        ("lost", "sum_wrong", "sum_rows", "rows", "rows_lost", "two_dims", "all", "half", "sum_half", "median"),
+        10,
+    ),
+    "eps": ((1e-6, 1e-2, 1e-5, 0.0), (None,), 8),
+    "eps_form": (
+        ("number", "swapped", "full"),
+        ("tensor", "full_half", "outside", "in_mean", "alpha", "scalar_alpha", "absent", "clamp", "per_row"),
+        15,
+    ),
+    "root": (("rsqrt", "pow", "reciprocal", "one_over", "div", "div_pow"), ("div_swapped", "sqrt"), 20),
+    "factor": (("as_is",), ("dtype", "bfloat16", "float16", "scaled"), 10),
+    "product": (("wide", "wide_swapped", "narrow"), ("other", "weighted", "weighted_root"), 12),
+    "middle": (("as_is", "dtype"), ("bfloat16", "float16", "float64", "int32", "float8", "bool"), 8),
+    "weight": (
+        ("wide", "plain", "none", "gemma", "gemma_wide", "row", "late", "early", "of_other", "gemma_scalar_op"),
+        (
+            "matrix",
+            "column",
+            "number",
+            "zero_dim",
+            "float32",
+            "gate",
+            "of_sum",
+            "of_reduced",
+            "gemma_half",
+            "gemma_alpha",
+            "gemma_twice",
+            "sum_of_two",
+            "shifted",
+            "rounded",
+            "twice",
+        ),
+        4,
+    ),
+    "weight_swapped": ((False, True), (), 1),
+    "end": (("dtype",), ("stay", "int32", "float8", "bfloat16", "float16", "relu"), 10),
+}
+
+_READERS = (
+    "sum",
+    "sum_read",
+    "sum_float",
+    "sum_low",
+    "sum_view",
+    "sum_transposed",
+    "sum_again",
+    "sum_again_read",
+    "reduced",
+    "reduced_read",
+    "residual",
+    "residual_norm",
+    "wide",
+    "root",
+    "root_of_other",
+    "normed",
+    "norm_read",
+    "second_norm",
+    "second_norm_wide",
+)
+
+_PROGRAM: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]] = {
+    "order": (("sequential",), ("phased",), 4),
+    "dtype": ((torch.float32, torch.bfloat16, torch.float16), (), 1),
+    "batch": ((None, 2), (4,), 4),
+    "tokens": ((4,), (1, 6), 3),
+    "hidden": ((8, 4), (), 1),
+    "scale": ((1.0, 0.015625), (), 1),
+    "front": (("aot", "inductor", "pre_dispatch"), ("plain",), 8),
+    "cse": ((False, True), (), 1),
+    "dynamic": (("nothing",), ("tokens", "everything"), 25),
+    "strict": ((False, True), (), 1),
+    "groups": ((None,), (("0",),), 3),
+    "seed": (tuple(range(5)), (), 1),
+}
+
+
+def _pool(choices: tuple[Sequence[Any], Sequence[Any], int]) -> list[Any]:
+    usual, odd, weight = choices
+    return [*list(usual) * max(1, -(-weight * len(odd) // len(usual))), *odd]
+
+
+def _draw(table: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]]) -> dict[str, st.SearchStrategy[Any]]:
+    return {name: st.sampled_from(_pool(choices)) for name, choices in table.items()}
+
+
+_CHAIN_LENGTHS, _READER_COUNTS, _BLOCK_COUNTS = (0, 0, 0, 1, 2), (0, 0, 1, 1, 2, 3), (1, 1, 2, 3)
+
+_chains = st.sampled_from(_CHAIN_LENGTHS).flatmap(lambda n: st.tuples(*[st.sampled_from(_VIEWS)] * n))
+
+_readers = st.sampled_from(_READER_COUNTS).flatmap(
+    lambda n: st.lists(st.sampled_from(_READERS), min_size=n, max_size=n, unique=True).map(tuple)
+)
+
+blocks = st.builds(Block, after_reduce=_chains, before_norm=_chains, readers=_readers, **_draw(_BLOCK))
+
+programs = st.builds(
+    Program,
+    blocks=st.sampled_from(_BLOCK_COUNTS).flatmap(lambda n: st.tuples(*[blocks] * n)),
+    **_draw(_PROGRAM),
+)
+
+
+def random_program(rng: random.Random) -> Program:
+    """One of :data:`programs`, without Hypothesis: for counting, and for long runs."""
+
+    def some(choices: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
+        return tuple(rng.sample(choices, rng.choice(counts)))
+
+    def block() -> Block:
+        chosen = {name: rng.choice(_pool(choices)) for name, choices in _BLOCK.items()}
+        after, before = some(_VIEWS, _CHAIN_LENGTHS), some(_VIEWS, _CHAIN_LENGTHS)
+        return Block(after_reduce=after, before_norm=before, readers=some(_READERS, _READER_COUNTS), **chosen)
+
+    chosen = {name: rng.choice(_pool(choices)) for name, choices in _PROGRAM.items()}
+    return Program(tuple(block() for _ in range(rng.choice(_BLOCK_COUNTS))), **chosen)
