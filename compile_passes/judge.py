@@ -167,6 +167,14 @@ def _by_the_field(verdict: Verdict, situation: Situation) -> Verdict:
     return replace(verdict, rule="field", message=rule.why, source=f"{rule.source} (profile=conservative)")
 
 
+def captures_reference(assigned: Assignment, group: str | None) -> bool:
+    """Whether a capture may hold the reference collective of a group."""
+    if assigned.backend(group) != "nccl" or assigned.nccl is None:
+        return False
+    called = Verdict("", "", Decision.IN_GRAPH, "nccl", "", "")
+    return _by_hazards(called, replace(assigned.nccl, capture=True), "split").decision is Decision.IN_GRAPH
+
+
 # -- facts about a node --------------------------------------------------------------
 
 

@@ -63,11 +63,35 @@ class Rule:
 #: Who keeps the epoch, slot and flags of a call in words on the device.
 _DEVICE_EPOCH = frozenset(one.name for one in table.ALL if one.epoch_on_device)
 
+#: Engines' attention, and what writes their caches: they read slots and lengths from a context that Python holds.
+#: vLLM's are CompilationConfig._attention_ops and the updates of its caches; TensorRT-LLM's are where it splits itself.
+_READ_A_CONTEXT = (
+    "vllm::unified_attention",
+    "vllm::unified_attention_with_output",
+    "vllm::unified_mla_attention",
+    "vllm::unified_mla_attention_with_output",
+    "vllm::unified_kv_cache_update",
+    "vllm::unified_mla_kv_cache_update",
+    "vllm::mamba_mixer",
+    "vllm::mamba_mixer2",
+    "vllm::plamo2_mamba_mixer",
+    "vllm::short_conv",
+    "vllm::linear_attention",
+    "vllm::gdn_attention",
+    "vllm::gdn_attention_core",
+    "vllm::kda_attention",
+    "vllm::sparse_attn_indexer",
+    "sglang::unified_attention_with_output",
+    "trtllm::attn_custom_op_inplace",
+    "trtllm::mla_custom_op_inplace",
+)
+
 #: Ops of engines and of FlashInfer that must not be in a captured piece, though nothing marks them.
 KNOWN_UNSAFE: Mapping[str, Fact] = {
     "flashinfer::trtllm_custom_all_reduce": Fact.HOST_EPOCH,
     "_C_custom_ar::all_reduce": Fact.BUFFERS_NOT_REGISTERED,
     "sgl_kernel::all_reduce": Fact.BUFFERS_NOT_REGISTERED,
+    **dict.fromkeys(_READ_A_CONTEXT, Fact.HOST_EPOCH),
 }
 
 RULES: tuple[Rule, ...] = (

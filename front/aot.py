@@ -9,7 +9,6 @@ import torch
 from torch._dynamo.aot_compile_types import SerializableCallable
 
 from .runtime.errors import NotSavableError
-from .runtime.replay.runner import PiecewiseRunner
 
 
 class CompiledHere(SerializableCallable):
@@ -45,10 +44,17 @@ def compiled(compile_graph: Callable[[], Callable[..., Any]]) -> Callable[..., A
         return CompiledHere(compile_graph())
 
 
-def boxed(runner: PiecewiseRunner) -> Callable[[list[Any]], Sequence[Any]]:
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """What Inductor takes apart before it compiles."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def boxed(runner: Callable[..., Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
     """AOT's calling convention: the arguments come in a list, which the callee empties."""
 
-    def call(args: list[Any]) -> list[Any]:
+    def call(args: list[Any]) -> Sequence[Any]:
         values = tuple(args)
         args.clear()
         return runner(*values)

@@ -8,11 +8,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .compile_passes.assignment import Assignment
-from .compile_passes.judge import Decision, Verdict
+from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.match import Candidate, Site
+from .compile_passes.outer import OuterCapture, outer_capture
 from .compile_passes.report import GroupCollective
 from .options import Options
 from .runtime.channel import Channel, ranks_text
@@ -166,6 +168,22 @@ def check_deterministic(sites: Sequence[Site], verdicts: Sequence[Verdict], assi
                 f"({site.source or site.node}; group {site.group}, hidden size {hidden}, {site.dtype}), and the "
                 "reference is not shown to return the same bits; leave deterministic out"
             )
+
+
+def judge_outer(gm: GraphModule, assigned: Assignment, verdicts: Sequence[Verdict], options: Options) -> OuterCapture:
+    """What a capture may hold that somebody else makes around a graph. verdicts: those that the graph follows."""
+    if not options.outer_capture:  # nobody has asked yet
+        on_hazard = "split" if options.on_hazard == "raise" else options.on_hazard
+        verdicts = judge(
+            gm,
+            assigned,
+            capture=True,
+            split_ops=options.split_ops,
+            all_reduce_ops=options.all_reduce_ops,
+            on_hazard=on_hazard,
+            profile=options.profile,
+        )
+    return outer_capture(gm, assigned, verdicts)
 
 
 def described(assigned: Assignment) -> tuple[GroupCollective, ...]:

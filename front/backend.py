@@ -16,8 +16,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from .aot import boxed, compiled
-from .assign import assign, check_deterministic, described
+from .aot import boxed, compiled, inductor_decompositions
+from .assign import assign, check_deterministic, described, judge_outer
 from .compile_passes.absent import why_no_all_reduce
 from .compile_passes.assignment import Assignment
 from .compile_passes.called import called_sites, name_prepared
@@ -39,6 +39,7 @@ from .compile_passes.match import Candidate, Site
 from .compile_passes.named_ops import check_not_decomposed, ops_in
 from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.op_calls import op_names
+from .compile_passes.outer import OuterCapture
 from .compile_passes.parts import cut
 from .compile_passes.prove import PlanVerdict, prove
 from .compile_passes.provenance import input_names, name_inputs
@@ -62,6 +63,7 @@ from .runtime.groups import same_groups
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.hazards.situation import Situation
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
+from .runtime.replay.outer import guarded, with_seams
 from .runtime.replay.program import Padding, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervisor import OF_PROCESS, Asked, Supervisor, leave, supervisor_for
@@ -152,7 +154,7 @@ class Backend:
             fw_compiler=compile_graph,
             inference_compiler=compile_graph,
             keep_inference_input_mutations=True,  # a copy of the whole cache after each step otherwise
-            decompositions=_inductor_decompositions() if inductor else {},
+            decompositions=inductor_decompositions() if inductor else {},
         )
         return compiler(gm, example_inputs)
 
@@ -181,7 +183,8 @@ class Backend:
 
         graphs = self._graphs(device, assigned) if options.capture_sizes and sizes.tokens is not None else None
         captured = options.capture_sizes if graphs is not None else ()
-        verdicts, assigned = self._judge(gm, assigned, sites, captured)
+        verdicts, assigned = self._judge(gm, assigned, sites, bool(captured) or options.outer_capture)
+        outer = judge_outer(gm, assigned, verdicts, options) if graphs is None else OuterCapture()
         views = take_returned_views(gm, views_of_inputs())
         pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
         plan, whole = self._split(gm, verdicts, device if graphs is not None else None)
@@ -205,6 +208,8 @@ class Backend:
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
         program = lower(plan, whole, compile_piece, inputs, static, written, views)
+        if options.outer_capture:
+            program = with_seams(program, device)
         runner = PiecewiseRunner(
             program,
             sizes,
@@ -229,6 +234,7 @@ class Backend:
             graphs is not None,
             pads is not None,
             self._unmatched(),
+            outer,
         )
         self._report(
             CompileReport(
@@ -245,7 +251,7 @@ class Backend:
                 captured=captured,
             )
         )
-        return boxed(runner)
+        return boxed(guarded(runner, outer.barred, device, cut=options.outer_capture))
 
     def _look_for_named_ops(self, gm: GraphModule) -> None:
         for option, names in self._named_ops.items():
@@ -290,14 +296,14 @@ class Backend:
         return sites
 
     def _judge(
-        self, gm: GraphModule, assigned: Assignment, sites: Sequence[Site], captured: Sequence[int]
+        self, gm: GraphModule, assigned: Assignment, sites: Sequence[Site], capture: bool
     ) -> tuple[list[Verdict], Assignment]:
         """Verdicts, which the graph follows from now on, and the assignment with the facts that they rest on."""
         options = self.options
         verdicts, assigned = judge_with_facts(
             gm,
             assigned,
-            capture=bool(captured),
+            capture=capture,
             split_ops=options.split_ops,
             all_reduce_ops=options.all_reduce_ops,
             on_hazard=options.on_hazard,
@@ -385,12 +391,3 @@ def _check_mode(mode: str | None) -> None:
             f"mode='{mode}' has no meaning for ringfence, which captures the token counts in capture_sizes: leave it "
             "out (transformers: CompileConfig(mode=None, ...)), and say what you want by ringfence's own options"
         )
-
-
-# -- plumbing ------------------------------------------------------------------------
-
-
-def _inductor_decompositions() -> dict[Any, Callable[..., Any]]:
-    from torch._inductor.decomposition import select_decomp_table
-
-    return select_decomp_table()

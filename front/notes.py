@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .compile_passes.assignment import Assignment
 from .compile_passes.match import Candidate
+from .compile_passes.outer import OuterCapture
 from .compile_passes.switch_off import names_site
 from .options import Options
 from .runtime.groups import same_groups
@@ -27,7 +28,7 @@ class Outcome:
 
     absent: what it has instead of an all-reduce, where it has none. written: inputs that it writes into. assigned: who
     carries out its sites. captures, pads: whether sizes are captured, and smaller ones padded to them. unmatched: by
-    option, named ops that no graph had so far.
+    option, named ops that no graph had so far. outer: what a capture may hold that somebody else makes.
     """
 
     absent: str | None
@@ -39,6 +40,7 @@ class Outcome:
     captures: bool
     pads: bool
     unmatched: Mapping[str, Sequence[str]]
+    outer: OuterCapture = field(default_factory=OuterCapture)
 
 
 def notes(options: Options, outcome: Outcome) -> Iterator[str]:
@@ -48,6 +50,8 @@ def notes(options: Options, outcome: Outcome) -> Iterator[str]:
         if names:
             yield f"{option} names {', '.join(names)}: no graph so far has such an op"
     yield from _about_capture(options, outcome)
+    if options.outer_capture or outcome.device.type == "cuda":
+        yield from _about_outer_capture(outcome.outer)
 
 
 def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
@@ -63,6 +67,16 @@ def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
     if not fused and (meaningless := _about_fused_sites(options)):
         yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
     yield from dict.fromkeys(note for carrier in outcome.assigned.ready.values() for note in carrier.notes)
+
+
+def _about_outer_capture(outer: OuterCapture) -> Iterator[str]:
+    if outer.by_reference:
+        yield f"in a capture of the caller's the reference carries out: {'; '.join(outer.by_reference)}"
+    if outer.barred:
+        yield (
+            "a capture of the caller's is refused, unless it is made in segments between which these can run: "
+            f"{'; '.join(outer.barred)}"
+        )
 
 
 def _about_fused_sites(options: Options) -> list[str]:

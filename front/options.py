@@ -47,6 +47,7 @@ _FLAGS = (
     "plain_all_reduce",
     "check_parts",
     "check_every_step",
+    "outer_capture",
 )
 
 
@@ -100,6 +101,10 @@ class Options:
         With the releases that run, M34, M37 and M49 make it act; the other rows are prevented (docs/hazards.md).
     profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name: a graph with
         calls over mnnvl is not captured at all, neither the calls nor what lies between them.
+    outer_capture: the caller captures the model in graphs of its own, so ``capture_sizes`` is empty. The graph is cut
+        as for captures, and what must not be captured runs between two segments of a capture that has some (vLLM's and
+        SGLang's breakable graphs), else by the reference where that can be captured, else the capture is refused.
+        Without the option the graph is not cut, and the same holds for it as a whole.
     static_outputs: return the captured output buffers themselves. They hold until the next call.
     on_report: called with the :class:`CompileReport` of every compiled graph.
 
@@ -137,6 +142,7 @@ class Options:
     pad_to_capture_size: bool = False
     on_hazard: str = "split"
     profile: str = "causes"
+    outer_capture: bool = False
     static_outputs: bool = False
     on_report: Callable[[CompileReport], None] | None = None
     on_hang: str | None = None
@@ -200,6 +206,11 @@ class Options:
             _check_nothing_asks_for_fusion(options)
         if options.pad_to_capture_size and not options.capture_sizes:
             raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
+        if options.outer_capture and options.capture_sizes:
+            raise OptionsError(
+                f"outer_capture=True says that the caller captures, and capture_sizes={list(options.capture_sizes)} "
+                "that ringfence does; leave one out"
+            )
         if options.deterministic and options.max_tokens is None:
             raise OptionsError("deterministic=True needs max_tokens: the largest token count that you will send")
         ways = [one.name for one in table.ALL]

@@ -84,6 +84,7 @@ def _define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> 
     library = Library(namespace, "FRAGMENT")
     library.define(schema.partition("::")[2])
     library.impl(bare, body, "CPU")
+    library.impl(bare, body, "CUDA")
     library.impl(bare, fake, "Meta")
     return [library]
 
