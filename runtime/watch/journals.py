@@ -22,6 +22,9 @@ from .user_code import CodePlace
 
 log = logging.getLogger(__name__)
 
+#: Of so many steps, the last ones of a file, the pieces are looked at: enough for a picture, and to line up clocks.
+_MARKED_STEPS = 8
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -41,7 +44,7 @@ class Mark:
 class RankJournal:
     """The file of one rank. report: of the first that went wrong. later: what it wrote after that, and why.
 
-    code: the line of the user's program in which it stood, or threw.
+    marks: of its last steps. code: the line of the user's program in which it stood, or threw.
     """
 
     rank: int
@@ -168,26 +171,32 @@ def _read(path: Path) -> RankJournal:
 def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
     # Ranks have monotonic clocks of their own; the wall clock is what they share.
     offset = checked.number(value["time"]) - checked.integer(value["clock_ns"]) / 1e9
-    for step in value["steps"]:
-        pieces = value["programs"][step["program"]]["pieces"]
-        counts: Counter[str] = Counter(checked.counts(step["calls_before"]))
+    pieces = [[_piece(p) for p in program["pieces"]] for program in value["programs"]]
+    for step in value["steps"][-_MARKED_STEPS:]:
+        number, sizes, how = checked.integer(step["step"]), checked.integers(step["sizes"]), checked.text(step["how"])
+        counts = checked.counts(step["calls_before"])
         for i, (entered, left) in enumerate(step["pieces"]):
-            piece = pieces[i]
+            name, island, groups = pieces[step["program"]][i]
             calls = []
-            for group, number in Counter(piece["calls"]).items():
-                calls.append(Calls(str(group), counts[group], counts[group] + number - 1))
-                counts[group] += number
-            kind = "island" if piece["island"] else "graph" if step["how"] == REPLAY else step["how"]
+            for group, more in groups:
+                first = counts.get(group, 0)
+                counts[group] = first + more
+                calls.append(Calls(group, first, first + more - 1))
             yield Mark(
-                checked.integer(step["step"]),
+                number,
                 i,
-                checked.text(piece["name"]),
-                kind,
-                checked.integers(step["sizes"]),
+                name,
+                "island" if island else "graph" if how == REPLAY else how,
+                sizes,
                 offset + checked.integer(entered) / 1e9,
                 None if left is None else offset + checked.integer(left) / 1e9,
                 tuple(calls),
             )
+
+
+def _piece(value: Mapping[str, Any]) -> tuple[str, bool, tuple[tuple[str, int], ...]]:
+    """Its name, whether it is an island, and how many calls of which group."""
+    return checked.text(value["name"]), bool(value["island"]), tuple(Counter(map(checked.text, value["calls"])).items())
 
 
 def merge(journals: Sequence[RankJournal]) -> Merged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import checked
@@ -46,10 +46,13 @@ class Report:
     def from_dict(cls, value: Mapping[str, Any]) -> Report:
         """Raises KeyError, TypeError or ValueError for what :meth:`to_dict` did not write."""
         told = value["finding"]
-        known = {f.name: told[f.name] for f in fields(Finding) if f.name in told}
-        ranks = {name: checked.integers(told[name]) for name in ("ranks", "waiting")}
-        texts = {name: checked.text(text) for name, text in known.items() if name not in ranks}
-        finding = Finding(**ranks, **texts)
+        finding = Finding(
+            checked.integers(told["ranks"]),
+            checked.integers(told["waiting"]),
+            checked.text(told["sentence"]),
+            checked.text(told.get("short", "")),
+            checked.text(told.get("remedy", "")),
+        )
         failure = Failure.from_dict(value["failure"]) if value.get("failure") is not None else None
         return cls(str(value["kind"]), int(value["reporter"]), finding, failure, int(value["stamp"]))
 

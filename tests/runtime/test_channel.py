@@ -401,3 +401,10 @@ def test_a_rank_that_leaves_is_not_waited_for() -> None:
 
     store = dist.HashStore()
     assert run_threaded(3, body)[0].startswith("rank 1 left: ValueError: no such op")
+
+
+def test_many_ranks_in_a_row_are_named_by_their_ends() -> None:
+    assert ranks_text([1]) == "rank 1"
+    assert ranks_text([0, 1, 2]) == "ranks 0, 1, 2"
+    assert ranks_text([0, 2, 3, 4, 5, 7]) == "ranks 0, 2-5, 7"
+    assert ranks_text(list(range(100))) == "ranks 0-99"

@@ -493,3 +493,18 @@ def test_a_value_that_is_no_such_thing_is_damage(tmp_path: Path, where: tuple[An
     path.write_text(json.dumps(written))
     with pytest.raises(JournalError, match=r"^'journal-rank0.json' is damaged: \w+Error: [^\n]+$"):
         journals.read_folder(tmp_path)
+
+
+def test_of_a_long_ring_the_last_steps_are_looked_at(tmp_path: Path) -> None:
+    """Which is most of the time that journals of many ranks take. Their steps are compared all the same."""
+    ahead, behind = journal(0), journal(1)
+    for n in range(100):
+        step(ahead, sizes=(n,))
+        step(behind, sizes=(n if n != 3 else 7,))
+    first, second = journals.read_folder(dumped(tmp_path, ahead, behind))
+    assert {m.step for m in first.marks} == set(range(92, 100)) and len(first.steps) == 100
+    assert [str(c) for m in first.marks if m.step == 99 for c in m.calls] == [
+        "call 297 of group 'tp'",
+        "calls 298 to 299 of group 'tp'",
+    ]
+    assert journals.first_divergence((first, second)) is not None
