@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..drawing import ALARM, ALARM_FILL, FAINT, INK, PAPER, Drawing, lines_of, width_of
 from .journals import Mark, Merged, RankJournal
 from .position import Position, sizes_text
-from .summary import answer, call_text, last_heard, ranks_of, several_groups, where
+from .summary import answer, call_text, no_file, ranks_of, several_groups, where
 
 _DRAWN_STEPS = 4
 _PIECE, _CALLS, _ISLAND = "#dbe6f6", "#8fb1e3", "#cfd3dc"
@@ -121,9 +121,8 @@ class _Row:
         self._drawing, self._scale, self._rank, self._y = drawing, scale, rank, y
         self._journal = next((j for j in merged.journals if j.rank == rank), None)
         self._blamed = merged.finding is not None and rank in merged.finding.ranks
-        self._journals = merged.journals
+        self._merged = merged
         self._groups = several_groups(merged.journals)
-        self._heard = last_heard(merged, rank)
         self._right = _WIDTH - _RIGHT
 
     def draw(self) -> None:
@@ -131,9 +130,9 @@ class _Row:
         self._drawing.words(16, self._y + 17, f"rank {self._rank}", size=13, bold=self._blamed, fill=colour)
         self._drawing.line((_LEFT, self._y + _BAR), (self._right, self._y + _BAR), colour="#e3e6ec")
         if self._journal is None:
-            self._gap(_LEFT, self._no_file())
+            self._gap(_LEFT, no_file(self._merged, self._rank))
             return
-        marks = last_steps(self._journal, self._journals)
+        marks = last_steps(self._journal, self._merged.journals)
         for mark in marks:
             if mark.left is not None:
                 self._bar(mark, self._scale.x(mark.left, self._rank))
@@ -142,10 +141,6 @@ class _Row:
         if self._scale.stands:
             self._now(self._journal, marks)
         self._calls(labels)
-
-    def _no_file(self) -> str:
-        text = "left no file"
-        return text if self._heard is None else f"{text}; when last heard of, it {where(self._heard, self._groups)}"
 
     def _bar(self, mark: Mark, end: float) -> None:
         fill = _CALLS if mark.calls else _ISLAND if mark.kind == "island" else _PIECE

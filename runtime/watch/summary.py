@@ -31,7 +31,7 @@ def code_lines(merged: Merged) -> Iterator[str]:
     # Where all stand in the same call, each in the same line of code, no line tells anything.
     for j in merged.journals:
         if j.rank in blamed and j.code is not None and len(blamed) < max(len(ranks_of(merged)), 2):
-            threw = any(f.rank == j.rank and not f.victim for f in j.failures)
+            threw = merged.short.startswith(f"rank {j.rank} failed")
             yield f"rank {j.rank} {'threw' if threw else 'is'} at {j.code}"
 
 
@@ -62,9 +62,15 @@ def rank_line(merged: Merged, rank: int) -> str:
     journal = next((j for j in merged.journals if j.rank == rank), None)
     if journal is not None:
         return f"rank {rank} {where(journal.position, several_groups(merged.journals))}"
+    return f"rank {rank} {no_file(merged, rank)}"
+
+
+def no_file(merged: Merged, rank: int) -> str:
+    """What is known of a rank without one."""
+    said = "could not write its file" if rank in merged.could_not_write else "left no file"
     last = last_heard(merged, rank)
     known = f"; when last heard of, it {where(last, several_groups(merged.journals))}" if last is not None else ""
-    return f"rank {rank} left no file{known}"
+    return said + known
 
 
 def last_heard(merged: Merged, rank: int) -> Position | None:
