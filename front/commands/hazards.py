@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
+from typing import TYPE_CHECKING
 
 from .arguments import Commands
-from .terminal import OK
+from .terminal import FAILED, OK, say
+
+if TYPE_CHECKING:
+    from ..runtime.hazards.hazard import Hazard
 
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "hazards",
         help="list the known ways in which a fused collective hangs or corrupts",
-        description="Print the hazard table, or one row of it in full.",
+        description="Print the hazard table, one row of it in full, or the rows that say what you see.",
     )
     parser.add_argument("id", nargs="?", help="an id, such as M1")
+    parser.add_argument(
+        "--symptom",
+        metavar="WORDS",
+        help="the rows that fit what you see best, or that name a thread: --symptom 'two nodes, replays hang at "
+        "100 %%, no error', --symptom nccl#2389",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
     form.add_argument("--markdown", action="store_true", help="print docs/hazards.md")
@@ -24,12 +35,33 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from ..runtime.hazards.catalogue import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
+    from ..runtime.hazards.search import search
 
     if arguments.id and arguments.markdown:
         arguments.wrong_usage("--markdown prints the whole table; leave the id out")
+    if arguments.symptom is not None and (arguments.id or arguments.markdown):
+        arguments.wrong_usage("--symptom looks for rows; leave the id and --markdown out")
     rows = (find_hazard(arguments.id),) if arguments.id else HAZARDS
+    if arguments.symptom is not None:
+        rows = tuple(match.hazard for match in search(arguments.symptom))
+        if not rows:
+            say(
+                f"no row says '{arguments.symptom}'; `ringfence hazards` lists them all, and docs/hangs.md goes by "
+                "questions"
+            )
+            return ("[]" if arguments.json else ""), FAILED
     if arguments.json:
         return json.dumps(as_dict(rows), indent=2), OK
     if arguments.markdown:
         return as_markdown().rstrip("\n"), OK
+    if arguments.symptom is not None:
+        return "\n\n".join(_answer(row) for row in rows), OK
     return as_text(rows[0]) if arguments.id else summary_table(rows), OK
+
+
+def _answer(row: Hazard) -> str:
+    """A row as an answer to a symptom: what it is, and what to do."""
+    lines = [f"{row.id}  {row.title}"]
+    for label, text in (("symptom", row.symptom), ("remedy", row.remedy), ("source", row.source)):
+        lines += textwrap.wrap(text, 78, initial_indent=f"  {label:<9}", subsequent_indent=" " * 11)
+    return "\n".join(lines)

@@ -74,8 +74,8 @@ ROWS: tuple[Hazard, ...] = (
         id="M25",
         title="Ranks replay different graphs",
         symptom="First wrong numbers, then a spin; the journals of two ranks differ in a graph, a size or a call. An "
-        "idle data-parallel rank runs eager while a busy one replays, or batches differ because each rank aborts by "
-        "its own clock.",
+        "idle data-parallel rank runs eager while a busy one replays, batches differ because each rank aborts by its "
+        "own clock, or a race (at a resume, say) lets some ranks enter one collective more.",
         mechanism="A rank that skips, adds or resizes a call is one buffer off. Its peers first take a later call's "
         "words for this one's, and wait for ever at the end. NCCL deadlocks at once.",
         when=(
@@ -123,8 +123,9 @@ ROWS: tuple[Hazard, ...] = (
     Hazard(
         id="M28",
         title="A rank is slow or dead, and its peers look guilty",
-        symptom="The spinning kernel is a collective; the rank that matters is not in it, but compiling, loading a "
-        "module, writing a log, spinning in the driver on the host, or stuck in another kernel.",
+        symptom="The spinning kernel is a collective in which its peers wait; the rank that matters is not in it, but "
+        "compiling, loading a module, writing a log, spinning in the driver (while sampling, say), or stuck in another "
+        "kernel.",
         mechanism="A collective waits for all ranks, so whatever stops one stops the others inside the collective.",
         when=(When(facts=(Fact.RANK_DID_NOT_ENTER,)),),
         decides=Action.RUNTIME_GUARD,
