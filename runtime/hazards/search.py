@@ -58,14 +58,14 @@ _ALIKE = {
 
 
 @dataclass(frozen=True)
-class Match:
+class Fit:
     """A row, and how much of what was asked it says: 1 for the best."""
 
     hazard: Hazard
     share: float
 
 
-def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Match, ...]:
+def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Fit, ...]:
     """The rows that fit best, best first; none where no word is known.
 
     A thread (``V#51513``, ``nccl#2389``) is looked up among the sources instead.
@@ -73,7 +73,7 @@ def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Match, ...]:
     if threads := re.findall(r"[\w./-]*#\d+", text):
         named = [h for h in hazards if any(_names(h, thread) for thread in threads)]
         if named:
-            return tuple(Match(hazard, 1.0) for hazard in named)
+            return tuple(Fit(hazard, 1.0) for hazard in named)
     documents = {h.id: _words_of(h) for h in hazards}
     rare = Counter(word for words in documents.values() for word in words)
     asked = Counter(words(text))
@@ -87,7 +87,7 @@ def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Match, ...]:
     if best <= 0:
         return ()
     ranked = sorted(hazards, key=lambda h: -scores[h.id])
-    found = [Match(h, scores[h.id] / best) for h in ranked[:_MOST]]
+    found = [Fit(h, scores[h.id] / best) for h in ranked[:_MOST]]
     return tuple(match for match in found if match.share >= _SHARE)
 
 
