@@ -80,7 +80,16 @@ class Form:
     @property
     def source(self) -> str:
         """CUDA C++, whole."""
-        file = _FILES[self.strategy]
+        cluster = f"__cluster_dims__({self.blocks}, 1, 1) " if self.norm and self.blocks > 1 else ""
+        entry = (
+            f'extern "C" __global__ void {cluster}__launch_bounds__({self.threads})\n'
+            f"{ENTRY}(const __grid_constant__ Call call) {{ {self.body}(call); }}\n"
+        )
+        return "\n".join((*map(_text, ("instructions.cuh", "common.cuh", f"{_FILES[self.strategy]}.cu")), entry))
+
+    @property
+    def body(self) -> str:
+        """The function of the file, with its template arguments."""
         options = [self.residual, self.norm, self.weight]
         numbers = [self.blocks, self.warps, self.rounds]
         arguments = [
@@ -88,12 +97,7 @@ class Form:
             *(str(option).lower() for option in options),
             *numbers,
         ]
-        cluster = f"__cluster_dims__({self.blocks}, 1, 1) " if self.norm and self.blocks > 1 else ""
-        entry = (
-            f'extern "C" __global__ void {cluster}__launch_bounds__({self.threads})\n'
-            f"{ENTRY}(const __grid_constant__ Call call) {{ {file}<Form<{', '.join(map(str, arguments))}>>(call); }}\n"
-        )
-        return f"{_text('common.cuh')}\n{_text(f'{file}.cu')}\n{entry}"
+        return f"{_FILES[self.strategy]}<Form<{', '.join(map(str, arguments))}>>"
 
 
 def granules_of(row_bytes: int) -> int:

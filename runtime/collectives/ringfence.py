@@ -53,8 +53,8 @@ _HOST_WORDS, _REPORT, _REPORT_WORDS = 16, 8, 8
 class Lost:
     """What a kernel said about a wait that ended without success.
 
-    call: the number of the call among all of its workspace, from 1. token: which row. source: the rank that did not
-    come, ``missing``: all of these. told: that rank did come, and told that it had lost something itself.
+    call: the number of the call among all of its workspace, from 1. token: which row. missing: the ranks that did not
+    come. source: the first of them; or, where ``told``, the rank that did come, and told that it had waited for them.
     """
 
     call: int
@@ -73,11 +73,12 @@ class Lost:
         return Lost(low | high << 32, token, source, rank, missing, what == 1, what == 2)
 
     def __str__(self) -> str:
+        """Ranks are those of the group."""
         named = ranks_text(self.missing)
         what = "the sum" if self.sums else "the part"
         where = f"call {self.call} of the workspace, token {self.token}"
         if self.told:
-            return f"rank {self.rank} heard from {named} that a wait there had ended without success ({where})"
+            return f"rank {self.rank} heard from rank {self.source} that it had waited in vain for {named} ({where})"
         return f"rank {self.rank} waited in vain for {what} of {named} ({where})"
 
 

@@ -10,6 +10,7 @@ import concurrent.futures
 import itertools
 import random
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ PAYLOADS = ("ordinary", "0x8005", "negative zero", "subnormal", "infinite", "nan
 
 #: Relative error of a norm: one rounding to the dtype, and float32 before it.
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-19}
+#: What outputs hold before a call: large numbers.
+POISON = 0x7F007F00
 #: Blocks of a rank's grid.
 MOST_BLOCKS = 32
 #: Until a kernel gives up, which no healthy one does.
@@ -183,7 +186,10 @@ def run(item: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     ask = {"numerics": numerics, "soak": soak, "alone": alone, "told": told, "timing": timing}[item.pop("what")]
     torch.cuda.init()
-    found = ask(**item)
+    try:
+        found = ask(**item)
+    except Exception:  # the other items are asked all the same
+        return {"kind": "crashed", "note": traceback.format_exc()[-2000:]}
     return {"kind": "returned", "seconds": round(time.monotonic() - began, 2)} | found
 
 
@@ -298,6 +304,9 @@ def soak(world_size: int, calls: int, captured: bool, seed: int = 3) -> dict[str
     ranks.load([(call.inputs[0], call.case) for one in rounds for call in one.calls])
     wrong: list[str] = []
     for one in rounds:
+        for flat in one.flat:
+            flat.fill_(POISON)
+        torch.cuda.synchronize()
         for rank in range(world_size):
             with torch.cuda.stream(ranks.streams[rank]):
                 one.launch(ranks, rank)
@@ -307,12 +316,6 @@ def soak(world_size: int, calls: int, captured: bool, seed: int = 3) -> dict[str
                 if trouble := call.wrong(norm, out):
                     wrong.append(f"rank {rank}: {trouble}")
         one.right = one.flat[0].clone()
-        for rank in range(world_size):  # nothing may be loaded or allocated beside kernels that wait
-            with torch.cuda.stream(ranks.streams[rank]):
-                one.flat[rank].fill_(0)
-                one.check(rank)
-                one.bad[rank].zero_()
-        torch.cuda.synchronize()
     graphs: list[list[torch.cuda.CUDAGraph]] = []
     torch.cuda.synchronize()
     for one in rounds if captured else ():
@@ -321,13 +324,20 @@ def soak(world_size: int, calls: int, captured: bool, seed: int = 3) -> dict[str
             with torch.cuda.graph(graphs[-1][rank], stream=ranks.streams[rank]):
                 one.launch(ranks, rank)
     torch.cuda.synchronize()
+    for one in rounds:  # nothing may be loaded or allocated beside kernels that wait
+        for rank in range(world_size):
+            with torch.cuda.stream(ranks.streams[rank]):
+                one.flat[rank].fill_(0)
+                one.check(rank)
+                one.bad[rank].zero_()
+    torch.cuda.synchronize()
     done = 0
     while done < calls:
         place = picks.randrange(len(rounds))
         one = rounds[place]
         for rank in range(world_size):
             with torch.cuda.stream(ranks.streams[rank]):
-                one.flat[rank].fill_(0x7F007F00)
+                one.flat[rank].fill_(POISON)
                 if captured:
                     graphs[place][rank].replay()
                 else:
@@ -364,7 +374,7 @@ def alone(world_size: int, strategy: str, seconds: float = 0.5) -> dict[str, Any
     for rank in range(world_size - 1):
         kernels = ranks.kernels[rank]
         lost = kernels.rank_memory.lost()
-        seen["reports"].append([lost.call, lost.token, lost.source, lost.rank, lost.told] if lost else None)
+        seen["reports"].append([lost.call, lost.token, list(lost.missing), lost.rank, lost.told] if lost else None)
         norm, out = outputs[rank]
         seen["nan"].append(bool(out.isnan().all()) and norm is not None and bool(norm.isnan().all()))
         try:
@@ -400,7 +410,7 @@ def told(seconds: float = 0.3) -> dict[str, Any]:
     first, second = outputs[1]
     return {
         "took": took,
-        "reports": [[r.call, r.source, r.rank, r.told] if r else None for r in reports],
+        "reports": [[r.call, r.source, list(r.missing), r.rank, r.told] if r else None for r in reports],
         "nan": [bool(out.isnan().any()) for _, out in (*outputs[0], first, second)],
         "right": call.wrong(*first) is None,
     }

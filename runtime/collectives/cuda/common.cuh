@@ -18,9 +18,6 @@
 //
 // Compiled by NVRTC without headers. There are no ranks' numbers among the template arguments: one image serves all.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 // A call of one rank. As in ringfence.py, field by field.
 struct Call {
     const char *input, *residual, *weight;  // [tokens, hidden], the same, [hidden]
@@ -28,47 +25,13 @@ struct Call {
     char *inbox;                            // two buffers of this rank
     char *peers[7];                         // the inboxes of the others, by rank
     u64 *numbers;                           // of the last call, for each block
-    u32 *broken;                            // not 0: a wait has ended without success, and no call works any more
+    u32 *broken;                            // not 0: a wait has ended without success, for the ranks of these bits
     const u64 *bound;                       // nanoseconds of a wait, in the host's memory
     u32 *report;                            // in the host's memory: what report() writes
     u64 buffer_bytes;
     u32 number_count, tokens, rank;
     float eps, weight_bias;
 };
-
-// -- instructions ----------------------------------------------------------------------
-
-__device__ __forceinline__ void store(char *at, uint4 v) {
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-
-__device__ __forceinline__ uint4 load(const char *at) {
-    uint4 v;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ u64 clock_ns() {
-    u64 now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
-    return now;
-}
-
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_dependents_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // -- elements --------------------------------------------------------------------------
 
@@ -86,8 +49,7 @@ struct BFloat16 {
     static __device__ __forceinline__ uint4 pack(const float *from) {
         uint4 v;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word(v, i)) : "f"(from[2 * i + 1]), "f"(from[2 * i]));
+        for (int i = 0; i < 4; i++) word(v, i) = two_bf16(from[2 * i], from[2 * i + 1]);
         return v;
     }
 };
@@ -96,16 +58,12 @@ struct Float16 {
     static constexpr int COUNT = 8;
     static __device__ __forceinline__ void unpack(uint4 v, float *to) {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-                : "=f"(to[2 * i]), "=f"(to[2 * i + 1])
-                : "r"(word(v, i)));
+        for (int i = 0; i < 4; i++) from_two_f16(word(v, i), to[2 * i], to[2 * i + 1]);
     }
     static __device__ __forceinline__ uint4 pack(const float *from) {
         uint4 v;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word(v, i)) : "f"(from[2 * i + 1]), "f"(from[2 * i]));
+        for (int i = 0; i < 4; i++) word(v, i) = two_f16(from[2 * i], from[2 * i + 1]);
         return v;
     }
 };
@@ -159,25 +117,27 @@ constexpr int LOOKS = 64;
 
 // What a wait that ended without success was for: a part, a sum, or nothing, because a source told that it has lost
 // something itself. The host is told, in words of its memory: 1, the call (two words), the token, the source, the own
-// rank, a bit for each rank that is missing, and this.
+// rank, a bit for each rank that did not come, and this.
 constexpr u32 PART = 0, SUM = 1, TOLD = 2;
+// A sum comes after the owner's parts, so the owner gives up first, and tells for whom it has waited.
+constexpr u64 BOUNDS_OF_A_SUM = 2;
 
-// Tell the host, if nothing was told before.
-__device__ __noinline__ void report(const Call &call, u64 number, u32 token, u32 missing, int only, u32 what) {
-    if (atomicCAS(call.broken, 0u, 1u) != 0) return;
-    const u32 below = (1u << call.rank) - 1;
-    const u32 ranks = only >= 0 ? 1u << only : (missing & below) | (missing & ~below) << 1;
+// Tell the host, if nothing was told before. absent: a bit for each rank that did not come; returned is what stands.
+__device__ __noinline__ u32 report(const Call &call, u64 number, u32 token, u32 source, u32 absent, u32 what) {
+    const u32 before = atomicCAS(call.broken, 0u, absent);
+    if (before != 0) return before;
     volatile u32 *to = call.report;
     to[1] = (u32)number;
     to[2] = (u32)(number >> 32);
     to[3] = token;
-    to[4] = __ffs((int)ranks) - 1;
+    to[4] = source;
     to[5] = call.rank;
-    to[6] = ranks;
+    to[6] = absent;
     to[7] = what;
     __threadfence_system();
     to[0] = 1;
     __threadfence_system();
+    return absent;
 }
 
 // How a row is spread: over BLOCKS blocks of WARPS warps, each of which carries a granule of four lines in each of
@@ -220,18 +180,18 @@ struct Block {
     Shared<F> &shared;
     const u32 lane, warp, part, first, step;
     u64 number;
-    bool lost;
+    u32 lost;  // a bit for each rank that did not come; where there is one, no call works any more
 
     __device__ Block(const Call &c, Shared<F> &s)
         : call(c), shared(s), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), part(blockIdx.x % F::BLOCKS),
-          first(blockIdx.x / F::BLOCKS), step(gridDim.x / F::BLOCKS), number(0), lost(false) {}
+          first(blockIdx.x / F::BLOCKS), step(gridDim.x / F::BLOCKS), number(0), lost(0) {}
 
     // Where no call works any more, this one sends, and receives nothing.
     __device__ void begin() {
         if (threadIdx.x == 0) shared.lost = 0;
         wait_for_kernel_before();
         number = *(const volatile u64 *)(call.numbers + blockIdx.x) + 1;
-        lost = __any_sync(ALL, *(const volatile u32 *)call.broken != 0);
+        lost = __shfl_sync(ALL, *(const volatile u32 *)call.broken, 0);
     }
 
     __device__ Place place(int round) const {
@@ -288,66 +248,68 @@ struct Block {
 #pragma unroll
             for (int s = 0; s < SOURCES; s++)
                 if (missing >> s & 1) {
-                    const bool here = !p.flag || (got[s].x == low && got[s].y == high);
+                    // Who has lost something waits no more, and may be calls ahead: what it tells is for any call.
+                    const bool here = !p.flag || (got[s].x == low && got[s].y == high) || got[s].z != 0;
                     if (__all_sync(ALL, here)) missing &= ~(1u << s);
                 }
             if (missing == 0) {
-                bool told = false;
+                u32 told = 0;
 #pragma unroll
-                for (int s = 0; s < SOURCES; s++) told |= p.flag && got[s].z != 0;
-                if (!__any_sync(ALL, told)) return;
+                for (int s = 0; s < SOURCES; s++) told |= p.flag ? got[s].z : 0;
+                if (!__any_sync(ALL, told != 0)) return;
 #pragma unroll
-                for (int s = 0; s < SOURCES; s++) missing |= (u32)__any_sync(ALL, p.flag && got[s].z != 0) << s;
-                lost = true;
-                if (lane == 0) report(call, number, token, missing, only, TOLD);
+                for (int s = 0; s < SOURCES; s++) hear(token, p.flag ? got[s].z : 0, by_rank(1u << s, only));
             } else if (looks % LOOKS == 0) {
-                lost = gave_up(since, token, missing, only);
+                lost = gave_up(since, token, by_rank(missing, only), only >= 0);
             }
         }
 #pragma unroll
         for (int s = 0; s < SOURCES; s++) got[s] = make_uint4(0, 0, 0, 0);
     }
 
-    // Whether the time of a wait is over, or another has ended without success. The whole warp calls.
-    // only: the one source, by rank; or -1, where bit i of `missing` is the i-th of the others.
-    __device__ bool gave_up(u64 &since, u32 token, u32 missing, int only) {
-        int over = 0;
+    // Bits of sources as bits of ranks. only: the one source, by rank; or -1, where the sources are the other ranks.
+    __device__ u32 by_rank(u32 sources, int only) const {
+        const u32 below = (1u << call.rank) - 1;
+        return only >= 0 ? 1u << only : (sources & below) | (sources & ~below) << 1;
+    }
+
+    // The ranks that did not come, once the time of a wait is over or another has ended without success; 0 until then.
+    // The whole warp calls.
+    __device__ u32 gave_up(u64 &since, u32 token, u32 absent, bool sum) {
+        u32 found = 0;
         if (lane == 0) {
             const u64 now = clock_ns();
             if (since == 0) since = now;
-            over = *(const volatile u32 *)call.broken != 0 ? 2 : now - since >= *(const volatile u64 *)call.bound;
-            if (over == 1) report(call, number, token, missing, only, only >= 0 ? SUM : PART);
+            found = *(const volatile u32 *)call.broken;
+            const u64 bound = *(const volatile u64 *)call.bound * (sum ? BOUNDS_OF_A_SUM : 1);
+            if (found == 0 && now - since >= bound)
+                found = report(call, number, token, __ffs((int)absent) - 1, absent, sum ? SUM : PART);
         }
-        return __shfl_sync(ALL, over, 0) != 0;
+        return __shfl_sync(ALL, found, 0);
+    }
+
+    // What a source tells of ranks that did not come. The whole warp calls.
+    __device__ void hear(u32 token, u32 told, u32 source) {
+        const u32 lanes = __ballot_sync(ALL, told != 0);
+        if (lanes == 0) return;
+        u32 found = __shfl_sync(ALL, told, __ffs((int)lanes) - 1);
+        if (lane == 0) found = report(call, number, token, __ffs((int)source) - 1, found, TOLD);
+        lost = __shfl_sync(ALL, found, 0);
     }
 
     // All threads of the block, or of the cluster that shares the norm, and what they wrote into shared memory.
     __device__ void meet() const {
-#if __CUDA_ARCH__ >= 900
-        if (F::CLUSTER) {
-            asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-            asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-            return;
-        }
-#endif
-        __syncthreads();
+        if (F::CLUSTER)
+            meet_cluster();
+        else
+            __syncthreads();
     }
 
     // A word of shared memory, of each block of the cluster.
     __device__ void tell(void *to, u32 value) const {
-#if __CUDA_ARCH__ >= 900
-        if (F::CLUSTER) {
-            u32 mine, theirs;
-            asm volatile("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(mine) : "l"(to));
+        if (!F::CLUSTER) *(volatile u32 *)to = value;
 #pragma unroll
-            for (int block = 0; block < F::BLOCKS; block++) {
-                asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(block));
-                asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(theirs), "r"(value) : "memory");
-            }
-            return;
-        }
-#endif
-        *(volatile u32 *)to = value;
+        for (int block = 0; F::CLUSTER && block < F::BLOCKS; block++) store_in_block(to, block, value);
     }
 
     // What a token needs beside its sum. Asked for before the wait, unless it would fill the registers.
