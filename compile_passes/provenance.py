@@ -12,20 +12,23 @@ from torch.fx import GraphModule, Node
 _FRAME = re.compile(r'^\s*File "(?P<file>.+?)", line (?P<line>\d+), in ', re.MULTILINE)
 
 #: Frames that carry out the user's wish but are not the user's code: torch where it is installed, whatever folders
-#: of that name a user has, and the tensor parallelism of transformers.
+#: of that name a user has, the tensor parallelism of transformers and of engines, and our own function.
 _TORCH = str(Path(torch.__file__).parent)
-_TRANSFORMERS = re.compile(r"[/\\]transformers[/\\](distributed|integrations)[/\\]")
+_PLUMBING = re.compile(
+    r"/transformers/(distributed|integrations)/|/vllm/distributed/|/sglang/srt/distributed/"
+    r"|/tensorrt_llm/_torch/distributed/|/(ringfence|front)/callable\.py$"
+)
 
 #: Key of ``node.meta`` under which an input keeps the name that a person knows it by.
 NAME = "ringfence_name"
 
 
 def _is_library(file: str) -> bool:
-    return file.startswith((f"{_TORCH}/", f"{_TORCH}\\")) or _TRANSFORMERS.search(file) is not None
+    return file.startswith((f"{_TORCH}/", f"{_TORCH}\\")) or _PLUMBING.search(file.replace("\\", "/")) is not None
 
 
 def source_of(node: Node) -> str | None:
-    """``file:line`` of the innermost frame outside torch and the TP plumbing of transformers."""
+    """``file:line`` of the innermost frame outside torch and the TP plumbing of transformers and engines."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if not _is_library(f[0])] or frames
     return f"{own[-1][0]}:{own[-1][1]}" if own else None

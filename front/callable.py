@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -22,10 +22,11 @@ from .compile_passes.fuse import SITE
 from .compile_passes.judge import Decision, Verdict, judge
 from .options import Options
 from .runtime.capturing import is_capturing
+from .runtime.channel import Channel
 from .runtime.collectives import ops
 from .runtime.collectives.prepared import Prepared
 from .runtime.collectives.ready import ReadyCollective
-from .runtime.collectives.workspace import workspaces_of
+from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import OptionsError, WorkspaceError
 from .runtime.groups import Group, describe_group, device_of_group, name_of_group
 from .runtime.replay.tape import Tape
@@ -54,7 +55,7 @@ def all_reduce_add_rms_norm(
     :class:`CaptureError`.
     """
     name = name_of_group(group)
-    if not _is_traced():
+    if not _is_traced(x):
         norm, summed = ops.normed(x, residual, weight, eps, weight_bias, name, ops.PREPARED)
     elif residual is None:
         norm, summed = torch.ops.ringfence.all_reduce_rms_norm(x, weight, eps, weight_bias, name, ops.PREPARED)
@@ -68,15 +69,15 @@ def all_reduce_add_rms_norm(
 def all_reduce(x: Tensor, *, group: dist.ProcessGroup | str | None = None) -> Tensor:
     """The sum of ``x`` over the ranks of a group, in a new contiguous tensor. See :func:`all_reduce_add_rms_norm`."""
     name = name_of_group(group)
-    if not _is_traced():
+    if not _is_traced(x):
         return ops.summed(x, name, ops.PREPARED)
     summed: Tensor = torch.ops.ringfence.all_reduce(x, name, ops.PREPARED)
     return summed
 
 
-def _is_traced() -> bool:
+def _is_traced(x: Tensor) -> bool:
     """Whether somebody writes down what is called, who is to see one op."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return True
     return any(not isinstance(mode, Tape) for mode in _get_current_dispatch_mode_stack())
 
@@ -159,9 +160,24 @@ def _ready(
     if channels:
         digest = PlanDigest(tuple((name, str(value)) for name, value in parts.items()))
         agree(channels[group.name], digest, what="arguments of ringfence.prepare")
+    _begin_anew(channels.get(group.name), workspaces_of(group.name))
     sizes = tuple(sorted({1, options.max_tokens or 1}))  # an engine captures several
     wanted = wanted_by(options, hidden, dtype, sizes)
-    return ready_for(wanted, group, channels.get(group.name), device, options, supervisor)
+    ready = ready_for(wanted, group, channels.get(group.name), device, options, supervisor)
+    if ready.workspace is not None:  # what calls without a residual or a weight need may not be made in a capture
+        for constant in ("zeros", "ones"):
+            ready.workspace.constant(constant, torch.empty(0, dtype=dtype, device=device), 0)
+    return ready
+
+
+def _begin_anew(channel: Channel | None, workspaces: Workspaces) -> None:
+    """Give back what a failure left behind, on any rank."""
+    if channel is None:
+        workspaces.invalid = None
+        return
+    left = next(filter(None, channel.exchange("workspaces that a failure left", workspaces.invalid)), None)
+    if left is not None:
+        workspaces.discard(channel, left)
 
 
 def _verdict(

@@ -101,7 +101,7 @@ def in_ringfences_graphs(rank: int) -> dict[str, Any]:
             pairs = zip(compiled(x, r, w), _mixed(x, r, w), strict=True)
             worst = max(worst, *(relative_error(a, b.double()) for a, b in pairs))
         (report,) = backend.reports
-        sites = [(s.kind, s.group, s.fused, s.eps) for s in report.sites]
+        sites = [(s.kind, s.group, s.fused, s.eps, s.source) for s in report.sites]
         found["captured" if captured else "plain"] = (worst, sites, [(v.op, v.rule, v.site) for v in report.verdicts])
     return found
 
@@ -117,6 +117,8 @@ def prepared(rank: int) -> dict[str, Any]:
     with installed(FakeFlashInfer("0")) as package:
         made = ringfence.prepare(None, H, torch.bfloat16, 8, agree_seconds=30)
         found["prepared"], found["text"] = made, str(made)
+        (workspace,) = workspaces_of("0").open
+        found["constants"] = sorted(name for name, _ in workspace._constants)
         found["stored"] = workspaces_of("world") is workspaces_of("0")
         x, r, w = drawn(rank, (3, H), torch.bfloat16)
         both = expected((3, H), torch.bfloat16, 2, True, True, 1e-6, 0.0)
@@ -181,6 +183,7 @@ def disagreeing(rank: int) -> list[str]:
 
 def watched(rank: int, folder: str) -> dict[str, Any]:
     """Steps of an engine; in the fifth, rank 1 throws, and rank 0 hears of it between two of its own."""
+    unlike = watched_unlike(rank)
     watch = ringfence.watch(None, on_hang="report", step_seconds=30, journal_dir=folder, agree_seconds=30)
     x = torch.ones(4, H)
     for tokens in (4, 4, 1, 4):
@@ -202,7 +205,7 @@ def watched(rank: int, folder: str) -> dict[str, Any]:
         except ringfence.GroupFailureError as error:
             heard = f"{type(error).__name__}: {error}"
     watch.close()
-    return {"before": before, "heard": heard}
+    return {"before": before, "heard": heard, "unlike": unlike}
 
 
 def watched_unlike(rank: int) -> str:
@@ -211,3 +214,11 @@ def watched_unlike(rank: int) -> str:
     except ringfence.RankMismatch as error:
         return str(error)
     return ""
+
+
+def one_after_the_other(rank: int) -> dict[str, Any]:
+    done = {}
+    for body in (eager_and_traced, in_ringfences_graphs, prepared, disagreeing):
+        torch._dynamo.reset()
+        done[body.__name__] = body(rank)
+    return done

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import ringfence
 from ringfence.runtime.collectives.prepared import Prepared
@@ -29,20 +30,28 @@ from ringfence.runtime.replay.capture import SimulatedGraphs
 from support import TOLERANCE, run_python, run_ranks
 
 H = 256
+pytestmark = pytest.mark.xdist_group("callable")  # its ranks run once
 
 
-def test_numbers_eager_and_traced_by_anybody() -> None:
-    for worst in run_ranks(2, callable_ranks.eager_and_traced):
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What two ranks did, one thing after the other."""
+    return run_ranks(2, callable_ranks.one_after_the_other, timeout=240)
+
+
+def test_numbers_eager_and_traced_by_anybody(ranks: list[dict[str, Any]]) -> None:
+    for worst in (done["eager_and_traced"] for done in ranks):
         assert worst.keys() == {
             "add", "alias", "strided", "bare", "gemma", "sum", "eager", "aot_eager", "inductor"
         }  # fmt: skip
         assert max(worst.values()) <= 1.0, worst
 
 
-def test_in_a_graph_that_ringfence_compiles_it_is_a_site() -> None:
-    for found in run_ranks(2, callable_ranks.in_ringfences_graphs):
+def test_in_a_graph_that_ringfence_compiles_it_is_a_site(ranks: list[dict[str, Any]]) -> None:
+    for found in (done["in_ringfences_graphs"] for done in ranks):
         for way, (worst, sites, verdicts) in found.items():
             assert worst <= 4 * TOLERANCE[torch.float32], way
+            assert {str(site[4]).rpartition("/")[2].partition(":")[0] for site in sites} == {"callable_ranks.py"}
             assert [site[:3] for site in sites] == [
                 ("all_reduce_add_rms_norm", "world", True),  # found
                 (None, "world", False),
@@ -54,8 +63,8 @@ def test_in_a_graph_that_ringfence_compiles_it_is_a_site() -> None:
             assert len(verdicts) == 4, "each is judged"
 
 
-def test_prepared_ahead_it_is_carried_out_by_kernels() -> None:
-    for rank, found in enumerate(run_ranks(2, callable_ranks.prepared)):
+def test_prepared_ahead_it_is_carried_out_by_kernels(ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(done["prepared"] for done in ranks):
         made = found["prepared"]
         assert isinstance(made, Prepared) and found["stored"]
         assert (made.group, made.collective, made.hidden, made.dtype, made.max_tokens) == (
@@ -73,11 +82,12 @@ def test_prepared_ahead_it_is_carried_out_by_kernels() -> None:
         poisoned, error, _ = found["captured"]
         assert poisoned and error <= TOLERANCE[torch.bfloat16]
         assert found["again"] == (1, "mnnvl"), "the workspace that is there is used"
+        assert found["constants"] == ["ones", "zeros"], "they could not be made in a capture"
         assert found["closed"] == ({}, 0) and found["after"] == []
 
 
-def test_ranks_that_prepare_different_things_hear_of_it() -> None:
-    for said in run_ranks(2, callable_ranks.disagreeing):
+def test_ranks_that_prepare_different_things_hear_of_it(ranks: list[dict[str, Any]]) -> None:
+    for said in (done["disagreeing"] for done in ranks):
         assert len(said) == 2
         assert "max_tokens differs: rank 0: 8; rank 1: 9" in said[0]
         assert "hidden differs: rank 0: 256; rank 1: 257" in said[1]
@@ -162,10 +172,34 @@ def test_a_group_whose_collectives_the_host_runs_is_not_captured_in_silence() ->
 
 
 @pytest.mark.usefixtures("fake_group")
+def test_who_traces_sees_one_op() -> None:
+    """By make_fx, and with fake tensors, as engines do that trace by themselves."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def call(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return *ringfence.all_reduce_add_rms_norm(x, r, w), ringfence.all_reduce(x), *_bare(x)
+
+    def _bare(x: Tensor) -> tuple[Tensor, Tensor]:
+        return ringfence.all_reduce_add_rms_norm(x, None, None)
+
+    with torch.no_grad():
+        gm = make_fx(call, tracing_mode="fake")(*given())
+        names = [str(n.target) for n in gm.graph.nodes if "ringfence" in str(n.target)]
+        called = ("all_reduce_add_rms_norm", "all_reduce", "all_reduce_rms_norm")
+        assert names == [f"ringfence.{name}.default" for name in called]
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(t) for t in given()]
+        assert [o.shape for o in call(*fake)] == [fake[0].shape] * 5
+
+
+@pytest.mark.usefixtures("fake_group")
 def test_after_a_failure_nothing_is_called() -> None:
     workspaces_of("world").invalidate("rank 1 died")
-    with pytest.raises(PoisonedError, match=r"rank 1 died; .*close_workspaces"):
+    with pytest.raises(PoisonedError, match=r"rank 1 died; call ringfence\.prepare on every rank"):
         ringfence.all_reduce_add_rms_norm(*given())
+    ringfence.prepare(None, H, torch.float32, 8)
+    x = given()[0]
+    assert torch.equal(ringfence.all_reduce(x), x), "the fake group adds nothing, and the call is made"
 
 
 # -- the watch
@@ -174,6 +208,7 @@ def test_after_a_failure_nothing_is_called() -> None:
 def test_steps_of_an_engine_are_written_down_and_a_failure_is_told(tmp_path: Any) -> None:
     first, second = run_ranks(2, callable_ranks.watched, str(tmp_path))
     for found in (first, second):
+        assert "step_seconds differs: rank 0: 30" in found["unlike"] and "rank 1: 31" in found["unlike"]
         position = found["before"]
         assert (position.step, position.sizes, position.phase) == (3, (4,), "idle")
         assert position.submitted == position.completed == {"world": 4}, "a step counts as one call"
@@ -182,11 +217,6 @@ def test_steps_of_an_engine_are_written_down_and_a_failure_is_told(tmp_path: Any
     journal = json.loads((tmp_path / "journal-rank1.json").read_text())
     assert [p["name"] for p in journal["programs"]] == ["decode", "prefill"]
     assert "out of pages" in journal["reason"]
-
-
-def test_ranks_that_watch_differently_hear_of_it() -> None:
-    for said in run_ranks(2, callable_ranks.watched_unlike):
-        assert "step_seconds differs: rank 0: 30" in said and "rank 1: 31" in said
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -216,7 +216,7 @@ def _carried(run: Callable[..., tuple[Tensor, ...]], group: str, collective: str
 def _prepared(group: str, dtype: torch.dtype) -> Prepared | None:
     workspaces = workspaces_of(group)
     if workspaces.invalid is not None:
-        raise PoisonedError(f"{workspaces.invalid}; close the workspaces, ringfence.close_workspaces('{group}')")
+        raise PoisonedError(f"{workspaces.invalid}; call ringfence.prepare on every rank, which begins anew")
     return workspaces.prepared.get(dtype)
 
 

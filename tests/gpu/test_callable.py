@@ -196,7 +196,7 @@ def test_the_callable_in_graphs_of_somebody_else(collective: str) -> None:
             if way == "by NCCL" and collective == "reference":
                 continue
             assert found[way] <= BOUND, (way, found)
-        assert found["breaks"] == 1 and (found["nbytes"] > 0) == (collective != "reference"), found
+        assert found["breaks"] == 1 and (found["nbytes"] > 0 or collective == "reference"), found
 
 
 def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
