@@ -196,8 +196,10 @@ class _Row:
         """Time in which a rank did nothing that was written down."""
         stroke = ALARM if self._blamed else FAINT
         self._drawing.box(x, self._y, self._right - x, _BAR, PAPER, stroke=stroke, dash="4 3", about=text)
-        at = self._scale.now if x < self._scale.now and self._journal is not None else x
-        self._say(text, self._right - at, at=at, fill=stroke)
+        if self._journal is not None:
+            self._say(text, self._right - self._scale.now, fill=stroke)
+        else:  # left of the break, which is drawn over it
+            self._say(text, self._scale.now - 24 - x, at=x, fill=stroke)
         if below:
             self._below(below)
 

@@ -133,6 +133,17 @@ def test_every_rank_has_a_row_in_order(seen: Seen) -> None:
     seen.check()
 
 
+def test_what_was_heard_of_a_rank_without_a_file_ends_before_the_break(tmp_path: Path) -> None:
+    for rank in (0, 2):
+        heard = Position(1, "step", 6, (8,), 0, "a_piece_of_a_model_with_a_long_name" * 3, "graph").to_dict()
+        write(tmp_path, rank, 3, waits=True, heard={"1": heard})
+    seen = Seen(tmp_path)
+    ((text, x, _, attributes),) = [word for word in seen.words if word[0].startswith("could not write")]
+    (broken,) = [x for text, x, *_ in seen.words if text.startswith("nothing moved")]
+    assert text.endswith(" ...") and x + width_of(text, float(attributes["font-size"])) < broken
+    assert any("long_name" in about for about in seen.about)
+
+
 def test_calls_have_their_numbers_and_pieces_their_description(seen: Seen) -> None:
     """Of the last four steps: numbers of whole pieces as from-to."""
     assert seen.texts().count("15") == 3 and seen.texts().count("16-17") == 3
