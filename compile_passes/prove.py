@@ -2,6 +2,9 @@
 
 Verdicts are about one op each. This one is about the plan: the calls that every rank
 makes, in every order in which their steps can happen (:mod:`ringfence.runtime.protocol`).
+
+Every rank proves it for itself: layers, sizes and ranks are folded, so it takes less than an exchange could save
+that every rank would have to wait in. What bounds it is counted and not timed, so all ranks end with one answer.
 """
 
 from __future__ import annotations
@@ -9,20 +12,25 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..runtime.errors import PlanError, TooManyStatesError, VersionError
+from ..runtime.errors import NotDecidedError, PlanError, VersionError
 from ..runtime.hazards.situation import Collective, Payload, Situation
 from ..runtime.protocol import plan as model
 from ..runtime.protocol.answer import ask
+from ..runtime.protocol.bound import Bound
 from .assignment import Assignment
 from .judge import Decision, Verdict
 from .split import Piece, SplitPlan
+
+#: What a proof may cost in a compile, for all groups of a graph together: about a second (docs/measurements.md).
+MOST_STATES, MOST_CALLS = 15_000, 60_000
 
 
 @dataclass(frozen=True)
 class PlanVerdict:
     """What the model says of the plan. It decides nothing: the verdicts of its sites do.
 
-    kind: "safe", or the failure of a run ("deadlock", "stale_read", "lost_write"), or "not_modelled".
+    kind: "safe", or the failure of a run ("deadlock", "stale_read", "lost_write"), or "not_modelled", or
+    "not_decided", of a plan that would cost more than a compile can give; the message says why.
     states: how many states of the model were visited.
     hazard, invariant, remedy: as in :class:`~.judge.Verdict`; trace: the steps that lead to the failure.
     """
@@ -37,7 +45,7 @@ class PlanVerdict:
 
     @property
     def failed(self) -> bool:
-        return self.kind not in ("safe", "not_modelled")
+        return self.kind not in ("safe", "not_modelled", "not_decided")
 
 
 def prove(
@@ -57,8 +65,9 @@ def prove(
         return PlanVerdict("safe", f"no call is carried out by {assigned.judged}")
     kernels = [group for group in carried if assigned.collective(group) != Collective.REFERENCE]
     asked = kernels or list(carried)
-    proofs = [_prove(plan, carried[g], assigned.situation(g), capture_sizes, padding) for g in asked]
-    order = (lambda p: p.failed, lambda p: p.kind == "not_modelled")
+    bound = Bound(MOST_STATES, shortest=MOST_STATES // 6)
+    proofs = [_prove(plan, carried[g], assigned.situation(g), capture_sizes, padding, bound) for g in asked]
+    order = (lambda p: p.failed, lambda p: p.kind == "not_decided", lambda p: p.kind == "not_modelled")
     worst = next((p for worse in order for p in proofs if worse(p)), None)
     return worst or replace(proofs[0], states=sum(p.states for p in proofs))
 
@@ -69,6 +78,7 @@ def _prove(
     situation: Situation | None,
     capture_sizes: Sequence[int],
     padding: bool,
+    bound: Bound,
 ) -> PlanVerdict:
     """The same of the sites of one group."""
     situation = situation or Situation(Collective.REFERENCE)
@@ -80,9 +90,15 @@ def _prove(
     rank = model.exercise(
         tuple(_planned(part, situation, carried) for part in plan.pieces), sizes, situation.world_size, padding=padding
     )
+    calls = len(carried) * len(rank.steps)
+    if calls > MOST_CALLS:
+        why = f"{len(carried)} sites in {len(rank.steps)} steps are {calls} calls, and a compile looks at {MOST_CALLS}"
+        return PlanVerdict("not_decided", f"not decided: {why}; ringfence check has more time")
     try:
-        answer = ask(situation, model.programs([rank] * situation.world_size))
-    except (PlanError, VersionError, TooManyStatesError) as error:
+        answer = ask(situation, model.programs([rank] * situation.world_size), bound)
+    except NotDecidedError as error:
+        return PlanVerdict("not_decided", f"not decided: {error}; ringfence check has more time", error.states)
+    except (PlanError, VersionError) as error:
         return PlanVerdict("not_modelled", f"no protocol was explored: {error}")
     what = f"{situation.world_size} ranks in {len(rank.steps)} steps"
     if answer.safe:

@@ -188,12 +188,25 @@ class TraceError(RingfenceError, ValueError):
     """A saved trace that cannot be read."""
 
 
-class TooManyStatesError(RingfenceError):
+class NotDecidedError(RingfenceError):
+    """A search was ended at its bound; nothing is known about the plan.
+
+    states: how many were visited until then.
+    """
+
+    def __init__(self, states: int, bound: str) -> None:
+        super().__init__(
+            f"the search ended at its bound of {bound}; give it more time, or ask about fewer ranks, sizes or layers"
+        )
+        self.states = states
+
+
+class TooManyStatesError(NotDecidedError):
     """A protocol model has more states than the limit; nothing is known about it.
 
     states: how many were visited.
     """
 
     def __init__(self, states: int, limit: int) -> None:
-        super().__init__(f"the model has more than {limit} states; ask about fewer calls or ranks")
+        RingfenceError.__init__(self, f"the model has more than {limit} states; ask about fewer calls or ranks")
         self.states = states

@@ -11,7 +11,7 @@ import pytest
 
 import ringfence as package
 from ringfence.cli import main
-from ringfence.commands.terminal import FAILED, OK, USAGE
+from ringfence.commands.terminal import FAILED, OK, UNDECIDED, USAGE
 from support import run_python
 
 Run = Callable[..., tuple[int, str, str]]
@@ -281,6 +281,40 @@ def test_check_lets_a_rank_skip_a_call(ringfence: Run) -> None:
     answer = json.loads(out)
     assert (answer["safe"], answer["kind"], answer["hazard"]) == (False, "stale_read", "M25")
     assert answer["states"] > 0 and answer["remedy"] and answer["trace"][-1]["failure"] == "stale_read"
+
+
+def test_check_ends_when_its_time_is_over(ringfence: Run) -> None:
+    code, out, err = ringfence(*MNNVL, "0.7.0", "--timeout", "1e-9")
+    assert code == UNDECIDED and out.startswith("not decided: the search ended at its bound of 1e-09 seconds"), err
+    code, out, _ = ringfence(*MNNVL, "0.7.0", "--timeout", "1e-9", "--json")
+    answer = json.loads(out)
+    assert (
+        code == UNDECIDED and (answer["safe"], answer["kind"]) == (None, "not_decided") and "bound" in answer["message"]
+    )
+    code, _, err = ringfence(*MNNVL, "0.7.0", "--timeout", "-1")
+    assert code == USAGE and "no number of seconds" in err
+
+
+def test_check_answers_for_sixteen_ranks_and_an_engines_sizes(ringfence: Run) -> None:
+    sizes = ",".join(map(str, (1, 2, 4, *range(8, 257, 8))))
+    arguments = ("check", "--collective", "mnnvl", "--tp", "16", "--capture-sizes", sizes, "--flashinfer")
+    code, out, err = ringfence(*arguments, "0.7.0")
+    assert code == OK and out.startswith("safe"), err
+    code, out, err = ringfence(*arguments, "0.6.10")
+    assert code == FAILED and "hazard: M1" in out and "4 ranks stand for all 16" in out, err
+    code, out, err = ringfence(*arguments, "0.7.0", "--skip-rank", "9", "--skip-call", "500")
+    assert code == FAILED and "hazard: M25" in out and "stand for" not in out, err
+
+
+def test_check_counts_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line says before the search how long it may take, and goes on counting."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("ringfence.commands.terminal._QUIET_SECONDS", 0.0)
+    assert main(["check", "--collective", "mnnvl", "--tp", "2", "--flashinfer", "0.7.0", "--timeout", "77"]) == OK
+    out, err = capsys.readouterr()
+    assert (
+        out.startswith("safe") and "exploring, for 77 s at most: " in err and " states, " in err and err.endswith("\n")
+    )
 
 
 @pytest.mark.parametrize(("strategy", "code"), [("one-shot", OK), ("two-shot", FAILED), ("auto", FAILED)])

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import OptionsError, TraceError
+from ..runtime.errors import NotDecidedError, OptionsError, TraceError
 from ..runtime.hazards.situation import Collective, Payload, Situation, Strategy
 from ..runtime.protocol.plan import MODELLED, PlannedPiece, even_pieces, exercise, moe_pieces, programs
-from .arguments import Commands, count, layers, natural, world_size
-from .terminal import FAILED, OK, read, say_if_unread, stage, write
+from .arguments import Commands, count, layers, natural, seconds, world_size
+from .terminal import FAILED, OK, UNDECIDED, progress, read, say_if_unread, write
 
 if TYPE_CHECKING:
     from ..runtime.protocol.answer import Answer
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         "check",
         help="say whether a plan can hang, and show how",
         description="Run a model of the collective's protocol in every order, for a plan of captured pieces on N "
-        "ranks: exit 0 when no order fails, 1 when one does, 2 on bad usage.",
+        "ranks: exit 0 when no order fails, 1 when one does, 2 on bad usage, 3 when the time was not enough.",
     )
     parser.add_argument("--collective", choices=[str(c) for c in MODELLED], help="whose protocol")
     parser.add_argument("--flashinfer", metavar="VERSION", help="in which version")
@@ -50,6 +50,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--strategy", choices=("one-shot", "two-shot", "auto"), default="auto", help="(default auto)")
     parser.add_argument("--skip-rank", type=natural, metavar="R", help="let rank R leave out a call")
     parser.add_argument("--skip-call", type=natural, metavar="C", help="which one, counted from 0")
+    parser.add_argument(
+        "--timeout", type=seconds, default=120.0, metavar="S", help="end after so many seconds (default 120)"
+    )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="show the trace that --json printed before")
     parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline")
@@ -67,8 +70,12 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
         result = timeline.load(saved)
         extra = {"safe": result.safe, "kind": str(result.failure or "safe")} | _said_before(saved)
     else:
-        answer = _ask(arguments)
-        result, extra = answer.result, _as_dict(answer)
+        try:
+            answer = _ask(arguments)
+        except NotDecidedError as error:
+            why = {"safe": None, "kind": "not_decided", "states": error.states, "message": str(error)}
+            return json.dumps(why, indent=2) if arguments.json else f"not decided: {error}", UNDECIDED
+        result, extra = answer.result, _as_dict(answer) | {"folded": _folded(arguments, answer)}
     lines = _lines(extra)
     if arguments.svg is not None:
         write(arguments.svg, timeline.svg(result, lines))
@@ -86,6 +93,7 @@ def _lines(said: Mapping[str, Any]) -> list[str]:
     lines = [f"payload: {said['payload']}"] if not said["safe"] and "payload" in said else []
     lines += [f"hazard: {hazard}, {find_hazard(hazard).title}"] if hazard is not None else []
     lines += [f"remedy: {remedy}"] if remedy is not None else []
+    lines += [said["folded"]] if said.get("folded") is not None else []
     also = [find_hazard(id) for id in said.get("also", ())]
     return lines + [f"not in the model: {row.id}, {row.title.lower()}: {row.remedy}" for row in also]
 
@@ -93,10 +101,20 @@ def _lines(said: Mapping[str, Any]) -> list[str]:
 def _said_before(saved: bytes) -> dict[str, Any]:
     """What the answer's JSON has beside the trace; one that is not as it was written is left out."""
     value = json.loads(saved)
-    said = {name: value.get(name) for name in ("payload", "hazard", "invariant", "remedy")}
+    said = {name: value.get(name) for name in ("payload", "hazard", "invariant", "remedy", "folded")}
     also = value.get("also")
     found: dict[str, Any] = {name: text for name, text in said.items() if isinstance(text, str)}
     return found | ({"also": also} if isinstance(also, list) and all(isinstance(id, str) for id in also) else {})
+
+
+def _folded(arguments: argparse.Namespace, answer: Answer) -> str | None:
+    """How a trace speaks for the plan that was asked about."""
+    from ..runtime.protocol.fold import KEPT_RANKS
+
+    if answer.safe or arguments.skip_rank is not None:
+        return None
+    ranks = f"{KEPT_RANKS} ranks stand for all {arguments.tp}, and " if arguments.tp > KEPT_RANKS else ""
+    return f"in this trace {ranks}one to a few tokens stand for the sizes (docs/design.md)"
 
 
 def _as_dict(answer: Answer) -> dict[str, Any]:
@@ -114,6 +132,7 @@ def _as_dict(answer: Answer) -> dict[str, Any]:
 
 def _ask(arguments: argparse.Namespace) -> Answer:
     from ..runtime.protocol.answer import ask
+    from ..runtime.protocol.bound import Bound
     from ..runtime.protocol.calls import without
 
     missing = [name for name in ("collective", "flashinfer", "tp") if getattr(arguments, name) is None]
@@ -134,8 +153,8 @@ def _ask(arguments: argparse.Namespace) -> Answer:
         ranks[arguments.skip_rank] = without(ranks[arguments.skip_rank], arguments.skip_call)
     situation = Situation(collective, arguments.flashinfer, world_size=arguments.tp, strategy=strategy, payload=payload)
     say_if_unread(arguments.flashinfer)
-    with stage("exploring"):
-        return ask(situation, ranks)
+    with progress(f"exploring, for {arguments.timeout:g} s at most") as told:
+        return ask(situation, ranks, Bound(seconds=arguments.timeout, told=told))
 
 
 def _pieces(

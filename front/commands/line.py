@@ -13,7 +13,6 @@ from ..runtime.errors import (
     OptionsError,
     PlanError,
     RingfenceError,
-    TooManyStatesError,
     TraceError,
     UnknownHazardError,
     VersionError,
@@ -24,7 +23,7 @@ from .terminal import FAILED, USAGE, answer, say
 #: None of these imports torch when it is imported: usage, --help and what needs no torch answer at once.
 COMMANDS = (explain, check, hazards, journal, doctor, bench)
 
-_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, TooManyStatesError, JournalError)
+_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, JournalError)
 
 
 def run(argv: Sequence[str] | None) -> int:

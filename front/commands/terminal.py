@@ -9,15 +9,15 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ..runtime.errors import OptionsError
 
-#: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own).
-#: Broken off from the keyboard is 130 (:mod:`ringfence.cli`).
-OK, FAILED, USAGE = 0, 1, 2
+#: Exit codes: what was asked for was done; the target cannot be loaded or compiled; wrong usage (argparse's own); not
+#: decided in the time given. Broken off from the keyboard is 130 (:mod:`ringfence.cli`).
+OK, FAILED, USAGE, UNDECIDED = 0, 1, 2, 3
 
 _QUIET_SECONDS = 2.0
 
@@ -132,3 +132,29 @@ def stage(label: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[int], None]]:
+    """As :func:`stage`; on a terminal the line counts the states that are told to what this yields."""
+    if not sys.stderr.isatty():
+        with stage(label):
+            yield lambda states: None
+        return
+    began = last = time.monotonic()
+
+    def told(states: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > _QUIET_SECONDS / 4 and now - began > _QUIET_SECONDS:
+            last = now
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"\rringfence: {label}: {states} states, {now - began:.0f} s")
+                sys.stderr.flush()
+
+    try:
+        yield told
+    finally:
+        if last != began:
+            with contextlib.suppress(OSError):
+                sys.stderr.write("\n")

@@ -6,6 +6,7 @@ what the failure is called, which invariant is broken, and what to do.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,14 @@ from ..errors import PlanError
 from ..hazards.catalogue import applicable
 from ..hazards.situation import Collective, Fact, Payload, Situation, Strategy
 from ..hazards.table import Action, Hazard
-from .calls import Calls, changed
+from .bound import Bound
+from .calls import Calls, distinct, each
 from .explore import ModelFailure, Result
 from .machine import State
-from .plan import check
+from .plan import check, unseen
 
 #: Rows whose failure is a wrong number; the others' is a wait that never ends.
-_WRONG_NUMBERS = frozenset({"M3", "M5"})
+_WRONG_NUMBERS = frozenset({"M3", "M5", "M58"})
 #: Rows about arithmetic, which no model has: they explain no failure of one.
 _ARITHMETIC = frozenset({"M49"})
 
@@ -48,24 +50,29 @@ class Answer:
         return self.hazard.remedy if self.hazard is not None else "no row of the hazard table explains this; report it"
 
 
-def ask(situation: Situation, ranks: Sequence[Calls]) -> Answer:
+def ask(situation: Situation, ranks: Sequence[Calls], bound: Bound | None = None) -> Answer:
     """Run the protocol of the situation's collective and version with these programs, one per rank.
 
-    A payload of ANY stands for each kind of word in turn, the plainest first. Raises
-    :class:`~.plan.PlanError` and :class:`~ringfence.runtime.errors.VersionError`.
+    A payload of ANY stands for each kind of word in turn, the plainest first; one whose words the receivers of this
+    release take as they take those before it has been asked about. Raises :class:`~.plan.PlanError`,
+    :class:`~ringfence.runtime.errors.VersionError`, and what ``bound`` raises.
     """
     version = situation.flashinfer
     if version is None:
         raise PlanError("the protocols differ between FlashInfer releases; say which one")
     states = 0
+    taken: dict[tuple[bool, bool], Result[State]] = {}
     for payload in _payloads(situation):
-        programs = [changed(calls, *(c.id for c in calls), payload=payload) for calls in ranks]
-        result = check(situation.collective, version, programs)
-        states += result.states
+        words = unseen(situation.collective, version, payload)
+        if words not in taken:
+            programs = each(ranks, functools.partial(_sending, payload))
+            taken[words] = check(situation.collective, version, programs, bound)
+            states += taken[words].states
+        result = taken[words]
         if not result.safe:
             break
     result = replace(result, states=states)
-    row = None if result.safe else _explanation(replace(situation, payload=payload), result, programs)
+    row = None if result.safe else _explanation(replace(situation, payload=payload), result, programs, bound)
     also = tuple(other for other in applicable(situation) if result.safe and other.decides is not Action.CAPTURE)
     return Answer(result, payload, row, also)
 
@@ -80,12 +87,16 @@ def _payloads(situation: Situation) -> Iterator[Payload]:
         yield from (Payload.ORDINARY, Payload.NEGATIVE_ZERO, Payload.SUBNORMAL)
 
 
-def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Calls]) -> Hazard | None:
+def _explanation(
+    situation: Situation, result: Result[State], ranks: Sequence[Calls], bound: Bound | None
+) -> Hazard | None:
     """The first row that applies and fails in this way; None where no row does."""
     version = situation.flashinfer or ""
-    diverge = any(_shape(calls) != _shape(ranks[0]) for calls in ranks)
+    diverge = any(_shape(calls) != _shape(ranks[0]) for calls in distinct(ranks))
     # Where the ranks would fail whichever program all of them ran, their difference is not the cause.
-    if diverge and any(check(situation.collective, version, [calls] * len(ranks)).safe for calls in ranks):
+    if diverge and any(
+        check(situation.collective, version, [calls] * len(ranks), bound).safe for calls in distinct(ranks)
+    ):
         two_shot = any(call.strategy is Strategy.TWO_SHOT for calls in ranks for call in calls)
         same_calls = len({tuple(c.id for c in calls) for calls in ranks}) == 1
         facts = {Fact.DIVERGENT_GEOMETRY} if two_shot and same_calls else {Fact.DIVERGENT_SEQUENCE}
@@ -93,6 +104,8 @@ def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Ca
             facts = {Fact.DIVERGENT_SEQUENCE}
         situation = replace(situation, facts=frozenset(facts))
         return next((row for row in applicable(situation) if any(when.facts for when in row.when)), None)
+    if len({call.tokens for calls in distinct(ranks) for call in calls if call.strategy is Strategy.TWO_SHOT}) > 1:
+        situation = replace(situation, facts=situation.facts | {Fact.GRIDS_TAKE_TURNS})
     wrong = result.failure is not ModelFailure.DEADLOCK
     rows = (row for row in applicable(situation) if row.id not in _ARITHMETIC)
     return next((row for row in rows if (row.id in _WRONG_NUMBERS) == wrong), None)
@@ -100,3 +113,9 @@ def _explanation(situation: Situation, result: Result[State], ranks: Sequence[Ca
 
 def _shape(calls: Calls) -> list[tuple[object, ...]]:
     return [(c.id, c.strategy, c.tokens, c.workspace) for c in calls]
+
+
+def _sending(payload: Payload, calls: Calls) -> Calls:
+    if all(call.payload is payload for call in calls):
+        return calls
+    return tuple(replace(call, payload=payload) for call in calls)

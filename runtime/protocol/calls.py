@@ -7,7 +7,7 @@ rank divergence looks from the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -77,3 +77,14 @@ def changed(calls: Calls, *ids: int, **fields: object) -> Calls:
     """The program of a rank whose calls ``ids`` differ: ``tokens=``, ``strategy=``, ``payload=``, ..."""
     chosen = frozenset(ids)
     return tuple(replace(call, **fields) if call.id in chosen else call for call in calls)  # type: ignore[arg-type]
+
+
+def distinct(ranks: Sequence[Calls]) -> list[Calls]:
+    """The programs of some ranks, each that several have once."""
+    return list({id(calls): calls for calls in ranks}.values())
+
+
+def each(ranks: Sequence[Calls], changed: Callable[[Calls], Calls]) -> tuple[Calls, ...]:
+    """The programs changed one by one; ranks that have one have one afterwards."""
+    done = {id(calls): changed(calls) for calls in distinct(ranks)}
+    return tuple(done[id(calls)] for calls in ranks)

@@ -73,9 +73,16 @@ class History(Generic[Words]):
             now[kind.workspace] = compiler.after(words, call)
 
     @cached_property
-    def pairs(self) -> list[tuple[Call, Words]]:
-        """What decides the ops of each call: many are the same."""
-        return [(kind, self.compiler.rebased(words)[0]) for kind, words in zip(self.kinds, self.words, strict=True)]
+    def pairs(self) -> tuple[list[int], list[int]]:
+        """A number for what decides the ops of each call, and a call with each of these numbers: many are the same."""
+        numbers: dict[tuple[Call, Words], int] = {}
+        number_of, first = [], []
+        for place, (kind, words) in enumerate(zip(self.kinds, self.words, strict=True)):
+            number = numbers.setdefault((kind, self.compiler.rebased(words)[0]), len(numbers))
+            if number == len(first):
+                first.append(place)
+            number_of.append(number)
+        return number_of, first
 
 
 class CompiledProgram(Sequence[Launch]):
@@ -84,14 +91,12 @@ class CompiledProgram(Sequence[Launch]):
     def __init__(self, compiler: Compiler[Words], rank: int, history: History[Words]) -> None:
         self._compiler, self._rank, self._history = compiler, rank, history
         self._launches: dict[int, Launch] = {}
-        widths: dict[tuple[Call, Words], int] = {}
-        self._places: list[int] = []
-        for place, pair in enumerate(history.pairs):
-            if pair not in widths:
-                widths[pair] = len(compiler.ops(rank, history.words[place], history.calls[place]))
-            if widths[pair]:
-                self._places.append(place)
-        self.width = max(widths.values(), default=0)
+        number_of, first = history.pairs
+        widths = [len(compiler.ops(rank, history.words[place], history.calls[place])) for place in first]
+        self.width = max(widths, default=0)
+        self._places: Sequence[int] = range(len(number_of))
+        if not all(widths):
+            self._places = [place for place, number in enumerate(number_of) if widths[number]]
 
     def __len__(self) -> int:
         return len(self._places)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import TooManyStatesError
+from .bound import Bound
 from .explore import ModelFailure, Result, explore
 from .machine import Machine, State, perform, ready
 from .order import OpPlace
@@ -19,26 +20,31 @@ from .run import Run, calls_made, run_order
 from .walk import Walk, begin
 
 
-def decide(machine: Machine, *, limit: int = 40_000, walk: Walk | None = None) -> Result[State]:
+def decide(
+    machine: Machine, *, limit: int | None = None, walk: Walk | None = None, bound: Bound | None = None
+) -> Result[State]:
     """Whether some order of the machine fails. ``states`` counts those visited.
 
-    ``limit``, in states times ranks, bounds each exhaustive search for a shortest trace; a
+    ``limit``, in states times ranks, bounds each exhaustive search for a shortest trace (``bound.shortest`` else); a
     failure found beyond it has ``shortest`` False, and unless it is a deadlock a trace in which
-    no single step can be left out.
+    no single step can be left out. ``walk`` may know some of the machine's calls already; ``bound`` raises
+    :class:`~ringfence.runtime.errors.NotDecidedError`.
     """
-    begun = begin(machine, walk)
+    bound = bound or Bound()
+    limit = bound.shortest if limit is None else limit
+    begun = begin(machine, walk, bound)
     if begun.finished:
         return Result(None, begun.steps + 1)
-    run = run_order(machine, begun.states[-1], quiet=begun.states[:-1], order=begun.order)
+    run = run_order(machine, begun.states[-1], quiet=begun.states[:-1], order=begun.order, bound=bound)
     visited = begun.steps + len(run.trace) + 1
     if run.failure is None and run.suspicion is None:
         return Result(None, visited)
     if run.failure is ModelFailure.DEADLOCK and run.suspicion is None:  # every order gets stuck after the same steps
-        stuck = run_order(machine, run.quiet[-1])
+        stuck = run_order(machine, run.quiet[-1], bound=bound)
         return replace(_report(machine, run.quiet[-1], stuck, visited), shortest=True)
     for quiet in dict.fromkeys((run.quiet[0], run.quiet[-1])):
         try:
-            found = explore(machine, start=quiet, limit=limit // len(machine.programs))
+            found = explore(machine, start=quiet, limit=limit // len(machine.programs), bound=bound)
         except TooManyStatesError as error:
             visited += error.states
             continue
@@ -47,11 +53,11 @@ def decide(machine: Machine, *, limit: int = 40_000, walk: Walk | None = None) -
             return replace(found, states=visited, skipped=calls_made(quiet))
     for quiet in reversed(run.quiet):
         for hold in (None, run.suspicion):  # the pair as it came, and the other way round
-            held = run_order(machine, quiet, hold=hold)
+            held = run_order(machine, quiet, hold=hold, bound=bound)
             visited += len(held.trace) + 1
             if held.failure is not None:
                 return _report(machine, quiet, held, visited)
-    return explore(machine, limit=10 * limit)
+    return explore(machine, limit=10 * limit, bound=bound)
 
 
 def _report(machine: Machine, start: State, run: Run, visited: int) -> Result[State]:

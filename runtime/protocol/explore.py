@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
 from ..errors import TooManyStatesError
+from .bound import Bound
 
 
 class ModelFailure(StrEnum):
@@ -79,17 +80,21 @@ class Result(Generic[State]):
         return self.failure is None
 
 
-def explore(model: Model[State], *, start: State | None = None, limit: int = 2_000_000) -> Result[State]:
+def explore(
+    model: Model[State], *, start: State | None = None, limit: int = 2_000_000, bound: Bound | None = None
+) -> Result[State]:
     """Visit every state reachable from ``start``, or stop at the first failure.
 
-    Raises :class:`TooManyStatesError` beyond ``limit`` states.
+    Raises :class:`TooManyStatesError` beyond ``limit`` states, and what ``bound`` raises.
     """
     start = model.initial() if start is None else start
     came_from: dict[State, tuple[Event, State] | None] = {start: None}
     frontier = [start]
     while frontier:
         reached: list[State] = []
-        for state in frontier:
+        for number, state in enumerate(frontier):
+            if bound is not None and number % 64 == 0:
+                bound.visit(min(64, len(frontier) - number))
             stuck = True
             for event, after in model.steps(state):
                 stuck = False
@@ -99,12 +104,12 @@ def explore(model: Model[State], *, start: State | None = None, limit: int = 2_0
                 if after not in came_from:
                     came_from[after] = (event, state)
                     reached.append(after)
+                    if len(came_from) > limit:
+                        raise TooManyStatesError(len(came_from), limit)
             if stuck and not model.finished(state):
                 return Result(
                     ModelFailure.DEADLOCK, len(came_from), _trace(came_from, state), model.waiting(state), end=state
                 )
-        if len(came_from) > limit:
-            raise TooManyStatesError(len(came_from), limit)
         frontier = reached
     return Result(None, len(came_from))
 

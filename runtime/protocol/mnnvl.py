@@ -92,6 +92,11 @@ def mnnvl_compiler(programs: Sequence[Calls], rules: LamportRules, *, torn: bool
     return MnnvlCompiler(world_size, rules=rules, capacity=capacity, torn=torn)
 
 
+def polls_own(rules: LamportRules, world_size: int) -> bool:
+    """Whether a rank polls its own part too."""
+    return rules.polls_own or world_size > _OWN_IN_REGISTERS
+
+
 def _scattered_rows(tokens: int, world_size: int) -> int:
     return -(-tokens // world_size) * world_size
 
@@ -142,7 +147,7 @@ class _MnnvlRank:
     def __init__(self, compiler: MnnvlCompiler, rank: int) -> None:
         self._rank, self._world, self._capacity = rank, range(compiler.world_size), compiler.capacity
         self._rules, self._torn, self._memory = compiler.rules, compiler.torn, compiler.memory
-        own = self._rules.polls_own or compiler.world_size > _OWN_IN_REGISTERS
+        own = polls_own(self._rules, compiler.world_size)
         self._polled = [r for r in self._world if r != rank or own]
 
     def ops(self, words: MnnvlControlWords, call: Call) -> tuple[Op, ...]:

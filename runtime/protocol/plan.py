@@ -11,26 +11,35 @@ another program, and ranks are described one by one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from ..errors import PlanError
 from ..hazards.situation import Collective, Payload, Strategy
-from .calls import Call, Calls
+from .bound import Bound
+from .calls import Call, Calls, distinct, each
+from .compiler import Compiler
 from .decide import decide
 from .explore import Result
-from .machine import Machine, State
-from .mnnvl import mnnvl
-from .moe_a2a import moe_a2a
-from .rules import mnnvl_rules, moe_rules, trtllm_rules
-from .trtllm import trtllm
+from .fold import KEPT_RANKS, UNFOLDED_STATES, UNFOLDED_WORDS, Sizes, decide_folded, mnnvl_folds, smallest, trtllm_folds
+from .lamport import part, total
+from .machine import UNSEEN, Machine, State
+from .mnnvl import MnnvlCompiler, mnnvl_compiler, polls_own
+from .moe_a2a import MoeCompiler
+from .rules import LamportRules, MoeRules, mnnvl_rules, moe_rules, trtllm_rules
+from .trtllm import trtllm_compiler
 
 #: What the models cover. FlashInfer's mnnvl serves 32 and 64 ranks too.
 WORLD_SIZES = (2, 4, 8, 16)
 
 #: Collectives whose protocol has a model.
 MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL)
+
+
+Rules: TypeAlias = LamportRules | MoeRules
 
 
 @dataclass(frozen=True)
@@ -115,17 +124,18 @@ class _Launched:
 
 def programs(ranks: Sequence[PlannedRank]) -> tuple[Calls, ...]:
     """The calls of every rank. A call has the same id on all ranks that make it in the same step."""
-    launched = [list(_launched(rank)) for rank in ranks]
-    keys = sorted({call.key for calls in launched for call in calls})
+    launched = {rank: list(_launched(rank)) for rank in dict.fromkeys(ranks)}
+    keys = sorted({call.key for calls in launched.values() for call in calls})
     ids = {key: i for i, key in enumerate(keys)}
-    return tuple(
-        tuple(
+    made = {
+        rank: tuple(
             Call(ids[c.key], c.strategy, c.tokens, rank.payload, epoch=c.epoch, where=c.where)
             for c in calls
             if c.tokens > 0  # FlashInfer's grid has a block per token: without tokens there is no launch
         )
-        for rank, calls in zip(ranks, launched, strict=True)
-    )
+        for rank, calls in launched.items()
+    }
+    return tuple(made[rank] for rank in ranks)
 
 
 def _launched(rank: PlannedRank) -> Iterator[_Launched]:
@@ -172,15 +182,16 @@ def reduced(ranks: Sequence[Calls]) -> tuple[Calls, ...]:
     in a count or a strategy, rows of one call may lie where another rank has rows of another
     token; then which failure comes first can depend on the counts, that there is one cannot.
     """
-    counts = sorted({call.tokens for calls in ranks for call in calls})
-    step = len(ranks) if any(call.strategy is Strategy.TWO_SHOT for calls in ranks for call in calls) else 1
+    some = distinct(ranks)
+    counts = sorted({call.tokens for call in _all(some)})
+    step = len(ranks) if any(call.strategy is Strategy.TWO_SHOT for call in _all(some)) else 1
     small: dict[int, int] = {}
     last = 0
     for count in counts:
         last = last + 1 + (count - last - 1) % step
         last += step * (last < min(count, step))
         small[count] = last
-    return tuple(tuple(replace(call, tokens=small[call.tokens]) for call in calls) for calls in ranks)
+    return each(ranks, lambda calls: tuple(replace(call, tokens=small[call.tokens]) for call in calls))
 
 
 def with_grids(ranks: Sequence[Calls], *, by_size: bool = False) -> tuple[Calls, ...]:
@@ -190,7 +201,7 @@ def with_grids(ranks: Sequence[Calls], *, by_size: bool = False) -> tuple[Calls,
     grids are neither larger nor smaller with the tokens (129 tokens 132 blocks, 144 tokens 72), so two tell all.
     """
     counts: dict[int, set[int]] = {}
-    for call in _all(ranks):
+    for call in _all(distinct(ranks)):
         counts.setdefault(call.id, set()).add(call.tokens)
     order = {id: sorted(tokens) for id, tokens in counts.items()}
     first = next((call.tokens for call in _all(ranks) if call.strategy is Strategy.TWO_SHOT), None)
@@ -199,7 +210,31 @@ def with_grids(ranks: Sequence[Calls], *, by_size: bool = False) -> tuple[Calls,
         turns = by_size and call.strategy is Strategy.TWO_SHOT and call.tokens != first
         return call.ctas + order[call.id].index(call.tokens) + turns
 
-    return tuple(tuple(replace(call, ctas=grid(call)) for call in calls) for calls in ranks)
+    if all(len(tokens) == 1 for tokens in counts.values()) and not by_size:
+        return tuple(ranks)
+    return each(ranks, lambda calls: tuple(replace(call, ctas=grid(call)) for call in calls))
+
+
+def rules_for(collective: str, version: str) -> Rules:
+    """The protocol of this collective in this FlashInfer.
+
+    Raises :class:`PlanError` or :class:`~ringfence.runtime.errors.VersionError`.
+    """
+    match collective:
+        case Collective.MNNVL:
+            return mnnvl_rules(version)
+        case Collective.TRTLLM:
+            return trtllm_rules(version)
+        case Collective.MOE_ALL_TO_ALL:
+            return moe_rules(version)
+    raise PlanError(f"no model of collective '{collective}'; there are {_listed(MODELLED)}")
+
+
+def compiler_for(collective: str, rules: Rules, ranks: Sequence[Calls]) -> Compiler[Any]:
+    """The protocol of this collective by these rules, for ranks that make these calls."""
+    if isinstance(rules, MoeRules):
+        return MoeCompiler(len(ranks), rules=rules)
+    return (mnnvl_compiler if collective == Collective.MNNVL else trtllm_compiler)(ranks, rules)
 
 
 def machine_for(collective: str, version: str, ranks: Sequence[Calls]) -> Machine:
@@ -207,24 +242,105 @@ def machine_for(collective: str, version: str, ranks: Sequence[Calls]) -> Machin
 
     Raises :class:`PlanError` or :class:`~ringfence.runtime.errors.VersionError`.
     """
+    _check_ranks(ranks)
+    rules = rules_for(collective, version)
+    return _unfolded(collective, rules, _gridded(collective, rules, ranks))
+
+
+def check(collective: str, version: str, ranks: Sequence[Calls], bound: Bound | None = None) -> Result[State]:
+    """Whether these programs, one per rank, can deadlock, read stale data or lose a write.
+
+    Ranks and sizes are folded (:mod:`.fold`) where all ranks make the same calls. Raises :class:`PlanError`,
+    :class:`~ringfence.runtime.errors.VersionError`, and what ``bound`` raises.
+    """
+    _check_ranks(ranks)
+    rules, bound = rules_for(collective, version), bound or Bound()
+    ranks = _gridded(collective, rules, ranks)
+    first = ranks[0]
+    if all(calls is first or calls == first for calls in ranks) and not any(call.active for call in first):
+        return check_alike(collective, rules, first, len(ranks), bound)
+    if collective != Collective.MOE_ALL_TO_ALL and _same_sizes(ranks):
+        few = each(ranks, lambda calls: smallest(calls, len(ranks)))
+        found = decide(compiler_for(collective, rules, few).machine(few), bound=bound)
+        if not found.safe:
+            return found
+    return decide(_unfolded(collective, rules, ranks), bound=bound)
+
+
+def check_alike(collective: str, rules: Rules, calls: Calls, world_size: int, bound: Bound) -> Result[State]:
+    """As :func:`check`, of ranks that all make these calls."""
+    folds: Sequence[Sizes] = ({},)
+    mixed = small = False
+    if collective == Collective.TRTLLM:
+        folds = tuple(trtllm_folds(calls))
+    elif collective == Collective.MNNVL:
+        folds = tuple(mnnvl_folds(calls, world_size))
+        mixed = len({call.strategy is Strategy.TWO_SHOT for call in calls}) == 2
+        most = max(call.tokens for call in reduced([calls] * world_size)[0]) if mixed else 0
+        small = mixed and most * world_size**2 <= UNFOLDED_WORDS
+
+    def unfolded() -> Result[State]:
+        return decide(_unfolded(collective, rules, [calls] * world_size), bound=Bound(UNFOLDED_STATES))
+
+    kept = [functools.partial(_kept_ranks, collective, rules, world_size, spare) for spare in range(1 + mixed)]
+    return decide_folded(calls, folds, kept, unfolded if small else None, bound)
+
+
+def _gridded(collective: str, rules: Rules, ranks: Sequence[Calls]) -> Sequence[Calls]:
+    """The calls with the grids that their sizes give them, before a size stands for others."""
+    if isinstance(rules, LamportRules) and collective == Collective.TRTLLM:
+        return with_grids(ranks, by_size=rules.own_flag_first)
+    return ranks
+
+
+def _unfolded(collective: str, rules: Rules, ranks: Sequence[Calls]) -> Machine:
+    """``ranks`` have their grids."""
+    if collective != Collective.MOE_ALL_TO_ALL:
+        ranks = reduced(ranks)
+    return compiler_for(collective, rules, ranks).machine(ranks)
+
+
+def _kept_ranks(collective: str, rules: Rules, world_size: int, spare: int, calls: Calls) -> Compiler[Any]:
+    """The protocol among the ranks that a fold keeps. ``spare``: by how much the second half of a workspace is off."""
+    if isinstance(rules, LamportRules) and collective == Collective.MNNVL:
+        rules = replace(rules, polls_own=polls_own(rules, world_size))
+    compiler = compiler_for(collective, rules, [calls] * min(world_size, KEPT_RANKS))
+    if isinstance(compiler, MnnvlCompiler):
+        return replace(compiler, capacity=compiler.capacity + 2 * spare)
+    return compiler
+
+
+def _check_ranks(ranks: Sequence[Calls]) -> None:
     if len(ranks) not in WORLD_SIZES:
         raise PlanError(f"a world of {len(ranks)} ranks; the models cover {_listed(WORLD_SIZES)}")
     if not any(ranks):
         raise PlanError("the plan has no collective, so there is nothing that could hang; check the model's splits")
+
+
+def _same_sizes(ranks: Sequence[Calls]) -> bool:
+    """Whether ranks that make a call make it of one size and strategy."""
+    sizes: dict[int, tuple[int, Strategy]] = {}
+    return all(sizes.setdefault(c.id, (c.tokens, c.strategy)) == (c.tokens, c.strategy) for c in _all(distinct(ranks)))
+
+
+def unseen(collective: str, version: str, payload: Payload) -> tuple[bool, bool]:
+    """Whether receivers miss what a rank sends of this payload, and the sum of it: all that a payload changes."""
+    call = Call(0, payload=payload)
     match collective:
         case Collective.MNNVL:
-            return mnnvl(reduced(ranks), mnnvl_rules(version))
+            return part(call, 0, 0, rules := mnnvl_rules(version)) >= UNSEEN, total(call, 0, rules) >= UNSEEN
         case Collective.TRTLLM:
-            rules = trtllm_rules(version)
-            return trtllm(with_grids(reduced(ranks), by_size=rules.own_flag_first), rules)
-        case Collective.MOE_ALL_TO_ALL:
-            return moe_a2a(ranks, moe_rules(version))
-    raise PlanError(f"no model of collective '{collective}'; there are {_listed(MODELLED)}")
+            return part(call, 0, 0, trtllm_rules(version)) >= UNSEEN, False
+    return False, False
 
 
-def check(collective: str, version: str, ranks: Sequence[Calls]) -> Result[State]:
-    """Whether these programs, one per rank, can deadlock, read stale data or lose a write."""
-    return decide(machine_for(collective, version, ranks))
+def _kept_ranks(collective: str, version: str, world_size: int, spare: int, calls: Calls) -> Compiler[Any]:
+    """The protocol among the ranks that a fold keeps. ``spare``: by how much the second half of a workspace is off."""
+    compiler = compiler_for(collective, version, [calls] * min(world_size, KEPT_RANKS))
+    if isinstance(compiler, MnnvlCompiler):
+        rules = replace(compiler.rules, polls_own=polls_own(compiler.rules, world_size))
+        return replace(compiler, rules=rules, capacity=compiler.capacity + 2 * spare)
+    return compiler
 
 
 def _all(ranks: Sequence[Calls]) -> Iterator[Call]:

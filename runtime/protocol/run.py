@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .bound import Bound
 from .explore import ModelFailure
 from .machine import Machine, State, perform, ready
 from .order import OpPlace, Order, Suspicion
@@ -32,27 +33,33 @@ def run_order(
     quiet: Sequence[State] = (),
     order: Order | None = None,
     hold: Suspicion | None = None,
+    bound: Bound | None = None,
 ) -> Run:
     """One order from ``start``: call by call where ranks agree, and otherwise whoever can.
 
     quiet: states before ``start`` in which all ranks were between calls.
     order: judges each step; the run ends at the first suspicion.
+    bound: what the steps count towards.
     hold: its first step is made only after the second, or when nothing else can be made.
     """
     progress, memory = [list(p) for p in start[0]], list(start[1])
     trace: list[OpPlace] = []
     rests = [*quiet, start]
     held = hold.first if hold is not None else None
-    bound = calls_made(start) if hold is None else len(max(machine.programs, key=len))
+    last = calls_made(start) if hold is None else len(max(machine.programs, key=len))
 
     def state() -> State:
         return tuple((at, done) for at, done in progress), tuple(memory)
 
+    counted = 0
     while True:
+        if bound is not None:
+            bound.visit(len(trace) - counted)
+            counted = len(trace)
         moved = False
         for rank, launches in enumerate(machine.programs):
             at, done = progress[rank]
-            if at == len(launches) or at > bound:
+            if at == len(launches) or at > last:
                 continue
             ops = launches[at].ops
             again = True
@@ -85,10 +92,10 @@ def run_order(
             return Run(tuple(trace), state(), tuple(rests))
         if held is not None:
             held = None
-        elif bound <= max(at for at, _ in progress):
+        elif last <= max(at for at, _ in progress):
             if all(done == 0 for _, done in progress):
                 rests = [*rests[-2:], state()]
-            bound += 1
+            last += 1
         else:
             suspicion = order.judge_stuck(machine, progress) if order is not None else None
             return Run(tuple(trace), state(), tuple(rests), ModelFailure.DEADLOCK, suspicion=suspicion)

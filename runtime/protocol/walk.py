@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .bound import Bound
 from .calls import Call
 from .compiler import CompiledMachine, Compiler, History
 from .machine import EMPTY, Launch, Machine, State, call_of, renumbered
@@ -30,6 +31,9 @@ from .run import run_order
 
 #: The call that is made from a state has this number; earlier ones count down to 0, which stands for all before.
 _REMEMBERED = 4
+
+#: As many look-ups cost what a state does.
+_LOOKED_UP_FOR_A_STATE = 32
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,14 @@ class Walk:
     """States between calls, and where each kind of call leads from them. Shared by plans of one compiler."""
 
     compiler: Compiler[Any]
+    bound: Bound = field(default_factory=Bound)
     steps: int = 0
+    looked_up: int = 0
     states: list[Between] = field(default_factory=list)
     _flags: set[int] = field(default_factory=set)
     _numbers: dict[Between, int] = field(default_factory=dict)
     _leads: dict[tuple[int, Call], int | None] = field(default_factory=dict)
+    _follows: dict[tuple[int, Call, int], int | None] = field(default_factory=dict)
 
     def start(self) -> int:
         words, _ = self.compiler.rebased(self.compiler.initial())
@@ -64,6 +71,30 @@ class Walk:
             after = self._made(self.states[state], kind)
             self._leads[state, kind] = number = self._number(after) if after is not None else None
             return number
+
+    def follow(self, state: int, kind: Call, count: int) -> int | None:
+        """As :meth:`lead`, of ``count`` calls one after another."""
+        key = state, kind, count
+        if key not in self._follows:
+            self._follows[key] = self._followed(state, kind, count)
+        self.looked_up += 1
+        self.bound.visit(self.looked_up % _LOOKED_UP_FOR_A_STATE == 0)
+        return self._follows[key]
+
+    def _followed(self, state: int, kind: Call, count: int) -> int | None:
+        way: dict[int, None] = {}  # in order
+        now: int | None = state
+        for made in range(count):
+            if now in way:  # and round again
+                states = list(way)
+                first = states.index(now)
+                return states[first + (count - made) % (made - first)]
+            assert now is not None
+            way[now] = None
+            now = self.lead(now, kind)
+            if now is None:
+                return None
+        return now
 
     def _number(self, state: Between) -> int:
         number = self._numbers.setdefault(state, len(self.states))
@@ -82,7 +113,8 @@ class Walk:
         for cell, value in state.memory:
             memory[cell] = value
         order = Order.after(state.past, machine.width)
-        run = run_order(machine, (((0, 0),) * compiler.world_size, tuple(memory)), order=order)
+        start = ((0, 0),) * compiler.world_size, tuple(memory)
+        run = run_order(machine, start, order=order, bound=self.bound)
         self.steps += len(run.trace)
         if run.failure is not None or run.suspicion is not None:
             return None
@@ -147,11 +179,11 @@ class Begun:
     order: Order
 
 
-def begin(machine: Machine, walk: Walk | None = None) -> Begun:
+def begin(machine: Machine, walk: Walk | None, bound: Bound) -> Begun:
     """Walk as far as the ranks of a machine make the same calls. ``walk`` may know some of it already."""
     way, steps = [], 0
     if isinstance(machine, CompiledMachine):
-        walk = walk or Walk(machine.compiler)
+        walk = walk or Walk(machine.compiler, bound)
         before, first = walk.steps, machine.histories[0]
         way = [walk.start()]
         for kind in first.kinds[: _alike(machine.histories)]:

@@ -115,7 +115,7 @@ def compare(seeds: Iterable[int], limit: int) -> Counter[ModelFailure | None]:
 
 
 def test_random_machines_are_decided_as_the_unreduced_search_decides_them() -> None:
-    seen = compare([*range(300), 2071], 10_000)
+    seen = compare(range(300), 1500) + compare([2071], 10_000)
     assert seen[None] > 60
     assert seen[ModelFailure.DEADLOCK] > 60
     assert seen[ModelFailure.STALE_READ] > 20
@@ -128,7 +128,7 @@ def test_without_the_exhaustive_search_the_held_order_finds_the_failure_too() ->
     for seed in range(300, 500):
         machine = random_machine(random.Random(seed))
         try:
-            full = explore(machine, limit=10_000)
+            full = explore(machine, limit=1500)
             result = decide(machine, limit=0)
         except TooManyStatesError:
             continue
@@ -145,8 +145,8 @@ def test_fewer_tokens_tell_what_many_would() -> None:
         calls = tuple(Call(i, rng.choice([ONE, ONE, TWO]), rng.choice([1, 3, 4, 6])) for i in range(rng.randint(2, 5)))
         ranks = [calls, diverging(rng, calls)]
         rules = random_lamport(rng)
-        safe = decide(mnnvl(ranks, rules)).safe
-        assert decide(mnnvl(reduced(ranks), rules)).safe is safe
+        safe = decide(mnnvl(ranks, rules), limit=1000).safe
+        assert decide(mnnvl(reduced(ranks), rules), limit=1000).safe is safe
         seen[safe] += 1
     assert min(seen[True], seen[False]) > 5
 

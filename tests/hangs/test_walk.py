@@ -11,6 +11,7 @@ import pytest
 from hangs.test_decide import diverging, random_lamport
 from ringfence.runtime.errors import TooManyStatesError
 from ringfence.runtime.hazards.situation import Strategy
+from ringfence.runtime.protocol.bound import Bound
 from ringfence.runtime.protocol.calls import Call, program, rounds, without
 from ringfence.runtime.protocol.compiler import CompiledMachine
 from ringfence.runtime.protocol.decide import decide
@@ -81,7 +82,7 @@ def test_a_long_plan_costs_what_a_short_one_does(collective: str, strategy: Stra
     states = {}
     for layers in (10, 1000):
         calls = rounds(layers) if collective == "moe_all_to_all" else program([1] * 2 * layers, strategy)
-        result = decide(machine_for(collective, "0.7.0", [calls] * 4))
+        result = decide(machine_for(collective, "0.7.2", [calls] * 4))
         assert result.safe
         states[layers] = result.states
     assert states[10] == states[1000] < 400
@@ -99,4 +100,4 @@ def test_numbers_that_come_twice_are_not_told_apart_by_their_place() -> None:
     """A word of the first call 0 would be right for the second."""
     calls = (*program([1] * 3), *program([1] * 3))
     machine = mnnvl([calls] * 2, random_lamport(random.Random(0)))
-    assert not begin(machine).finished
+    assert not begin(machine, None, Bound()).finished
