@@ -26,13 +26,14 @@ from pathlib import Path
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from faults.ranks import Fault, Outcome, faults, run_fault
+from faults.ranks import Fault, Outcome, faults, quiet, run_fault
 
 
 def key(fault: Fault) -> str:
     which = ", every step checked" if fault.options.get("check_every_step") else ""
+    reported = ", after the report" if fault.name == "interrupted" and fault.on_hang == "report" else ""
     fall_back = ", others fall back" if "fails" in fault.name and fault.says is None else ""
-    return f"{fault.name}, rank {fault.rank}{which}{fall_back}{', unwatched' * (fault.on_hang is None)}"
+    return f"{fault.name}, rank {fault.rank}{which}{reported}{fall_back}{', unwatched' * (fault.on_hang is None)}"
 
 
 def in_turn(some: Sequence[Fault], repetitions: int) -> Iterator[Fault]:
@@ -40,14 +41,12 @@ def in_turn(some: Sequence[Fault], repetitions: int) -> Iterator[Fault]:
         yield from some
 
 
-def at_random(some: Sequence[Fault], seconds: float, seed: int) -> Iterator[Fault]:
-    """Faults, and between them runs of many steps of mixed sizes in which nothing may go wrong."""
+def at_random(some: Sequence[Fault], like: Fault, seconds: float, seed: int) -> Iterator[Fault]:
+    """Faults, and between them quiet runs on the devices of ``like``."""
     draw, end = random.Random(seed), time.monotonic() + seconds
     while time.monotonic() < end:
         yield draw.choice(some)
-        sizes = tuple(draw.choice((1, 2, 3, 4, 5, 8, 13)) for _ in range(draw.randrange(3, 30)))
-        steps, on_hang = draw.randrange(50, 400), draw.choice(("raise", "abort"))
-        yield Fault("no fault", 0, None, on_hang=on_hang, steps=steps, sizes=sizes)
+        yield quiet(draw, like)
 
 
 def on_gpus(collective: str, first_device: int) -> tuple[Fault, ...]:
@@ -61,16 +60,16 @@ def table(outcomes: dict[str, list[Outcome]]) -> tuple[str, int]:
     for name, some in outcomes.items():
         wrong = sum(bool(o.problems()) for o in some)
         bad += wrong
-        quiet = some[0].fault.says is None
-        took = [max(e.seconds for e in o.others) for o in some]
+        is_quiet = some[0].fault.says is None
+        took = [max((e.seconds for e in o.others), default=0.0) for o in some]
         rows.append(
             (
                 name,
                 len(some),
-                "" if quiet else wrong,
-                wrong if quiet else "",
-                "" if quiet else f"{statistics.median(took):.2f}",
-                "" if quiet else f"{max(took):.2f}",
+                "" if is_quiet else wrong,
+                wrong if is_quiet else "",
+                "" if is_quiet else f"{statistics.median(took):.2f}",
+                "" if is_quiet else f"{max(took):.2f}",
             )
         )
     headers = ("fault", "runs", "misses", "false alarms", "median s", "slowest s")
@@ -98,10 +97,10 @@ def main() -> int:
     start, stop, lock = time.monotonic(), threading.Event(), threading.Lock()
 
     def work(job: int) -> None:
-        some = faults() if arguments.collective is None else on_gpus(arguments.collective, 2 * job)
-        some = tuple(f for f in some if not arguments.only or f.name in arguments.only)
+        every = faults() if arguments.collective is None else on_gpus(arguments.collective, 2 * job)
+        some = tuple(f for f in every if not arguments.only or f.name in arguments.only)
         if arguments.minutes is not None:
-            turns = at_random(some, 60 * arguments.minutes, arguments.seed + job)
+            turns = at_random(some, every[0], 60 * arguments.minutes, arguments.seed + job)
         else:
             turns = itertools.islice(in_turn(some, arguments.repetitions), job, None, arguments.jobs)
         for fault in turns:

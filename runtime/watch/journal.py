@@ -22,11 +22,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from . import user_code
+from .folder import BEGUN, Origin, file_of, put_away
 from .marks import CudaMarks
 from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, Calls, PieceNote, Position, ProgramNote, sizes_text
 from .record import Record
@@ -63,6 +64,8 @@ class Journal(Rings):
         self.rank = rank
         #: What its file says.
         self.record = Record()
+        #: Which process writes it.
+        self.origin = Origin()
         self._ranks_of: dict[str, tuple[int, ...]] = {}
         self._compiling: list[str] = []
         self._exchanges: list[tuple[str, tuple[int, ...]]] = []  # of several threads, perhaps
@@ -189,6 +192,7 @@ class Journal(Rings):
             "rank": self.rank,
             "reason": reason,
             "pid": os.getpid(),
+            "origin": self.origin.to_dict(),
             "time": time.time(),
             "clock_ns": self._clock(),
             "groups": {
@@ -248,6 +252,19 @@ class Journal(Rings):
             return self._write(folder, self.record.add(reason, report, **more))
         return self._write(folder, self.record.begin(self.to_dict(reason, **more), report))
 
+    def begin_file(self, folder: str | os.PathLike[str] | None, origin: Origin) -> None:
+        """Put away what an earlier start has left, and say that this one has begun; once."""
+        if folder is None or self.origin.token:
+            self.origin = replace(origin, before=self.origin.before)
+            return
+
+        def begin() -> None:
+            self.origin = replace(origin, before=put_away(Path(folder), self.rank))
+            self._write(folder, {**self.to_dict(BEGUN), "steps": [], "programs": [], "stacks": {}})
+
+        self.origin = origin
+        self._try(begin)
+
     def withdraw(self, folder: str | os.PathLike[str] | None, why: str) -> None:
         """The ranks went on after a report."""
         if self.record.report is not None:
@@ -265,7 +282,7 @@ class Journal(Rings):
             log.error("ringfence: the journal of rank %d cannot be written: %s", self.rank, error)
 
     def _write(self, folder: str | os.PathLike[str], value: Mapping[str, Any]) -> Path:
-        path = Path(folder) / f"journal-rank{self.rank}.json"
+        path = file_of(Path(folder), self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         try:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..channel import ranks_text
 from ..errors import JournalError
 from . import checked
 from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
+from .folder import BEGUN, Origin, is_put_away, older_ranks
 from .heartbeat import Deadlines
 from .journal import FORMAT
 from .position import REPLAY, Calls, Position, sizes_text
@@ -61,11 +62,17 @@ class RankJournal:
     report: Report | None = None
     later: tuple[str, ...] = ()
     code: CodePlace | None = None
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def saw_it(self) -> bool:
         """Whether it was written because something went wrong, and not because somebody asked for it."""
         return self.report is not None or self.reason.partition(": ")[0] in ("hang", "failure", "alone")
+
+    @property
+    def has_begun_only(self) -> bool:
+        """Whether nothing was written since the rank began."""
+        return self.reason == BEGUN
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ class Merged:
         """The schema is docs/report.md."""
         return {
             "format": FORMAT,
+            "run": next((j.origin.run for j in self.journals if j.origin.run), ""),
+            "attempt": next((j.origin.attempt for j in self.journals if j.origin.attempt is not None), None),
             "sentence": self.sentence,
             "short": self.short,
             "code": {str(j.rank): str(j.code) for j in self.journals if j.code is not None},
@@ -109,10 +118,10 @@ class Merged:
 
 
 def read_folder(folder: Path) -> tuple[RankJournal, ...]:
-    """The journals in a folder, by rank. Raises :class:`JournalError`."""
+    """The journals that the last start of a job left in a folder, by rank. Raises :class:`JournalError`."""
     if not folder.is_dir():
         raise JournalError(f"'{folder}' is no folder; journals are written into the option journal_dir")
-    paths = sorted(folder.glob("journal-rank*.json"))
+    paths = sorted(path for path in folder.glob("journal-rank*.json") if not is_put_away(path))
     if not paths:
         raise JournalError(
             f"'{folder}' holds no journal-rank*.json; were any written? They need the option journal_dir"
@@ -132,7 +141,10 @@ def read_folder(folder: Path) -> tuple[RankJournal, ...]:
                 "keep the journals of one job in a folder"
             )
         by_rank[journal.rank] = path, journal
-    return tuple(journal for _, (_, journal) in sorted(by_rank.items()))
+    journals = {rank: journal for rank, (_, journal) in sorted(by_rank.items())}
+    written = {rank: j.written for rank, j in journals.items()}
+    left = older_ranks({rank: j.origin for rank, j in journals.items()}, written)
+    return tuple(j for rank, j in journals.items() if rank not in left)
 
 
 def _read(path: Path) -> RankJournal:
@@ -163,6 +175,7 @@ def _read(path: Path) -> RankJournal:
             Report.from_dict(value["report"]) if value.get("report") is not None else None,
             tuple(str(note["reason"]) for note in value.get("later", ())),
             CodePlace.from_dict(value.get("code")),
+            Origin.from_dict(value.get("origin", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise JournalError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
@@ -207,6 +220,11 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     members: dict[str, tuple[int, ...]] = {}
     for j in journals:
         members |= {name: group for name, group in j.groups.items() if group}
+    begun = tuple(j.rank for j in journals if j.has_begun_only)
+    journals = tuple(j for j in journals if not j.has_begun_only)
+    if not journals:
+        sentence = f"{ranks_text(begun)} began and wrote nothing since: they run, or were ended before they could write"
+        return Merged(sentence, None, (), begun, None, {})
     ranks = {j.rank for j in journals}
     missing = tuple(sorted({r for group in members.values() for r in group} - ranks))
     heard = {rank for j in journals for rank in j.heard}

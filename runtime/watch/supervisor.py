@@ -34,6 +34,7 @@ from . import user_code
 from .agree import GroupAgreement, PlanDigest
 from .culprit import Finding, alone_text, place_of
 from .ending import broken_off, how_it_ends, on_uncaught
+from .folder import Origin
 from .health import Health
 from .heartbeat import Deadlines
 from .journal import Journal
@@ -93,6 +94,7 @@ class Supervisor:
         self._graph = _Graph(Asked())
         self.start = Start.of_this_process()
         self._met: dict[str, tuple[str, ...]] = {}  # the tokens of each group's processes
+        self._tokens: dict[int, str] = {}  # of all of them, by rank
         self._forget_uncaught: Callable[[], None] | None = None
         self._neighbours: dict[str, Neighbours] = {}
         self._has_marks = False
@@ -217,6 +219,9 @@ class Supervisor:
         if name not in self._met:
             store, _ = store_of(name)
             self._met[name] = meet(store, world_store(), self.start, ranks.index(dist.get_rank()), ranks, **hooks)
+            self._tokens |= dict(zip(ranks, self._met[name], strict=True))
+            start = self.start
+            self.journal.begin_file(self.folder, Origin(start.token, self._tokens, start.run, start.attempt))
         if self.watchdog is not None:
             self.watchdog.others.join_group(name, ranks, self._met[name])
         channel = open_channel(name, start=start_of(self._met[name]), **hooks)

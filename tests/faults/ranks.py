@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -597,6 +597,13 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
             ),
         )
     return found
+
+
+def quiet(draw: random.Random, like: Fault, most_steps: int = 400) -> Fault:
+    """A run of many steps of mixed sizes in which nothing may go wrong, on the devices of ``like``."""
+    sizes = tuple(draw.choice((1, 2, 3, 4, 5, 8, 13)) for _ in range(draw.randrange(3, 30)))
+    steps, on_hang = draw.randrange(50, most_steps), draw.choice(("raise", "abort"))
+    return replace(like, name="no fault", rank=0, says=None, journal=None, on_hang=on_hang, steps=steps, sizes=sizes)
 
 
 def ends(fault: Callable[..., Fault]) -> tuple[Fault, ...]:

@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from faults.ranks import FAULTS, Fault, run_fault
+from faults.ranks import FAULTS, faults, quiet, run_fault
 
 
 @pytest.mark.slow
@@ -14,8 +14,14 @@ from faults.ranks import FAULTS, Fault, run_fault
 def test_faults_at_random_between_quiet_runs(request: pytest.FixtureRequest) -> None:
     draw, end = random.Random(5), time.monotonic() + request.config.getoption("--soak-seconds")
     while time.monotonic() < end:
-        sizes = tuple(draw.choice((1, 2, 3, 4, 5, 8, 13)) for _ in range(draw.randrange(3, 30)))
-        quiet = Fault("no fault", 0, None, steps=draw.randrange(50, 200), sizes=sizes)
-        for fault in (quiet, draw.choice(FAULTS)):
+        for fault in (quiet(draw, FAULTS[0], 200), draw.choice(FAULTS)):
             outcome = run_fault(fault)
             assert not outcome.problems(), fault.name
+
+
+def test_quiet_runs_are_on_the_devices_of_the_faults() -> None:
+    """Which are started as such devices ask for: what was forked after CUDA cannot use it."""
+    of_gpus = faults(2, "cuda", 4, collective="mnnvl")[0]
+    run = quiet(random.Random(1), of_gpus)
+    assert (run.ranks, run.device, run.first_device, run.options) == (2, "cuda", 4, {"collective": "mnnvl"})
+    assert run.says is None and run.journal is None and run.signalled is None and len(run.sizes) >= 3
