@@ -94,7 +94,10 @@ class PiecewiseRunner:
         self._journal = journal if journal is not None else Journal(pieces=1024, steps=64)
         self._supervision = supervision if supervision is not None else Supervision()
         notes = tuple(PieceNote(step.name, step.island, step.calls) for step in program.steps)
-        self._number = self._journal.register(ProgramNote(notes, collective, self._supervision.graph))
+        lockstep = any(step.calls for step in program.steps if not step.island)
+        shared = None if lockstep else sizes.shared  # as they are compared before a capture
+        graph = self._supervision.graph
+        self._number = self._journal.register(ProgramNote(notes, collective, graph, shared, lockstep))
         self._sizes = sizes
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
         #: The simulation tells memory by its owner, where a device knows addresses only.

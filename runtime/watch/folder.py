@@ -65,6 +65,16 @@ def is_put_away(path: Path) -> bool:
     return re.fullmatch(r"journal-rank\d+\.\d+\.json", path.name) is not None
 
 
+def rank_that_wrote(path: Path) -> int | None:
+    """Whose file it is, if more is in it than that it has begun; found out without reading all of it."""
+    found = re.fullmatch(r"journal-rank(\d+)\.json", path.name)
+    if found is None or not path.is_file():
+        return None
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return None if f'"reason": "{BEGUN}"'.encode() in file.read(200) else int(found[1])
+    return None
+
+
 def put_away(folder: Path, rank: int) -> frozenset[str]:
     """Make way for this start's file; the tokens of the start that left the one before. Raises OSError."""
     last = file_of(folder, rank)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ..channel import ranks_text
 from ..errors import JournalError
 from . import checked
 from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
-from .folder import BEGUN, Origin, is_put_away, older_ranks
+from .folder import BEGUN, Origin, is_put_away, older_ranks, rank_that_wrote
 from .heartbeat import Deadlines
 from .journal import FORMAT
 from .position import REPLAY, Calls, Position, sizes_text
@@ -53,8 +55,8 @@ class RankJournal:
     written: float
     position: Position
     groups: Mapping[str, tuple[int, ...]]
-    steps: tuple[tuple[int, tuple[int, ...], str], ...]  # number, sizes, how
-    marks: tuple[Mark, ...]
+    steps: tuple[tuple[int, tuple[int, ...], str], ...]  # number; sizes and how, as far as all ranks share them
+    marks: tuple[Mark, ...]  # of the last steps
     heard: Mapping[int, Position]
     silent: Mapping[int, str]
     failures: tuple[Failure, ...]
@@ -126,10 +128,12 @@ def read_folder(folder: Path) -> tuple[RankJournal, ...]:
         raise JournalError(
             f"'{folder}' holds no journal-rank*.json; were any written? They need the option journal_dir"
         )
+    written_by = {rank for path in paths if (rank := rank_that_wrote(path)) is not None}
     by_rank: dict[int, tuple[Path, RankJournal]] = {}
     for path in paths:
         try:
-            journal = _read(path)
+            with _without_collector():
+                journal = _read(path, written_by)
         except JournalError as error:
             if path == paths[-1] and not by_rank:  # none can be read
                 raise
@@ -147,7 +151,20 @@ def read_folder(folder: Path) -> tuple[RankJournal, ...]:
     return tuple(j for rank, j in journals.items() if rank not in left)
 
 
-def _read(path: Path) -> RankJournal:
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Millions of numbers are made, none of which is garbage; looking for some takes longer than to read them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read(path: Path, written_by: Collection[int]) -> RankJournal:
+    """written_by: the ranks that have files; where one reports what happened, what it heard of those is not needed."""
     if not path.is_file():  # a FIFO would be waited for
         raise JournalError(f"'{path.name}' is no file")
     try:
@@ -163,12 +180,13 @@ def _read(path: Path) -> RankJournal:
             checked.number(value["time"]),
             Position.from_dict(value["position"]),
             {str(name): checked.integers(ranks) for name, ranks in value["groups"].items()},
-            tuple(
-                (checked.integer(s["step"]), checked.integers(s["sizes"]), checked.text(s["how"]))
-                for s in value["steps"]
-            ),
+            tuple(_compared(value["programs"], step) for step in value["steps"]),
             tuple(_marks(value)),
-            {int(rank): Position.from_dict(p) for rank, p in value.get("heard", {}).items()},
+            {
+                int(rank): Position.from_dict(p)
+                for rank, p in value.get("heard", {}).items()
+                if value.get("report") is None or int(rank) not in written_by
+            },
             {int(rank): str(how) for rank, how in value.get("silent", {}).items()},
             tuple(Failure.from_dict(f) for f in value.get("failures", ())),
             dict(value.get("probes", {})),
@@ -179,6 +197,15 @@ def _read(path: Path) -> RankJournal:
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise JournalError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
+
+
+def _compared(programs: Sequence[Any], step: Mapping[str, Any]) -> tuple[int, tuple[int, ...], str]:
+    """What of a step must be the same on all ranks: sizes of a rank's own, and what it captures alone, need not."""
+    program, sizes = programs[step["program"]], checked.integers(step["sizes"])
+    shared = program.get("shared")
+    compared = sizes if shared is None else tuple(sizes[i] for i in checked.integers(shared))
+    how = checked.text(step["how"])
+    return checked.integer(step["step"]), compared, how if program.get("lockstep", True) else ""
 
 
 def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
@@ -303,7 +330,10 @@ def first_divergence(journals: Sequence[RankJournal]) -> str | None:
     for number in sorted(set(steps[0]).intersection(*steps[1:])):
         chosen = [s[number] for s in steps]
         if len(set(chosen)) > 1:
-            by_rank = {j.rank: f"{sizes_text(sizes)}, {how}" for j, (sizes, how) in zip(journals, chosen, strict=True)}
+            by_rank = {
+                j.rank: ", ".join(filter(None, (sizes_text(sizes), how)))
+                for j, (sizes, how) in zip(journals, chosen, strict=True)
+            }
             holders: dict[str, list[int]] = {}
             for rank, text in by_rank.items():
                 holders.setdefault(text, []).append(rank)

@@ -31,11 +31,17 @@ class PieceNote:
 
 @dataclass(frozen=True)
 class ProgramNote:
-    """A program as it is written down. collective: that of its fused sites. name: of its graph."""
+    """A program as it is written down. collective: that of its fused sites. name: of its graph.
+
+    shared: which of a step's sizes all ranks have, in an order that all have; None: all of them. lockstep: all ranks
+    capture and replay in the same steps.
+    """
 
     pieces: tuple[PieceNote, ...]
     collective: str = ""
     name: str = ""
+    shared: tuple[int, ...] | None = None
+    lockstep: bool = True
 
     @property
     def groups(self) -> frozenset[str]:

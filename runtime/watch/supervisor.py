@@ -211,7 +211,7 @@ class Supervisor:
     def _open(self, name: str) -> Channel:
         ranks = ranks_of(name)
         self.journal.name_group(name, ranks)
-        hooks = {
+        hooks: dict[str, Any] = {
             "seconds": self._graph.asked.agree_seconds,
             "waiting": functools.partial(self.journal.waiting, among=ranks),
             "interrupt": functools.partial(self._interrupt, name),

@@ -92,3 +92,15 @@ def test_a_file_that_is_no_journal_makes_way_too(tmp_path: Path) -> None:
     (tmp_path / "journal-rank0.json").write_text("{")
     starts(tmp_path, "a", ranks=(0,))
     assert (tmp_path / "journal-rank0.1.json").read_text() == "{"
+
+
+def test_a_disk_that_is_full_after_the_first_file_blames_nobody(tmp_path: Path) -> None:
+    """A rank that has begun only is one without a journal; that others heard it shows that it could not write."""
+    some = starts(tmp_path, "a")
+    position = some[0].position().to_dict()
+    report = failed(Failure(1, "step 7", "ValueError: mine"))
+    for j in some[1:]:
+        j.dump(tmp_path, "failure: rank 1", report=report, heard={"0": position})
+    merged = journals.merge(journals.read_folder(tmp_path))
+    assert merged.missing == merged.could_not_write == (0,)
+    assert merged.finding is not None and merged.finding.ranks == (1,)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from ringfence.cli import main
 from ringfence.runtime.errors import JournalError
 from ringfence.runtime.watch import journals, picture, summary
-from ringfence.runtime.watch.culprit import Failure, find_culprit
+from ringfence.runtime.watch.culprit import Failure, Finding, find_culprit
 from ringfence.runtime.watch.journal import (
     CAPTURE,
     REPLAY,
@@ -508,3 +509,51 @@ def test_of_a_long_ring_the_last_steps_are_looked_at(tmp_path: Path) -> None:
         "calls 298 to 299 of group 'tp'",
     ]
     assert journals.first_divergence((first, second)) is not None
+
+
+def full_rings(folder: Path, ranks: int, pieces: int = 64) -> int:
+    """The files of so many ranks, of which one did not come to the call of the others. How many bytes they are."""
+    note = ProgramNote(tuple(PieceNote(f"submod_{i}", bool(i % 2), ("tp",) * (i % 2)) for i in range(pieces)))
+    written = []
+    for entered in (2, 1):
+        j = Journal(0)
+        j.register(note)
+        j.name_group("tp", tuple(range(ranks)))
+        for count in [pieces] * (8192 // pieces + 1) + [entered]:
+            marks = j.begin(0, (4,), REPLAY)
+            for i in range(count):
+                marks.enter()
+                if count == pieces or i == 0:
+                    marks.leave()
+            if count == pieces:
+                marks.end()
+        written.append(j.to_dict("hang: rank 1"))
+    at = [{**written[rank == 1]["position"], "rank": rank} for rank in range(ranks)]
+    told = Report("hang", 0, Finding((1,), (0,), "rank 1 did not come to call 4128")).to_dict()
+    for rank in range(ranks):
+        heard = {str(r): position for r, position in enumerate(at) if r != rank}
+        value = {**written[rank == 1], "rank": rank, "position": at[rank], "heard": heard, "report": told}
+        write(folder / f"journal-rank{rank}.json", json.dumps(value))
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_sixty_megabytes_of_journals_are_merged_in_three_seconds(tmp_path: Path) -> None:
+    assert 60e6 < full_rings(tmp_path, 170) < 80e6
+    began = time.process_time()
+    merged = journals.merge(journals.read_folder(tmp_path))
+    took = time.process_time() - began
+    assert merged.sentence.startswith("rank 1 did not come to call")
+    assert took < 3, f"{took:.2f} s"
+
+
+def test_only_what_all_ranks_share_of_a_step_can_differ(tmp_path: Path) -> None:
+    """A size of a rank's own, and what it captures alone, are no divergence."""
+    a, b = Journal(0), Journal(1)
+    for j in (a, b):
+        j.register(ProgramNote(NOTE.pieces, shared=(0,), lockstep=False))
+        j.name_group("tp", (0, 1))
+    step(a, REPLAY, (4, 100)), step(b, CAPTURE, (4, 7))
+    assert journals.merge(journals.read_folder(dumped(tmp_path, a, b))).divergence is None
+    step(a, REPLAY, (4, 100)), step(b, REPLAY, (8, 100))
+    merged = journals.merge(journals.read_folder(dumped(tmp_path, a, b)))
+    assert merged.divergence == "the ranks diverge at step 1: rank 0: sizes (4,); rank 1: sizes (8,)"
