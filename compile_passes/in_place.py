@@ -52,6 +52,7 @@ class _InPlace(PartEditor):
         super().__init__(gm.graph, parts)
         self.eager = [part.island or eager_pieces for part in parts]
         (self.output,) = gm.graph.find_nodes(op="output")
+        self.owners = {value: root(value) for value in self.output.all_input_nodes}
         self.buffers = list(written_inputs_of(gm, gm.graph.find_nodes(op="placeholder")))
         numbered = [(b, k, v) for b in self.buffers for k, v in enumerate(b.versions) if k == 0 or is_own(v)]
         #: Which input a version is of, and its number.
@@ -351,18 +352,22 @@ class _InPlace(PartEditor):
     def _return(self) -> None:
         """What the graph returns: views are taken in the part that owns the memory."""
         for value in self.output.all_input_nodes:
-            taken = self.saved.get((self.output, value))
-            if taken is None:
-                taken = self.home.get(value)
+            taken = self.saved.get((self.output, value), self.home.get(value))
             if taken is None and viewed(value) is not None:
-                owner = root(value)
-                owner = self.home.get(owner, owner)
-                p = self.place.get(owner)
-                numbers = [self.place.get(n, -1) for n in ancestors(value) if viewed(n) is None and n is not owner]
-                known = p is not None and p != self.place[value] and max(numbers, default=-1) < p
-                taken = self.local(value, None, p) if known and p is not None else value
+                taken = self._returned_view(value)
             if taken is not None:
                 self.output.replace_input_with(value, taken)
+
+    def _returned_view(self, value: Node) -> Node:
+        version = self.owners[value]
+        owner = self.home.get(version, version)
+        p, behind = self.place.get(owner), self.place[value]
+        if p is not None and self.place.get(version, p) != p:
+            # Written behind the part that made it, in a buffer that this part's own view does not look at.
+            return self.new(None, behind, aten.clone.default, (self.local_at(value, None, behind),))
+        numbers = [self.place.get(n, -1) for n in ancestors(value) if viewed(n) is None and n is not owner]
+        known = p is not None and p != behind and max(numbers, default=-1) < p
+        return self.local(value, None, p) if known and p is not None else value
 
 
 def _equal(a: Any, b: Any) -> bool:

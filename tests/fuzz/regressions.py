@@ -100,6 +100,22 @@ self.stack[...] = torch.sin(v3)
         parse({"x": "float32[n,16]", "c1": "keep float32[8,16]"}, "n = x.shape[0]\nc1.mul_(0.5)\nv1 = c1[n:]", "v1"),
         Setting(Plan(_STEPS), dynamic=True, group=None, options={"piece_compiler": "eager"}),
     ),
+    **{
+        f"a returned view of what {where} wrote behind the part that made it": Regression(
+            parse(
+                {"c1": "keep float32[8,16]", "kv": "keep float32[2,8,16]", "x": "float32[n,16]"},
+                f"v3 = torch.tanh(kv.sum(0))\nv4 = torch.sin(v3) + 1\nv17 = v3{view}\n"
+                f"v22 = torch.ops.fz.exchange{op}(torch.sin(c1[2:6]), v3[2:6])",
+                "v17, v22, v4, x + 1",
+            ),
+            Setting(Plan(_STEPS), dynamic=True, group=None, options={**_EAGER, "split_ops": ["aten::tanh"]}),
+        )
+        for where, op, view in (
+            ("a piece", "", ".view(-1)"),
+            ("an island", "_unsafe", ".view(-1)"),
+            ("a slice", "", "[x.shape[0] :]"),
+        )
+    },
     "an output is fed back, and a view of it is held": Regression(
         parse(
             {"x": "float32[n,16]", "y": "float32[m,16]"},

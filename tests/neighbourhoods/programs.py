@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -222,18 +221,3 @@ programs = st.builds(
     blocks=st.sampled_from(_BLOCK_COUNTS).flatmap(lambda n: st.tuples(*[blocks] * n)),
     **_draw(_PROGRAM),
 )
-
-
-def random_program(rng: random.Random) -> Program:
-    """One of :data:`programs`, without Hypothesis: for counting, and for long runs."""
-
-    def some(choices: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
-        return tuple(rng.sample(choices, rng.choice(counts)))
-
-    def block() -> Block:
-        chosen = {name: rng.choice(_pool(choices)) for name, choices in _BLOCK.items()}
-        after, before = some(_VIEWS, _CHAIN_LENGTHS), some(_VIEWS, _CHAIN_LENGTHS)
-        return Block(after_reduce=after, before_norm=before, readers=some(_READERS, _READER_COUNTS), **chosen)
-
-    chosen = {name: rng.choice(_pool(choices)) for name, choices in _PROGRAM.items()}
-    return Program(tuple(block() for _ in range(rng.choice(_BLOCK_COUNTS))), **chosen)
