@@ -223,11 +223,23 @@ def test_nccl_is_judged_only_where_it_is_captured_and_carries_the_call(mixed: Gr
         judge(mixed, backends={"0": "nccl"}, capture=True, on_hazard="raise", nccl=old)
 
 
-@pytest.mark.parametrize(("version", "rule"), [("2.28.9", "M48"), ("2.30.4", "nccl"), (None, "nccl")])
+@pytest.mark.parametrize(
+    ("version", "register", "rule"),
+    [
+        ("2.28.9", None, "M48"),
+        ("2.30.4", None, "M55"),
+        ("2.30.4", "0", "nccl"),
+        ("2.27.5", None, "nccl"),
+        (None, None, "nccl"),
+    ],
+)
 def test_backend_asks_with_the_nodes_of_the_carrier_and_the_version_that_is_here(
-    mixed: GraphModule, monkeypatch: pytest.MonkeyPatch, version: str | None, rule: str
+    mixed: GraphModule, monkeypatch: pytest.MonkeyPatch, version: str | None, register: str | None, rule: str
 ) -> None:
     monkeypatch.setattr("ringfence.assign.nccl_version", lambda: version)
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    if register is not None:
+        monkeypatch.setenv("NCCL_GRAPH_REGISTER", register)
     for nodes, backend_of_group, expected in ((2, "nccl", rule), (1, "nccl", "nccl"), (2, "gloo", "host_collective")):
         situation = Situation(Collective.REFERENCE, nodes=nodes, capability=(9, 0))
         groups = {"0": Group("0", backend_of_group, 2, 0)}

@@ -90,3 +90,9 @@ def test_what_cannot_be_answered_is_refused() -> None:
         ask(Situation(Collective.NCCL, "0.7.0"), [CALLS, CALLS])
     with pytest.raises(VersionError, match=r"0\.5\.0 are not known"):
         ask(Situation(MNNVL, "0.5.0"), [CALLS, CALLS])
+
+
+def test_a_stale_flag_of_two_shot_is_explained_by_the_release() -> None:
+    calls = changed(changed(CALLS, *range(5), strategy=TWO), 1, 3, tokens=64)
+    assert answered(TRTLLM, "0.7.1", calls, calls) == ("stale_read", "M58")
+    assert answered(TRTLLM, "0.7.2", calls, calls)[0] == "safe"
