@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from .roles import arguments, aten, bound_arguments, calls, is_tensor
@@ -29,6 +29,8 @@ RESHAPES = frozenset(
         aten.detach.default,
     }
 )
+
+_BY_PLACE = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 
 #: Views of a whole tensor in another order of dimensions: the arguments that undo them.
 INVERSES: dict[Any, Callable[[Any], Any]] = {
@@ -71,6 +73,15 @@ def root(node: Node) -> Node:
     return node
 
 
+def read_by_place(gm: GraphModule) -> frozenset[int]:
+    """The indices of the inputs that ``as_strided`` looks at: it counts from the start of their storage, so a copy of
+    what they span would not do."""
+    placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    strided = [n for op in _BY_PLACE for n in gm.graph.find_nodes(op="call_function", target=op)]
+    roots = (root(arguments(node)[0]) for node in strided)
+    return frozenset(placeholders[node] for node in roots if node in placeholders)
+
+
 def ancestors(view: Node) -> set[Node]:
     """What a view is taken of, through other views, and the numbers that they are taken with."""
     found: set[Node] = set()
@@ -90,11 +101,6 @@ def readers(node: Node) -> Iterator[tuple[Node, Node]]:
             yield from readers(user)
         else:
             yield user, node
-
-
-def same_view(one: Node, other: Node) -> bool:
-    """Whether two views are taken with the same arguments, whatever they are taken of."""
-    return one.target is other.target and one.args[1:] == other.args[1:] and one.kwargs == other.kwargs
 
 
 def undoes(back: Node, there: Node) -> bool:

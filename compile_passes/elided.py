@@ -7,7 +7,7 @@ input, it reads the input itself, and when, is its own affair.
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .aliases import viewed
 from .roles import aten
@@ -33,6 +33,17 @@ _ELIDED = {
     torch.ops.prims.convert_element_type.default,
     torch.ops.prims.device_put.default,
 }
+
+
+def keep_snapshots(piece: GraphModule) -> None:
+    """Let copies of memory that a piece writes be copies, under a name that Inductor does not look for.
+
+    Without it ``c[1:].copy_(c[:-1].clone())`` reads ``c`` while it is written, and the copy of a slice that is
+    written later is a view of it.
+    """
+    for node in piece.graph.find_nodes(op="call_function", target=aten.clone.default):
+        node.target, node.kwargs = aten.lift_fresh_copy.default, {}  # where it lies in memory, its value says
+    piece.recompile()
 
 
 def may_be_read_late(value: Node, written: set[Node]) -> bool:

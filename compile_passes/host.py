@@ -23,7 +23,7 @@ from .roles import aten, calls
 
 
 class Unsafe(StrEnum):
-    """Why a replay would not do what an op does. Each is a row of :data:`ringfence.compile_passes.judge.RULES`."""
+    """Why a replay would not do what an op does. Each is a row of :data:`.rules.RULES`."""
 
     DATA_DEPENDENT = "data_dependent"
     CONTROL_FLOW = "control_flow"

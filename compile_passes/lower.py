@@ -15,6 +15,8 @@ from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
 from ..runtime.replay.program import Program, ReturnedView, Step
+from .elided import keep_snapshots
+from .functional import written_inputs
 from .groups import collectives_of, group_of
 from .roles import arguments
 from .split import SplitPlan
@@ -85,7 +87,7 @@ def lower(
         slots=slots,
         constants=tuple(constants),
         static_inputs=static_inputs,
-        written=written - static_inputs,
+        written=written,
         views=views,
     )
 
@@ -137,6 +139,9 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     (output,) = piece.graph.find_nodes(op="output")
     # The next piece was traced with these strides, so Inductor may not choose its own.
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    writes = bool(written_inputs(piece))  # Inductor changes the graph
+    if writes:
+        keep_snapshots(piece)
     for node in piece.graph.find_nodes(op="placeholder"):
         node.meta["val"] = _current(node.meta["val"])
     with _own_tracing_context():
@@ -148,7 +153,28 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         outputs: Sequence[Any] = compiled(list(args))
         return outputs
 
-    return call
+    return _with_memory_of_their_own(call) if writes else call
+
+
+def _with_memory_of_their_own(call: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+    """``call`` of a piece that writes into its inputs. What it returns looks at no memory of theirs, nor at another's.
+
+    Inductor drops the clone of a slice that was written (``remove_noop_ops``, which compares the storages of the
+    functional graph), and then writes that slice in place: what is left of the clone is a view of the input.
+    """
+
+    def owning(*args: Any) -> Sequence[Any]:
+        taken = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
+        outputs = []
+        for output in call(*args):
+            if isinstance(output, torch.Tensor):
+                if output.untyped_storage()._cdata in taken:
+                    output = output.clone()
+                taken.add(output.untyped_storage()._cdata)
+            outputs.append(output)
+        return outputs
+
+    return owning
 
 
 def _current(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..runtime.replay.program import Padding, SizeRule
 from .devices import device_of
+from .functional import written_inputs
 from .match import Candidate
 from .roles import first_node, is_tensor, tensor
 
@@ -21,7 +22,8 @@ def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: f
 
     The token count is the number of rows of the first all-reduce that is to be fused,
     else of the first one; in a graph without any, the leading dimension of the first
-    input that is no parameter. Only sizes that the arguments tell count: without one,
+    input that is no parameter, and rather of one that the graph does not write into. Only
+    sizes that the arguments tell count: without one,
     ``tokens`` is None and nothing can be captured by size.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -33,17 +35,18 @@ def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: f
         elif isinstance(value, torch.Tensor):
             for d, dim in enumerate(value.shape):
                 _bind(symbols, dim, (i, d))
-    for rows in _row_counts(gm, candidates, placeholders, static_inputs):
+    for rows, leading in _row_counts(gm, candidates, placeholders, static_inputs):
         expression = rows.node.expr if isinstance(rows, torch.SymInt) else sympy.Integer(rows)
         if expression.free_symbols <= symbols.keys():
-            break
-    else:
-        return SizeRule(tuple(symbols.values()), None)
+            return SizeRule(tuple(symbols.values()), _count(expression, tuple(symbols)), leading=leading)
+    return SizeRule(tuple(symbols.values()), None)
 
+
+def _count(expression: sympy.Expr, symbols: Sequence[sympy.Symbol]) -> Callable[[tuple[int, ...]], int]:
     def tokens(sizes: tuple[int, ...]) -> int:
         return int(expression.xreplace(dict(zip(symbols, map(sympy.Integer, sizes), strict=True))))
 
-    return SizeRule(tuple(symbols.values()), tokens)
+    return tokens
 
 
 def _bind(symbols: dict[sympy.Symbol, tuple[int, int | None]], dim: object, where: tuple[int, int | None]) -> None:
@@ -53,8 +56,8 @@ def _bind(symbols: dict[sympy.Symbol, tuple[int, int | None]], dim: object, wher
 
 def _row_counts(
     gm: GraphModule, candidates: Sequence[Candidate], placeholders: Sequence[Node], static_inputs: frozenset[int]
-) -> Iterator[int | torch.SymInt]:
-    """What may be the token count, the best first."""
+) -> Iterator[tuple[int | torch.SymInt, int | None]]:
+    """What may be the token count, the best first, with the input whose first dimension it is."""
     by_name = {n.name: n for n in gm.graph.nodes}
     matched = [c.match.all_reduce.value for c in candidates if c.match is not None]
     called = [first_node(by_name[c.site.node]) for c in candidates if c.called]
@@ -62,11 +65,12 @@ def _row_counts(
     others = [by_name[c.site.node] for c in candidates if not c.fuses]
     for node in (*matched, *others):
         if is_tensor(node) and tensor(node).ndim > 1:
-            yield math.prod(tensor(node).shape[:-1])
-    inputs = [n for i, n in enumerate(placeholders) if i not in static_inputs and is_tensor(n) and tensor(n).ndim]
-    device = device_of(gm)
-    for node in sorted(inputs, key=lambda n: tensor(n).device != device):  # lengths on the CPU may come first
-        yield tensor(node).shape[0]
+            yield math.prod(tensor(node).shape[:-1]), None
+    inputs = [i for i, n in enumerate(placeholders) if i not in static_inputs and is_tensor(n) and tensor(n).ndim]
+    device, written = device_of(gm), written_inputs(gm)
+    # Lengths on the CPU may come first, and so may a cache.
+    for i in sorted(inputs, key=lambda i: (tensor(placeholders[i]).device != device, i in written)):
+        yield tensor(placeholders[i]).shape[0], i
 
 
 def padding(gm: GraphModule, rule: SizeRule, written: Collection[int] = ()) -> Padding | None:

@@ -237,10 +237,6 @@ class InPlaceNumbers(_Numbers):
             self._write(source, put)
 
 
-class NotInPlace(Exception):
-    """A functionalised op that was left in a part that runs op by op."""
-
-
 def _elements(value: Any) -> Iterable[tuple[int | None, Node]]:
     """The tensors of an argument, with their places in a list."""
     pairs = enumerate(value) if isinstance(value, tuple | list) else [(None, value)]

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from .aot import boxed, compiled, inductor_decompositions
 from .assign import assign, check_deterministic, described, judge_outer
 from .compile_passes.absent import why_no_all_reduce
+from .compile_passes.aliases import read_by_place
 from .compile_passes.assignment import Assignment
 from .compile_passes.called import called_sites, name_prepared
 from .compile_passes.clean import clean_payload
@@ -79,8 +80,13 @@ class Backend:
     that breaks the graph, or that is recompiled for new shapes, adds several.
     """
 
-    def __init__(self, *, planned: Situation | None = None, **options: Any) -> None:
+    def __init__(self, *by_place: Any, planned: Situation | None = None, **options: Any) -> None:
         """planned: what fused sites are judged as, where the plan is for another machine (``ringfence explain``)."""
+        if by_place:
+            raise OptionsError(
+                "options are given by name, as Backend(capture_sizes=[1, 8]); torch.compile takes an instance: "
+                "backend=ringfence.Backend(), or backend='ringfence'"
+            )
         self.options = Options.parse(options)
         self._planned = planned
         self.reports = Reports()
@@ -186,7 +192,8 @@ class Backend:
         verdicts, assigned = self._judge(gm, assigned, sites, bool(captured) or options.outer_capture)
         outer = judge_outer(gm, assigned, verdicts, options) if graphs is None else OuterCapture()
         views = take_returned_views(gm, views_of_inputs())
-        pads = padding(gm, sizes, written) if options.pad_to_capture_size else None
+        kept = written | read_by_place(gm)
+        pads = padding(gm, sizes, kept) if options.pad_to_capture_size else None
         plan, whole = self._split(gm, verdicts, device if graphs is not None else None)
         proof = self._prove(plan, verdicts, assigned, captured, pads)
         dump_graph("split", whole)
@@ -207,7 +214,7 @@ class Backend:
         supervision = self.supervisor.supervise(channels, agreed)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, inputs, static, written, views)
+        program = lower(plan, whole, compile_piece, inputs, static, kept, views)
         if options.outer_capture:
             program = with_seams(program, device)
         runner = PiecewiseRunner(
@@ -225,6 +232,7 @@ class Backend:
             collective=assigned.judged,
         )
         outcome = Outcome(
+            inputs,
             absent,
             candidates,
             sizes,

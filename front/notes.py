@@ -26,11 +26,13 @@ GRAD_MODE = (
 class Outcome:
     """What became of a graph, as far as notes are about it.
 
-    absent: what it has instead of an all-reduce, where it has none. written: inputs that it writes into. assigned: who
-    carries out its sites. captures, pads: whether sizes are captured, and smaller ones padded to them. unmatched: by
-    option, named ops that no graph had so far. outer: what a capture may hold that somebody else makes.
+    inputs: their names. absent: what it has instead of an all-reduce, where it has none. written: inputs that it
+    writes into. assigned: who carries out its sites. captures, pads: whether sizes are captured, and smaller ones
+    padded to them. unmatched: by option, named ops that no graph had so far. outer: what a capture
+    may hold that somebody else makes.
     """
 
+    inputs: Sequence[str]
     absent: str | None
     candidates: Sequence[Candidate]
     sizes: SizeRule
@@ -99,6 +101,9 @@ def _about_capture(options: Options, outcome: Outcome) -> Iterator[str]:
             f"nothing is captured: {outcome.device.type} has no CUDA graphs; graphs='simulated' captures with a "
             "simulation of them, for tests"
         )
+    if outcome.captures and sizes.leading is not None:
+        name = outcome.inputs[sizes.leading]
+        yield f"the token count is the first dimension of input '{name}', as no all-reduce tells it"
     if outcome.captures and len(sizes.bindings) > 1:
         yield (
             f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor reads its storage: all that makes another tensor on the same bytes the same values."""
+
+    dtype: torch.dtype
+    device: torch.device
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    conj: bool
+    neg: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        where = tensor.dtype, tensor.device, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return cls(*where, tensor.is_conj(), tensor.is_neg())
+
+    def on(self, storage: torch.UntypedStorage, offset: int | None = None) -> Tensor:
+        """A tensor on ``storage``, from ``offset`` elements on. A normal one also under inference mode."""
+        with torch.inference_mode(False):
+            made = torch.empty(0, dtype=self.dtype, device=self.device)
+            made.set_(storage, self.offset if offset is None else offset, self.size, self.stride)
+            torch._C._set_conj(made, self.conj)
+            torch._C._set_neg(made, self.neg)
+        return made
 
 
 def static_like(tensor: Tensor) -> Tensor:
@@ -42,13 +71,11 @@ def weak_memory(tensor: Tensor) -> Callable[[], Tensor | None]:
     The memory counts, not the object: a captured graph knows addresses only, and
     ``nn.Parameter(p.data)`` is another object at the same one.
     """
-    storage = StorageWeakRef(tensor.untyped_storage())
-    layout = tensor.storage_offset(), tensor.size(), tensor.stride()
-    dtype, device = tensor.dtype, tensor.device
+    storage, layout = StorageWeakRef(tensor.untyped_storage()), Layout.of(tensor)
 
     def revive() -> Tensor | None:
         alive = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
-        return None if alive is None else torch.empty(0, dtype=dtype, device=device).set_(alive, *layout)
+        return None if alive is None else layout.on(alive)
 
     return revive
 
@@ -59,12 +86,29 @@ def same_memory(a: Tensor, b: Any) -> bool:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory that two tensors span has bytes in common; they may still hold different elements of it."""
-    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
-    return a_begin < b_end and b_begin < a_end
+    """Whether two tensors may have a byte in common. Views that interleave, as keys and values of a cache, do not."""
+    (a_begin, a_end), (b_begin, b_end) = span(a), span(b)
+    if not (a_begin < b_end and b_begin < a_end):
+        return False
+    apart, misaligned = divmod(b_begin - a_begin, a.element_size())
+    if a.stride() != b.stride() or a.element_size() != b.element_size() or misaligned:
+        return True
+    dims = [(stride, 1 - m, n - 1) for stride, n, m in zip(a.stride(), a.shape, b.shape, strict=True) if stride]
+    return _meet(apart, sorted(dims, reverse=True))
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _meet(distance: int, dims: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether steps of each stride, between two numbers of them, may add up to a distance. Largest stride first."""
+    if not dims:
+        return distance == 0
+    (stride, least, most), *inner = dims
+    low, high = (sum(s * bounds[i] for s, *bounds in inner) for i in (0, 1))
+    steps = range(max(least, math.ceil((distance - high) / stride)), min(most, (distance - low) // stride) + 1)
+    return len(steps) > 2 or any(_meet(distance - n * stride, inner) for n in steps)  # more: strides that overlap
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor's elements lie between."""
     begin = tensor.data_ptr()
     if not tensor.numel():
         return begin, begin
@@ -76,9 +120,7 @@ def on_memory_of(tensor: Tensor, keeper: object) -> Tensor:
     """``tensor`` again, on a storage that keeps ``keeper`` alive instead of the memory."""
     storage = tensor.untyped_storage()
     memory = tensor_at(storage.data_ptr(), storage.nbytes(), tensor.device, keeper)
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return empty.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return Layout.of(tensor).on(memory.untyped_storage())
 
 
 def tensor_at(address: int, nbytes: int, device: torch.device, keeper: object) -> Tensor:

@@ -21,6 +21,7 @@ replayed by all. In this lockstep
 
 from __future__ import annotations
 
+import bisect
 import enum
 import warnings
 import weakref
@@ -33,6 +34,7 @@ from torch import Tensor
 from ..errors import AddressChangedError, MovedInputWarning
 from ..watch.journal import sizes_text
 from ..watch.supervision import Supervision
+from .buffers import overlap, span
 from .entry import Entry, Kept, Key
 from .program import Program, SizeRule
 
@@ -94,6 +96,9 @@ class Places:
         self.written = sorted(program.written - program.static_inputs)
         #: The arguments that captures hold by address: parameters, then written inputs.
         self.kept = [*self.static, *self.written]
+        #: Where the program may write, and the addresses that this was made of.
+        self._writes: tuple[tuple[Any, ...], list[tuple[int, int]]] = (), []
+        self._written = sorted(program.written)
         self._rule, self._supervision, self._note = rule, supervision, note
         #: Whether captures hold collectives, which every rank must capture then.
         self.lockstep = supervision.peers and any(s.calls for s in program.steps if not s.island)
@@ -108,6 +113,31 @@ class Places:
         if self.written:  # the layout of a parameter is guarded
             addresses += tuple([self._layout(args[i]) for i in self.written])
         return sizes, addresses
+
+    def share_memory(self, key: Key, args: Sequence[Any], copied: Sequence[int]) -> bool:
+        """Whether an input that is copied lies where the program writes: the copy would show the old value."""
+        if not self._written:
+            return False
+        if self._writes[0] != key[1]:
+            self._writes = key[1], _merged([span(args[i]) for i in self._written])
+        spans = self._writes[1]
+        for i in copied:
+            if not isinstance(args[i], Tensor):
+                continue
+            begin, end = span(args[i])
+            near = bisect.bisect_left(spans, (end,)) - 1
+            if near < 0 or spans[near][1] <= begin:
+                continue
+            for written in self._written:
+                if overlap(args[written], args[i]):
+                    self._say(
+                        f"shared {i}",
+                        f"input '{self._names[i]}' may lie in memory that the model writes through "
+                        f"'{self._names[written]}': such calls run uncaptured",
+                        warns=False,
+                    )
+                    return True
+        return False
 
     def _layout(self, cache: Tensor) -> tuple[Any, ...]:
         identity = cache.untyped_storage()._cdata if self.lockstep else None
@@ -236,8 +266,9 @@ class Places:
         for i in self.written:
             self._say(
                 f"written {i}",
-                f"input '{self._names[i]}' ({_mib(args[i])}) is written and stays where the caller has it: at another "
-                "address it is captured anew; a cache that stays is best marked with torch._dynamo.mark_static_address",
+                f"input '{self._names[i]}' ({_mib(args[i])}) is written, or read by its place in memory (as_strided), "
+                "and stays where the caller has it: at another address it is captured anew; a cache that stays is best "
+                "marked with torch._dynamo.mark_static_address",
                 warns=False,
             )
         for i in copied:
@@ -277,6 +308,17 @@ class Places:
         self._note(text)
         if warns:
             warnings.warn(f"ringfence: {text}", MovedInputWarning, stacklevel=2)
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same addresses as spans that do not overlap, in order."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
 
 
 def _mib(tensor: Tensor) -> str:

@@ -45,9 +45,10 @@ class Program:
 
     The first ``len(inputs)`` slots are the arguments, named by ``inputs``; ``constants``
     are put into their slots before the first step. ``static_inputs`` are the arguments
-    that stay where they are between calls: parameters and buffers. ``written`` are those of
-    the others that the program writes into. ``views`` are taken of the caller's arguments, or of an output, by
-    position among the outputs: what ``outputs`` says there is seen by views alone.
+    that stay where they are between calls: parameters and buffers. ``written`` are those that the program
+    writes into, or looks at by the place in their storage (``as_strided``).
+    ``views`` are taken of the caller's arguments, or of an output, by position among the outputs: what ``outputs``
+    says there is seen by views alone.
     """
 
     steps: tuple[Step, ...]
@@ -81,13 +82,15 @@ class SizeRule:
     dimension ``d`` of argument ``i``. The tuple of their values is a call's *sizes*;
     every shape in the graph is a function of it. ``tokens`` computes the token count,
     the number of rows that the first all-reduce sums; it is None where the arguments do
-    not tell that number. ``shared`` are the bindings that collectives depend on, so that all ranks
+    not tell that number. ``leading`` is the argument whose first dimension it is, where no all-reduce tells it.
+    ``shared`` are the bindings that collectives depend on, so that all ranks
     have them, in an order that all ranks have; None stands for all of them.
     """
 
     bindings: tuple[tuple[int, int | None], ...]
     tokens: Callable[[tuple[int, ...]], int] | None
     shared: tuple[int, ...] | None = None
+    leading: int | None = None
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(args[i] if d is None else args[i].shape[d] for i, d in self.bindings)

@@ -47,7 +47,7 @@ from ..errors import (
 )
 from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote, sizes_text
 from ..watch.supervision import Supervision
-from .buffers import copy_into, narrow, overlap
+from .buffers import copy_into, narrow
 from .capture import GraphBackend, SimulatedGraphs
 from .entry import Entry as _Entry
 from .entry import Key
@@ -171,9 +171,9 @@ class PiecewiseRunner:
             if self._pending.any():
                 self._pending.wait(args)
             places = self._places
-            if places.written and self._share_memory(args):
-                return self._run_as(target, sizes, args)
             key = places.key(target, args)
+            if places.share_memory(key, args, self._dynamic):
+                return self._run_as(target, sizes, args)
             how = How.REPLAY if key in places.entries and not places.lockstep else self._how(key, args)
             if how is How.REPLAY:
                 return self._serve_replay(places.entries[key], sizes, args)
@@ -320,11 +320,6 @@ class PiecewiseRunner:
         return next(filter(None, (self._padding.size_for(n, self._sizes, sizes) for n in larger)), None)
 
     # -- captured ----------------------------------------------------------------------
-
-    def _share_memory(self, args: Sequence[Any]) -> bool:
-        """Whether an input that is copied lies where the program writes: the copy would show the old value."""
-        copied = [args[i] for i in self._dynamic if isinstance(args[i], Tensor)]
-        return any(overlap(args[i], other) for i in self._places.written for other in copied)
 
     def _load(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         """Copy the call's inputs into the static buffers; rows that are padding become zero."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import CaptureError
-from .buffers import copy_into, weak_memory
+from .buffers import Layout, copy_into, weak_memory
 from .pool import Block, Pool
 
 #: A replay's step: one kernel on pinned tensors.
@@ -36,7 +36,9 @@ _ALLOCATIONS = frozenset(
     | {"aten::empty_permuted"}
 )
 #: ``item``, ``bool`` and the like dispatch an op that is tagged.
-_HOST_READS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.__dlpack__})
+_HOST_READS = frozenset(
+    {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__}
+)
 _TRANSFERS = frozenset({"aten::_to_copy", "aten::copy_", "aten::copy"})
 
 
@@ -199,10 +201,7 @@ class Tape(TorchDispatchMode):
             if storage.nbytes():
                 memory.copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
             self._note(memory, True)
-        with torch.inference_mode(False):
-            empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            layout = tensor.storage_offset(), tensor.size(), tensor.stride()
-            return empty.set_(memory.untyped_storage(), *layout)
+        return Layout.of(tensor).on(memory.untyped_storage())
 
     def _note(self, made: Tensor, device: bool | None) -> None:
         """A storage was born in the pool."""
@@ -300,8 +299,7 @@ class _Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         self._memory = weak_memory(tensor)
-        self._address, self._dtype = tensor.data_ptr(), tensor.dtype
-        self._layout = tensor.size(), tensor.stride()
+        self._address, self._layout = tensor.data_ptr(), Layout.of(tensor)
 
     def __call__(self) -> Tensor:
         tensor = self._memory()
@@ -315,10 +313,8 @@ class _Kept:
         begin = storage.data_ptr()
         if self._memory() is not None or not begin <= self._address < begin + storage.nbytes():
             return
-        with torch.inference_mode(False):
-            seen = torch.empty(0, dtype=self._dtype, device=tensor.device)
-            seen.set_(storage, (self._address - begin) // self._dtype.itemsize, *self._layout)
-        self._memory = weak_memory(seen)
+        offset = (self._address - begin) // self._layout.dtype.itemsize
+        self._memory = weak_memory(self._layout.on(storage, offset))
 
 
 #: A byte that is NaN in floats of any width, and no value that a program would count with elsewhere.
