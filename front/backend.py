@@ -1,6 +1,7 @@
 """The backend: the journey of a graph, one line per stage.
 
-Dynamo graph -> AOT -> find -> prepare (who carries it out) -> fuse -> judge -> clean -> split -> prove -> lower -> run
+Dynamo graph -> AOT -> repeats, waits -> find -> assign (who carries it out) -> fuse -> judge, clean -> in place ->
+split -> prove -> agree -> lower -> run
 """
 
 from __future__ import annotations
@@ -83,10 +84,7 @@ class Backend:
     def __init__(self, *by_place: Any, planned: Situation | None = None, **options: Any) -> None:
         """planned: what fused sites are judged as, where the plan is for another machine (``ringfence explain``)."""
         if by_place:
-            raise OptionsError(
-                "options are given by name, as Backend(capture_sizes=[1, 8]); torch.compile takes an instance: "
-                "backend=ringfence.Backend(), or backend='ringfence'"
-            )
+            raise OptionsError("options are given by name, and torch.compile takes an instance: backend=Backend(...)")
         self.options = Options.parse(options)
         self._planned = planned
         self.reports = Reports()

@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ringfence
 from ringfence.options import Options
 from ringfence.runtime import errors
 from ringfence.runtime.errors import OptionsError, RingfenceError, SizeTableError
+
+
+def test_options_by_place_and_the_class_in_place_of_an_instance() -> None:
+    with pytest.raises(OptionsError, match="by name"):
+        ringfence.Backend([4])  # type: ignore[arg-type]
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"an instance: backend=Backend\(\.\.\.\)"):
+        torch.compile(lambda x: x + 1, backend=ringfence.Backend)(torch.ones(2))
 
 
 @pytest.mark.parametrize(
