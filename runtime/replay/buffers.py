@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(frozen=True)
-class Layout:
+class StorageView:
     """How a tensor reads its storage: all that makes another tensor on the same bytes the same values."""
 
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class Layout:
     neg: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
+    def of(cls, tensor: Tensor) -> StorageView:
         where = tensor.dtype, tensor.device, tensor.size(), tensor.stride(), tensor.storage_offset()
         return cls(*where, tensor.is_conj(), tensor.is_neg())
 
@@ -71,7 +71,7 @@ def weak_memory(tensor: Tensor) -> Callable[[], Tensor | None]:
     The memory counts, not the object: a captured graph knows addresses only, and
     ``nn.Parameter(p.data)`` is another object at the same one.
     """
-    storage, layout = StorageWeakRef(tensor.untyped_storage()), Layout.of(tensor)
+    storage, layout = StorageWeakRef(tensor.untyped_storage()), StorageView.of(tensor)
 
     def revive() -> Tensor | None:
         alive = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
@@ -120,7 +120,7 @@ def on_memory_of(tensor: Tensor, keeper: object) -> Tensor:
     """``tensor`` again, on a storage that keeps ``keeper`` alive instead of the memory."""
     storage = tensor.untyped_storage()
     memory = tensor_at(storage.data_ptr(), storage.nbytes(), tensor.device, keeper)
-    return Layout.of(tensor).on(memory.untyped_storage())
+    return StorageView.of(tensor).on(memory.untyped_storage())
 
 
 def tensor_at(address: int, nbytes: int, device: torch.device, keeper: object) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import CaptureError
-from .buffers import Layout, copy_into, weak_memory
+from .buffers import StorageView, copy_into, weak_memory
 from .pool import Block, Pool
 
 #: A replay's step: one kernel on pinned tensors.
@@ -201,7 +201,7 @@ class Tape(TorchDispatchMode):
             if storage.nbytes():
                 memory.copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
             self._note(memory, True)
-        return Layout.of(tensor).on(memory.untyped_storage())
+        return StorageView.of(tensor).on(memory.untyped_storage())
 
     def _note(self, made: Tensor, device: bool | None) -> None:
         """A storage was born in the pool."""
@@ -299,7 +299,7 @@ class _Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         self._memory = weak_memory(tensor)
-        self._address, self._layout = tensor.data_ptr(), Layout.of(tensor)
+        self._address, self._layout = tensor.data_ptr(), StorageView.of(tensor)
 
     def __call__(self) -> Tensor:
         tensor = self._memory()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringfence.runtime.replay.buffers import Layout, overlap
+from ringfence.runtime.replay.buffers import StorageView, overlap
 
 
 def bytes_of(tensor: Tensor) -> set[int]:
@@ -53,5 +53,5 @@ def test_other_dtypes_and_strides_that_overlap_may_share() -> None:
 @pytest.mark.parametrize("view", [lambda t: t.conj(), lambda t: t.imag, lambda t: t.conj().imag, lambda t: t[1:].T])
 def test_a_layout_makes_the_same_values_of_the_same_bytes(view: object) -> None:
     tensor = view(torch.randn(4, 6, dtype=torch.complex64))  # type: ignore[operator]
-    again = Layout.of(tensor).on(tensor.untyped_storage())
+    again = StorageView.of(tensor).on(tensor.untyped_storage())
     assert torch.equal(again.resolve_conj().resolve_neg(), tensor.resolve_conj().resolve_neg())
