@@ -42,6 +42,8 @@ def waited_for(others: Heartbeat) -> Report | None:
     finding = find_alone(positions, others.members, deadlines.alone) or find_culprit(
         positions, others.silent(), (), others.members, others.ended()
     )
-    if finding is None or not stood_still(positions, finding, deadlines.alone):
+    # That they wait for a rank since it was told to end is nobody's fault.
+    since = max((others.seconds_since_end(rank) for rank in finding.ranks), default=0.0) if finding is not None else 0.0
+    if finding is None or not stood_still(positions, finding, deadlines.alone + since):
         return None
     return Report("hang", others.rank, finding)

@@ -19,7 +19,7 @@ from ..channel import Store
 from .culprit import place_of
 from .journal import Journal
 from .position import Position
-from .process import this_process, why_silent
+from .process import ENDED, this_process, why_silent
 from .report import Report
 
 #: A position that was heard longer ago than so many beats is not judged.
@@ -28,6 +28,8 @@ _STALE_BEATS = 3
 _TOLD = 8
 #: A process that ends, and serves the store, waits so long for the others to have read it.
 _FAREWELL_SECONDS = 0.4
+#: How long an interpreter may take to end, and how long its peers' collectives to break after that.
+_SECONDS_TO_END, _SECONDS_TO_BREAK = 15.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _Peer:
     end: str = ""
     closed: bool = False
     read_ends: frozenset[int] = frozenset()  # of which ranks it knows that they ended
+    gone: float | None = None  # since when its process is seen to have ended
 
 
 class Heartbeat:
@@ -214,6 +217,27 @@ class Heartbeat:
     def ended(self) -> dict[int, str]:
         """The ranks that said that they end, and how. One that only closed has no position any more."""
         return {rank: peer.end for rank, peer in self.peers.items() if peer.end}
+
+    def still_ends(self) -> tuple[int, ...]:
+        """The ranks that are about to end: until their processes are gone, a collective with them does not break.
+
+        A rank that waits in one hears only then of what it was told itself.
+        """
+        now, ending = time.monotonic(), []
+        for rank, peer in self.peers.items():
+            if not peer.end or peer.closed:
+                continue
+            if peer.gone is None and why_silent(*peer.process) == ENDED:
+                peer.gone = now
+            limit = peer.heard + _SECONDS_TO_END if peer.gone is None else peer.gone + _SECONDS_TO_BREAK
+            if now < limit:
+                ending.append(rank)
+        return tuple(ending)
+
+    def seconds_since_end(self, rank: int) -> float:
+        """0 of a rank that goes on, or only closed."""
+        peer = self.peers.get(rank)
+        return time.monotonic() - peer.heard if peer is not None and peer.end and not peer.closed else 0.0
 
     def positions(self) -> dict[int, Position]:
         """Where each rank is: this one now, the others when they were last heard of."""

@@ -262,7 +262,9 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     ends = [j.report.sentence for j in journals if j.report is not None and j.report.kind == "end"]
     if told is None and ends and finding is not None:
         standing = stood_still({j.rank: j.position for j in journals}, finding, Deadlines().alone)
-        finding = finding if standing else None  # else they were in the middle of a step
+        # A rank that was watched would have written itself that others waited for it when it was told to end.
+        in_order = all(j.heard for j in journals if j.rank in finding.ranks)
+        finding = finding if standing and not in_order else None  # else they were in the middle of a step
     divergence = first_divergence(journals)
     if finding is not None:
         sentence = finding.sentence

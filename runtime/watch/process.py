@@ -9,11 +9,13 @@ from pathlib import Path
 #: What is said of a silent rank of which no more is known.
 UNKNOWN = "its process ended, is stopped, or holds Python's lock"
 
+ENDED = "its process ended"
+
 _SAID = {
     "T": "its process is stopped, as by SIGSTOP",
     "t": "its process is stopped by a debugger",
-    "Z": "its process ended",
-    "X": "its process ended",
+    "Z": ENDED,
+    "X": ENDED,
     "D": "its process waits for a device or a disk",
 }
 
@@ -33,7 +35,7 @@ def why_silent(place: str, pid: int) -> str:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
-        return "its process ended"
+        return ENDED
     except OSError:
         return UNKNOWN
     state = stat.rpartition(")")[2].split()[0]  # a name may hold anything, a bracket too

@@ -79,6 +79,7 @@ class Watchdog:
         self._own = False  # what was reported is this rank's own failure
         self._reached = False  # the main thread came here with an exception, so nobody need wake it
         self._runs = False
+        self._ended_at: int | None = None  # what the journal's counter was when this rank was told to end
         self._stop = threading.Event()
 
     def start(self) -> None:
@@ -166,6 +167,7 @@ class Watchdog:
         how = how_it_ends(error, waits=bool(position.calls or position.exchange))
         if how is None or self._stop.is_set():
             return False
+        self._ended_at = position.moved
         sentence = f"rank {self._rank} {how}, {place_of(position)}"
         found, end = waited_for(self.others), Report("end", self._rank, Finding((), (), sentence))
         bounded(lambda: log.warning("ringfence: %s", sentence), 0.2)
@@ -202,6 +204,11 @@ class Watchdog:
         if slept > 2 * self.deadlines.beat:  # this process was stopped, or starved: that time says nothing
             self._moved_at += slept
             self.others.forgive(slept)
+        if self._ended_at is not None:
+            if position.moved == self._ended_at:
+                return  # the process is about to end, which takes its time
+            self._ended_at = None  # whoever caught it goes on
+            self.others.goes_on()
         if self.report is not None:
             if self.reaction.on_hang == "report" and position.moved != self._reported_at:  # it was no hang, after all
                 self.report, self._read = None, len(self.others.reports)
@@ -260,6 +267,8 @@ class Watchdog:
             return None  # it has gone on since, or is about to be silent: where it was tells nothing
         failures = [r.failure for r in self.others.reports if r.failure is not None]
         finding = find_culprit(positions, silent, failures, self.others.members, ended)
+        if finding is not None and set(finding.ranks) & set(self.others.still_ends()):
+            return None
         if finding is None or still > self.deadlines.warm_up:
             return finding
         gone = {self._rank, *silent, *ended}

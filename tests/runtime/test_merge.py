@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +130,18 @@ def test_hosts_whose_clocks_are_hours_apart_say_the_same(tmp_path: Path) -> None
             others = heard({r: p for r, p in at.items() if r != rank})
             write(tmp_path, rank, at[rank], "hang: rank 1", heard=others, time=1000.0 + rank * shift)
         assert merged(tmp_path).sentence.startswith("rank 1 did not come to call 14 of group '0'")
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_who_waits_for_a_rank_since_it_was_told_to_end_blames_nobody(tmp_path: Path, watched: bool) -> None:
+    """An interpreter takes seconds to end. Where nobody watched, it cannot be told from a hang that was interrupted."""
+    at = {0: replace(STUCK, still=0.1), 1: replace(WAITS, still=6.0), 2: replace(WAITS, still=6.0)}
+    for rank in RANKS:
+        told = reported("end", rank, (), f"rank {rank} was told to end (SystemExit: 0), in step 7")
+        others = heard({r: p for r, p in at.items() if r != rank}) if watched else {}
+        write(tmp_path, rank, at[rank], "end: it was told to end", heard=others, **told)
+    found = merged(tmp_path)
+    if watched:
+        assert found.finding is None and found.sentence.startswith("nobody waited for long: rank 0 was told to end")
+    else:
+        assert found.finding is not None and found.finding.ranks == (0,)
