@@ -164,7 +164,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def _read(path: Path, written_by: Collection[int]) -> RankJournal:
-    """written_by: the ranks that have files; where one reports what happened, what it heard of those is not needed."""
+    """written_by: the ranks that have files; where one knows what happened, what it heard of those is not needed."""
     if not path.is_file():  # a FIFO would be waited for
         raise JournalError(f"'{path.name}' is no file")
     try:
@@ -174,6 +174,8 @@ def _read(path: Path, written_by: Collection[int]) -> RankJournal:
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         raise JournalError(f"'{path.name}' is no journal of format {FORMAT}; read it with the ringfence that wrote it")
     try:
+        report = Report.from_dict(value["report"]) if value.get("report") is not None else None
+        knows = report is not None and report.conclusive
         return RankJournal(
             checked.integer(value["rank"]),
             checked.text(value["reason"]),
@@ -185,12 +187,12 @@ def _read(path: Path, written_by: Collection[int]) -> RankJournal:
             {
                 int(rank): Position.from_dict(p)
                 for rank, p in value.get("heard", {}).items()
-                if value.get("report") is None or int(rank) not in written_by
+                if not knows or int(rank) not in written_by
             },
             {int(rank): str(how) for rank, how in value.get("silent", {}).items()},
             tuple(Failure.from_dict(f) for f in value.get("failures", ())),
             dict(value.get("probes", {})),
-            Report.from_dict(value["report"]) if value.get("report") is not None else None,
+            report,
             tuple(str(note["reason"]) for note in value.get("later", ())),
             CodePlace.from_dict(value.get("code")),
             Origin.from_dict(value.get("origin", {})),
