@@ -154,6 +154,9 @@ class Kernels(Protocol):
         residual and the weight ``[hidden]``, and whose results go to ``norm`` and ``out``.
         """
 
+    def holds(self, call: KernelCall) -> bool:
+        """Whether their memory is large enough for a call of no more bytes than the workspace is made for."""
+
     def control_words(self) -> tuple[int, ...]:
         """The words that the protocol keeps on this rank's device. Waits for the device."""
 

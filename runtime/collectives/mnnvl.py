@@ -21,7 +21,7 @@ from . import flashinfer, flashinfer_rules, kernels, rank_facts
 from .buffer_dump import Cells, Part, Reading
 from .epilogue import Epilogue
 from .flashinfer import ChannelBackend, FlashInfer
-from .kernels import BUFFERS, Implementation, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
+from .kernels import BUFFERS, Implementation, KernelCall, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
 from .rank_facts import RankFacts
 
 #: The kernel waits for the one before it before it reads anything, and every one of a chain waits; so one-shot is
@@ -182,6 +182,9 @@ class Mnnvl:
             x, *self._pointers, *self._ranks, True, _pdl(x, strategy), one_shot,
             norm, out, *operands, after.eps, after.weight_bias,
         )  # fmt: skip
+
+    def holds(self, call: KernelCall) -> bool:
+        return True  # a call needs as much as it has bytes
 
     def control_words(self) -> tuple[int, ...]:
         return tuple(self._pointers[3].tolist())

@@ -20,17 +20,21 @@ from torch import Tensor
 
 from ..channel import Channel, ranks_text
 from ..errors import HangError, RingfenceError, WorkspaceError
-from ..hazards.situation import Strategy
+from ..hazards.situation import Collective, Fact, Strategy
 from . import nvrtc
 from .cuda_driver import Driver, current_stream
 from .epilogue import Epilogue
 from .forms import ENTRY, GRANULE, CallArguments, Form, granules_of, granules_of_token
-from .kernels import KernelCall, KernelMemory
+from .kernels import Implementation, KernelCall, KernelMemory, Kernels, Requirement
+from .links import FULL
+from .rank_facts import RankFacts, differ, linked, peers_out_of_reach, topology_of
 
 #: Devices that the kernels were written for.
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
 #: From here on blocks form clusters, and a kernel may begin before the one before it ends (PDL).
 _CLUSTERS_FROM = (9, 0)
+MOST_RANKS = 8
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: The largest row.
 MOST_ROW_BYTES = 64 * 1024
 #: The most blocks of a grid: each has a word with the number of its last call.
@@ -323,3 +327,60 @@ def create(
     memory = RankMemory.make(device, channel.rank, inbox, peers, size)
     torch.cuda.synchronize(device)
     return RingfenceKernels(functions, memory, release)
+
+
+def _make(channel: Channel, group: dist.ProcessGroup, max_tokens: int, hidden: int, dtype: torch.dtype) -> Kernels:
+    return create(channel, group, max_tokens, hidden, dtype)
+
+
+# -- where it fits ---------------------------------------------------------------------
+
+
+def _fits(ranks: Sequence[RankFacts]) -> str | None:
+    if len(ranks) > MOST_RANKS:
+        return f"its kernels are for 2 to {MOST_RANKS} ranks, not {len(ranks)}"
+    capability = ranks[0].capability
+    if unfit := differ(ranks, "capability") or peers_out_of_reach(ranks):
+        return unfit
+    if capability not in CAPABILITIES:
+        known = ", ".join(f"SM{major}{minor}" for major, minor in CAPABILITIES)
+        return f"its kernels are written for {known}, and these are SM{capability[0]}{capability[1]}"
+    if topology_of(ranks) not in FULL:
+        return f"a line of 128 bytes arrives whole over NVLink alone, and the ranks are linked by {linked(ranks)}"
+    return None
+
+
+REQUIREMENTS: tuple[Requirement, ...] = (
+    Requirement(
+        "row_bytes",
+        lambda c: c.hidden * c.dtype.itemsize % 16 == 0 and c.hidden * c.dtype.itemsize <= MOST_ROW_BYTES,
+        f"a row is a multiple of 16 bytes, and at most {MOST_ROW_BYTES >> 10} KiB",
+        "runtime/collectives/cuda/common.cuh",
+    ),
+    Requirement(
+        "dtype",
+        lambda c: c.dtype in DTYPES,
+        "the kernels are for bfloat16, float16 and float32",
+        "runtime/collectives/cuda/common.cuh",
+    ),
+    Requirement(
+        "two_shot_row",
+        lambda c: c.strategy is Strategy.ONE_SHOT or granules_of(c.hidden * c.dtype.itemsize) >= c.world_size,
+        "two-shot needs rows of which every rank has a share of 448 bytes, the last one of any part of it",
+        "runtime/collectives/cuda/two_shot.cu",
+    ),
+)
+
+#: A kernel may begin before the one before it ends, and waits for that before it reads anything; so does each of a
+#: chain, and behind a kernel that waits for nothing the protocol still holds (runtime/protocol/ringfence.py).
+IMPLEMENTATION = Implementation(
+    Collective.RINGFENCE,
+    "peer",
+    _fits,
+    _make,
+    REQUIREMENTS,
+    dtypes=lambda dtype: DTYPES,
+    epoch_on_device=True,
+    facts=frozenset({Fact.PDL}),
+    model="ringfence",
+)

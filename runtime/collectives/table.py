@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from . import mnnvl, reference, trtllm
+from . import mnnvl, reference, ringfence, trtllm
 from .kernels import Implementation
 
-ALL: tuple[Implementation, ...] = (mnnvl.MULTICAST, mnnvl.PEER, trtllm.IMPLEMENTATION, reference.IMPLEMENTATION)
+#: Ringfence's own comes behind FlashInfer's until rows of the size table say where it is faster.
+ALL: tuple[Implementation, ...] = (
+    mnnvl.MULTICAST,
+    mnnvl.PEER,
+    trtllm.IMPLEMENTATION,
+    ringfence.IMPLEMENTATION,
+    reference.IMPLEMENTATION,
+)

@@ -103,6 +103,7 @@ class Workspace:
             and call.size <= self.capacity
             and strategy in self.kernels.strategies
             and self.implementation.unmet(call) is None
+            and self.kernels.holds(call)
         )
 
     def constant(self, name: str, like: Tensor, numel: int) -> Tensor:

@@ -29,6 +29,7 @@ class Collective(Explained):
     TRTLLM = "trtllm", "FlashInfer's peer-to-peer all-reduce (trtllm_allreduce_fusion.cuh)"
     TRTLLM_CUSTOM = "trtllm_custom", "FlashInfer's older trtllm_custom_all_reduce, whose caller counts the epochs"
     CUSTOM = "custom", "the custom all-reduce of vLLM and SGLang, over registered IPC buffers"
+    RINGFENCE = "ringfence", "ringfence's own all-reduce over peer memory, compiled at run time, with bounded waits"
     MOE_ALL_TO_ALL = "moe_all_to_all", "FlashInfer's one-sided MoE dispatch and combine"
     SYMMETRIC_MEMORY = "symmetric_memory", "torch symmetric-memory all-reduce"
     NCCL = "nccl", "NCCL"

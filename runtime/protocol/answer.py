@@ -18,7 +18,7 @@ from .bound import Bound
 from .calls import Calls, distinct, each
 from .explore import ModelFailure, Result
 from .machine import State
-from .plan import check, unseen
+from .plan import OWN, check, unseen
 
 #: Rows whose failure is a wrong number; the others' is a wait that never ends.
 _WRONG_NUMBERS = frozenset({"M3", "M5", "M58"})
@@ -57,7 +57,7 @@ def ask(situation: Situation, ranks: Sequence[Calls], bound: Bound | None = None
     release take as they take those before it has been asked about. Raises :class:`~.plan.PlanError`,
     :class:`~ringfence.runtime.errors.VersionError`, and what ``bound`` raises.
     """
-    version = situation.flashinfer
+    version = "" if situation.collective in OWN else situation.flashinfer
     if version is None:
         raise PlanError("the protocols differ between FlashInfer releases; say which one")
     states = 0

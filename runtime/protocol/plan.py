@@ -29,6 +29,7 @@ from .lamport import part, total
 from .machine import UNSEEN, Machine, State
 from .mnnvl import MnnvlCompiler, mnnvl_compiler, polls_own
 from .moe_a2a import MoeCompiler
+from .ringfence import RULES, LineRules, ringfence_compiler
 from .rules import LamportRules, MoeRules, mnnvl_rules, moe_rules, trtllm_rules
 from .trtllm import trtllm_compiler
 
@@ -36,10 +37,14 @@ from .trtllm import trtllm_compiler
 WORLD_SIZES = (2, 4, 8, 16)
 
 #: Collectives whose protocol has a model.
-MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL)
+MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.RINGFENCE, Collective.MOE_ALL_TO_ALL)
+
+#: Of these, those that come with ringfence itself, and depend on no version of FlashInfer.
+OWN = (Collective.RINGFENCE,)
+MOST_OWN_RANKS = 8
 
 
-Rules: TypeAlias = LamportRules | MoeRules
+Rules: TypeAlias = LamportRules | LineRules | MoeRules
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,8 @@ def rules_for(collective: str, version: str) -> Rules:
             return mnnvl_rules(version)
         case Collective.TRTLLM:
             return trtllm_rules(version)
+        case Collective.RINGFENCE:
+            return RULES
         case Collective.MOE_ALL_TO_ALL:
             return moe_rules(version)
     raise PlanError(f"no model of collective '{collective}'; there are {_listed(MODELLED)}")
@@ -234,6 +241,10 @@ def compiler_for(collective: str, rules: Rules, ranks: Sequence[Calls]) -> Compi
     """The protocol of this collective by these rules, for ranks that make these calls."""
     if isinstance(rules, MoeRules):
         return MoeCompiler(len(ranks), rules=rules)
+    if isinstance(rules, LineRules):
+        if len(ranks) > MOST_OWN_RANKS:
+            raise PlanError(f"a world of {len(ranks)} ranks; ringfence's own kernels serve 2 to {MOST_OWN_RANKS}")
+        return ringfence_compiler(ranks, rules)
     return (mnnvl_compiler if collective == Collective.MNNVL else trtllm_compiler)(ranks, rules)
 
 
@@ -256,6 +267,8 @@ def check(collective: str, version: str, ranks: Sequence[Calls], bound: Bound | 
     _check_ranks(ranks)
     rules, bound = rules_for(collective, version), bound or Bound()
     ranks = _gridded(collective, rules, ranks)
+    if isinstance(rules, LineRules):  # no fold was shown to be right for it
+        return decide(_unfolded(collective, rules, ranks), bound=bound)
     first = ranks[0]
     if all(calls is first or calls == first for calls in ranks) and not any(call.active for call in first):
         return check_alike(collective, rules, first, len(ranks), bound)

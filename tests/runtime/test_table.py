@@ -18,7 +18,7 @@ from ringfence.runtime.channel import Channel, open_channel
 from ringfence.runtime.collectives import ops, ready, reference, table
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
-from ringfence.runtime.collectives.kernels import Implementation
+from ringfence.runtime.collectives.kernels import Implementation, KernelCall
 from ringfence.runtime.collectives.ready import Wanted, prepare
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
@@ -61,6 +61,9 @@ class GatherKernels:
             assert to is not None
             to.copy_(result)
 
+    def holds(self, call: KernelCall) -> bool:
+        return True
+
     def control_words(self) -> tuple[int, ...]:
         return ()
 
@@ -72,6 +75,8 @@ def make(channel: Channel, group: dist.ProcessGroup, max_tokens: int, hidden: in
     channel.barrier("gather: made")
     return GatherKernels(group)
 
+
+NO_ROW = "no row of the size table knows 2 GPUs of SM90; name it to force it"
 
 # -- the row
 
@@ -115,13 +120,13 @@ def test_a_missing_flashinfer_bars_its_own_collectives_alone() -> None:
     row = SizeRow("gather", "gloo", (9, 0), 2, 1, 1, 1, "a test", bitwise=True)
     found = choose(ranks, table=(row,), among=(*table.ALL[:-1], GATHER, table.ALL[-1]))
     assert found.implementation is GATHER
-    assert [c.why_not for c in found.candidates] == ["not here"] * 3 + [None]
+    assert [c.why_not for c in found.candidates] == ["not here"] * 3 + [NO_ROW, None]
     assert choose(ranks, table=(row,), among=(GATHER,), deterministic=True).row is row
 
 
 def test_every_row_of_the_table_is_whole() -> None:
     names = list(dict.fromkeys(str(one.name) for one in table.ALL))
-    assert names == ["mnnvl", "trtllm", "reference"] and table.ALL[-1].make is None
+    assert names == ["mnnvl", "trtllm", "ringfence", "reference"] and table.ALL[-1].make is None
     assert len({(one.name, one.transport) for one in table.ALL}) == len(table.ALL)
     for one in table.ALL:
         assert (one.make is None) == (one.model is None), "a protocol that hangs has a model"
@@ -131,13 +136,13 @@ def test_every_row_of_the_table_is_whole() -> None:
 
 
 def test_nothing_but_its_file_and_tables_of_data_knows_a_collective_by_name() -> None:
-    at_home = {"runtime/collectives/mnnvl.py", "runtime/collectives/trtllm.py", "runtime/collectives/table.py"}
+    at_home = {f"runtime/collectives/{name}.py" for name in ("mnnvl", "trtllm", "ringfence", "table")}
     data = {"runtime/collectives/size_table.py"}
     for folder in ("front", "compile_passes", "runtime/collectives", "runtime/watch", "runtime/replay"):
         for path in (ROOT / folder).rglob("*.py"):
             name, text = str(path.relative_to(ROOT)), path.read_text()
             if name not in at_home | data:
-                for word in ("Collective.MNNVL", "Collective.TRTLLM", '"mnnvl"', '"trtllm"'):
+                for word in ("Collective.MNNVL", "Collective.TRTLLM", "Collective.RINGFENCE", '"mnnvl"', '"trtllm"'):
                     assert word not in text, f"{name} switches on {word}"
 
 

@@ -13,6 +13,7 @@ from fake_flashinfer import memory
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import mnnvl, trtllm
 from ringfence.runtime.collectives import workspace as module
+from ringfence.runtime.collectives.kernels import KernelCall
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import Workspace, Workspaces, close_workspaces, workspaces_of
 from ringfence.runtime.errors import GroupError, WorkspaceError
@@ -32,6 +33,9 @@ class Kernels:
     def __init__(self, strategies: tuple[Strategy, ...] = (ONE, TWO), words: int = 0) -> None:
         self.strategies, self.words, self.closed = strategies, words, 0
         self.memory = memory()
+
+    def holds(self, call: KernelCall) -> bool:
+        return True
 
     def control_words(self) -> tuple[int, ...]:
         return (self.words, self.words + 1)

@@ -1,0 +1,199 @@
+"""ringfence: the all-reduce of our own, one-shot and two-shot, whose flags travel with the data.
+
+A line says by the number of its call that it is there, and is taken for nothing else: so there is no sentinel, no
+payload that matters, and nothing to clear. The number is a word on the device for each block that a grid may have, and
+every call advances all of them, so it is the same in all blocks whatever their grids.
+
+Why two buffers: who writes call n + 2, and so the buffer of call n, has received from every peer in call n + 1, so each
+peer had begun that call, and had received all of call n. That is so whether a call begins when the one before has
+ended, or as soon as that one has received everything, which is when it lets its dependents begin.
+
+Source: runtime/collectives/cuda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from ..hazards.situation import Strategy
+from .calls import Call, Calls
+from .compiler import Compiler
+from .machine import CellTable, Launch, Machine, Op, OpKind, flag
+from .rules import Epoch
+
+#: Numbers are told from here on where a run is looked at from its middle: older ones are all different from them.
+_FIRST_NUMBER = 12
+#: Flags are compared by number and, in :mod:`.walk`, moved by multiples of 3; buffers take turns by its remainder.
+_PERIOD = 6
+
+
+class Begin(StrEnum):
+    """When the next call of a rank may begin: once the one before has ENDED, has RECEIVED everything, or has SENT it.
+
+    The last two are programmatic dependent launches behind a kernel that waits for nothing.
+    """
+
+    ENDED = "ended"
+    RECEIVED = "received"
+    SENT = "sent"
+
+
+@dataclass(frozen=True)
+class LineRules:
+    """The protocol, and what could be otherwise.
+
+    every_block_counts: a call advances the numbers of all blocks, and not of its own grid's alone.
+    flag_with_data: a line and its number arrive together; else the number may come first.
+    """
+
+    buffers: int = 2
+    epoch: Epoch = Epoch.DEVICE
+    every_block_counts: bool = True
+    flag_with_data: bool = True
+    begin: Begin = Begin.ENDED
+
+
+#: As the kernels are.
+RULES = LineRules()
+
+Numbers = tuple[int, ...]
+
+
+def ringfence(programs: Sequence[Calls], rules: LineRules = RULES) -> Machine:
+    """The machine that these programs, one per rank, make of a workspace."""
+    compiler = ringfence_compiler(programs, rules)
+    if rules.begin is Begin.ENDED:
+        return compiler.machine(programs)
+    launches = [(_overlapped(compiler, rank, calls),) for rank, calls in enumerate(programs)]
+    return Machine(launches, compiler.memory.names)
+
+
+def ringfence_compiler(programs: Sequence[Calls], rules: LineRules = RULES) -> RingfenceCompiler:
+    """With as many numbers as the largest grid of these programs has blocks."""
+    blocks = max((call.ctas for calls in programs for call in calls), default=1)
+    return RingfenceCompiler(len(programs), rules=rules, blocks=blocks)
+
+
+@dataclass(frozen=True)
+class RingfenceCompiler(Compiler[Numbers]):
+    """Its control words are the numbers of the blocks. A row is as many granules as there are ranks."""
+
+    rules: LineRules = field(kw_only=True)
+    blocks: int = 1
+
+    def initial(self) -> Numbers:
+        return (0,) * self.blocks
+
+    def kind(self, call: Call) -> Call:
+        epoch = call.epoch if self.rules.epoch is Epoch.HOST else None
+        ctas = 1 if self.rules.every_block_counts else call.ctas
+        return Call(0, call.strategy, call.tokens, ctas=ctas, epoch=epoch, workspace=call.workspace)
+
+    def after(self, words: Numbers, call: Call) -> Numbers:
+        return tuple(
+            number + 1 if self.rules.every_block_counts or block < call.ctas else number
+            for block, number in enumerate(words)
+        )
+
+    def rebased(self, words: Numbers) -> tuple[Numbers, int]:
+        least = min(words)
+        moved = least - _FIRST_NUMBER - least % _PERIOD
+        return tuple(number - moved for number in words), moved
+
+    def ops(self, rank: int, words: Numbers, call: Call) -> tuple[Op, ...]:
+        writer = _RingfenceRank(self, rank, words, call)
+        return tuple(writer.two_shot() if call.strategy is Strategy.TWO_SHOT else writer.one_shot())
+
+
+class _RingfenceRank:
+    """Writes the ops of one rank's call."""
+
+    def __init__(self, compiler: RingfenceCompiler, rank: int, words: Numbers, call: Call) -> None:
+        self._rank, self._world, self._call, self._words = rank, range(compiler.world_size), call, words
+        self._rules, self._memory = compiler.rules, compiler.memory
+        self._peers = [peer for peer in self._world if peer != rank]
+
+    def one_shot(self) -> list[Op]:
+        """In an inbox: [token][source][granule]."""
+        granules, tokens, ops = len(self._world), range(self._call.tokens), list[Op]()
+
+        def slots(token: int, at: int, source: int) -> list[int]:
+            return [(token * len(self._peers) + _place(source, at)) * granules + g for g in range(granules)]
+
+        for peer in self._peers:
+            for token in tokens:
+                ops += self._send(token, peer, slots(token, peer, self._rank), 0, len(ops))
+        for token in tokens:
+            cells = [slot for source in self._peers for slot in slots(token, self._rank, source)]
+            ops.append(self._receive(token, cells, 0, f"token {token}"))
+        return ops
+
+    def two_shot(self) -> list[Op]:
+        """For each token: the parts of the rank's own granule, [source], and then the sums, [granule]."""
+        peers, tokens, ops = len(self._peers), range(self._call.tokens), list[Op]()
+        of_token = peers + len(self._world)
+        for peer in self._peers:
+            for token in tokens:
+                ops += self._send(token, peer, [token * of_token + _place(self._rank, peer)], 0, len(ops))
+        for token in tokens:
+            parts = [token * of_token + place for place in range(peers)]
+            ops.append(self._receive(token, parts, 0, f"parts of token {token}"))
+            summed = 1 << len(ops) - 1
+            for peer in self._world:
+                ops += self._send(token, peer, [token * of_token + peers + self._rank], summed, len(ops))
+        for token in tokens:
+            sums = [token * of_token + peers + granule for granule in self._world]
+            ops.append(self._receive(token, sums, 0, f"sums of token {token}"))
+        return ops
+
+    def _number(self, token: int) -> int:
+        """Of this call, as the block knows it that has this token."""
+        if self._rules.epoch is Epoch.HOST and self._call.epoch is not None:
+            return self._call.epoch + 1
+        block = 0 if self._rules.every_block_counts else token % self._call.ctas
+        return self._words[block] + 1
+
+    def _cells(self, rank: int, number: int, slots: Sequence[int]) -> tuple[int, ...]:
+        name = f"workspace {self._call.workspace} " if self._call.workspace else ""
+        buffer = number % self._rules.buffers
+        return tuple(self._memory.cell(rank, f"{name}buffer {buffer} granule {slot}") for slot in slots)
+
+    def _send(self, token: int, peer: int, slots: Sequence[int], after: int, place: int) -> list[Op]:
+        number = self._number(token)
+        cells, values = self._cells(peer, number, slots), (flag(number, self._call.id),) * len(slots)
+        detail = f"token {token} to rank {peer}, number {number}"
+        sent = Op(OpKind.RAISE, cells, values, after, detail=detail)
+        if self._rules.flag_with_data:
+            return [sent]
+        early = Op(OpKind.RAISE, cells, (flag(number),) * len(slots), after, detail=f"the number of {detail}")
+        return [early, replace(sent, after=after | 1 << place)]
+
+    def _receive(self, token: int, slots: Sequence[int], after: int, what: str) -> Op:
+        number = self._number(token)
+        due = (flag(number, self._call.id),) * len(slots)
+        cells = self._cells(self._rank, number, slots)
+        return Op(OpKind.AWAIT_EQUAL, cells, due, after, detail=f"{what}, number {number}")
+
+
+def _place(source: int, at: int) -> int:
+    """Of a source among the others of rank ``at``."""
+    return source if source < at else source - 1
+
+
+def _overlapped(compiler: RingfenceCompiler, rank: int, calls: Calls) -> Launch:
+    """All calls of a rank in one launch, where a call's ops come after those of the one before that it waits for."""
+    words, ops, before = compiler.initial(), list[Op](), 0
+    received = compiler.rules.begin is Begin.RECEIVED
+    for call in calls:
+        start, lasts = len(ops), 0
+        for op in compiler.ops(rank, words, call):
+            if op.kind.waits is received:
+                lasts |= 1 << len(ops)
+            ops.append(replace(op, after=op.after << start | before))
+        before, words = lasts, compiler.after(words, call)
+    return Launch(0, f"{len(calls)} calls", tuple(ops))
+
+
+__all__ = ["RULES", "Begin", "CellTable", "LineRules", "RingfenceCompiler", "ringfence", "ringfence_compiler"]

@@ -1,0 +1,233 @@
+"""The adapter of ringfence's own kernels, without a device: where it fits, its memory, its arguments and its errors."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_flashinfer import FACTS
+
+from ringfence.runtime.collectives import nvrtc
+from ringfence.runtime.collectives.choice import choose
+from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
+from ringfence.runtime.collectives.forms import GRANULE, CallArguments, granules_of_token
+from ringfence.runtime.collectives.kernels import KernelCall
+from ringfence.runtime.collectives.links import Topology
+from ringfence.runtime.collectives.ringfence import (
+    IMPLEMENTATION,
+    MOST_BLOCKS,
+    Functions,
+    Lost,
+    RankMemory,
+    RingfenceKernels,
+    blocks_of_token,
+    buffer_bytes,
+    share,
+)
+from ringfence.runtime.errors import CollectiveUnavailableError, HangError, WorkspaceError
+from ringfence.runtime.hazards.situation import Strategy
+
+ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
+FUSED = Epilogue(True, RmsNorm(1e-5, 1.0))
+
+
+class FakeDriver:
+    """Keeps what was launched, opened and given back."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[int, int, CallArguments, bool]] = []
+        self.open_memory: list[int] = []
+        self.freed: list[int] = []
+        self.refuse = False
+
+    def allocate(self, size: int) -> int:
+        return 4096
+
+    def free(self, address: int) -> None:
+        assert self.open_memory == [], "nobody may free what is still open"
+        self.freed.append(address)
+
+    def handle(self, address: int) -> bytes:
+        return bytes(64)
+
+    def open(self, handle: bytes) -> int:
+        if self.refuse:
+            raise WorkspaceError("cuIpcOpenMemHandle_v2 failed")
+        self.open_memory.append(8192 + len(self.open_memory))
+        return self.open_memory[-1]
+
+    def close(self, address: int) -> None:
+        self.open_memory.remove(address)
+
+    def load(self, cubin: bytes) -> Any:
+        return cubin
+
+    def unload(self, module: Any) -> None:
+        pass
+
+    def function(self, module: Any, name: str) -> Any:
+        return module
+
+    def launch(self, function: Any, blocks: int, threads: int, argument: Any, stream: int, *, dependent: bool) -> None:
+        copy = CallArguments.from_buffer_copy(bytes(argument))
+        self.launched.append((blocks, threads, copy, dependent))
+
+
+class FakeChannel:
+    """Of three ranks that all say the same."""
+
+    rank, size = 1, 3
+
+    def exchange(self, topic: str, value: Any, *, seconds: float | None = None) -> list[Any]:
+        return [value] * self.size
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RingfenceKernels:
+    monkeypatch.setattr(nvrtc, "cubin", lambda source, capability, folder: source.encode())
+    monkeypatch.setattr("ringfence.runtime.collectives.ringfence.current_stream", lambda device: 77)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    numbers, broken = torch.zeros(MOST_BLOCKS, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    host = torch.zeros(16, dtype=torch.int64)
+    memory = RankMemory(0, 1, 4096, (8192, 12288), 1 << 20, numbers, broken, host)
+    return RingfenceKernels(Functions(FakeDriver(), (9, 0)), memory)  # type: ignore[arg-type]
+
+
+def launched(kernels: RingfenceKernels) -> list[Any]:
+    return kernels._functions.driver.launched  # type: ignore[attr-defined]
+
+
+def test_a_call_is_launched_with_everything_that_the_kernel_reads(kernels: RingfenceKernels) -> None:
+    x = torch.zeros(40, 2048, dtype=torch.bfloat16)
+    residual, norm, out = (torch.zeros_like(x) for _ in range(3))
+    weight = torch.zeros(2048, dtype=torch.bfloat16)
+    kernels.run(x, FUSED, ONE, (residual, weight), norm, out)
+    ((blocks, threads, call, dependent),) = launched(kernels)
+    assert (blocks, threads, dependent) == (40, 352, True)
+    given = [call.input, call.residual, call.weight, call.norm, call.out]
+    assert given == [t.data_ptr() for t in (x, residual, weight, norm, out)]
+    assert (call.inbox, call.peers[0], call.peers[1], call.peers[2]) == (4096, 8192, 12288, 0)
+    assert (call.tokens, call.rank, call.number_count, call.buffer_bytes) == (40, 1, MOST_BLOCKS, 1 << 20)
+    assert (round(call.eps, 7), call.weight_bias) == (1e-5, 1.0)
+    assert call.report - call.bound == 64
+    kernels.run(x[:2], Epilogue(), TWO, None, None, out[:2])
+    blocks, _, call, _ = launched(kernels)[1]
+    assert (blocks, call.tokens, call.residual, call.weight, call.norm) == (8, 2, 0, 0, 0)
+
+
+def test_a_grid_never_has_more_blocks_than_there_are_numbers(kernels: RingfenceKernels) -> None:
+    x = torch.zeros(3000, 64, dtype=torch.float32)
+    kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x))
+    assert launched(kernels)[0][0] == MOST_BLOCKS
+
+
+def test_before_clusters_a_token_has_one_block() -> None:
+    assert [blocks_of_token(n, 16384, (9, 0)) for n in (1, 16, 17)] == [4, 4, 1]
+    assert blocks_of_token(1, 448, (9, 0)) == 1 and blocks_of_token(1, 16384, (8, 0)) == 1
+
+
+def test_a_report_becomes_an_error_that_names_the_ranks(kernels: RingfenceKernels) -> None:
+    x = torch.zeros(2, 64, dtype=torch.float32)
+    kernels.check()
+    words = (ctypes.c_uint * 8).from_address(kernels.rank_memory.host.data_ptr() + 64)
+    words[:] = [1, 5, 1, 7, 2, 1, 0b101, 0]
+    with pytest.raises(HangError, match=r"rank 1 waited in vain for the part of ranks 0, 2 .*token 7.*NaN") as caught:
+        kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x))
+    assert caught.value.ranks == (0, 2) and launched(kernels) == []
+    assert kernels.rank_memory.lost() == Lost((1 << 32) + 5, 7, 2, 1, (0, 2), False, False)
+    words[:] = [1, 5, 0, 7, 0, 1, 0b100, 2]
+    assert "rank 1 heard from rank 0 that it had waited in vain for rank 2" in str(kernels.rank_memory.lost())
+
+
+def test_a_wait_is_as_long_as_was_said_last(kernels: RingfenceKernels) -> None:
+    kernels.rank_memory.wait_for(2.5)
+    assert int(kernels.rank_memory.host[0]) == 2_500_000_000
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_an_inbox_holds_what_its_workspace_is_made_for(world_size: int) -> None:
+    for row_bytes in (2048, 5760, 16384):
+        size = buffer_bytes(world_size, 64, row_bytes)
+        for strategy in (ONE, TWO):
+            assert 64 * granules_of_token(strategy, row_bytes, world_size) * GRANULE <= size
+    assert buffer_bytes(8, 4096, 65536) < 4096 * granules_of_token(ONE, 65536, 8) * GRANULE, "two-shot's size"
+
+
+def test_a_call_beyond_the_inbox_is_not_served(kernels: RingfenceKernels) -> None:
+    call = KernelCall(16, 4096, torch.bfloat16, 3, ONE)
+    assert kernels.holds(call) and not kernels.holds(dataclasses.replace(call, tokens=200))
+    tiny = KernelCall(1000, 8, torch.bfloat16, 3, ONE)
+    assert tiny.size < call.size and kernels.holds(tiny) is (1000 * 2 * GRANULE <= 1 << 20)
+
+
+def test_memory_is_given_back_once_and_after_it_was_closed_everywhere(kernels: RingfenceKernels) -> None:
+    driver = FakeDriver()
+    inbox, peers, release = share(driver, FakeChannel(), 512)  # type: ignore[arg-type]
+    assert inbox == 4096 and peers == (8192, 8193)
+    closing = RingfenceKernels(kernels._functions, kernels.rank_memory, release)
+    closing.close()
+    closing.close()
+    assert driver.freed == [4096] and driver.open_memory == []
+    with pytest.raises(WorkspaceError, match="closed"):
+        closing.run(torch.zeros(1, 64), Epilogue(), ONE, None, None, torch.zeros(1, 64))
+
+
+def test_memory_that_cannot_be_opened_is_given_back() -> None:
+    driver = FakeDriver()
+    driver.refuse = True
+    with pytest.raises(WorkspaceError, match="cuIpcOpenMemHandle"):
+        share(driver, FakeChannel(), 512)  # type: ignore[arg-type]
+    assert driver.freed == [4096]
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "says"),
+    [
+        ({"capability": (7, 5)}, 2, "written for SM80, SM90, SM100, SM120, and these are SM75"),
+        ({"peers": False}, 2, "cannot address the memory of another"),
+        ({}, 9, "2 to 8 ranks, not 9"),
+    ],
+)
+def test_where_it_does_not_fit_it_says_why(change: dict[str, Any], ranks: int, says: str) -> None:
+    facts = [dataclasses.replace(FACTS, **change)] * ranks
+    assert says in str(IMPLEMENTATION.fits(facts))
+
+
+@pytest.mark.parametrize("topology", list(Topology))
+def test_it_needs_nvlink_between_all_pairs(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringfence.runtime.collectives.ringfence.topology_of", lambda ranks: topology)
+    monkeypatch.setattr("ringfence.runtime.collectives.ringfence.linked", lambda ranks: topology.meaning)
+    why = IMPLEMENTATION.fits([FACTS] * 2)
+    if topology in (Topology.NVSWITCH, Topology.NVLINK):
+        assert why is None
+        assert choose([FACTS] * 2, wanted="ringfence").implementation is IMPLEMENTATION
+    else:
+        assert why is not None and topology.meaning in why
+        with pytest.raises(CollectiveUnavailableError, match="NVLink alone"):
+            choose([FACTS] * 2, wanted="ringfence")
+
+
+def test_auto_does_not_take_it_before_a_row_was_measured() -> None:
+    assert choose([dataclasses.replace(FACTS, flashinfer=None, flashinfer_missing="no")] * 2).collective == "reference"
+
+
+@pytest.mark.parametrize(
+    ("call", "unmet"),
+    [
+        (KernelCall(1, 2048, torch.bfloat16, 2, ONE), None),
+        (KernelCall(1, 2044, torch.bfloat16, 2, ONE), "row_bytes"),
+        (KernelCall(1, 32768, torch.bfloat16, 2, ONE), None),
+        (KernelCall(1, 32776, torch.bfloat16, 2, ONE), "row_bytes"),
+        (KernelCall(1, 2048, torch.float64, 2, ONE), "dtype"),
+        (KernelCall(1, 8, torch.bfloat16, 2, ONE), None),
+        (KernelCall(1, 1568, torch.bfloat16, 8, TWO), "two_shot_row"),
+        (KernelCall(1, 1576, torch.bfloat16, 8, TWO), None),
+    ],
+)
+def test_what_a_call_must_look_like(call: KernelCall, unmet: str | None) -> None:
+    found = IMPLEMENTATION.unmet(call)
+    assert (found.id if found else None) == unmet
