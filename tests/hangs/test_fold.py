@@ -102,6 +102,30 @@ def test_each_protection_that_is_left_out_is_found(mutant: str, strategy: Strate
     assert found.safe is (mutant == "sanitised sums" and strategy is ONE)  # sums of subnormals are flushed to -0.0
 
 
+@pytest.mark.parametrize(
+    ("collective", "strategy", "sizes"),
+    [
+        ("mnnvl", ONE, (1, 3)),
+        ("mnnvl", TWO, (4, 8)),
+        ("mnnvl", TWO, (5, 6)),
+        ("trtllm", ONE, (1, 3)),
+        ("trtllm", ONE, (2, 3)),
+    ],
+)
+def test_a_word_that_only_some_sizes_use_is_looked_at(
+    collective: str, strategy: Strategy, sizes: tuple[int, ...]
+) -> None:
+    """Cleared by the size of the call that clears, it is stale when a large size comes back. All ranks own a token."""
+    small, large = sizes
+    calls = program([large, small, small, large], strategy)
+    rules = LamportRules(polls_own=True)
+    for clear, safe in ((Clear.RECORDED, True), (Clear.CURRENT, False)):
+        weak = replace(rules, clear=clear)
+        whole = decide(compiler_for(collective, weak, [calls] * 2).machine([calls] * 2), limit=300)
+        assert whole.safe is safe
+        assert check_alike(collective, weak, calls, 2, Bound(shortest=300)).safe is safe
+
+
 @pytest.mark.parametrize("flags", [{"separate_flags": False}, {"shared_memory": False}])
 def test_an_all_to_all_without_its_flags_is_found(flags: dict[str, bool]) -> None:
     assert check_alike("moe_all_to_all", MoeRules(), rounds(80), 16, Bound()).safe
