@@ -76,7 +76,8 @@ class History(Generic[Words]):
     def pairs(self) -> tuple[list[int], list[int]]:
         """A number for what decides the ops of each call, and a call with each of these numbers: many are the same."""
         numbers: dict[tuple[Call, Words], int] = {}
-        number_of, first = [], []
+        number_of: list[int] = []
+        first: list[int] = []
         for place, (kind, words) in enumerate(zip(self.kinds, self.words, strict=True)):
             number = numbers.setdefault((kind, self.compiler.rebased(words)[0]), len(numbers))
             if number == len(first):

@@ -187,7 +187,7 @@ class Order:
         cells = []
         for number, cell in sorted(self._cells.items()):
             seen = next((i for i in reversed(range(len(cell.writes))) if self._before(cell.writes[i].step, common)), 0)
-            writes = []
+            writes: list[tuple[OpPlace, int, Vector]] = []
             for write in cell.writes[seen:]:
                 value = moved(write.value, cell.is_flag)
                 if self._before(write.step, common) and common_knowledge(write.knows):

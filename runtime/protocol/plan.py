@@ -347,15 +347,6 @@ def unseen(collective: str, version: str, payload: Payload) -> tuple[bool, bool]
     return False, False
 
 
-def _kept_ranks(collective: str, version: str, world_size: int, spare: int, calls: Calls) -> Compiler[Any]:
-    """The protocol among the ranks that a fold keeps. ``spare``: by how much the second half of a workspace is off."""
-    compiler = compiler_for(collective, version, [calls] * min(world_size, KEPT_RANKS))
-    if isinstance(compiler, MnnvlCompiler):
-        rules = replace(compiler.rules, polls_own=polls_own(compiler.rules, world_size))
-        return replace(compiler, rules=rules, capacity=compiler.capacity + 2 * spare)
-    return compiler
-
-
 def _all(ranks: Sequence[Calls]) -> Iterator[Call]:
     return (call for calls in ranks for call in calls)
 

@@ -126,8 +126,8 @@ class Walk:
         past = order.past(1, moved)
         if past.reach >= _REMEMBERED:  # nobody learns of anybody: a run in which nothing can be forgotten
             return None
-        for launches in machine.programs:
-            self._flags.update(cell for op in launches[0].ops if op.kind.is_flag for cell in op.cells)
+        for (launch,) in launches:
+            self._flags.update(cell for op in launch.ops if op.kind.is_flag for cell in op.cells)
         cells = tuple((i, moved(v, i in self._flags)) for i, v in enumerate(run.end[1]) if v != EMPTY)
         return Between(words, cells, past)
 
@@ -194,7 +194,7 @@ def begin(machine: Machine, walk: Walk | None, bound: Bound) -> Begun:
         made, steps = len(way) - 1, walk.steps - before
         if all(len(history.calls) == made for history in machine.histories):
             return Begun(True, steps, (), Order(0, 0))
-    if len(way) < 2:
+    if walk is None or len(way) < 2:
         return Begun(False, steps, (machine.initial(),), Order(machine.width, len(machine.programs)))
     assert machine.names  # every cell has its number
     found = [walk.absolute(way[: at + 1], first) for at in range(max(made - 2, 0), made + 1)]
