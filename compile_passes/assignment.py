@@ -65,6 +65,11 @@ class Assignment:
         """Whether a workspace was closed since."""
         return any(workspace.closed for workspace in self.workspaces)
 
+    def check_kernels(self) -> None:
+        """Raises :class:`HangError` where a kernel has given up waiting for a peer. Waits for nothing."""
+        for workspace in self.workspaces:
+            workspace.kernels.check()
+
     @property
     def judged_collectives(self) -> tuple[str, ...]:
         """What fused sites are judged as, each once."""

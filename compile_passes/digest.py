@@ -30,7 +30,17 @@ from .roles import arguments, bound_arguments, c10d, calls, dtype_text, is_tenso
 #: Options that may differ between ranks: whom they tell, how long they wait; names of groups, which do differ; and
 #: the path of a size table, whose rows were compared when the collective was chosen.
 _OWN = frozenset(
-    {"on_report", "on_hang", "step_seconds", "warm_up_seconds", "agree_seconds", "journal_dir", "groups", "size_table"}
+    {
+        "on_report",
+        "on_hang",
+        "step_seconds",
+        "warm_up_seconds",
+        "agree_seconds",
+        "kernel_wait_seconds",
+        "journal_dir",
+        "groups",
+        "size_table",
+    }
     | {"group_names"}
 )
 _PACKAGES = ("torch", "ringfence", "flashinfer-python")

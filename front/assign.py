@@ -138,6 +138,7 @@ def wanted_by(options: Options, hidden: int, dtype: torch.dtype, sizes: Sequence
         sizes=tuple(sizes),
         max_tokens=options.max_tokens,
         deterministic=options.deterministic,
+        wait_seconds=options.kernel_wait_seconds or options.step_seconds / 2,
         table=(*table, *TABLE),
     )
 

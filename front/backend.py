@@ -215,6 +215,7 @@ class Backend:
         program = lower(plan, whole, compile_piece, inputs, static, kept, views)
         if options.outer_capture:
             program = with_seams(program, device)
+        supervision.check_kernels = assigned.check_kernels
         runner = PiecewiseRunner(
             program,
             sizes,

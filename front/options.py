@@ -37,7 +37,7 @@ _CHOICES = {
     "on_hang": (None, "raise", "abort", "report"),
     "on_capture_failure": ("uncaptured", "raise"),
 }
-_SECONDS = ("step_seconds", "warm_up_seconds", "agree_seconds")
+_SECONDS = ("step_seconds", "warm_up_seconds", "agree_seconds", "kernel_wait_seconds")
 _FLAGS = (
     "fuse",
     "verify",
@@ -113,6 +113,7 @@ class Options:
     on_hang: what follows when no progress is made in a step, or another rank fails. ``"raise"`` is an error,
         and the end of the process where the main thread cannot be reached; ``"abort"`` ends the process with
         exit code 85; ``"report"`` writes journals and goes on waiting. None watches nothing and starts no thread.
+    kernel_wait_seconds: how long a kernel of ``collective="ringfence"`` waits for a peer; None is half of step_seconds.
     step_seconds, warm_up_seconds: how long a step may stand still, and how long while a rank compiles or captures.
     agree_seconds: how long ranks wait for each other where they agree on something.
     check_every_step: compare sizes and choice of graph before every step: slow, and shows who diverges.
@@ -146,6 +147,7 @@ class Options:
     static_outputs: bool = False
     on_report: Callable[[CompileReport], None] | None = None
     on_hang: str | None = None
+    kernel_wait_seconds: float | None = None
     step_seconds: float = 60.0
     warm_up_seconds: float = 1800.0
     agree_seconds: float = 600.0
@@ -188,6 +190,8 @@ class Options:
         _check_sizes(checked)
         for key in _SECONDS:
             seconds = checked.get(key, 1.0)
+            if key == "kernel_wait_seconds" and seconds is None:
+                continue
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
                 raise OptionsError(f"{key}={seconds!r} is not a positive number of seconds")
         if checked.get("step_seconds", cls.step_seconds) > checked.get("warm_up_seconds", cls.warm_up_seconds):

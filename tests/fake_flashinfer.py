@@ -92,6 +92,12 @@ class FakeKernels:
     def holds(self, call: KernelCall) -> bool:
         return True
 
+    def wait_for(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def check(self) -> None:
+        pass
+
     def control_words(self) -> tuple[int, ...]:
         return (self.words,)
 

@@ -52,6 +52,7 @@ def test_options_by_place_and_the_class_in_place_of_an_instance() -> None:
         ({"on_capture_failure": None}, ["on_capture_failure=None", "uncaptured"]),
         ({"check_every_step": "yes"}, ["check_every_step='yes'", "bool"]),
         ({"step_seconds": 0}, ["step_seconds=0", "positive"]),
+        ({"kernel_wait_seconds": -1}, ["kernel_wait_seconds=-1", "positive"]),
         ({"agree_seconds": float("inf")}, ["agree_seconds=inf", "positive"]),
         ({"warm_up_seconds": "60"}, ["warm_up_seconds='60'", "seconds"]),
         ({"warm_up_seconds": 30}, ["step_seconds is more than warm_up_seconds"]),

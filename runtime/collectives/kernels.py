@@ -157,6 +157,12 @@ class Kernels(Protocol):
     def holds(self, call: KernelCall) -> bool:
         """Whether their memory is large enough for a call of no more bytes than the workspace is made for."""
 
+    def wait_for(self, seconds: float) -> None:
+        """How long a kernel waits for a peer from now on, where its waits have an end."""
+
+    def check(self) -> None:
+        """Raises :class:`HangError` where a wait has ended without success. Waits for nothing."""
+
     def control_words(self) -> tuple[int, ...]:
         """The words that the protocol keeps on this rank's device. Waits for the device."""
 

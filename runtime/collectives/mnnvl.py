@@ -186,6 +186,12 @@ class Mnnvl:
     def holds(self, call: KernelCall) -> bool:
         return True  # a call needs as much as it has bytes
 
+    def wait_for(self, seconds: float) -> None:
+        """Its waits have no end."""
+
+    def check(self) -> None:
+        """Nothing is reported."""
+
     def control_words(self) -> tuple[int, ...]:
         return tuple(self._pointers[3].tolist())
 

@@ -40,7 +40,8 @@ class Wanted:
 
     hidden: the largest hidden size of the sites. dtype: that of most sites. sizes: the token counts that will be
     captured. other_dtypes: what else is summed in the group; served where the same memory can and a self-test passes.
-    max_tokens: the largest token count to serve; None leaves it to the size table.
+    max_tokens: the largest token count to serve; None leaves it to the size table. wait_seconds: how long a kernel
+    waits for a peer, where its waits have an end.
     """
 
     collective: str
@@ -52,6 +53,7 @@ class Wanted:
     deterministic: bool = False
     table: tuple[SizeRow, ...] = TABLE
     other_dtypes: tuple[torch.dtype, ...] = ()
+    wait_seconds: float = 30.0
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
@@ -316,6 +318,7 @@ def _make(
     assert choice.row is not None and one.make is not None
     tokens = limit // (wanted.hidden * wanted.dtype.itemsize)
     kernels = one.make(channel, resolve_group(group.name, device), tokens, wanted.hidden, wanted.dtype)
+    kernels.wait_for(wanted.wait_seconds)
     return Workspace(one, choice.row, kernels, device, group.size, limit, one.dtypes(wanted.dtype))
 
 

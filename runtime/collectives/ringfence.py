@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from ctypes import c_uint, c_ulonglong, c_void_p
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,6 @@ class Lost:
         return Lost(low | high << 32, token, source, rank, missing, what == 1, what == 2)
 
     def __str__(self) -> str:
-        """Ranks are those of the group."""
         named = ranks_text(self.missing)
         what = "the sum" if self.sums else "the part"
         where = f"call {self.call} of the workspace, token {self.token}"
@@ -93,6 +92,7 @@ class RankMemory:
     inbox: two buffers of ``buffer_bytes``, where the others write. peers: their inboxes, by rank, without its own.
     numbers: int64, the number of the last call, for each block. broken: int32, whether a wait ended without success.
     host: int64 in pinned memory: how long a wait may last, in nanoseconds, and what a kernel reports.
+    names: what people call each rank of the group.
     """
 
     device: int
@@ -103,6 +103,7 @@ class RankMemory:
     numbers: Tensor
     broken: Tensor
     host: Tensor
+    names: tuple[int, ...] = tuple(range(MOST_RANKS))
 
     @staticmethod
     def make(device: int, rank: int, inbox: int, peers: Sequence[int], buffer_bytes: int) -> RankMemory:
@@ -128,7 +129,11 @@ class RankMemory:
 
     def lost(self) -> Lost | None:
         """What a kernel has reported. Waits for nothing."""
-        return Lost.read(self._report) if self._report[0] else None
+        if not self._report[0]:
+            return None
+        found, names = Lost.read(self._report), self.names
+        missing = tuple(names[rank] for rank in found.missing)
+        return replace(found, source=names[found.source], rank=names[found.rank], missing=missing)
 
 
 def arguments(memory: RankMemory, x: Tensor, row_bytes: int) -> CallArguments:
@@ -243,6 +248,10 @@ class RingfenceKernels:
                 dependent=self._capability >= _CLUSTERS_FROM,
             )
 
+    def wait_for(self, seconds: float) -> None:
+        """Also of calls that were captured, and of one that waits already."""
+        self.rank_memory.wait_for(seconds)
+
     def check(self) -> None:
         """Raises :class:`HangError` where a kernel's wait has ended without success. Waits for nothing."""
         lost = self.rank_memory.lost()
@@ -324,7 +333,7 @@ def create(
     functions = Functions(driver, torch.cuda.get_device_capability(device))
     size = buffer_bytes(channel.size, max_tokens, hidden * dtype.itemsize)
     inbox, peers, release = share(driver, channel, 2 * size)
-    memory = RankMemory.make(device, channel.rank, inbox, peers, size)
+    memory = replace(RankMemory.make(device, channel.rank, inbox, peers, size), names=channel.ranks)
     torch.cuda.synchronize(device)
     return RingfenceKernels(functions, memory, release)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from ..channel import failures_text
-from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, RankMismatch
+from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch
 from .agree import GroupAgreement
 
 if TYPE_CHECKING:
@@ -21,19 +21,31 @@ class Supervision:
     """What a runner asks for. Without a supervisor: for a rank on its own, with nobody to agree with.
 
     agreement: what the ranks agree on; None where they cannot be asked. asked: by the graph's backend, which is
-    known to the supervisor as long as a graph of it lives. graph: its name.
+    known to the supervisor as long as a graph of it lives. graph: its name. check_kernels: raises :class:`HangError`
+    where a kernel of the graph has given up waiting for a peer.
     """
 
     supervisor: Supervisor | None = None
     agreement: GroupAgreement | None = None
     asked: Asked | None = None
     graph: str = ""
+    check_kernels: Callable[[], None] = lambda: None
     _steps: int = field(default=0, init=False)
 
     def check(self) -> None:
-        """Before anything else of a call. Raises :class:`PoisonedError` where the ranks are out of step."""
+        """Before anything else of a call. Raises :class:`PoisonedError` where the ranks are out of step.
+
+        And :class:`HangError` where a kernel has given up waiting since the last call; then the ranks are out of step.
+        """
         if self.supervisor is not None:
             self.supervisor.health.check()
+        try:
+            self.check_kernels()
+        except HangError as error:
+            if self.supervisor is not None:
+                self.supervisor.health.poison(str(error))
+                self.supervisor.write(str(error))
+            raise
 
     def before_step(self, sizes: tuple[int, ...], how: str) -> None:
         """Before each step. Raises :class:`RankMismatch` where ranks choose differently, if that is asked for."""

@@ -11,6 +11,8 @@ import pytest
 import torch
 from fake_flashinfer import FACTS
 
+from ringfence.assign import wanted_by
+from ringfence.options import Options
 from ringfence.runtime.collectives import nvrtc
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
@@ -30,6 +32,7 @@ from ringfence.runtime.collectives.ringfence import (
 )
 from ringfence.runtime.errors import CollectiveUnavailableError, HangError, WorkspaceError
 from ringfence.runtime.hazards.situation import Strategy
+from ringfence.runtime.watch.supervision import Supervision
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 FUSED = Epilogue(True, RmsNorm(1e-5, 1.0))
@@ -139,12 +142,29 @@ def test_a_report_becomes_an_error_that_names_the_ranks(kernels: RingfenceKernel
         kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x))
     assert caught.value.ranks == (0, 2) and launched(kernels) == []
     assert kernels.rank_memory.lost() == Lost((1 << 32) + 5, 7, 2, 1, (0, 2), False, False)
+    named = dataclasses.replace(kernels.rank_memory, names=(4, 6, 9))
+    assert "rank 6 waited in vain for the part of ranks 4, 9" in str(named.lost())
     words[:] = [1, 5, 0, 7, 0, 1, 0b100, 2]
     assert "rank 1 heard from rank 0 that it had waited in vain for rank 2" in str(kernels.rank_memory.lost())
 
 
+def test_a_step_does_not_begin_where_a_kernel_has_given_up(kernels: RingfenceKernels) -> None:
+    """What was captured runs no line of the adapter, so the runner asks before each call."""
+    supervision = Supervision(check_kernels=kernels.check)
+    supervision.check()
+    words = (ctypes.c_uint * 8).from_address(kernels.rank_memory.host.data_ptr() + 64)
+    words[:] = [1, 3, 0, 0, 0, 1, 1, 0]
+    with pytest.raises(HangError, match="rank 1 waited in vain for the part of rank 0"):
+        supervision.check()
+
+
+def test_the_option_is_asked_of_the_kernels() -> None:
+    for given, seconds in (({}, 30.0), ({"step_seconds": 10}, 5.0), ({"kernel_wait_seconds": 3.0}, 3.0)):
+        assert wanted_by(Options.parse(given), 64, torch.bfloat16, ()).wait_seconds == seconds
+
+
 def test_a_wait_is_as_long_as_was_said_last(kernels: RingfenceKernels) -> None:
-    kernels.rank_memory.wait_for(2.5)
+    kernels.wait_for(2.5)
     assert int(kernels.rank_memory.host[0]) == 2_500_000_000
 
 

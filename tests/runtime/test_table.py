@@ -64,6 +64,12 @@ class GatherKernels:
     def holds(self, call: KernelCall) -> bool:
         return True
 
+    def wait_for(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def check(self) -> None:
+        pass
+
     def control_words(self) -> tuple[int, ...]:
         return ()
 
@@ -98,6 +104,7 @@ def _own(rank: int) -> Any:
         "collective": made.collective,
         "situation": str(made.situation.collective),
         "tested": tested,
+        "seconds": made.workspace.kernels.seconds,
     }
     norm, total = ops.all_reduce_add_rms_norm(x, residual, None, 1e-6, 0.0, name, "gather")
     right, sums = ops.all_reduce_add_rms_norm(x, residual, None, 1e-6, 0.0, name, "reference")
@@ -112,6 +119,7 @@ def _own(rank: int) -> Any:
 def test_ones_own_collective_is_chosen_tested_called_and_closed() -> None:
     for seen in run_ranks(2, _own):
         assert seen["collective"] == seen["situation"] == "gather" and seen["tested"] > 7
+        assert seen["seconds"] == 30.0, "how long a kernel may wait, before the first call"
         assert seen["same"] and seen["sum"] and seen["calls"] == 2 and seen["closed"]
 
 

@@ -37,6 +37,12 @@ class Kernels:
     def holds(self, call: KernelCall) -> bool:
         return True
 
+    def wait_for(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def check(self) -> None:
+        pass
+
     def control_words(self) -> tuple[int, ...]:
         return (self.words, self.words + 1)
 
