@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import torch
 
@@ -188,7 +188,13 @@ class CompileReport:
 class Reports(list[CompileReport]):
     """The reports of a backend, in the order of its graphs. To ask an empty one for a report says why there is none."""
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> CompileReport: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[CompileReport]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> CompileReport | list[CompileReport]:
         if not self and not isinstance(index, slice):
             raise IndexError(
                 "no graph has reached this backend. Call the compiled model first; if it was called, Dynamo compiled "

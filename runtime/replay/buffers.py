@@ -27,8 +27,9 @@ class StorageView:
 
     @classmethod
     def of(cls, tensor: Tensor) -> StorageView:
-        where = tensor.dtype, tensor.device, tensor.size(), tensor.stride(), tensor.storage_offset()
-        return cls(*where, tensor.is_conj(), tensor.is_neg())
+        offset = int(tensor.storage_offset())
+        bits = tensor.is_conj(), tensor.is_neg()
+        return cls(tensor.dtype, tensor.device, tensor.size(), tensor.stride(), offset, *bits)
 
     def on(self, storage: torch.UntypedStorage, offset: int | None = None) -> Tensor:
         """A tensor on ``storage``, from ``offset`` elements on. A normal one also under inference mode."""

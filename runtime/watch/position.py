@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -116,7 +116,7 @@ class Position:
         if "strategy" in fields:  # what the field was called once; a strategy is one-shot or two-shot
             fields["collective"] = fields.pop("strategy")
         texts = ("phase", "name", "kind", "collective", "exchange", "graph", "compiles")
-        forms = dict.fromkeys(texts, checked.text) | {
+        forms: dict[str, Callable[[Any], Any]] = dict.fromkeys(texts, checked.text) | {
             "rank": checked.integer,
             "step": checked.integer,
             "moved": checked.integer,
