@@ -214,7 +214,8 @@ def _timings(
     for collective, workspace in workspaces.items():
         kernels, times, bits = workspace.kernels, {}, set()
         for strategy in kernels.strategies:
-            if workspace.implementation.unmet(KernelCall(tokens, hidden, dtype, group.size, strategy)):
+            call = KernelCall(tokens, hidden, dtype, group.size, strategy)
+            if workspace.implementation.unmet(call) or not kernels.holds(call):
                 continue
             fused = partial(kernels.run, x, _EPILOGUE, strategy, (residual, weight), norm, out)
             name = {Strategy.ONE_SHOT: "one_shot", Strategy.TWO_SHOT: "two_shot"}[strategy]

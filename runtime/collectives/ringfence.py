@@ -229,6 +229,11 @@ class RingfenceKernels:
             raise WorkspaceError("this workspace was closed")
         self.check()
         memory = self.rank_memory
+        if not self.holds(KernelCall(x.shape[0], x.shape[1], x.dtype, memory.world_size, strategy)):
+            raise WorkspaceError(
+                f"{list(x.shape)} of {x.dtype} by {strategy} does not fit into {memory.buffer_bytes} bytes; "
+                "make the workspace for more tokens (max_tokens)"
+            )
         form = self.form(x, epilogue, strategy, blocks)
         call = arguments(memory, x, form.row_bytes)
         residual, weight = operands or (None, None)

@@ -123,9 +123,11 @@ def test_a_call_is_launched_with_everything_that_the_kernel_reads(kernels: Ringf
 
 
 def test_a_grid_never_has_more_blocks_than_there_are_numbers(kernels: RingfenceKernels) -> None:
-    x = torch.zeros(3000, 64, dtype=torch.float32)
+    x = torch.zeros(1020, 64, dtype=torch.float32)
     kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x))
-    assert launched(kernels)[0][0] == MOST_BLOCKS
+    assert launched(kernels)[0][0] == 1020 <= MOST_BLOCKS
+    kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x), most_blocks=9, blocks=2)
+    assert launched(kernels)[1][0] == 8
 
 
 def test_before_clusters_a_token_has_one_block() -> None:
@@ -181,6 +183,10 @@ def test_a_call_beyond_the_inbox_is_not_served(kernels: RingfenceKernels) -> Non
     call = KernelCall(16, 4096, torch.bfloat16, 3, ONE)
     assert kernels.holds(call) and not kernels.holds(dataclasses.replace(call, tokens=200))
     tiny = KernelCall(1000, 8, torch.bfloat16, 3, ONE)
+    x = torch.zeros(200, 4096, dtype=torch.bfloat16)
+    with pytest.raises(WorkspaceError, match=r"\[200, 4096\].*one-shot does not fit .*max_tokens"):
+        kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x))
+    assert launched(kernels) == []
     assert tiny.size < call.size and kernels.holds(tiny) is (1000 * 2 * GRANULE <= 1 << 20)
 
 
