@@ -145,6 +145,8 @@ class Heartbeat:
         self._end_said = end
 
     def _hear(self, store: Store) -> None:
+        if not self.peers:  # what is set is not answered, so it reaches a stopped host too; this is
+            store.check([f"at/{self._token}"])
         for peer in self.peers.values():
             key = f"at/{peer.token}"
             if peer.position is None and not store.check([key]):

@@ -441,6 +441,43 @@ def test_a_store_that_is_gone_points_at_its_host() -> None:
     assert "rank 0 serves the store, which does not answer (ConnectionError: Broken pipe)" in report.sentence
 
 
+class StoppedStore:
+    """The store of a process that is stopped: what is set goes into a socket, and no question is answered."""
+
+    def __init__(self) -> None:
+        self.goes_on = threading.Event()
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self.goes_on.wait(30)
+
+
+def test_a_store_whose_host_is_stopped_is_noticed_before_the_ranks_have_met() -> None:
+    store = StoppedStore()
+    rank = Rank(1, store, ranks=0)
+    rank.watchdog.others.host = 0
+
+    def talk() -> None:
+        while not store.goes_on.wait(SHORT.beat):
+            rank.watchdog.talk()
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    try:
+        with rank.journal.waiting("meet", (0, 1)):
+            until = time.monotonic() + 20 * SHORT.steady
+            while rank.watchdog.report is None and time.monotonic() < until:
+                rank.watchdog.watch()
+                time.sleep(SHORT.beat)
+    finally:
+        store.goes_on.set()
+        talker.join()
+    report = rank.watchdog.report
+    assert report is not None and report.ranks == (0,)
+    assert report.sentence.startswith("rank 0 serves the store, which does not answer")
+
+
 def test_a_store_of_the_launcher_is_nobodys_fault() -> None:
     rank = Rank(0, BrokenStore(), ranks=1)
     rank.step()
