@@ -17,6 +17,7 @@ from torch.distributed import DistError
 
 from ..channel import Store
 from .culprit import place_of
+from .deadlines import Deadlines
 from .journal import Journal
 from .position import Position
 from .process import ENDED, this_process, why_silent
@@ -30,23 +31,6 @@ _TOLD = 8
 _FAREWELL_SECONDS = 0.4
 #: How long an interpreter may take to end, and how long its peers' collectives to break after that.
 _SECONDS_TO_END, _SECONDS_TO_BREAK = 15.0, 2.0
-
-
-@dataclass(frozen=True)
-class Deadlines:
-    """In seconds. steady: without progress in a step. warm_up: the same while a rank compiles, warms up or captures.
-
-    beat: how often ranks tell each other where they are. silence: how long a rank may leave that
-    out before it counts as gone. grace: how long the main thread has to come back before the process ends.
-    alone: how long it must look as if ranks waited for each other in two places.
-    """
-
-    steady: float = 60.0
-    warm_up: float = 1800.0
-    beat: float = 0.25
-    silence: float = 1.25
-    grace: float = 0.75
-    alone: float = 2.0
 
 
 @dataclass

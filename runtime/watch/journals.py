@@ -16,8 +16,8 @@ from ..channel import ranks_text
 from ..errors import JournalError
 from . import checked
 from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
+from .deadlines import Deadlines
 from .folder import BEGUN, Origin, is_put_away, older_ranks, rank_that_wrote
-from .heartbeat import Deadlines
 from .journal import FORMAT
 from .position import REPLAY, Calls, Position, sizes_text
 from .report import Report

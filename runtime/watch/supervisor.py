@@ -33,10 +33,10 @@ from ..meeting import Start, leave_last_words, meet, start_of, world_store
 from . import user_code
 from .agree import GroupAgreement, PlanDigest
 from .culprit import Finding, alone_text, place_of
+from .deadlines import Deadlines
 from .ending import broken_off, how_it_ends, on_uncaught
 from .folder import Origin
 from .health import Health
-from .heartbeat import Deadlines
 from .journal import Journal
 from .marks import CudaMarks
 from .page import Neighbours, Page

@@ -32,9 +32,10 @@ from ..channel import Store
 from ..errors import ChannelTimeoutError, RingfenceError
 from .cause import cause_of, waited_for
 from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, place_of, where
+from .deadlines import Deadlines
 from .ending import how_it_ends
 from .health import Health
-from .heartbeat import Deadlines, Heartbeat, first_lines
+from .heartbeat import Heartbeat, first_lines
 from .journal import Journal
 from .position import Position
 from .reaction import EXIT_CODE, Reaction, bounded

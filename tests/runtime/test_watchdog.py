@@ -16,8 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from ringfence.runtime.errors import GroupFailureError, HangError, PoisonedError
+from ringfence.runtime.watch.deadlines import Deadlines
 from ringfence.runtime.watch.health import Health
-from ringfence.runtime.watch.heartbeat import Deadlines
 from ringfence.runtime.watch.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
 from ringfence.runtime.watch.watchdog import EXIT_CODE, Reaction, Watchdog
 from support import run_python
@@ -524,7 +524,7 @@ def test_threads_end_with_their_owner(how: str) -> None:
 _ENDS = """
 import torch.distributed as dist
 from ringfence.runtime.watch.journal import Journal
-from ringfence.runtime.watch.heartbeat import Deadlines
+from ringfence.runtime.watch.deadlines import Deadlines
 from ringfence.runtime.watch.watchdog import Reaction, Watchdog
 store = dist.TCPStore("127.0.0.1", 0, is_master=True)
 watchdog = Watchdog(Journal(0), lambda: store, Reaction("abort"), Deadlines(beat=0.001))
@@ -541,7 +541,7 @@ def test_a_process_ends_normally_while_it_talks() -> None:
 _IN_A_CALL = """
 import ctypes, sys, torch.distributed as dist
 from ringfence.runtime.watch.journal import Journal, PieceNote, ProgramNote, REPLAY
-from ringfence.runtime.watch.heartbeat import Deadlines
+from ringfence.runtime.watch.deadlines import Deadlines
 from ringfence.runtime.watch.watchdog import Reaction, Watchdog
 journal = Journal(0)
 journal.register(ProgramNote((PieceNote("submod_0", True, ("tp",)),)))
