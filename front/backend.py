@@ -68,7 +68,8 @@ from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.outer import guarded, with_seams
 from .runtime.replay.program import Padding, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
-from .runtime.watch.supervisor import OF_PROCESS, Asked, Supervisor, leave, supervisor_for
+from .runtime.watch.supervision import Asked
+from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ from .runtime.errors import OptionsError, WorkspaceError
 from .runtime.groups import Group, describe_group, device_of_group, name_of_group
 from .runtime.replay.tape import Tape
 from .runtime.watch.agree import PlanDigest, agree
-from .runtime.watch.supervisor import Asked, Supervisor, supervisor_for
+from .runtime.watch.supervision import Asked
+from .runtime.watch.supervisor import Supervisor, supervisor_for
 
 
 def all_reduce_add_rms_norm(

@@ -11,7 +11,8 @@ from .options import Options
 from .runtime.errors import OptionsError
 from .runtime.groups import device_of_group, name_of_group
 from .runtime.watch.steps import Watch, watch_group
-from .runtime.watch.supervisor import OF_PROCESS, Asked
+from .runtime.watch.supervision import Asked
+from .runtime.watch.supervisor import OF_PROCESS
 
 _OPTIONS = (*OF_PROCESS, "agree_seconds", "check_every_step")
 

@@ -18,8 +18,8 @@ import torch
 from ..groups import describe_group
 from .agree import PlanDigest
 from .journal import REPLAY, UNCAPTURED, Journal, PieceNote, ProgramNote
-from .supervision import Supervision
-from .supervisor import Asked, leave, supervisor_for
+from .supervision import Asked, Supervision
+from .supervisor import leave, supervisor_for
 
 
 class Watch:

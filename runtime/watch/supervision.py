@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from ..channel import failures_text
+from ..channel import DEFAULT_SECONDS, failures_text
 from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch
 from .agree import GroupAgreement
-
-if TYPE_CHECKING:
-    from .supervisor import Asked, Supervisor
+from .health import Health
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a backend asks of the supervisor.
+
+    process: of the options that are the process's (:data:`.supervisor.OF_PROCESS`), those that it was given. The rest
+    is for its own graphs: agree_seconds, how long an exchange waits; every_step, compare sizes and choice of graph
+    before each step; raise_on_capture, a capture that fails on one rank is an error on all, instead of a step down for
+    all.
+    """
+
+    process: Mapping[str, Any] = field(default_factory=dict)
+    agree_seconds: float = DEFAULT_SECONDS
+    every_step: bool = False
+    raise_on_capture: bool = False
+
+
+class Watching(Protocol):
+    """What steps tell the supervisor of the process."""
+
+    @property
+    def health(self) -> Health:
+        """Whether the ranks are in step."""
+
+    def write(self, reason: str) -> Any:
+        """Write the journal down."""
+
+    def broke_off(self, error: BaseException) -> None:
+        """A step breaks off. May raise another error in its place."""
+
+    def disagreed(self, error: Exception) -> None:
+        """The ranks do not go the same way."""
 
 
 @dataclass
@@ -25,7 +56,7 @@ class Supervision:
     where a kernel of the graph has given up waiting for a peer.
     """
 
-    supervisor: Supervisor | None = None
+    supervisor: Watching | None = None
     agreement: GroupAgreement | None = None
     asked: Asked | None = None
     graph: str = ""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..channel import DEFAULT_SECONDS, Channel, open_channel, store_of
+from ..channel import Channel, open_channel, store_of
 from ..errors import (
     ChannelTimeoutError,
     GroupFailureError,
@@ -43,7 +43,7 @@ from .page import Neighbours, Page
 from .reaction import Reaction
 from .recompile import CompiledGraph, graph_being_compiled
 from .report import Report
-from .supervision import Supervision
+from .supervision import Asked, Supervision
 from .watchdog import Watchdog, is_of_a_peer, open_watchdog
 
 #: The options that are the process's, not one graph's.
@@ -53,21 +53,6 @@ OF_PROCESS = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")
 _WITHOUT_PEERS = frozenset({"fake", "threaded"})
 
 _COMPILATION = "the compilation of a graph"
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """What a backend asks of the supervisor.
-
-    process: of the options that are the process's (:data:`OF_PROCESS`), those that it was given. The rest is for its
-    own graphs: agree_seconds, how long an exchange waits; every_step, compare sizes and choice of graph before each
-    step; raise_on_capture, a capture that fails on one rank is an error on all, instead of a step down for all.
-    """
-
-    process: Mapping[str, Any] = field(default_factory=dict)
-    agree_seconds: float = DEFAULT_SECONDS
-    every_step: bool = False
-    raise_on_capture: bool = False
 
 
 @dataclass

@@ -19,8 +19,8 @@ from ringfence.runtime.replay.capture import SimulatedGraphs
 from ringfence.runtime.replay.program import Program, SizeRule, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
 from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest
-from ringfence.runtime.watch.supervision import Supervision
-from ringfence.runtime.watch.supervisor import Asked, Supervisor
+from ringfence.runtime.watch.supervision import Asked, Supervision
+from ringfence.runtime.watch.supervisor import Supervisor
 from support import run_threaded
 
 SIZES = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])

@@ -20,7 +20,8 @@ import ringfence
 from ringfence.runtime.errors import OptionsError
 from ringfence.runtime.watch.page import SETTLED_SECONDS
 from ringfence.runtime.watch.recompile import CompiledGraph, graph_being_compiled
-from ringfence.runtime.watch.supervisor import Asked, Supervisor, supervisor_for
+from ringfence.runtime.watch.supervision import Asked
+from ringfence.runtime.watch.supervisor import Supervisor, supervisor_for
 from support import run_ranks, start_fake_group
 
 HIDDEN = 64
