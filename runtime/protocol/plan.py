@@ -210,10 +210,11 @@ def with_grids(ranks: Sequence[Calls], *, by_size: bool = False) -> tuple[Calls,
         counts.setdefault(call.id, set()).add(call.tokens)
     order = {id: sorted(tokens) for id, tokens in counts.items()}
     first = next((call.tokens for call in _all(ranks) if call.strategy is Strategy.TWO_SHOT), None)
+    larger = max(map(len, order.values()), default=0)  # than any difference between ranks, which it must not undo
 
     def grid(call: Call) -> int:
         turns = by_size and call.strategy is Strategy.TWO_SHOT and call.tokens != first
-        return call.ctas + order[call.id].index(call.tokens) + turns
+        return call.ctas + order[call.id].index(call.tokens) + turns * larger
 
     if all(len(tokens) == 1 for tokens in counts.values()) and not by_size:
         return tuple(ranks)

@@ -148,7 +148,7 @@ def engine_op(rank: int) -> dict[str, Any]:
         ("mapped", "all_reduce", "tp:0", {"casering::all_reduce": real}),
         ("without a group", "bare_all_reduce", "", {"casering::bare_all_reduce": real}),
         ("in place", "all_reduce_", real, ["casering::all_reduce_"]),
-        ("unknown name", "all_reduce", "tp:0", ["casering::all_reduce"]),
+        ("unknown name", "all_reduce", "pp:0", ["casering::all_reduce"]),
         ("not listed", "all_reduce", real, []),
     ):
         options = CAPTURED if "captured" in name else {}

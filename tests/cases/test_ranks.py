@@ -47,7 +47,7 @@ def test_an_engines_own_all_reduce_is_fused(ranks: list[dict[str, Any]], how: st
 def test_a_group_name_that_torch_does_not_know_is_to_be_mapped(ranks: list[dict[str, Any]]) -> None:
     for seen in found(ranks, "engine_op", "unknown name"):
         assert "all_reduce_ops={'casering::all_reduce':" in seen["error"], seen
-        assert "tp:0" in seen["error"]
+        assert "pp:0" in seen["error"]
 
 
 def test_an_all_reduce_that_is_not_listed_is_named(ranks: list[dict[str, Any]]) -> None:

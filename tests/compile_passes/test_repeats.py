@@ -203,7 +203,9 @@ def test_all_reduce_op_of_several_tensors_says_so() -> None:
         return F.rms_norm(y + r, (H,))
 
     names = {"repeats_test::all_reduce_list": None, "repeats_test::all_reduce_scaled_": None}
-    for program, says in ((listed, "takes 2 tensors"), (one, "returns a list of 1"), (scaled, "takes 2 tensors")):
+    gm = aot_graph(one, torch.randn(4, H), torch.randn(4, H))
+    assert [c.fuses for c in find(gm, all_reduce_ops=names)] == [True], "a list of one is what is in it"
+    for program, says in ((listed, "takes 2 tensors"), (scaled, "takes 2 tensors")):
         gm = aot_graph(program, torch.randn(4, H), torch.randn(4, H))
         (candidate,) = find(gm, all_reduce_ops=names)
         decline = candidate.site.decline

@@ -270,6 +270,7 @@ def test_simulated_pieces_share_what_is_free() -> None:
     """What one capture needs no longer, the next one uses."""
     graphs = SimulatedGraphs()
     given = x = torch.randn(64, 64)
+    graphs.pool_for([given], own=True)  # nothing of other tests' is free in it
     pieces = []
     for _ in range(6):
         pieces.append(graphs.capture(lambda x: ((x + 1).sin().cos() * 2,), [x]))
