@@ -10,8 +10,8 @@ ROWS: tuple[Hazard, ...] = (
     Hazard(
         id="M1",
         title="A negative subnormal word passes for the sentinel",
-        symptom="Both GPUs at 100 % for ever in an mnnvl kernel; single lanes poll, their siblings wait in a shuffle. "
-        "The polled slot holds a word between 0x80000001 and 0x807FFFFF.",
+        symptom="A model with mnnvl hangs in piecewise CUDA graphs, and eager too: both GPUs at 100 % for ever; single "
+        "lanes poll, their siblings wait in a shuffle. The polled slot holds a word between 0x80000001 and 0x807FFFFF.",
         mechanism="The kernel polls until a word is not -0.0 and compares as float32; flush-to-zero turns every "
         "negative subnormal into -0.0, so a word that has arrived looks absent. For 16-bit types the element in the "
         "odd column decides: fp16 values between -2**-17 and 0, which small activations hold, are enough.",
