@@ -127,7 +127,7 @@ def test_a_plan_without_a_collective_is_refused() -> None:
 
 
 def test_an_unknown_collective_is_refused() -> None:
-    with pytest.raises(PlanError, match="'nccl'; there are mnnvl, trtllm or moe_all_to_all"):
+    with pytest.raises(PlanError, match="'nccl'; there are mnnvl, trtllm, ringfence or moe_all_to_all"):
         check("nccl", "0.6.13", [(Call(0),)] * 2)
 
 
