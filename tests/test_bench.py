@@ -109,9 +109,10 @@ def test_two_ranks_measure_what_they_have(tmp_path: Path) -> None:
     first, second = run_ranks(2, _measure, {})
     assert first["measured"] == second["measured"], "the slowest rank's times, on all ranks"
     measured = first["measured"]
-    assert {row.collective for row in measured.rows} == {Collective.MNNVL, TRTLLM} and not measured.missing
+    assert {row.collective for row in measured.rows} >= {Collective.MNNVL, TRTLLM} and not measured.missing
     sizes = [1 << power for power in range(10, 16)]
-    for collective, timings in measured.timings.items():
+    for collective in (Collective.MNNVL, TRTLLM):  # fakes of FlashInfer's
+        timings = measured.timings[collective]
         assert [t.size for t in timings] == sizes + sizes[1:]  # the second hidden size has rows of 2 KiB
         for t in timings:
             assert 0 < t.nccl < math.inf and 0 < t.nccl_all_reduce < math.inf
@@ -119,7 +120,8 @@ def test_two_ranks_measure_what_they_have(tmp_path: Path) -> None:
             two_shot = collective is TRTLLM and t.size // (4 * t.hidden) > 2
             assert math.isfinite(t.two_shot) == math.isfinite(t.all_reduce_two_shot) == two_shot
         assert {len(t.bits) for t in timings} == {1}
-    assert first["made"] == [(n, 32 << 10 >> p, h) for h, p in ((256, 10), (512, 11)) for n in ("mnnvl/peer", "trtllm")]
+    ways = ("mnnvl/peer", "trtllm", "ringfence/peer")
+    assert first["made"] == [(n, 32 << 10 >> p, h) for h, p in ((256, 10), (512, 11)) for n in ways]
     assert all(first["closed"]) and first["open"] == 0
     assert "trtllm/peer: one-shot up to" in first["text"] and "mnnvl two-shot" in first["text"]
     write_table(tmp_path / "table.json", measured.rows)
@@ -129,7 +131,8 @@ def test_two_ranks_measure_what_they_have(tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_named() -> None:
     for result in run_ranks(2, _measure, {"broken": ("mnnvl/peer",)}):
         measured = result["measured"]
-        assert [row.collective for row in measured.rows] == [TRTLLM]
+        collectives = [row.collective for row in measured.rows]
+        assert TRTLLM in collectives and Collective.MNNVL not in collectives
         assert "no memory left" in measured.missing[Collective.MNNVL]
         assert "mnnvl was not measured: " in result["text"]
 
