@@ -13,22 +13,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from .roles import arguments, aten, bound_arguments, calls, is_tensor
+from .roles import VIEWS, arguments, aten, bound_arguments, calls, is_tensor
 
 #: Views that keep the order of the elements: one undoes another where the shapes say so.
-RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.alias.default,
-        aten.detach.default,
-    }
-)
+RESHAPES = frozenset(VIEWS)
 
 _BY_PLACE = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 

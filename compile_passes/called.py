@@ -13,12 +13,10 @@ from .op_calls import op_arguments
 from .provenance import module_of, source_of
 from .roles import calls, dtype_text, first_node, tensor
 
-_CALLED = (ops.all_reduce_add_rms_norm, ops.all_reduce_rms_norm)
-
 
 def called_sites(gm: GraphModule, first: int) -> list[Candidate]:
     """One candidate for each, numbered from ``first``; their nodes know it from now on."""
-    nodes = [n for n in gm.graph.nodes if calls(n, *_CALLED) and SITE not in n.meta]
+    nodes = [n for n in gm.graph.nodes if calls(n, *ops.FUSED) and SITE not in n.meta]
     return [Candidate(_site(node, first + i), None, called=True) for i, node in enumerate(nodes)]
 
 
@@ -44,7 +42,7 @@ def _site(node: Node, index: int) -> Site:
 
 def name_prepared(gm: GraphModule, collectives: Mapping[str, str]) -> int:
     """Let calls that name no collective name that of their group; how many did not."""
-    nodes = [n for n in gm.graph.nodes if calls(n, *_CALLED, ops.all_reduce) and n.args[-1] == ops.PREPARED]
+    nodes = [n for n in gm.graph.nodes if calls(n, *ops.OPS) and n.args[-1] == ops.PREPARED]
     for node in nodes:
         node.args = (*node.args[:-1], str(collectives.get(str(op_arguments(node)["group"]), "reference")))
     return len(nodes)

@@ -7,20 +7,19 @@ from collections.abc import Collection, Sequence
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives import ops
+from ..runtime.collectives.epilogue import DTYPES
 from ..runtime.hazards.situation import Collective
 from .judge import Decision, Verdict
 from .roles import arguments, bound_arguments, c10d, calls, tensor
 
-_FUSED = (ops.all_reduce_add_rms_norm, ops.all_reduce_rms_norm)
 #: What of a node's metadata is also true of the op that replaces it: not, for one, what its arguments were.
 _KEPT = ("val", "stack_trace", "nn_module_stack", "custom")
-_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
     """Give the sites that are refused to the reference collective; how many."""
     refused = {v.node for v in verdicts if v.decision is Decision.REFUSE}
-    nodes = [n for n in gm.graph.nodes if n.name in refused and calls(n, ops.all_reduce, *_FUSED)]
+    nodes = [n for n in gm.graph.nodes if n.name in refused and calls(n, ops.all_reduce, *ops.FUSED)]
     for node in nodes:
         node.args = (*node.args[:-1], str(Collective.REFERENCE))
     return len(nodes)
@@ -61,5 +60,5 @@ def _is_sum_over(node: Node, group: str) -> bool:
         bound.get("reduce_op") == "sum"
         and bound.get("group_name") == group
         and value.ndim >= 1
-        and str(value.dtype).removeprefix("torch.") in _DTYPES
+        and value.dtype in DTYPES
     )

@@ -39,9 +39,9 @@ _OWN = frozenset(
         "kernel_wait_seconds",
         "journal_dir",
         "groups",
+        "group_names",
         "size_table",
     }
-    | {"group_names"}
 )
 _PACKAGES = ("torch", "ringfence", "flashinfer-python")
 

@@ -24,7 +24,8 @@ from torch.fx import Node
 
 from ..runtime.groups import WORLD, group_exists, name_of_ranks
 from . import roles
-from .functional import View, mutation
+from .functional import View, is_functionalised, mutation
+from .op_calls import op_arguments
 from .reasons import Decline, Reason
 from .roles import aten, same_size, tensor
 
@@ -111,7 +112,7 @@ def listed(node: Node, all_reduce_ops: Collection[str]) -> str | None:
     """The option's name for a custom op, also inside ``auto_functionalized``: with its overload, or without."""
     if node.op != "call_function" or not all_reduce_ops:
         return None
-    target = node.args[0] if _is_functionalized(node) else node.target
+    target = node.args[0] if is_functionalised(node) else node.target
     if not isinstance(target, torch._ops.OpOverload):
         return None
     name = target._schema.name
@@ -166,7 +167,7 @@ def read_sum_of(node: Node, call: EngineCall) -> SumOf | Decline:
     op = next((str(arguments[n]) for n in _REDUCE_OP_NAMES if n in arguments and n not in row.only), "sum")
     if op == "0":
         op = "sum"
-    if _is_functionalized(node):
+    if is_functionalised(node):
         return _functionalized(node, call, op)
     summed, others = _tensors(arguments, row)
     value = _result(node)
@@ -246,21 +247,13 @@ def _covers(view: View, base: Node) -> bool:
     return offset == 0 and is_contiguous_or_false(tensor(base)) and same_size(math.prod(dims), tensor(base).numel())
 
 
-def _is_functionalized(node: Node) -> bool:
-    return roles.calls(node, torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
-
-
 def _op(node: Node) -> torch._ops.OpOverload:
-    op = node.args[0] if _is_functionalized(node) else node.target
+    op = node.args[0] if is_functionalised(node) else node.target
     assert isinstance(op, torch._ops.OpOverload), "it is listed"
     return op
 
 
 def _arguments(node: Node) -> dict[str, Any]:
     """The arguments of a call by name; inside ``auto_functionalized``, without those that are written."""
-    if not _is_functionalized(node):
-        return roles.bound_arguments(node)
-    schema = _op(node)._schema.arguments
-    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    names = {a.name for a in schema}
-    return defaults | {name: value for name, value in node.kwargs.items() if name in names}
+    names = {a.name for a in _op(node)._schema.arguments}
+    return {name: value for name, value in op_arguments(node).items() if name in names}

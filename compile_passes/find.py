@@ -19,6 +19,7 @@ import torch
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
+from ..runtime.collectives.epilogue import DTYPES
 from . import roles
 from .all_reduce import ALL_REDUCES, AllReduce, nested_all_reduces, recognise_all_reduce
 from .engine_ops import GroupOf
@@ -30,8 +31,6 @@ from .provenance import label, module_of, source_of
 from .reasons import Decline, Reason, Rounding
 from .roles import aten, dtype_text, tensor
 from .sums import last_step, read_sum
-
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def find(
@@ -256,7 +255,7 @@ def _usable(all_reduce: AllReduce, groups: Collection[str] | None) -> Decline | 
     users = list(value.users)
     if not users:
         return Decline(Reason.UNUSED, f"nothing reads the reduced value {label(value)}")
-    if tensor(value).dtype not in _KERNEL_DTYPES:
+    if tensor(value).dtype not in DTYPES:
         return Decline(
             Reason.ACTIVATION_DTYPE,
             f"{label(value)} is {dtype_text(tensor(value).dtype)}; the kernels take float16, bfloat16 and float32",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .aliases import INVERSES, RESHAPES, viewed
+from .aliases import INVERSES, RESHAPES, root, viewed
 from .functional import SCATTERS, Mutation, is_write_back, mutable_names, mutation
 from .roles import arguments, aten, calls
 
@@ -218,11 +218,11 @@ class InPlaceNumbers(_Numbers):
         names = list(mutable_names(op))
         written = [(name, place, value) for name in names for place, value in _elements(node.kwargs[name])]
         by_argument = BY_ARGUMENT in node.meta
-        held = [(name, place, self.read(value if by_argument else _base(value))) for name, place, value in written]
+        held = [(name, place, self.read(value if by_argument else root(value))) for name, place, value in written]
         call = self.called(op, {k: v for k, v in node.kwargs.items() if k not in names}, held)
         seen: set[Node] = set()
         for name, place, value in written:
-            memory = value if by_argument else _base(value)
+            memory = value if by_argument else root(value)
             if memory not in seen:
                 self._write(memory, self.after(call, name, place))
             seen.add(memory)
@@ -246,13 +246,7 @@ def _elements(value: Any) -> Iterable[tuple[int | None, Node]]:
 def _returned(numbers: _Numbers, output: Node) -> Iterable[int | None]:
     for value in torch.utils._pytree.tree_leaves(output.args[0]):
         if isinstance(value, Node):
-            yield None if _base(value).op == "placeholder" else numbers.read(value)
-
-
-def _base(node: Node) -> Node:
-    while (source := viewed(node)) is not None:
-        node = source
-    return node
+            yield None if root(value).op == "placeholder" else numbers.read(value)
 
 
 def _functional_name(node: Node) -> str:

@@ -25,7 +25,7 @@ from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import CollectiveUnavailableError
 from .runtime.groups import Group, nccl_version
-from .runtime.hazards.situation import Collective, Fact, Situation, facts_of_nccl
+from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.watch.supervisor import Supervisor
 
 
@@ -89,11 +89,8 @@ def nccl_situation(
         return None
     found = [planned] if planned is not None else [carrier.situation for carrier in ready.values()]
     like = max(found, key=lambda s: s.nodes, default=Situation(Collective.REFERENCE, world_size=max(sizes)))
-    return replace(like, collective=Collective.NCCL, flashinfer=None, facts=_facts_of_nccl())
-
-
-def _facts_of_nccl() -> frozenset[Fact]:
-    return facts_of_nccl(nccl_version(), nccl_setting("NCCL_GRAPH_REGISTER"))
+    facts = facts_of_nccl(nccl_version(), nccl_setting("NCCL_GRAPH_REGISTER"))
+    return replace(like, collective=Collective.NCCL, flashinfer=None, facts=facts)
 
 
 def _without_sites(channel: Channel, sites: int) -> str | None:

@@ -24,6 +24,7 @@ from .options import Options
 from .runtime.capturing import is_capturing
 from .runtime.channel import Channel
 from .runtime.collectives import ops
+from .runtime.collectives.epilogue import DTYPES
 from .runtime.collectives.prepared import Prepared
 from .runtime.collectives.ready import ReadyCollective
 from .runtime.collectives.workspace import Workspaces, workspaces_of
@@ -137,8 +138,8 @@ def _checked(
 ) -> Options:
     if not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1:
         raise OptionsError(f"hidden={hidden!r} is not a positive integer")
-    if dtype not in ops.DTYPES:
-        raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, ops.DTYPES))}")
+    if dtype not in DTYPES:
+        raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, DTYPES))}")
     if on_hazard == "clean":
         raise OptionsError("on_hazard='clean' rewrites a graph, and there is none; use 'split', 'refuse' or 'raise'")
     given = {

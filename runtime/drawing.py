@@ -1,4 +1,7 @@
-"""Drawing: what both pictures are made of, as SVG: boxes, lines, words that wrap, a legend. On white, everywhere."""
+"""Drawing: what both pictures are made of, as SVG: boxes, lines, words that wrap, a legend. On white, everywhere.
+
+And the lines of both texts, for a terminal.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,11 @@ class Drawing:
 def lines_of(text: str, width: float, size: float = 12) -> list[str]:
     """The lines into which words are broken to be no wider; a word that is, is broken too."""
     return textwrap.wrap(text, max(int(width / (size * _LETTER)), 8), break_on_hyphens=False)
+
+
+def wrapped(line: str, width: int = 80) -> str:
+    """For a terminal; what is not on the first line is indented."""
+    return textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def width_of(text: str, size: float) -> float:

@@ -60,6 +60,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
+    from ..runtime.drawing import wrapped
     from ..runtime.protocol import timeline
 
     extra: dict[str, Any]
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     lines = _lines(extra)
     if arguments.svg is not None:
         write(arguments.svg, timeline.svg(result, lines))
-    text = "\n".join([timeline.text(result), *map(timeline.wrapped, lines)])
+    text = "\n".join([timeline.text(result), *map(wrapped, lines)])
     if arguments.json:
         text = json.dumps(json.loads(timeline.dump(result)) | extra, indent=2)
     return text, OK if result.safe else FAILED

@@ -14,6 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+#: What can be summed and followed so.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 @dataclass(frozen=True)
 class RmsNorm:

@@ -211,6 +211,19 @@ class Implementation:
 # -- helpers of adapters -------------------------------------------------------------
 
 
+class EndlessWaits:
+    """Of :class:`Kernels`, what those do whose memory takes any call of its bytes, and whose waits have no end."""
+
+    def holds(self, call: KernelCall) -> bool:
+        return True
+
+    def wait_for(self, seconds: float) -> None:
+        """There is nothing to bound."""
+
+    def check(self) -> None:
+        """Nothing is reported."""
+
+
 def closed(*_: object, **__: object) -> None:
     """In place of a kernel whose workspace is gone."""
     raise WorkspaceError("this workspace was closed")

@@ -19,9 +19,9 @@ from ..hazards.situation import Collective, Fact, Strategy
 from ..versions import in_range
 from . import flashinfer, flashinfer_rules, kernels, rank_facts
 from .buffer_dump import Cells, Part, Reading
-from .epilogue import Epilogue
+from .epilogue import DTYPES, Epilogue
 from .flashinfer import ChannelBackend, FlashInfer
-from .kernels import BUFFERS, Implementation, KernelCall, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
+from .kernels import BUFFERS, EndlessWaits, Implementation, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
 from .rank_facts import RankFacts
 
 #: The kernel waits for the one before it before it reads anything, and every one of a chain waits; so one-shot is
@@ -135,7 +135,7 @@ def _launch_of(package: FlashInfer) -> Callable[..., None]:
     return launch
 
 
-class Mnnvl:
+class Mnnvl(EndlessWaits):
     def __init__(
         self,
         launch: Callable[..., None],
@@ -182,15 +182,6 @@ class Mnnvl:
             x, *self._pointers, *self._ranks, True, _pdl(x, strategy), one_shot,
             norm, out, *operands, after.eps, after.weight_bias,
         )  # fmt: skip
-
-    def holds(self, call: KernelCall) -> bool:
-        return True  # a call needs as much as it has bytes
-
-    def wait_for(self, seconds: float) -> None:
-        """Its waits have no end."""
-
-    def check(self) -> None:
-        """Nothing is reported."""
 
     def control_words(self) -> tuple[int, ...]:
         return tuple(self._pointers[3].tolist())
@@ -260,8 +251,6 @@ def _make_multicast(
     return create_multicast(flashinfer.installed(), channel, group, max_tokens, hidden, dtype)
 
 
-#: A word of the buffer is what one reads at a time, whatever the dtype.
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PDL_FACT = frozenset({Fact.PDL})
 
 MULTICAST = Implementation(
@@ -270,7 +259,7 @@ MULTICAST = Implementation(
     _fits_multicast,
     _make_multicast,
     REQUIREMENTS,
-    dtypes=lambda dtype: _DTYPES,
+    dtypes=lambda dtype: DTYPES,  # a word of the buffer is what one reads at a time, whatever the dtype
     epoch_on_device=True,
     facts=_PDL_FACT,
     model="mnnvl",
@@ -282,7 +271,7 @@ PEER = Implementation(
     _make_peer,
     REQUIREMENTS,
     strategies=(Strategy.ONE_SHOT,),
-    dtypes=lambda dtype: _DTYPES,
+    dtypes=lambda dtype: DTYPES,  # a word of the buffer is what one reads at a time, whatever the dtype
     epoch_on_device=True,
     facts=_PDL_FACT,
     model="mnnvl",

@@ -38,7 +38,7 @@ from ..groups import HOST_BACKENDS, describe_group
 from ..hazards.situation import Strategy
 from ..seams import run_between
 from . import reference, table
-from .epilogue import Epilogue, RmsNorm
+from .epilogue import DTYPES, Epilogue, RmsNorm
 from .prepared import Prepared
 from .workspace import Workspace, workspaces_of
 
@@ -46,9 +46,6 @@ from .workspace import Workspace, workspaces_of
 PREPARED = "prepared"
 #: Behind the name of a collective: no capture that somebody else makes may hold the call.
 NOT_CAPTURED = ", not captured"
-
-#: What the fused ops take.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
@@ -271,5 +268,6 @@ all_reduce_add_rms_norm = _register(Epilogue(True, _ANY_NORM))
 all_reduce_rms_norm = _register(Epilogue(False, _ANY_NORM))
 all_reduce = _register(_SUM)
 
-#: All of them.
-OPS = (all_reduce_add_rms_norm, all_reduce_rms_norm, all_reduce)
+#: With a norm; and all of them.
+FUSED = (all_reduce_add_rms_norm, all_reduce_rms_norm)
+OPS = (*FUSED, all_reduce)

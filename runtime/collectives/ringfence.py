@@ -23,7 +23,7 @@ from ..errors import HangError, RingfenceError, WorkspaceError
 from ..hazards.situation import Collective, Fact, Strategy
 from . import nvrtc
 from .cuda_driver import Driver, current_stream
-from .epilogue import Epilogue
+from .epilogue import DTYPES, Epilogue
 from .forms import ENTRY, GRANULE, CallArguments, Form, granules_of, granules_of_token
 from .kernels import Implementation, KernelCall, KernelMemory, Kernels, Requirement
 from .links import FULL
@@ -34,7 +34,6 @@ CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
 #: From here on blocks form clusters, and a kernel may begin before the one before it ends (PDL).
 _CLUSTERS_FROM = (9, 0)
 MOST_RANKS = 8
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: The largest row.
 MOST_ROW_BYTES = 64 * 1024
 #: The most blocks of a grid: each has a word with the number of its last call.

@@ -18,7 +18,7 @@ from . import flashinfer, flashinfer_rules, kernels
 from .buffer_dump import Cells, Reading, Rows
 from .epilogue import Epilogue
 from .flashinfer import ChannelBackend, FlashInfer
-from .kernels import BUFFERS, Implementation, KernelCall, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
+from .kernels import BUFFERS, EndlessWaits, Implementation, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
 from .rank_facts import RankFacts, peers_out_of_reach
 
 #: Programmatic dependent launch is never asked for: the kernel reads the residual before it waits for the kernel that
@@ -106,7 +106,7 @@ def create(
     return Trtllm(api, workspace, release, memory, safe(package.version))
 
 
-class Trtllm:
+class Trtllm(EndlessWaits):
     def __init__(
         self,
         api: ModuleType,
@@ -161,15 +161,6 @@ class Trtllm:
             fp32_acc=True,
             weight_bias=epilogue.norm.weight_bias,
         )
-
-    def holds(self, call: KernelCall) -> bool:
-        return True  # a call needs as much as it has bytes
-
-    def wait_for(self, seconds: float) -> None:
-        """Its waits have no end."""
-
-    def check(self) -> None:
-        """Nothing is reported."""
 
     def control_words(self) -> tuple[int, ...]:
         return tuple(self._words.tolist())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
-from ..drawing import ALARM, ALARM_FILL, FAINT, Drawing, lines_of
+from ..drawing import ALARM, ALARM_FILL, FAINT, Drawing, lines_of, wrapped
 from ..errors import TraceError
 from .explore import Event, ModelFailure, Result
 
@@ -53,11 +52,6 @@ def text(result: Result[Any], width: int = 80) -> str:
     table = tabulate(rows, headers, tablefmt="simple", maxcolwidths=widths) if rows else ""
     waiting = (wrapped(sentence, width) for sentence in result.waiting)
     return "\n".join(filter(None, [headline(result), before(result), table, *waiting]))
-
-
-def wrapped(line: str, width: int = 80) -> str:
-    """For a terminal; what is not on the first line is indented."""
-    return textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def svg(result: Result[Any], notes: Sequence[str] = ()) -> str:

@@ -236,10 +236,7 @@ class PiecewiseRunner:
         try:
             body(marks, *args)
         except BaseException as error:
-            try:
-                self._supervision.failed(error)  # raises in its place where another rank is the cause
-            finally:
-                marks.fail()
+            self._supervision.break_off(error, marks)  # raises in its place where another rank is the cause
             raise
         marks.end()
 

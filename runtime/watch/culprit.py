@@ -88,8 +88,7 @@ def find_culprit(
     first = next((f for f in failures if not f.victim), None)
     if first is not None:
         others = tuple(r for r in waiting if r != first.rank)
-        short = f"rank {first.rank} failed: {first.error}"
-        return Finding((first.rank,), others, f"rank {first.rank} failed in {first.where}: {first.error}", short)
+        return blamed_for(first, others)
     if silent:
         gone = tuple(sorted(silent))
         said = "; ".join(f"rank {r} {silent[r]}" for r in gone)
@@ -129,11 +128,14 @@ def find_culprit(
         short = f"every rank has entered {stuck[0][2]} and none gets on"
         return Finding(together, together, f"every rank has entered the call and none gets on: {places}", short)
     if failures:
-        f = failures[0]
-        return Finding(
-            (f.rank,), waiting, f"rank {f.rank} failed in {f.where}: {f.error}", f"rank {f.rank} failed: {f.error}"
-        )
+        return blamed_for(failures[0], waiting)
     return None
+
+
+def blamed_for(failure: Failure, waiting: tuple[int, ...] = ()) -> Finding:
+    """The rank whose exception it was."""
+    said = f"rank {failure.rank} failed"
+    return Finding((failure.rank,), waiting, f"{said} in {failure.where}: {failure.error}", f"{said}: {failure.error}")
 
 
 def came_with(sizes: Mapping[int, tuple[int, ...]]) -> tuple[tuple[int, ...], str] | None:

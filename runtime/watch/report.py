@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import checked
-from .culprit import Failure, Finding
+from .culprit import Failure, Finding, blamed_for
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ class Report:
         return cls(str(value["kind"]), int(value["reporter"]), finding, failure, int(value["stamp"]))
 
 
-def failed(failure: Failure, waiting: tuple[int, ...] = ()) -> Report:
+def failed(failure: Failure) -> Report:
     """What a rank reports of its own exception."""
-    sentence = f"rank {failure.rank} failed in {failure.where}: {failure.error}"
-    short = f"rank {failure.rank} failed: {failure.error}"
-    return Report("failure", failure.rank, Finding((failure.rank,), waiting, sentence, short), failure)
+    return Report("failure", failure.rank, blamed_for(failure), failure)

@@ -49,10 +49,7 @@ class Watch:
             yield
             marks.leave()
         except BaseException as error:
-            try:
-                self._supervision.failed(error)  # raises in its place where another rank is the cause
-            finally:
-                marks.fail()
+            self._supervision.break_off(error, marks)  # raises in its place where another rank is the cause
             raise
         marks.end()
 

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 
 from ..channel import ranks_text
+from ..drawing import wrapped
 from .culprit import came_with
 from .journals import Merged, RankJournal
 from .position import COMPILES, Position, sizes_text
@@ -17,7 +18,7 @@ WIDTH = 80
 def text(merged: Merged, width: int = WIDTH) -> str:
     """At most ``width`` columns wide, but for a word that is longer."""
     lines = [*answer(merged), "", *(rank_line(merged, rank) for rank in ranks_of(merged)), *_more(merged)]
-    return "\n".join(_wrapped(line, width) for line in lines)
+    return "\n".join(wrapped(line, width) for line in lines)
 
 
 def ranks_of(merged: Merged) -> list[int]:
@@ -139,8 +140,3 @@ def _says_the_same(reason: str, merged: Merged) -> bool:
 def _without_seconds(text: str) -> str:
     """Ranks that write of one thing at different moments say one thing."""
     return re.sub(r" (since|for) \d+(\.\d+)? s\b", "", text)
-
-
-def _wrapped(line: str, width: int) -> str:
-    lines = textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines)

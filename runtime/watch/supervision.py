@@ -10,6 +10,7 @@ from ..channel import DEFAULT_SECONDS, failures_text
 from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch
 from .agree import GroupAgreement
 from .health import Health
+from .rings import Marks
 
 T = TypeVar("T")
 
@@ -136,6 +137,13 @@ class Supervision:
         """A step breaks off with ``error``. May raise another one in its place; called while the step is open."""
         if self.supervisor is not None:
             self.supervisor.broke_off(error)
+
+    def break_off(self, error: BaseException, marks: Marks) -> None:
+        """The same, and the step's marks end with it."""
+        try:
+            self.failed(error)
+        finally:
+            marks.fail()
 
     def _agreed(self, body: Callable[[], T]) -> T:
         try:
