@@ -9,7 +9,7 @@ from enum import StrEnum
 class Reason(StrEnum):
     """One code for each way in which an all-reduce stays as it was.
 
-    The codes are part of the report's schema (docs/report.md): add, never reuse.
+    The codes are part of the report's schema (``ringfence docs report``): add, never reuse.
     """
 
     # the collective

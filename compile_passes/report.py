@@ -1,6 +1,6 @@
 """The report: the values of the passes, as a table and as JSON.
 
-docs/report.md documents the JSON; ``SCHEMA`` grows when a field changes its meaning
+``ringfence docs report`` documents the JSON; ``SCHEMA`` grows when a field changes its meaning
 or goes away.
 """
 
@@ -161,7 +161,7 @@ class CompileReport:
         return "\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values; the schema is docs/report.md."""
+        """The report as plain values; the schema: ``ringfence docs report``."""
         return {
             "schema": SCHEMA,
             "summary": self.summary,

@@ -185,7 +185,7 @@ RULES: tuple[Rule, ...] = (
         lambda f: Unsafe.HIGHER_ORDER in f.unsafe,
         Decision.SPLIT,
         "it is a higher-order op of which nothing is known; host code inside would not run again in a replay",
-        "docs/design.md, what decides capture",
+        "ringfence docs design: what decides capture",
     ),
     Rule(
         "cudagraph_unsafe",
@@ -227,7 +227,7 @@ RULES: tuple[Rule, ...] = (
         lambda f: f.collective and f.backend in HOST_BACKENDS and f.carrier in (None, Collective.REFERENCE),
         Decision.SPLIT,
         "runs on the host over {backend}; a replayed piece would not run it again",
-        "docs/design.md, what decides capture",
+        "ringfence docs design: what decides capture",
     ),
     Rule(
         "nccl",
@@ -246,6 +246,6 @@ RULES: tuple[Rule, ...] = (
         lambda f: f.collective,
         Decision.SPLIT,
         "nothing is known about it under capture; an epoch held by the host would be baked into the graph",
-        "docs/design.md, what decides capture",
+        "ringfence docs design: what decides capture",
     ),
 )

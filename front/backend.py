@@ -108,7 +108,7 @@ class Backend:
 
     @property
     def supervisor(self) -> Supervisor:
-        """Journal, watchdog and agreement of this process, which all backends share (docs/operating.md)."""
+        """Journal, watchdog and agreement of this process, which all backends share (``ringfence docs operating``)."""
         return supervisor_for(self._asked)
 
     def __repr__(self) -> str:

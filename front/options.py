@@ -98,7 +98,7 @@ class Options:
         ``"split"`` runs it between pieces if that avoids the mechanism, and by the reference
         collective if not; ``"refuse"`` is always the reference collective; ``"raise"`` is an error;
         ``"clean"`` flushes the words that a faulty receiver waits for, where that helps (one-shot).
-        With the releases that run, M34, M37 and M49 make it act; the other rows are prevented (docs/hazards.md).
+        With the releases that run, M34, M37 and M49 make it act; the others are prevented (``ringfence docs hazards``).
     profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name: a graph with
         calls over mnnvl is not captured at all, neither the calls nor what lies between them.
     outer_capture: the caller captures the model in graphs of its own, so ``capture_sizes`` is empty. The graph is cut
@@ -108,7 +108,7 @@ class Options:
     static_outputs: return the captured output buffers themselves. They hold until the next call.
     on_report: called with the :class:`CompileReport` of every compiled graph.
 
-    Running on several ranks (docs/operating.md):
+    Running on several ranks (``ringfence docs operating``):
 
     on_hang: what follows when no progress is made in a step, or another rank fails. ``"raise"`` is an error,
         and the end of the process where the main thread cannot be reached; ``"abort"`` ends the process with

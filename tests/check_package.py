@@ -20,6 +20,7 @@ def modules_in_tree() -> set[str]:
     folders = [ROOT / top for top in ("compile_passes", "runtime")]
     files = [path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py")]
     files += [path.relative_to(ROOT) for path in (ROOT / "runtime/collectives/cuda").iterdir()]
+    files += [path.relative_to(ROOT) for path in (ROOT / "docs").iterdir()]
     door = [path.relative_to(ROOT / "front") for path in (ROOT / "front").rglob("*.py")]
     return {f"ringfence/{path}" for path in (*files, *door)} | {"ringfence/py.typed"}
 
@@ -30,7 +31,11 @@ def main() -> int:
         build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
         subprocess.run([*build, "--wheel-dir", scratch, str(ROOT)], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
-        packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+        names = zipfile.ZipFile(wheel).namelist()
+        if not any(name.endswith(".dist-info/licenses/LICENSE") for name in names):
+            print("wheel: no LICENSE")
+            return 1
+        packed = {n for n in names if ".dist-info/" not in n}
         missing, extra = modules_in_tree() - packed, packed - modules_in_tree()
         if missing or extra:
             print(f"wheel: missing {sorted(missing)}, unexpected {sorted(extra)}")

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ringfence
+from ringfence.commands import docs
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: Of https://www.apache.org/licenses/LICENSE-2.0.txt, without the space around it.
+LICENSE_SHA256 = "283ea6cc2997a1a70da0049e09adf9317bb60ca1b51279b65196b83a69e1996b"
 
 
 def test_every_package_folder_is_listed() -> None:
@@ -25,6 +33,65 @@ def test_every_package_folder_is_listed() -> None:
             folder = str(init.parent.relative_to(ROOT))
             name = "ringfence." + folder.replace("/", ".")
             assert listed.get(name.replace("ringfence.front", "ringfence")) == folder
+
+
+def _project() -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project
+
+
+def test_bounds_are_those_of_the_support_page() -> None:
+    """The page says what was seen working; nothing else may be installed beside it."""
+    page = (ROOT / "docs" / "support.md").read_text()
+    pythons = re.findall(r"3\.(\d+)", re.search(r"^\| Python \| (.*) \|$", page, re.M)[1])  # type: ignore[index]
+    torches = re.search(r"^\| torch \| 2\.(\d+) to 2\.(\d+): ", page, re.M)
+    assert torches is not None
+    low, high = int(pythons[0]), int(pythons[-1])
+    project = _project()
+    assert project["requires-python"] == f">=3.{low},<3.{high + 1}"
+    listed = [c for c in project["classifiers"] if c.startswith("Programming Language :: Python :: 3.")]
+    assert listed == [f"Programming Language :: Python :: 3.{minor}" for minor in range(low, high + 1)]
+    (torch,) = (d for d in project["dependencies"] if d.startswith("torch"))
+    assert torch == f"torch>=2.{torches[1]},<2.{int(torches[2]) + 1}"
+    assert f"Python 3.{low} or 3.{high}, torch 2.{torches[1]} to 2.{torches[2]}" in (ROOT / "README.md").read_text()
+
+
+def test_the_licence_is_the_one_that_the_metadata_names() -> None:
+    assert (_project()["license"], _project()["license-files"]) == ("Apache-2.0", ["LICENSE"])
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text and hashlib.sha256(text.strip().encode()).hexdigest() == LICENSE_SHA256
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert first is not None and first[1] == ringfence.__version__
+
+
+def _texts() -> Iterator[tuple[Path, str]]:
+    """What a user may be shown: strings of the sources that are no docstrings, docstrings of public names."""
+    for top in ("front", "compile_passes", "runtime"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            quiet = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in quiet:
+                    yield path, node.value
+    for name in ringfence.__all__:
+        yield Path(name), getattr(ringfence, name).__doc__ or ""
+
+
+def test_messages_lead_somewhere_from_a_wheel() -> None:
+    """No docs/ is there where only the wheel is installed, and the name is not published: no path, no such extra."""
+    found = set(docs.pages())
+    named = 0
+    for path, text in _texts():
+        assert "docs/" not in text.replace("hazards --markdown > docs/hazards.md", "") or path.name == "docs.py", text
+        assert "ringfence[" not in text, (path, text)
+        for page in re.findall(r"ringfence docs (\w+)", text):
+            named += 1
+            assert page in found, (path, text)
+    assert named > 10
 
 
 def test_version_is_the_installed_one() -> None:

@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         "--timeout", type=seconds, default=120.0, metavar="S", help="end after so many seconds (default 120)"
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="show the trace that --json printed before")
-    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.add_argument("--json", action="store_true", help="print JSON (described by: ringfence docs report)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline")
     parser.set_defaults(run=run)
 
@@ -115,7 +115,7 @@ def _folded(arguments: argparse.Namespace, answer: Answer) -> str | None:
     if answer.safe or arguments.skip_rank is not None:
         return None
     ranks = f"{KEPT_RANKS} ranks stand for all {arguments.tp}, and " if arguments.tp > KEPT_RANKS else ""
-    return f"in this trace {ranks}one to a few tokens stand for the sizes (docs/design.md)"
+    return f"in this trace {ranks}one to a few tokens stand for the sizes (ringfence docs design)"
 
 
 def _as_dict(answer: Answer) -> dict[str, Any]:

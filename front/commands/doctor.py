@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
         description="Look at this machine, with or without GPUs: exit 0 when it is healthy, 1 when a hazard that "
         "decides against capture applies, 2 on bad usage.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.add_argument("--json", action="store_true", help="print JSON (described by: ringfence docs report)")
     parser.add_argument(
         "--copies",
         action="store_true",

@@ -28,7 +28,9 @@ def add(commands: Commands) -> None:
         "target", help="a Hugging Face model folder, or module:function that returns (model, example_inputs)"
     )
     parser.add_argument("--tp", type=world_size, required=True, metavar="N", help="tensor-parallel world size")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON (docs/report.md)")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON (described by: ringfence docs report)"
+    )
     parser.add_argument("--batch", type=count, default=1, help="batch size of a model folder's input (default 1)")
     parser.add_argument("--tokens", type=count, default=8, help="sequence length of that input (default 8)")
     parser.add_argument(

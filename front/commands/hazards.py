@@ -28,8 +28,10 @@ def add(commands: Commands) -> None:
         "100 %%, no error', --symptom nccl#2389",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
-    form.add_argument("--markdown", action="store_true", help="print docs/hazards.md")
+    form.add_argument("--json", action="store_true", help="print JSON (described by: ringfence docs report)")
+    form.add_argument(
+        "--markdown", action="store_true", help="print the whole table in Markdown, as `ringfence docs hazards` has it"
+    )
     parser.set_defaults(run=run, wrong_usage=parser.error)
 
 
@@ -46,8 +48,8 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
         rows = tuple(match.hazard for match in search(arguments.symptom))
         if not rows:
             say(
-                f"no row says '{arguments.symptom}'; `ringfence hazards` lists them all, and docs/hangs.md goes by "
-                "questions"
+                f"no row says '{arguments.symptom}'; `ringfence hazards` lists them all, and `ringfence docs hangs` "
+                "goes by questions"
             )
             return ("[]" if arguments.json else ""), FAILED
     if arguments.json:

@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
         description="Merge the journals that the ranks of a job wrote into one folder (option journal_dir).",
     )
     parser.add_argument("folder", type=Path, help="the folder with journal-rank0.json, journal-rank1.json, ...")
-    parser.add_argument("--json", action="store_true", help="print JSON (docs/report.md)")
+    parser.add_argument("--json", action="store_true", help="print JSON (described by: ringfence docs report)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the last steps of the ranks")
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""The command line: ``ringfence explain``, ``check``, ``hazards``, ``journal``, ``doctor`` and ``bench``."""
+"""The command line: ``ringfence explain``, ``check``, ``hazards``, ``journal``, ``doctor``, ``bench`` and ``docs``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..runtime.errors import (
     UnknownHazardError,
     VersionError,
 )
-from . import bench, check, doctor, explain, hazards, journal
+from . import bench, check, docs, doctor, explain, hazards, journal
 from .terminal import FAILED, USAGE, answer, say
 
 #: None of these imports torch when it is imported: usage, --help and what needs no torch answer at once.
-COMMANDS = (explain, check, hazards, journal, doctor, bench)
+COMMANDS = (explain, check, hazards, journal, doctor, bench, docs)
 
 _BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, JournalError)
 

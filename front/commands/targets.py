@@ -36,7 +36,9 @@ def _load_folder(folder: Path, arguments: argparse.Namespace) -> tuple[Any, tupl
         from transformers import AutoModelForCausalLM
         from transformers.distributed.configuration_utils import DistributedConfig
     except ImportError as error:
-        raise TargetError("a model folder needs transformers: pip install 'ringfence[transformers]'") from error
+        raise TargetError(
+            "a model folder needs transformers: pip install 'transformers>=5.17' 'accelerate>=1.15'"
+        ) from error
     plan = DistributedConfig(tp_plan="auto", tp_size=arguments.tp)
     dtype = getattr(torch, arguments.dtype)
     try:

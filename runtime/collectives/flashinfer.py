@@ -63,7 +63,7 @@ def load() -> FlashInfer | Unavailable:
         version = str(flashinfer.__version__)
     except ModuleNotFoundError as error:
         if error.name == "flashinfer":
-            return Unavailable("FlashInfer is not installed: pip install 'ringfence[flashinfer]'")
+            return Unavailable("FlashInfer is not installed: pip install '.[flashinfer]' in a clone of ringfence")
         return Unavailable(f"FlashInfer cannot be imported: {error}")
     except Exception as error:  # 0.6.13 raises AssertionError without a CUDA runtime
         return Unavailable(f"FlashInfer cannot be imported: {type(error).__name__}: {error}")

@@ -137,7 +137,7 @@ def test_a_package_that_keeps_the_contract_is_loaded(package: Install) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert reason(load()) == "FlashInfer is not installed: pip install 'ringfence[flashinfer]'"
+    assert reason(load()) == "FlashInfer is not installed: pip install '.[flashinfer]' in a clone of ringfence"
 
 
 def test_a_package_that_lacks_a_dependency(package: Install) -> None:
