@@ -145,6 +145,8 @@ def __getattr__(name: str) -> Any:
         "register_group": ".runtime.groups",
         "watch": ".watching",
     }
+    if name == "moe":
+        return importlib.import_module(".moe", __name__)
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return getattr(importlib.import_module(homes.get(name, ".runtime.errors"), __name__), name)

@@ -57,7 +57,7 @@ def all_reduce_add_rms_norm(
     :class:`CaptureError`.
     """
     name = name_of_group(group)
-    if not _is_traced(x):
+    if not is_traced(x):
         norm, summed = ops.normed(x, residual, weight, eps, weight_bias, name, ops.PREPARED)
     elif residual is None:
         norm, summed = torch.ops.ringfence.all_reduce_rms_norm(x, weight, eps, weight_bias, name, ops.PREPARED)
@@ -71,13 +71,13 @@ def all_reduce_add_rms_norm(
 def all_reduce(x: Tensor, *, group: dist.ProcessGroup | str | None = None) -> Tensor:
     """The sum of ``x`` over the ranks of a group, in a new contiguous tensor. See :func:`all_reduce_add_rms_norm`."""
     name = name_of_group(group)
-    if not _is_traced(x):
+    if not is_traced(x):
         return ops.summed(x, name, ops.PREPARED)
     summed: Tensor = torch.ops.ringfence.all_reduce(x, name, ops.PREPARED)
     return summed
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether somebody writes down what is called, who is to see one op."""
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return True

@@ -1,0 +1,278 @@
+"""MoE dispatch and combine, as ops that a graph may hold.
+
+    ringfence::moe_dispatch(payloads, topk_ids, capacity, num_experts, empty_id, group, collective)
+        -> (received, ids, route)
+    ringfence::moe_combine(partial, route, group, collective)
+        -> result
+    ringfence::moe_combine_into(out, partial, route, group, collective)
+        -> nothing; ``out`` is written
+
+payloads: one to five of ``[T, c]``, any dtype; quantised ones travel with their scales, as bytes that nobody reads.
+topk_ids: ``[T, k]``, int32 or int64, numbers of experts among ``num_experts`` of all ranks. ``T`` may differ between
+ranks, and may be 0. capacity: how many tokens a rank may have at most, from 1 on, and **the same on all ranks in every
+call**: it decides where each rank's rows lie in every other's memory.
+
+received: ``[R * capacity, c]`` each, the rows of source rank after source rank, in no order that may be relied on.
+ids: ``[R * capacity, k]``; a row that nobody sent has ``empty_id`` in all places, and undefined payloads. So what
+reads the rows must look at each by itself. route: ``[T, R]`` int32, opaque: it ties a combine to its dispatch.
+
+partial: ``[R * capacity, H]``, float16, bfloat16 or float32: of each row, the weighted sum over the experts of this
+rank. result: ``[T, H]``, the sum over the ranks a token went to, taken in float32 and rounded once.
+
+A dispatch is answered by one combine before the next dispatch of the group, on every rank. All readers of ``received``
+come before that combine, and nothing may be written into it: it may be memory of a workspace.
+
+``collective`` says who carries the pair out: "reference", or "prepared" in a call that a person wrote.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capturing import is_capturing
+from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError
+from ..groups import HOST_BACKENDS, describe_group, resolve_group
+from ..hazards.situation import Collective
+from ..seams import run_between
+from . import moe_reference as reference
+from .epilogue import DTYPES
+from .ops import NOT_CAPTURED, PREPARED
+
+#: FlashInfer's kernels carry six, of which the ids are one.
+MOST_PAYLOADS = 5
+_IDS = (torch.int32, torch.int64)
+
+
+# -- what a call must look like ---------------------------------------------------------
+
+
+def check_dispatch(
+    payloads: Sequence[Tensor], topk_ids: Tensor, capacity: int, num_experts: int, empty_id: int, ranks: int
+) -> None:
+    """Raises :class:`InputError` for what kernels would write over somebody else's rows with, and not tell."""
+    _check_ids(topk_ids, num_experts, empty_id, ranks)
+    if not 1 <= len(payloads) <= MOST_PAYLOADS:
+        raise InputError(
+            f"a dispatch takes 1 to {MOST_PAYLOADS} payloads beside the ids, and was given {len(payloads)}"
+        )
+    tokens = topk_ids.shape[0]
+    for i, payload in enumerate(payloads):
+        if payload.ndim != 2 or payload.shape[0] != tokens or payload.shape[1] < 1:
+            raise InputError(
+                f"payload {i} is {list(payload.shape)}; with topk_ids of {list(topk_ids.shape)} it is [{tokens}, width]"
+            )
+        if payload.device != topk_ids.device:
+            raise InputError(f"payload {i} is on {payload.device}, and topk_ids on {topk_ids.device}")
+    if capacity < 1:
+        raise InputError(f"a capacity of {capacity}; it is at least 1, also where no rank has a token")
+    if tokens > capacity:
+        raise InputError(
+            f"{tokens} tokens do not fit a capacity of {capacity}: the rest would lie over another rank's rows. The "
+            "capacity is the largest number of tokens that any rank has in this call"
+        )
+
+
+def _check_ids(topk_ids: Tensor, num_experts: int, empty_id: int, ranks: int) -> None:
+    if topk_ids.ndim != 2 or topk_ids.shape[1] < 1 or topk_ids.dtype not in _IDS:
+        raise InputError(
+            f"topk_ids is {topk_ids.dtype} {list(topk_ids.shape)}; it is [tokens, top_k] of int32 or int64"
+        )
+    if num_experts < ranks:
+        raise InputError(f"{num_experts} experts on {ranks} ranks; every rank has at least one")
+    if topk_ids.shape[1] > num_experts:
+        raise InputError(f"top_k is {topk_ids.shape[1]}, and there are {num_experts} experts")
+    if not -(2**31) <= empty_id < 2**31:
+        raise InputError(f"empty_id={empty_id} is no int32")
+    if topk_ids.device.type == "cpu" and topk_ids.numel() and not is_capturing(topk_ids.device):  # no wait for a device
+        low, high = (int(bound) for bound in topk_ids.aminmax())
+        if low < 0 or high >= num_experts:
+            raise InputError(
+                f"topk_ids holds {low if low < 0 else high}, and the experts are 0 to {num_experts - 1}; a row that is "
+                "only padding has an expert of this rank, and a weight of 0"
+            )
+
+
+def check_combine(partial: Tensor, route: Tensor, ranks: int) -> None:
+    """Raises :class:`InputError`."""
+    if route.ndim != 2 or route.dtype != torch.int32 or route.shape[1] != ranks:
+        raise InputError(
+            f"route is {route.dtype} {list(route.shape)}; pass the one that the dispatch over these {ranks} ranks gave"
+        )
+    if partial.dtype not in DTYPES:
+        raise InputError(f"partial is {partial.dtype}; it is one of {', '.join(map(str, DTYPES))}")
+    if partial.ndim != 2 or partial.shape[0] % ranks or partial.shape[1] < 1:
+        raise InputError(f"partial is {list(partial.shape)}; it is [{ranks} * capacity, hidden], as what was received")
+    if partial.device != route.device:
+        raise InputError(f"partial is on {partial.device}, and route on {route.device}")
+    if route.shape[0] * ranks > partial.shape[0]:
+        raise InputError(
+            f"route is of {route.shape[0]} tokens, and partial has {partial.shape[0] // ranks} rows for each rank: it "
+            "belongs to another dispatch"
+        )
+
+
+def check_out(out: Tensor, partial: Tensor, route: Tensor) -> None:
+    """Raises :class:`InputError`."""
+    wanted = [route.shape[0], partial.shape[1]]
+    if list(out.shape) != wanted or out.dtype != partial.dtype or out.device != partial.device:
+        raise InputError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}; it is {partial.dtype} {wanted} on {partial.device}"
+        )
+
+
+def _ranks(group: str) -> int:
+    return int(resolve_group(group).size())
+
+
+# -- the ops -----------------------------------------------------------------------------
+
+
+def dispatched(
+    payloads: Sequence[Tensor],
+    topk_ids: Tensor,
+    capacity: int,
+    num_experts: int,
+    empty_id: int,
+    group: str,
+    collective: str,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """``(received, ids, route)``; see above."""
+    payloads = list(payloads)
+    ranks = _ranks(group)
+    check_dispatch(payloads, topk_ids, capacity, num_experts, empty_id, ranks)
+    _no_grad(*payloads)
+
+    def run(*operands: Tensor) -> tuple[Tensor, ...]:
+        received, ids, route = reference.dispatch(
+            operands[:-1], operands[-1], capacity, num_experts, empty_id, group, ranks
+        )
+        return (*received, ids, route)
+
+    *received, ids, route = _carried(run, "dispatch", group, collective, *payloads, topk_ids)
+    return received, ids, route
+
+
+def combined(partial: Tensor, route: Tensor, group: str, collective: str) -> Tensor:
+    """``[T, H]``; see above."""
+    check_combine(partial, route, _ranks(group))
+    _no_grad(partial)
+
+    def run(partial: Tensor, route: Tensor) -> tuple[Tensor, ...]:
+        return (reference.combine(partial, route, group),)
+
+    result: Tensor = _carried(run, "combine", group, collective, partial, route)[0]
+    return result
+
+
+def combined_into(out: Tensor, partial: Tensor, route: Tensor, group: str, collective: str) -> None:
+    """:func:`combined`, into memory of the caller's ``[T, H]``."""
+    check_combine(partial, route, _ranks(group))
+    check_out(out, partial, route)
+    _no_grad(out, partial)
+
+    def run(out: Tensor, partial: Tensor, route: Tensor) -> tuple[Tensor, ...]:
+        out.copy_(reference.combine(partial, route, group))
+        return ()
+
+    _carried(run, "combine", group, collective, out, partial, route)
+
+
+def _no_grad(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise GradModeError(
+            "MoE dispatch and combine have no backward and were called in grad mode with tensors that require grad; "
+            "call them under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def _carried(
+    run: Callable[..., tuple[Tensor, ...]], what: str, group: str, collective: str, *operands: Tensor
+) -> tuple[Any, ...]:
+    """``run(*operands)``, as a capture that somebody else makes allows it.
+
+    Over NCCL it is stream work of equal parts, and captured. What the host carries out runs between two segments of
+    the capture, else it is refused.
+    """
+    named = collective.removesuffix(NOT_CAPTURED)
+    if named not in (Collective.REFERENCE, PREPARED):
+        raise CollectiveUnavailableError(
+            f"collective '{named}' cannot carry out a MoE {what}; use 'reference', on any process group"
+        )
+    device = operands[-1].device
+    if named == collective == Collective.REFERENCE or not is_capturing(device):  # its judge has spoken
+        return run(*operands)
+    backend = describe_group(group, device).backend
+    if backend not in HOST_BACKENDS:
+        return run(*operands)
+    between = run_between(functools.partial(run), operands, device)
+    if between is not None:
+        return between
+    raise CaptureError(
+        f"a MoE {what} was called inside a capture that must not hold it: the collectives of group '{group}' run on "
+        f"the host over {backend}, and a replay would not run them again. Capture without it, or in segments between "
+        "which it runs (vLLM's and SGLang's breakable graphs)"
+    )
+
+
+# -- registration ---------------------------------------------------------------------------
+
+
+def _fake_dispatch(
+    payloads: Sequence[Tensor],
+    topk_ids: Tensor,
+    capacity: int,
+    num_experts: int,
+    empty_id: int,
+    group: str,
+    collective: str,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    ranks = _ranks(group)
+    rows = ranks * capacity
+    received = [payload.new_empty(rows, payload.shape[1]) for payload in payloads]
+    route = topk_ids.new_empty(topk_ids.shape[0], ranks, dtype=torch.int32)
+    return received, topk_ids.new_empty(rows, topk_ids.shape[1]), route
+
+
+def _fake_combine(partial: Tensor, route: Tensor, group: str, collective: str) -> Tensor:
+    return partial.new_empty(route.shape[0], partial.shape[1])
+
+
+def _register(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], schema: str, writes: tuple[str, ...]
+) -> Any:
+    op = torch.library.custom_op(f"ringfence::{name}", run, mutates_args=writes, schema=schema)
+    op.register_fake(fake)
+    return getattr(torch.ops.ringfence, name).default
+
+
+moe_dispatch = _register(
+    "moe_dispatch",
+    dispatched,
+    _fake_dispatch,
+    "(Tensor[] payloads, Tensor topk_ids, SymInt capacity, int num_experts, int empty_id, str group, str collective) "
+    "-> (Tensor[] received, Tensor ids, Tensor route)",
+    (),
+)
+moe_combine = _register(
+    "moe_combine",
+    combined,
+    _fake_combine,
+    "(Tensor partial, Tensor route, str group, str collective) -> Tensor",
+    (),
+)
+moe_combine_into = _register(
+    "moe_combine_into",
+    combined_into,
+    lambda out, partial, route, group, collective: None,
+    "(Tensor(a!) out, Tensor partial, Tensor route, str group, str collective) -> ()",
+    ("out",),
+)
+
+#: The two halves of an all-to-all, the second in its two forms.
+COMBINES = (moe_combine, moe_combine_into)
+MOE_OPS = (moe_dispatch, *COMBINES)
