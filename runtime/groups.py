@@ -21,6 +21,10 @@ from .errors import GroupError
 #: Backends whose collectives are carried out by the host, or by nobody.
 HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
 
+#: What backends of torch that are NCCL call themselves. The others came with torch 2.14; with TORCH_DIST_USE_NCCL2=1
+#: "nccl" makes one of them.
+NCCL_BACKENDS = frozenset({"nccl", "nccl2", "nccl-lazy"})
+
 #: What graphs call the default process group, where an engine's op takes no group.
 WORLD = "world"
 _OF_RANKS = "ranks:"
@@ -28,7 +32,7 @@ _OF_RANKS = "ranks:"
 
 @dataclass(frozen=True)
 class Group:
-    """``backend`` is what serves the tensors' device: "gloo", "nccl", "fake", ..."""
+    """``backend`` is what serves the tensors' device: "gloo", "nccl" (whatever torch calls it), "fake", ..."""
 
     name: str
     backend: str
@@ -52,7 +56,7 @@ def describe_group(name: str, device: torch.device) -> Group:
         raise GroupError(
             f"group '{name}' has no backend for {device.type} tensors; create it with one for that device"
         ) from error
-    return Group(name, backend, group.size(), group.rank())
+    return Group(name, "nccl" if backend in NCCL_BACKENDS else backend, group.size(), group.rank())
 
 
 def resolve_group(name: str, device: torch.device | None = None) -> dist.ProcessGroup:

@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ringfence.assign import nccl_situation
+from ringfence.compile_passes.assignment import Assignment
+from ringfence.compile_passes.judge import Decision, judge
 from ringfence.runtime import groups
+from ringfence.runtime.collectives.ready import why_reference_only
 from ringfence.runtime.errors import GroupError
 from ringfence.runtime.groups import Group, describe_group, nccl_version
-from support import run_threaded, start_fake_group
+from support import aot_graph, run_threaded, start_fake_group
 
 CPU = torch.device("cpu")
 
@@ -134,3 +141,32 @@ def test_the_nccl_that_is_loaded_counts(monkeypatch: pytest.MonkeyPatch, library
 def test_a_torch_without_nccl_has_no_version_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     assert nccl_version() is None
+
+
+@pytest.mark.parametrize("called", ["nccl", "nccl2", "nccl-lazy"])
+def test_nccl_is_nccl_whatever_torch_calls_it(monkeypatch: pytest.MonkeyPatch, called: str) -> None:
+    """Captured like NCCL, and asked about NCCL's hazards: the rule and the table go by one name."""
+    made = []
+
+    def make(store: object, rank: int, size: int, timeout: object) -> FakeProcessGroup:
+        made.append(FakeProcessGroup._create_internal(rank, size))
+        return made[-1]
+
+    unlike = f"{called}_of_a_test"  # a name is registered for the life of a process
+    dist.Backend.register_backend(unlike, make, devices=["cpu"])
+    dist.init_process_group(unlike, store=FakeStore(), rank=0, world_size=2)
+    try:
+        monkeypatch.setattr(FakeProcessGroup, "name", lambda _: called)
+        group = describe_group("0", CPU)
+        assert group.backend == "nccl"
+        assert nccl_situation({"0": group}, {}, None) is not None
+
+        def model(x: torch.Tensor) -> torch.Tensor:
+            return funcol.all_reduce(x, "sum", "0") + 1.0
+
+        gm = aot_graph(model, torch.randn(4, 8))
+        verdict = next(v for v in judge(gm, Assignment({"0": group}), capture=True) if "all_reduce" in v.op)
+        assert (verdict.decision, verdict.rule) == (Decision.IN_GRAPH, "nccl"), verdict
+        assert why_reference_only(group, torch.device("cuda")) is None
+    finally:
+        dist.destroy_process_group()
