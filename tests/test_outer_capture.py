@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from segments import Segments
 from torch import Tensor
 
 import ringfence
@@ -58,52 +59,6 @@ def summing(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     dist.all_reduce(y)
     y = y + x
     return F.rms_norm(y, (H,), w, 1e-6), y
-
-
-class Segments:
-    """An engine's capture in segments, over the simulation: what runs between two of them is run again in replays."""
-
-    def __init__(self) -> None:
-        self.actions: list[Callable[[], Any]] = []
-        self.breaks = 0
-        self._graphs = SimulatedGraphs()
-        self._open: contextlib.ExitStack | None = None
-
-    def record(self, call: Callable[..., Any], *args: Tensor) -> Any:
-        self._begin(args)
-        try:
-            return call(*args)
-        finally:
-            self._end()
-
-    def replay(self) -> None:
-        for action in self.actions:
-            action()
-
-    def _begin(self, args: tuple[Tensor, ...]) -> None:
-        tape = Tape(self._graphs.pool_for(args), lambda tensor: True)
-        self._open = contextlib.ExitStack()
-        self._open.callback(tape.undo)
-        self._open.enter_context(tape)
-        self.actions.append(tape.replay)
-
-    def _end(self) -> None:
-        assert self._open is not None
-        self._open.close()
-        self._open = None
-
-    def eager(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any) -> Any:
-            if self._open is None:
-                return function(*args)
-            self._end()
-            self.breaks += 1
-            result = function(*args)
-            self.actions.append(lambda: function(*args))
-            self._begin(tuple(a for a in args if isinstance(a, Tensor)))
-            return result
-
-        return wrapper
 
 
 @contextlib.contextmanager

@@ -148,6 +148,19 @@ def _normed(
     return reference.apply(meaning, reference.all_reduce(input, group), residual, weight)
 
 
+def by_kernels(input: Tensor, group: str) -> bool:
+    """Whether a fused call that names no collective is carried out by kernels that were prepared for the group.
+
+    By the shape and dtype of its input, so the answer is one on all ranks. Makes no call.
+    """
+    prepared = workspaces_of(group).prepared.get(input.dtype)
+    if prepared is None or not prepared.largest or not input.numel():
+        return False
+    workspace = _workspace(input, group, PREPARED)
+    tokens = input.numel() // input.shape[-1]
+    return workspace is not None and workspace.strategy(tokens, input.shape[-1], input.dtype) is not None
+
+
 _SUM = Epilogue()
 
 
