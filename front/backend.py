@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Never, Self, Unpack
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -58,6 +58,7 @@ from .compile_passes.value_numbers import FunctionalNumbers
 from .compile_passes.verify import verify
 from .compile_passes.waits import settle_waits
 from .installed import versions
+from .keywords import OptionKeywords
 from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.errors import HazardError, OptionsError
@@ -77,16 +78,27 @@ log = logging.getLogger(__name__)
 class Backend:
     """A ``torch.compile`` backend with a memory: ``torch.compile(model, backend=Backend(...))``.
 
-    Options are the fields of :class:`ringfence.Options`, as keyword arguments. ``reports``
-    holds a :class:`CompileReport` for each graph that was compiled, in order; a model
-    that breaks the graph, or that is recompiled for new shapes, adds several.
+    Options are the fields of :class:`ringfence.Options`, as keyword arguments; an ``Options`` may be given first, of
+    which those say what differs. ``reports`` holds a :class:`CompileReport` for each graph that was compiled, in
+    order; a model that breaks the graph, or that is recompiled for new shapes, adds several. As a context manager
+    it is closed at the end.
+
+    Raises :class:`OptionsError`.
     """
 
-    def __init__(self, *by_place: Any, planned: Situation | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        given: Options | None = None,
+        /,
+        *by_place: Never,
+        planned: Situation | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> None:
         """planned: what fused sites are judged as, where the plan is for another machine (``ringfence explain``)."""
-        if by_place:
+        if by_place or not isinstance(given, Options | None):
             raise OptionsError("options are given by name, and torch.compile takes an instance: backend=Backend(...)")
-        self.options = Options.parse(options)
+        named: Mapping[str, Any] = {**(given.given() if given is not None else {}), **options}
+        self.options = Options.parse(named)
         self._planned = planned
         self.reports = Reports()
         self._named_ops = {
@@ -97,12 +109,11 @@ class Backend:
         self._seen_ops: set[str] = set()
         self._said_groups: dict[str, str] = {}  # by engine op, see describe_groups
         self._versions = versions()  # read once: it asks the file system
-        given = self.options
         self._asked = Asked(
-            {name: getattr(given, name) for name in OF_PROCESS if name in options},
-            agree_seconds=given.agree_seconds,
-            every_step=given.check_every_step,
-            raise_on_capture=given.on_capture_failure == "raise",
+            {name: getattr(self.options, name) for name in OF_PROCESS if name in named},
+            agree_seconds=self.options.agree_seconds,
+            every_step=self.options.check_every_step,
+            raise_on_capture=self.options.on_capture_failure == "raise",
         )
         supervisor_for(self._asked)  # what differs from another backend's is told here
 
@@ -121,6 +132,12 @@ class Backend:
         """Ask for no watch any more; it ends with the last backend that does. What was compiled goes on working."""
         leave(self._asked)
         self._asked = replace(self._asked, process={})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def __call__(
         self,

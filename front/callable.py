@@ -9,6 +9,8 @@ else makes. Who carries them out is found at the call, through the group.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,7 @@ from .assign import nccl_situation, ready_for, wanted_by
 from .compile_passes.assignment import Assignment
 from .compile_passes.fuse import SITE
 from .compile_passes.judge import Decision, Verdict, judge
+from .keywords import CollectiveName, OnHazard, Transport
 from .options import Options
 from .runtime.capturing import is_capturing
 from .runtime.channel import Channel
@@ -91,10 +94,10 @@ def prepare(
     max_tokens: int,
     *,
     device: torch.device | str | None = None,
-    collective: str = "auto",
-    transport: str = "auto",
-    size_table: str | None = None,
-    on_hazard: str = "split",
+    collective: CollectiveName = "auto",
+    transport: Transport = "auto",
+    size_table: str | os.PathLike[str] | None = None,
+    on_hazard: OnHazard = "split",
     agree_seconds: float = 600.0,
 ) -> Prepared:
     """Choose who carries out the calls of a group, make its workspace by vote and test it. Every rank must call.
@@ -132,7 +135,7 @@ def _checked(
     max_tokens: int,
     collective: str,
     transport: str,
-    size_table: str | None,
+    size_table: str | os.PathLike[str] | None,
     on_hazard: str,
     **others: object,
 ) -> Options:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Never, Unpack, get_args, get_origin
 
 import torch
 import torch.distributed as dist
 
-from .op_options import all_reduce_ops, check_op_name, check_roles, group_names, norm_ops, strings
+from .compile_passes.op_options import (
+    all_reduce_ops,
+    check_op_name,
+    check_roles,
+    group_names,
+    groups,
+    norm_ops,
+    strings,
+)
+from .keywords import OptionKeywords
 from .runtime.collectives import table
 from .runtime.collectives.size_table import read_table
 from .runtime.errors import GroupError, OptionsError
@@ -26,34 +36,28 @@ if TYPE_CHECKING:
     from .compile_passes.norm_ops import NormOp
     from .compile_passes.report import CompileReport
 
-_CHOICES = {
-    "collective": ("auto", *dict.fromkeys(str(one.name) for one in reversed(table.ALL))),
-    "transport": ("auto", "peer", "multicast"),
-    "piece_compiler": ("inductor", "eager"),
-    "numerics": ("kernel", "strict"),
-    "graphs": ("auto", "cuda", "simulated"),
-    "on_hazard": ("split", "refuse", "raise", "clean"),
-    "profile": ("causes", "conservative"),
-    "on_hang": (None, "raise", "abort", "report"),
-    "on_capture_failure": ("uncaptured", "raise"),
-}
+_HINTS = OptionKeywords.__annotations__
 _SECONDS = ("step_seconds", "warm_up_seconds", "agree_seconds", "kernel_wait_seconds")
-_FLAGS = (
-    "fuse",
-    "verify",
-    "pad_to_capture_size",
-    "static_outputs",
-    "deterministic",
-    "plain_all_reduce",
-    "check_parts",
-    "check_every_step",
-    "outer_capture",
-)
+_FLAGS = tuple(name for name, hint in _HINTS.items() if hint is bool)
 
 
-@dataclass(frozen=True)
+def _choices(hint: object) -> tuple[object, ...]:
+    """The words that a keyword may be; nothing where it is no choice of words."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    parts = get_args(hint)
+    return (None, *_choices(parts[0])) if type(None) in parts and get_origin(parts[0]) is Literal else ()
+
+
+_CHOICES = {name: choices for name, hint in _HINTS.items() if (choices := _choices(hint))}
+
+
+@dataclass(frozen=True, init=False)
 class Options:
-    """What a user may ask of the backend. Build it with :meth:`parse`, which checks it.
+    """What a user may ask of the backend: ``Options(capture_sizes=[1, 16])``, or the same to ``Backend``.
+
+    Raises :class:`OptionsError` for what is unknown, of a wrong type, out of range or makes no sense together, with the
+    valid names or values. Lists become tuples, names of ops mappings.
 
     fuse: False leaves every all-reduce as it is; the graph is still split, captured and watched.
     skip_sites: all-reduces to leave as they are: paths of their ``nn.Module`` or of one around it
@@ -155,80 +159,19 @@ class Options:
     on_capture_failure: str = "uncaptured"
     journal_dir: str | None = None
 
+    def __init__(self, *by_place: Never, **given: Unpack[OptionKeywords]) -> None:
+        if by_place:
+            raise OptionsError("options are given by name: Options(capture_sizes=[1, 16])")
+        values = _normalised(given)
+        for f in dataclasses.fields(self):
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            object.__setattr__(self, f.name, values.get(f.name, default))
+        _check_together(self)
+
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
-        """Options from keyword arguments.
-
-        Raises :class:`OptionsError` naming the valid keys or values.
-        """
-        valid = [f.name for f in dataclasses.fields(cls)]
-        for key in given:
-            if key not in valid:
-                near = difflib.get_close_matches(key, valid, n=1)
-                hint = f" (did you mean '{near[0]}'?)" if near else ""
-                raise OptionsError(f"unknown option '{key}'{hint}; valid options: {', '.join(valid)}")
-        checked = dict(given)
-        for key, choices in _CHOICES.items():
-            if checked.get(key, choices[0]) not in choices:
-                raise OptionsError(f"{key}={checked[key]!r} is not one of {list(choices)}")
-        for key in _FLAGS:
-            if not isinstance(checked.get(key, False), bool):
-                raise OptionsError(f"{key}={checked[key]!r} is not a bool")
-        for key in ("split_ops", "groups", "skip_sites"):
-            if checked.get(key) is not None:
-                checked[key] = strings(key, checked[key])
-        if checked.get("groups") == ():
-            raise OptionsError("groups is empty, so nothing could be fused; None means every group")
-        for name in checked.get("split_ops", ()):
-            check_op_name("split_ops", name)
-        if "all_reduce_ops" in checked:
-            checked["all_reduce_ops"] = all_reduce_ops(checked["all_reduce_ops"])
-        if "group_names" in checked:
-            checked["group_names"] = group_names(checked["group_names"])
-        if "norm_ops" in checked:
-            checked["norm_ops"] = norm_ops(checked["norm_ops"])
-        _check_sizes(checked)
-        for key in _SECONDS:
-            seconds = checked.get(key, 1.0)
-            if key == "kernel_wait_seconds" and seconds is None:
-                continue
-            if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
-                raise OptionsError(f"{key}={seconds!r} is not a positive number of seconds")
-        if checked.get("step_seconds", cls.step_seconds) > checked.get("warm_up_seconds", cls.warm_up_seconds):
-            raise OptionsError("step_seconds is more than warm_up_seconds, which is the longest that anything may take")
-        folder = checked.get("journal_dir")
-        if folder is not None:
-            if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-                raise OptionsError(f"journal_dir={folder!r} is not a folder")
-            checked["journal_dir"] = os.fspath(folder)
-            _check_can_be_written(checked["journal_dir"])
-        callback = checked.get("on_report")
-        if callback is not None and not callable(callback):
-            raise OptionsError(f"on_report={callback!r} is not callable")
-        options = cls(**checked)
-        if not options.fuse:
-            _check_nothing_asks_for_fusion(options)
-        if options.pad_to_capture_size and not options.capture_sizes:
-            raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
-        if options.outer_capture and options.capture_sizes:
-            raise OptionsError(
-                f"outer_capture=True says that the caller captures, and capture_sizes={list(options.capture_sizes)} "
-                "that ringfence does; leave one out"
-            )
-        if options.deterministic and options.max_tokens is None:
-            raise OptionsError("deterministic=True needs max_tokens: the largest token count that you will send")
-        ways = [one.name for one in table.ALL]
-        several = [str(name) for name in dict.fromkeys(ways) if ways.count(name) > 1]
-        if options.transport != "auto" and options.collective not in ("auto", *several):
-            raise OptionsError(
-                f"transport='{options.transport}' is for collective='{' or '.join(several)}', "
-                f"not '{options.collective}'; leave it out"
-            )
-        if options.size_table is not None:
-            if not isinstance(options.size_table, str | os.PathLike):
-                raise OptionsError(f"size_table={options.size_table!r} is not a path")
-            read_table(options.size_table)
-        return options
+        """Options from a mapping, as of the command line. Raises :class:`OptionsError`."""
+        return cls(**given)
 
     def check_registered(self) -> None:
         """Raises :class:`OptionsError` for an op that torch does not know, or that it hands to no backend.
@@ -274,6 +217,107 @@ class Options:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["on_report"] = self.on_report is not None
         return {key: _plain(value) for key, value in values.items()}
+
+
+def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, as it is kept. Raises :class:`OptionsError` for an option that is wrong by itself."""
+    valid = [f.name for f in dataclasses.fields(Options)]
+    for key in given:
+        if key not in valid:
+            raise OptionsError(f"unknown option '{key}'{_hint(key, valid)}; valid options: {', '.join(valid)}")
+    checked = dict(given)
+    for key, choices in _CHOICES.items():
+        if checked.get(key, choices[0]) not in choices:
+            raise OptionsError(f"{key}={checked[key]!r} is not one of {list(choices)}")
+    for key in _FLAGS:
+        if not isinstance(checked.get(key, False), bool):
+            raise OptionsError(f"{key}={checked[key]!r} is not a bool")
+    for key, read in _READ.items():
+        if key in checked:
+            checked[key] = read(checked[key])
+    _check_sizes(checked)
+    for key in _SECONDS:
+        seconds = checked.get(key, 1.0)
+        if key == "kernel_wait_seconds" and seconds is None:
+            continue
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+            raise OptionsError(f"{key}={seconds!r} is not a positive number of seconds")
+    callback = checked.get("on_report")
+    if callback is not None and not callable(callback):
+        raise OptionsError(f"on_report={callback!r} is not callable")
+    return checked
+
+
+def _hint(key: object, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(key), valid, n=1)
+    if near:
+        return f" (did you mean '{near[0]}'?)"
+    if key in torch._inductor.list_options():
+        return f" (it is Inductor's, which compiles the pieces: set torch._inductor.config.{key})"
+    return ""
+
+
+def _read_split_ops(value: object) -> tuple[str, ...]:
+    names = strings("split_ops", value)
+    for name in names:
+        check_op_name("split_ops", name)
+    return names
+
+
+def _read_journal_dir(folder: object) -> str | None:
+    if folder is None:
+        return None
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise OptionsError(f"journal_dir={folder!r} is not a folder")
+    path = os.fspath(folder)
+    _check_can_be_written(path)
+    return path
+
+
+def _read_size_table(path: object) -> str | None:
+    if path is None:
+        return None
+    if not isinstance(path, str | os.PathLike):
+        raise OptionsError(f"size_table={path!r} is not a path")
+    read_table(os.fspath(path))
+    return os.fspath(path)
+
+
+#: What turns a value into the one that is kept, or refuses it.
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "skip_sites": functools.partial(strings, "skip_sites"),
+    "split_ops": _read_split_ops,
+    "groups": lambda value: groups(value) if value is not None else None,
+    "all_reduce_ops": all_reduce_ops,
+    "group_names": group_names,
+    "norm_ops": norm_ops,
+    "journal_dir": _read_journal_dir,
+    "size_table": _read_size_table,
+}
+
+
+def _check_together(options: Options) -> None:
+    """Raises :class:`OptionsError` for options that make no sense beside each other."""
+    if options.step_seconds > options.warm_up_seconds:
+        raise OptionsError("step_seconds is more than warm_up_seconds, which is the longest that anything may take")
+    if not options.fuse:
+        _check_nothing_asks_for_fusion(options)
+    if options.pad_to_capture_size and not options.capture_sizes:
+        raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
+    if options.outer_capture and options.capture_sizes:
+        raise OptionsError(
+            f"outer_capture=True says that the caller captures, and capture_sizes={list(options.capture_sizes)} "
+            "that ringfence does; leave one out"
+        )
+    if options.deterministic and options.max_tokens is None:
+        raise OptionsError("deterministic=True needs max_tokens: the largest token count that you will send")
+    ways = [one.name for one in table.ALL]
+    several = [str(name) for name in dict.fromkeys(ways) if ways.count(name) > 1]
+    if options.transport != "auto" and options.collective not in ("auto", *several):
+        raise OptionsError(
+            f"transport='{options.transport}' is for collective='{' or '.join(several)}', "
+            f"not '{options.collective}'; leave it out"
+        )
 
 
 #: What says something about fused sites alone, and may not be asked for where nothing is to be fused.

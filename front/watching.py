@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
 
+from .keywords import WatchKeywords
 from .options import Options
 from .runtime.errors import OptionsError
 from .runtime.groups import device_of_group, name_of_group
@@ -14,11 +15,14 @@ from .runtime.watch.steps import Watch, watch_group
 from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import OF_PROCESS
 
-_OPTIONS = (*OF_PROCESS, "agree_seconds", "check_every_step")
+_OPTIONS = tuple(WatchKeywords.__annotations__)
 
 
 def watch(
-    group: dist.ProcessGroup | str | None = None, *, device: torch.device | str | None = None, **options: Any
+    group: dist.ProcessGroup | str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    **options: Unpack[WatchKeywords],
 ) -> Watch:
     """Journal, agreement and watchdog for the steps of a group's ranks, whoever runs them. Every rank must call.
 
@@ -34,7 +38,7 @@ def watch(
     """
     if unknown := [name for name in options if name not in _OPTIONS]:
         raise OptionsError(f"watch takes no {', '.join(unknown)}; its options are {', '.join(_OPTIONS)}")
-    given = Options.parse(options)
+    given = Options(**options)
     name = name_of_group(group)
     process = {key: getattr(given, key) for key in OF_PROCESS if key in options}
     asked = Asked(process, agree_seconds=given.agree_seconds, every_step=given.check_every_step)

@@ -15,6 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: Programs that use the package, which type-check against it.
+USES = [str(ROOT / "tests/typed_use.py")]
+
 
 def modules_in_tree() -> set[str]:
     folders = [ROOT / top for top in ("compile_passes", "runtime")]
@@ -44,9 +47,12 @@ def main() -> int:
         installed = Path(scratch) / "installed"
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed)]
         subprocess.run([*install, str(wheel)], check=True)
-        mypy = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "ringfence"]
+        mypy = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
         environment = os.environ | {"MYPYPATH": str(installed)}
-        return subprocess.run(mypy, cwd=scratch, env=environment, check=False).returncode
+        code = 0
+        for what in (["-p", "ringfence"], USES):
+            code |= subprocess.run([*mypy, *what], cwd=scratch, env=environment, check=False).returncode
+        return code
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ringfence
+from ringfence import options
+from ringfence.keywords import OptionKeywords, WatchKeywords
 from ringfence.options import Options
 from ringfence.runtime import errors
+from ringfence.runtime.collectives import table
 from ringfence.runtime.errors import OptionsError, RingfenceError, SizeTableError
+from ringfence.runtime.watch.supervisor import OF_PROCESS
 
 
 def test_options_by_place_and_the_class_in_place_of_an_instance() -> None:
@@ -44,6 +51,8 @@ def test_options_by_place_and_the_class_in_place_of_an_instance() -> None:
         ({"split_ops": [3]}, ["split_ops", "3"]),
         ({"groups": "0"}, ["groups", "list"]),
         ({"groups": []}, ["groups", "None means every group"]),
+        ({"groups": [3]}, ["groups", "3", "no process group"]),
+        ({"skip_sites": None}, ["skip_sites=None", "list"]),
         ({"all_reduce_ops": {"lib::ar": 0}}, ["all_reduce_ops"]),
         ({"all_reduce_ops": ["ar"]}, ["all_reduce_ops", "'ar'"]),
         ({"pad_to_capture_size": True}, ["pad_to_capture_size", "capture_sizes"]),
@@ -87,6 +96,58 @@ def test_bad_option_is_refused_by_name(options: dict[str, object], names: list[s
 def test_bad_options_of_the_collective(options: dict[str, Any], message: str) -> None:
     with pytest.raises((OptionsError, SizeTableError), match=message):
         Options.parse(options)
+
+
+def test_options_built_directly_are_checked_too() -> None:
+    assert Options(capture_sizes=[8, 1]).capture_sizes == (1, 8)
+    assert Options(capture_sizes=[8, 1]) == ringfence.Backend(capture_sizes=[8, 1]).options
+    assert dataclasses.replace(Options(capture_sizes=[4]), max_tokens=8).capture_sizes == (4,)
+    for wrong in ({"capture_size": [1]}, {"on_hang": 3}, {"max_tokens": 4, "capture_sizes": [8]}, {"verify": 1}):
+        with pytest.raises(OptionsError):
+            Options(**wrong)
+    with pytest.raises(OptionsError, match="max_tokens=4"):
+        dataclasses.replace(Options(capture_sizes=[8]), max_tokens=4)
+    with pytest.raises(OptionsError, match="by name"):
+        Options([1])
+
+
+def test_a_backend_takes_options_and_what_differs() -> None:
+    given = Options(capture_sizes=[1], step_seconds=5, on_hang=None)
+    with ringfence.Backend(given, verify=True) as backend:
+        assert backend.options == Options(capture_sizes=[1], step_seconds=5, verify=True)
+        assert backend._asked.process == {"step_seconds": 5}
+    assert backend._asked.process == {}, "not closed"
+    with pytest.raises(OptionsError, match="max_tokens=2"):
+        ringfence.Backend(Options(capture_sizes=[4]), max_tokens=2)
+
+
+def test_what_type_checkers_see_is_what_there_is() -> None:
+    """The keywords are the fields, their words the ones that are accepted, their defaults among them."""
+    fields = {f.name: f for f in dataclasses.fields(Options)}
+    hints = OptionKeywords.__annotations__
+    assert set(hints) == set(fields)
+    for name, field in fields.items():
+        if name in options._CHOICES:
+            assert field.default in options._CHOICES[name], name
+            assert field.type == ("str | None" if None in options._CHOICES[name] else "str"), name
+        assert (field.type == "bool") == (name in options._FLAGS), name
+    assert {"collective", "on_hang", "on_hazard"} < set(options._CHOICES) and len(options._FLAGS) == 9
+    assert set(options._CHOICES["collective"]) == {"auto", *(str(one.name) for one in table.ALL)}
+    assert tuple(OF_PROCESS) == tuple(name for name in WatchKeywords.__annotations__ if name in OF_PROCESS)
+
+
+def test_an_option_of_inductor_is_said_to_be_one() -> None:
+    with pytest.raises(OptionsError, match=r"set torch\._inductor\.config\.triton\.cudagraphs"):
+        ringfence.Backend(**{"triton.cudagraphs": True})
+
+
+def test_groups_may_be_groups() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    group = dist.group.WORLD
+    try:
+        assert Options(groups=[group, "tp:0"]).groups == (group.group_name, "tp:0")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_options_are_normalised() -> None:

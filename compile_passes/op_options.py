@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .runtime.errors import OptionsError
+from ..runtime.errors import OptionsError
+from ..runtime.groups import name_of_group
+from . import engine_ops
+from . import norm_ops as norms
+from .engine_ops import AllReduceOp, GroupOf
+from .norm_ops import NormOp
 
-if TYPE_CHECKING:
-    from .compile_passes.engine_ops import GroupOf
-    from .compile_passes.norm_ops import NormOp
+_ROWS: Mapping[str, Any] = {"all_reduce_ops": AllReduceOp, "norm_ops": NormOp}
 
 
 def strings(key: str, value: object) -> tuple[str, ...]:
@@ -53,48 +56,38 @@ def all_reduce_ops(value: object) -> dict[str, GroupOf]:
 def _names_groups(value: object) -> bool:
     if isinstance(value, Mapping):
         return bool(value) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
-    return isinstance(value, str | None | _role_classes()["all_reduce_ops"])
+    return isinstance(value, str | None | AllReduceOp)
 
 
 def norm_ops(value: object) -> dict[str, float | NormOp]:
     """By op, what is added to its weight, or all its roles."""
     ops = dict(value) if isinstance(value, Mapping) else dict.fromkeys(strings("norm_ops", value), 0.0)
     ops = {name: _roles("norm_ops", said) if isinstance(said, Mapping) else said for name, said in ops.items()}
-    row = _role_classes()["norm_ops"]
     for name, said in ops.items():
-        if not isinstance(name, str) or isinstance(said, bool) or not isinstance(said, int | float | row):
+        if not isinstance(name, str) or isinstance(said, bool) or not isinstance(said, int | float | NormOp):
             raise OptionsError(
                 f"norm_ops={value!r} does not map op names to what is added to the weight (0.0, 1.0), nor to "
                 "ringfence.NormOp"
             )
         check_op_name("norm_ops", name)
-    return {name: said if isinstance(said, row) else float(said) for name, said in ops.items()}
+    return {name: said if isinstance(said, NormOp) else float(said) for name, said in ops.items()}
 
 
 def check_roles(option: str, name: str, said: Any, op: torch._ops.OpOverload) -> None:
     """Raises :class:`OptionsError` where an option says of an op's arguments what its schema does not."""
-    from .compile_passes import engine_ops, norm_ops
-
     row = said[name] if isinstance(said, Mapping) else None
     wrong = None
-    if isinstance(row, engine_ops.AllReduceOp):
+    if isinstance(row, AllReduceOp):
         wrong = engine_ops.check_row(row, op._schema)
-    elif isinstance(row, norm_ops.NormOp):
-        wrong = norm_ops.check_row(row, op._schema)
+    elif isinstance(row, NormOp):
+        wrong = norms.check_row(row, op._schema)
     if wrong is not None:
         raise OptionsError(f"{option} says of '{name}' what its schema does not: {wrong}")
 
 
-def _role_classes() -> dict[str, Any]:
-    from .compile_passes.engine_ops import AllReduceOp
-    from .compile_passes.norm_ops import NormOp
-
-    return {"all_reduce_ops": AllReduceOp, "norm_ops": NormOp}
-
-
 def _roles(option: str, given: Mapping[str, Any]) -> Any:
     """Roles of an op's arguments that come as a mapping, as from the command line; names of groups as they are."""
-    row = _role_classes()[option]
+    row = _ROWS[option]
     first = "input" if option == "all_reduce_ops" else "x"
     if option == "all_reduce_ops" and first not in given:
         return dict(given)
@@ -116,3 +109,15 @@ def group_names(value: object) -> dict[str, Any]:
             f"group_names={value!r} does not map an engine's names of groups to process groups, or to their names"
         )
     return dict(value)
+
+
+def groups(value: object) -> tuple[str, ...]:
+    """Names of process groups, of which some may be given as groups."""
+    if isinstance(value, str | dist.ProcessGroup) or not isinstance(value, Sequence | set | frozenset):
+        raise OptionsError(f"groups={value!r} is not a list of process groups, or of their names")
+    wrong = next((v for v in value if not isinstance(v, str | dist.ProcessGroup)), None)
+    if wrong is not None:
+        raise OptionsError(f"groups holds {wrong!r}, which is no process group, nor the name of one")
+    if not value:
+        raise OptionsError("groups is empty, so nothing could be fused; None means every group")
+    return tuple(map(name_of_group, value))
