@@ -14,11 +14,12 @@ from typing import Any
 class Target:
     """A function of an engine. path: ``"package.module.function"``, or of a class's method.
 
-    parameters: as Python prints them, without annotations: ``"x, eps=1e-06, *, group=None"``.
+    parameters: as Python prints them, without annotations: ``"x, eps=1e-06, *, group=None"``. None: it is no function,
+    and has to be there.
     """
 
     path: str
-    parameters: str
+    parameters: str | None = None
 
 
 def parameters_of(function: Any) -> str:
@@ -50,7 +51,8 @@ def moved(targets: Sequence[Target]) -> tuple[str, ...]:
     found = []
     for target in targets:
         try:
-            there = parameters_of(resolve(target.path))
+            thing = resolve(target.path)
+            there = parameters_of(thing) if target.parameters is not None else None
         except Exception as error:  # an engine's import may raise anything
             found.append(f"{target.path} cannot be had ({type(error).__name__}: {error})")
             continue

@@ -1,0 +1,114 @@
+"""What is asked of the adapter: by the environment, or by ``additional_config``, in which it travels to workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...options import Options
+from ...runtime.errors import OptionsError
+
+MODES = ("pass", "backend", "guard")
+#: The environment's words, and the key in ``additional_config``.
+MODE, OPTIONS, KEY = "RINGFENCE", "RINGFENCE_OPTIONS", "ringfence"
+_OFF = ("off", "none", "0")
+
+WATCH = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir", "agree_seconds", "check_every_step")
+PREPARE = ("collective", "transport", "size_table", "max_tokens", "on_hazard", "agree_seconds")
+FIND = ("numerics", "skip_sites", "norm_ops")
+#: Of the backend, these are vLLM's to say, or cannot be written as JSON.
+_NOT_GIVEN = ("all_reduce_ops", "group_names", "groups", "outer_capture", "on_report")
+
+#: The options of each mode.
+OF_MODE: dict[str, tuple[str, ...]] = {
+    "pass": tuple(dict.fromkeys((*FIND, *PREPARE, *WATCH))),
+    "backend": tuple(name for name in Options.__dataclass_fields__ if name not in _NOT_GIVEN),
+    "guard": ("on_hazard", *WATCH),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """mode: one of :data:`MODES`. options: of :class:`ringfence.Options`, as far as the mode takes them.
+
+    digest: of what a compiled graph rests on, for vLLM's caches. sizes: token counts that vLLM would capture.
+    """
+
+    mode: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    sizes: tuple[int, ...] = ()
+
+    def for_config(self) -> dict[str, Any]:
+        """As it stands in ``additional_config``."""
+        return {
+            "mode": self.mode,
+            "options": dict(self.options),
+            "digest": self.digest,
+            "sizes": list(self.sizes),
+        }
+
+    def only(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the options that are given and named here."""
+        return {name: self.options[name] for name in names if name in self.options}
+
+
+def of_environment(environment: Mapping[str, str] | None = None) -> Request | str | None:
+    """What ``RINGFENCE`` and ``RINGFENCE_OPTIONS`` ask for; "off" where they forbid it, None where they are silent.
+
+    Raises :class:`OptionsError`.
+    """
+    given = os.environ if environment is None else environment
+    mode = given.get(MODE, "").strip()
+    if mode in _OFF:
+        return "off"
+    if not mode:
+        if given.get(OPTIONS, "").strip():
+            raise OptionsError(f"{OPTIONS} is set and {MODE} is not; {MODE} is one of {', '.join(MODES)}")
+        return None
+    try:
+        options = json.loads(given.get(OPTIONS, "").strip() or "{}")
+    except ValueError as error:
+        raise OptionsError(f"{OPTIONS} is no JSON: {error}") from None
+    return _checked(mode, options, MODE, OPTIONS)
+
+
+def of_config(vllm_config: Any) -> Request | None:
+    """What ``additional_config`` asks for: ``{"ringfence": "pass"}``, or ``{"mode": ..., "options": {...}}`` there.
+
+    Raises :class:`OptionsError`.
+    """
+    more = getattr(vllm_config, "additional_config", None)
+    given = more.get(KEY) if isinstance(more, Mapping) else None
+    if given is None or given in _OFF:
+        return None
+    if isinstance(given, str):
+        given = {"mode": given}
+    where = f"additional_config['{KEY}']"
+    known = ("mode", "options", "digest", "sizes")
+    if not isinstance(given, Mapping) or any(key not in known for key in given):
+        raise OptionsError(f"{where} is {given!r}; it is a mode, or {{'mode': ..., 'options': {{...}}}}")
+    asked = _checked(given.get("mode"), given.get("options", {}), f"{where}['mode']", f"{where}['options']")
+    return replace(asked, digest=str(given.get("digest", "")), sizes=tuple(given.get("sizes", ())))
+
+
+def _checked(mode: object, options: object, mode_is: str, options_are: str) -> Request:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise OptionsError(f"{mode_is}={mode!r} is none of {', '.join(MODES)}, nor 'off'")
+    if not isinstance(options, dict):
+        raise OptionsError(f'{options_are} holds {options!r}, and is an object of options: {{"on_hang": "abort"}}')
+    others = [name for name in options if name not in OF_MODE[mode]]
+    if others and (others[0] in Options.__dataclass_fields__):
+        raise OptionsError(
+            f"{options_are} holds '{others[0]}', which is nothing that mode '{mode}' takes: {', '.join(OF_MODE[mode])}"
+        )
+    try:
+        Options.parse(options)  # names the nearest for a word that is none
+    except OptionsError as error:
+        raise OptionsError(f"{options_are}: {error}") from None
+    if mode == "pass" and options.get("on_hazard") == "clean":
+        raise OptionsError(f"{options_are}: on_hazard='clean' is the backend's; use 'split', 'refuse' or 'raise'")
+    return Request(mode, options)

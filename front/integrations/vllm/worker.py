@@ -1,0 +1,232 @@
+"""In each worker: what has to happen once per process, whether its graphs were compiled or loaded from a cache.
+
+init_device               groups get vLLM's names; the collective is chosen, made and tested, ahead of vLLM's
+                          measuring of memory; the watch begins
+compile_or_warm_up_model  one step is counted, sizes are captured, and rank 0 says what came of it
+execute_model             each step is watched, where a watch was asked for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ... import __version__
+from ...callable import prepare
+from ...compile_passes.report import CompileReport
+from ...runtime.channel import Channel
+from ...runtime.collectives import ops
+from ...runtime.collectives.prepared import Prepared
+from ...runtime.groups import describe_group, register_group
+from ...runtime.versions import in_range
+from ...runtime.watch.steps import Watch
+from ...runtime.watch.supervision import Asked
+from ...runtime.watch.supervisor import supervisor_for
+from ...watching import watch
+from . import guard, hooked, passes, whole
+from .request import PREPARE, WATCH, Request, of_config
+from .wrapping import wrap
+
+log = logging.getLogger("vllm.ringfence")
+
+#: The attribute of a worker's wrapper: what :class:`Running` says of itself, for ``llm.collective_rpc("ringfence")``.
+STATUS = "ringfence"
+
+
+#: Of every worker, whatever was asked for.
+WRAPPED = (hooked.INIT_DEVICE, hooked.EXECUTE_MODEL)
+
+
+def install() -> None:
+    """Wrap what every worker calls. It does nothing in a worker whose configuration asks for nothing."""
+    wrap(hooked.INIT_DEVICE, start)
+    wrap(hooked.EXECUTE_MODEL, step)
+
+
+class Running:
+    """What the adapter has made in one worker."""
+
+    def __init__(self, asked: Request, config: Any, group: Any) -> None:
+        self.asked, self.config, self.group = asked, config, group
+        self.prepared: Prepared | None = None
+        self.watch: Watch | None = None
+        self.reports: list[CompileReport] = []
+        self.guarded = guard.Guarded()
+        self.fused = self.sums = 0
+
+    def status(self) -> dict[str, Any]:
+        """Of this rank: mode; of one step, all-reduces that are ``fused`` of ``sites``; who carries them out."""
+        return {
+            "mode": self.asked.mode,
+            "rank": self.group.rank_in_group,
+            "sites": self.fused + self.sums,
+            "fused": self.fused,
+            "collective": self.collective,
+            "captured": self.captured,
+            "hazards": self.hazards,
+            "compiled": len(self.reports),
+        }
+
+    @property
+    def collective(self) -> str:
+        if self.asked.mode == "guard":
+            return self.guarded.collective
+        if self.prepared is not None:
+            return self.prepared.collective
+        named = [one.collective for report in self.reports for one in report.collectives]
+        return ", ".join(dict.fromkeys(named)) or "none"
+
+    @property
+    def captured(self) -> str:
+        if self.asked.mode == "backend":
+            sizes = sorted({size for report in self.reports for size in report.captured})
+            return f"sizes {', '.join(map(str, sizes))}" if sizes else "nothing"
+        if self.prepared is None:
+            return "as vLLM does"
+        return f"{'in' if self.prepared.captured else 'not in'} vLLM's graphs ({self.prepared.capture})"
+
+    @property
+    def hazards(self) -> list[str]:
+        """Rows of the hazard table that apply to what runs here."""
+        if self.asked.mode == "guard":
+            return list(self.guarded.hazards)
+        if self.prepared is not None:
+            rule = self.prepared.capture.partition(":")[0]
+            return [rule] if rule[:1] == "M" and rule[1:].isdigit() else []
+        return sorted({v.hazard for report in self.reports for v in report.verdicts if v.hazard is not None})
+
+    @property
+    def line(self) -> str:
+        import vllm
+
+        low, high = hooked.SUPPORTED
+        tried = "" if in_range(vllm.__version__, low, high) else f" (its sources were read from {low} to before {high})"
+        fused = "" if self.asked.mode == "guard" else f"{self.fused} of {self.fused + self.sums} all-reduces fused, "
+        carrier = "vLLM's all-reduce over" if self.asked.mode == "guard" else "carried out by"
+        return (
+            f"ringfence {__version__} in vLLM {vllm.__version__}{tried}: {self.asked.mode}, {fused}{carrier} "
+            f"{self.collective}; captured: {self.captured}; hazards: {', '.join(self.hazards) or 'none'}"
+            f"{'; steps are watched' if self.watch is not None else ''}"
+        )
+
+
+def start(original: Callable[..., Any], wrapper: Any) -> Any:
+    """Around ``WorkerWrapperBase.init_device``: every rank comes here, with its groups made and nothing loaded yet."""
+    result = original(wrapper)
+    asked = of_config(wrapper.vllm_config)
+    if asked is None:
+        return result
+    from vllm.distributed import parallel_state
+
+    config, group = wrapper.vllm_config, parallel_state.get_tp_group()
+    running = Running(asked, config, group)
+    _register_groups(parallel_state)
+    if group.world_size > 1:
+        _begin(running)
+    wrapper.__dict__["_ringfence"] = running
+    wrapper.__dict__[STATUS] = running.status
+    worker = wrapper.worker
+    worker.compile_or_warm_up_model = functools.partial(warm_up, worker.compile_or_warm_up_model, running, worker)
+    return result
+
+
+def _register_groups(parallel_state: Any) -> None:
+    """Graphs name groups as vLLM does: those of this worker, which differ from another's by their ranks alone."""
+    for name in hooked.GROUPS:
+        try:
+            group = getattr(parallel_state, name)()
+        except (AttributeError, AssertionError):  # this release has no such group, or this model needs none
+            continue
+        if group.world_size > 1:
+            register_group(group.unique_name, group.device_group)
+
+
+def _begin(running: Running) -> None:
+    asked, config, group = running.asked, running.config, running.group
+    name, device = group.unique_name, torch.device(group.device)
+    if asked.mode == "pass":
+        wrap(hooked.CONFIGURE, passes.configure)
+        given = {"max_tokens": config.scheduler_config.max_num_batched_tokens} | asked.only(PREPARE)
+        model = config.model_config
+        running.prepared = prepare(name, model.get_hidden_size(), model.dtype, device=device, **given)
+    elif asked.mode == "backend":
+        wrap(hooked.INIT_BACKEND, functools.partial(whole.init_backend, asked, running.reports.append))
+    else:
+        wrap(hooked.CREATE_WORKSPACE, _guarding(running))
+    wanted = asked.only(WATCH)
+    if asked.mode == "guard":
+        wanted = {"on_hang": "report"} | wanted
+    if asked.mode != "backend" and "on_hang" in wanted:
+        running.watch = watch(name, device=device, **wanted)
+
+
+def _guarding(running: Running) -> Callable[..., Any]:
+    from vllm.config import CUDAGraphMode
+
+    captured = running.config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    on_hazard = str(running.asked.options.get("on_hazard", "refuse"))
+    supervised = Asked({}, **running.asked.only(("agree_seconds",)))
+
+    def open_channel(name: str, device: torch.device) -> Channel:
+        supervisor = supervisor_for(supervised)
+        with supervisor.compiling(supervised), supervisor.compilation():
+            return supervisor.open([describe_group(name, device)], device)[name]
+
+    return functools.partial(guard.create_workspace, running.guarded, open_channel, on_hazard, captured)
+
+
+def warm_up(original: Callable[..., Any], running: Running, worker: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the worker's ``compile_or_warm_up_model``: its caches exist, and what compiles has been compiled."""
+    result = original(*args, **kwargs)
+    if running.group.world_size > 1 and running.asked.mode != "guard":
+        sizes = sorted({size for report in running.reports for size in report.captured}, reverse=True)
+        most = running.config.scheduler_config.max_num_batched_tokens
+        uncaptured = next(n for n in range(most, 0, -1) if n not in sizes or n == 1)
+        with _Counts() as counts:
+            _step(worker, uncaptured)
+        running.fused, running.sums = counts.fused, counts.sums
+        for size in sizes:
+            _step(worker, size)
+    if running.group.rank_in_group == 0:
+        log.info("%s", running.line)
+    return result
+
+
+def _step(worker: Any, tokens: int) -> None:
+    worker.model_runner._dummy_run(tokens, skip_eplb=True)
+
+
+class _Counts(TorchDispatchMode):  # type: ignore[misc]
+    """What a step calls: fused all-reduces, and vLLM's own over the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = self.sums = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.fused += func in ops.FUSED
+        self.sums += func is ops.all_reduce or func.name().partition(".")[0] in passes.ALL_REDUCES
+        return func(*args, **(kwargs or {}))
+
+
+def step(original: Callable[..., Any], wrapper: Any, scheduler_output: Any) -> Any:
+    """Around ``WorkerWrapperBase.execute_model``: all ranks of the group make the same steps, in the same order."""
+    running: Running | None = wrapper.__dict__.get("_ringfence")
+    watched = running.watch if running is not None else None
+    with _watched(watched, int(scheduler_output.total_num_scheduled_tokens)):
+        return original(wrapper, scheduler_output)
+
+
+@contextlib.contextmanager
+def _watched(watched: Watch | None, tokens: int) -> Iterator[None]:
+    if watched is None or not tokens:  # only bookkeeping: nothing is launched
+        yield
+        return
+    with watched.step("step", tokens):
+        yield
