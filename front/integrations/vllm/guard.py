@@ -20,7 +20,6 @@ from ...runtime.channel import Channel, failures_text
 from ...runtime.collectives import mnnvl, trtllm
 from ...runtime.collectives.epilogue import Epilogue
 from ...runtime.collectives.kernels import EndlessWaits, Implementation
-from ...runtime.collectives.links import Topology
 from ...runtime.collectives.opt_outs import own_opt_outs
 from ...runtime.collectives.self_test import self_test
 from ...runtime.collectives.size_table import SizeRow
@@ -80,9 +79,7 @@ def create_workspace(
     )
     if why_not is None:
         capacity = max_token_num * hidden_dim * dtype.itemsize
-        row = SizeRow(
-            one.name, one.transport, (0, 0), world_size, capacity, capacity, 0, "vLLM", topology=Topology.UNKNOWN
-        )
+        row = SizeRow(one.name, one.transport, (0, 0), world_size, capacity, capacity, 0, "vLLM's own choice")
         workspace = Workspace(one, row, _Theirs(made[0]), device, world_size, capacity, (dtype,))
         tokens = [n for n in _TESTED if n <= max_token_num]
         result = self_test(workspace, channel, hidden_dim, dtype, tokens, capture=captured)

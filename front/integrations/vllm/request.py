@@ -109,6 +109,6 @@ def _checked(mode: object, options: object, mode_is: str, options_are: str) -> R
         Options.parse(options)  # names the nearest for a word that is none
     except OptionsError as error:
         raise OptionsError(f"{options_are}: {error}") from None
-    if mode == "pass" and options.get("on_hazard") == "clean":
+    if mode != "backend" and options.get("on_hazard") == "clean":
         raise OptionsError(f"{options_are}: on_hazard='clean' is the backend's; use 'split', 'refuse' or 'raise'")
     return Request(mode, options)

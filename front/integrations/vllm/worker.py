@@ -2,7 +2,7 @@
 
 init_device               groups get vLLM's names; the collective is chosen, made and tested, ahead of vLLM's
                           measuring of memory; the watch begins
-compile_or_warm_up_model  one step is counted, sizes are captured, and rank 0 says what came of it
+compile_or_warm_up_model  fused sites are counted, sizes are captured, and rank 0 says what came of it
 execute_model             each step is watched, where a watch was asked for
 """
 
@@ -61,7 +61,7 @@ class Running:
         self.fused = self.sums = 0
 
     def status(self) -> dict[str, Any]:
-        """Of this rank: mode; of one step, all-reduces that are ``fused`` of ``sites``; who carries them out."""
+        """Of this rank: mode; all-reduces of a step that are ``fused``, of ``sites``; who carries them out."""
         return {
             "mode": self.asked.mode,
             "rank": self.group.rank_in_group,
@@ -184,15 +184,16 @@ def _guarding(running: Running) -> Callable[..., Any]:
 def warm_up(original: Callable[..., Any], running: Running, worker: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the worker's ``compile_or_warm_up_model``: its caches exist, and what compiles has been compiled."""
     result = original(*args, **kwargs)
-    if running.group.world_size > 1 and running.asked.mode != "guard":
-        sizes = sorted({size for report in running.reports for size in report.captured}, reverse=True)
-        most = running.config.scheduler_config.max_num_batched_tokens
-        uncaptured = next(n for n in range(most, 0, -1) if n not in sizes or n == 1)
-        with _Counts() as counts:
-            _step(worker, uncaptured)
+    if running.group.world_size > 1 and running.asked.mode == "pass":
+        with _Counts() as counts:  # of what runs: a rank that loaded its graphs has no report of them
+            _step(worker, running.config.scheduler_config.max_num_batched_tokens)
         running.fused, running.sums = counts.fused, counts.sums
-        for size in sizes:
-            _step(worker, size)
+    if running.asked.mode == "backend":
+        sites = [site for report in running.reports for site in report.sites]
+        running.fused = sum(site.fused for site in sites)
+        running.sums = len(sites) - running.fused
+        for size in sorted({size for report in running.reports for size in report.captured}, reverse=True):
+            _step(worker, size)  # the call that captures is an ordinary one, and must not be a user's
     if running.group.rank_in_group == 0:
         log.info("%s", running.line)
     return result
@@ -208,6 +209,11 @@ class _Counts(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.fused = self.sums = 0
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Dynamo runs what it compiled under such a mode, and refuses to under another."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.fused += func in ops.FUSED

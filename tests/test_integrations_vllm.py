@@ -1,0 +1,401 @@
+"""In vLLM: what is asked for, what is hooked, and what each mode does, with stand-ins for vLLM's modules and ops."""
+
+from __future__ import annotations
+
+import json
+import logging
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import engine_ops
+import pytest
+import torch
+import torch.distributed as dist
+from fake_vllm import SIGNATURES, CompilationMode, CUDAGraphMode, FakeVllm, replaced
+from torch import Tensor
+
+import ringfence
+from ringfence.integrations.targets import Target, moved, parameters_of, resolve
+from ringfence.integrations.vllm import digest, hooked, passes, register, request, whole, worker
+from ringfence.integrations.vllm.request import Request
+from ringfence.runtime.collectives import ops
+from ringfence.runtime.groups import group_exists
+from support import aot_graph
+
+H, LAYERS = 16, 3
+MODES = tuple(hooked.TARGETS)
+ALL_TARGETS = tuple(dict.fromkeys(t for targets in hooked.TARGETS.values() for t in targets))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines() -> Iterator[None]:
+    libraries = engine_ops.define()
+    yield
+    for library in libraries:
+        library._destroy()
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
+    monkeypatch.delenv("RINGFENCE", raising=False)
+    monkeypatch.delenv("RINGFENCE_OPTIONS", raising=False)
+    return FakeVllm(monkeypatch)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What is logged where vLLM shows it, by line."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("vllm.ringfence")
+    log.addHandler(handler)
+    before = log.level
+    log.setLevel(logging.INFO)
+    yield lines
+    log.setLevel(before)
+    log.removeHandler(handler)
+
+
+def wrapped(*targets: Target) -> list[str]:
+    """Which of vLLM's functions have something of ours around them."""
+    return [t.path for t in targets or ALL_TARGETS if hasattr(resolve(t.path), "__ringfence_wraps__")]
+
+
+# -- contracts ------------------------------------------------------------------------
+
+
+def test_what_is_hooked_has_the_stored_signatures(vllm: FakeVllm) -> None:
+    assert {t.path: t.parameters for t in ALL_TARGETS} == SIGNATURES
+    for path, parameters in SIGNATURES.items():
+        if parameters is not None:
+            assert parameters_of(resolve(path)) == parameters
+    assert moved(ALL_TARGETS) == ()
+
+
+def test_a_wrapper_has_the_signature_of_what_it_wraps(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the second process that registers would take its own wrapper for a moved target."""
+    monkeypatch.setenv("RINGFENCE", "pass")
+    for _ in range(2):
+        register()
+        assert moved(ALL_TARGETS) == ()
+    once = resolve(hooked.EXECUTE_MODEL.path)
+    assert not hasattr(once.__wrapped__, "__ringfence_wraps__"), "wrapped once, however often it registers"
+
+
+# -- what is asked for ----------------------------------------------------------------
+
+
+def test_nothing_is_done_unless_asked(vllm: FakeVllm, said: list[str]) -> None:
+    register()
+    config = vllm.config({"other": 1})
+    assert config.additional_config == {"other": 1}
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is None
+    started = vllm.started(config)
+    assert started.worker.compile_or_warm_up_model() == "warm" and not hasattr(started, worker.STATUS)
+    assert started.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=3)) == 3
+    assert said == []
+
+
+def test_off_wraps_nothing_and_overrules_the_configuration(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE", "off")
+    register()
+    assert wrapped() == []
+    monkeypatch.delenv("RINGFENCE")
+    register()
+    monkeypatch.setenv("RINGFENCE", "off")
+    assert request.KEY not in vllm.config({"ringfence": "pass"}).additional_config
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RINGFENCE": "pas"}, "RINGFENCE='pas' is none of pass, backend, guard, nor 'off'"),
+        ({"RINGFENCE_OPTIONS": "{}"}, "RINGFENCE_OPTIONS is set and RINGFENCE is not"),
+        ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": "{on_hang"}, "RINGFENCE_OPTIONS is no JSON"),
+        ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": "[1]"}, "RINGFENCE_OPTIONS holds [1], and is an object"),
+        ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"numeric": "strict"}'}, "did you mean 'numerics'?"),
+        ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"numerics": 3}'}, "numerics=3 is not one of"),
+        ({"RINGFENCE": "guard", "RINGFENCE_OPTIONS": '{"capture_sizes": [1]}'}, "nothing that mode 'guard' takes"),
+        ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"on_hazard": "clean"}'}, "on_hazard='clean' is the backend's"),
+        ({"RINGFENCE": "backend", "RINGFENCE_OPTIONS": '{"outer_capture": true}'}, "nothing that mode 'backend' takes"),
+    ],
+)
+def test_a_bad_request_ends_in_one_line(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        register()
+    line = str(ended.value)
+    assert line.startswith("ringfence: ") and says in line and "\n" not in line and wrapped() == []
+
+
+@pytest.mark.parametrize(
+    ("more", "others", "says"),
+    [
+        ({"ringfence": "pas"}, {}, "additional_config['ringfence']['mode']='pas' is none of"),
+        ({"ringfence": ["pass"]}, {}, "it is a mode, or {'mode': ..., 'options': {...}}"),
+        ({"ringfence": {"mode": "pass", "option": {}}}, {}, "it is a mode, or {'mode': ..., 'options': {...}}"),
+        ({"ringfence": {"mode": "pass", "options": {"fuse": True}}}, {}, "'fuse', which is nothing that mode 'pass'"),
+        ({"ringfence": "backend"}, {"mode": CompilationMode.VLLM_COMPILE}, "-cc.mode is VLLM_COMPILE"),
+        ({"ringfence": "backend"}, {"backend": "eager"}, "-cc.backend is 'eager'"),
+    ],
+)
+def test_a_bad_configuration_ends_in_one_line(vllm: FakeVllm, more: Any, others: Any, says: str) -> None:
+    register()
+    with pytest.raises(SystemExit, match=r"^ringfence: ") as ended:
+        vllm.config(more, **others)
+    assert says in str(ended.value) and "\n" not in str(ended.value)
+
+
+# -- moved targets ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_moved_target_is_one_warning_and_no_action(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str], mode: str
+) -> None:
+    monkeypatch.setenv("RINGFENCE", mode)
+    for target in hooked.TARGETS[mode]:
+        for by in (None, lambda other: None) if target.parameters is not None else (None,):
+            with monkeypatch.context() as patch:
+                said.clear()
+                replaced(target, by, patch)
+                register()
+                (message,) = said
+                assert "ringfence does nothing in vLLM 0.32.0" in message and target.path in message
+                assert wrapped(*(t for t in ALL_TARGETS if t is not target)) == []
+
+
+def test_a_target_of_another_mode_may_have_moved(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE", "pass")
+    replaced(hooked.CREATE_WORKSPACE, None, monkeypatch)
+    register()
+    assert wrapped(hooked.POST_INIT, hooked.INIT_DEVICE)
+
+
+def test_a_request_in_the_configuration_looks_at_the_targets_too(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    register()
+    replaced(hooked.CONFIGURE, None, monkeypatch)
+    config = vllm.config({"ringfence": "pass"})
+    assert len(said) == 1 and "PostGradPassManager.configure" in said[0]
+    assert request.KEY not in config.additional_config, "so no worker does anything either"
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is None
+
+
+# -- the configuration ----------------------------------------------------------------
+
+
+def test_pass_takes_the_place_of_vllms_pass(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE", "pass")
+    monkeypatch.setenv("RINGFENCE_OPTIONS", '{"numerics": "strict"}')
+    register()
+    config = vllm.config({"other": 1})
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is False
+    assert config.compilation_config.cudagraph_mode is CUDAGraphMode.FULL_AND_PIECEWISE
+    kept = json.loads(json.dumps(config.additional_config))  # vLLM hashes it as JSON
+    assert kept["other"] == 1 and kept["ringfence"]["options"] == {"numerics": "strict"}
+    asked = request.of_config(config)
+    assert asked is not None and asked.mode == "pass" and asked.digest == digest.digest_of(asked)
+
+
+def test_backend_takes_vllms_sizes_and_its_captures(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE", "backend")
+    register()
+    config = vllm.config()
+    compilation = config.compilation_config
+    assert (compilation.mode, compilation.backend) == (CompilationMode.DYNAMO_TRACE_ONCE, hooked.BACKEND)
+    assert compilation.cudagraph_mode is CUDAGraphMode.NONE and compilation.cudagraph_capture_sizes == []
+    for _ in range(2):  # vLLM runs it again where it copies a configuration, without sizes then
+        asked = request.of_config(config)
+        assert asked is not None and asked.sizes == (1, 2, 4, 8, 64)
+        config.__post_init__()
+    given = whole.options_for(asked, config)
+    assert given["capture_sizes"] == [1, 2, 4, 8] and given["max_tokens"] == 32
+    mine = Request("backend", {"capture_sizes": [3], "split_ops": ["aten::sin"]}, sizes=(1, 2))
+    given = whole.options_for(mine, config)
+    assert given["capture_sizes"] == [3] and "aten::sin" in given["split_ops"]
+    assert "vllm::nobody_registers_this" not in given["split_ops"]
+
+
+def test_the_backends_name_alone_asks_for_it(vllm: FakeVllm) -> None:
+    register()
+    config = vllm.config(backend=hooked.BACKEND, mode=CompilationMode.DYNAMO_TRACE_ONCE)
+    asked = request.of_config(config)
+    assert asked is not None and asked.mode == "backend"
+
+
+@pytest.mark.parametrize("mode", ["pass", "backend"])
+def test_where_vllm_compiles_nothing_it_says_so(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str], mode: str
+) -> None:
+    monkeypatch.setenv("RINGFENCE", mode)
+    register()
+    config = vllm.config(eager=True)
+    assert len(said) == 1 and "RINGFENCE=guard works without" in said[0] and request.KEY not in config.additional_config
+
+
+# -- what each mode does ----------------------------------------------------------------
+
+
+def layers(x: Tensor, *weights: Tensor) -> Tensor:
+    """The embedding's all-reduce and a first norm; then two of each in every layer, as vLLM's Llama has them."""
+    all_reduce = engine_ops.op("vllm::all_reduce")
+    residual = all_reduce(x, "tp:0")
+    x = engine_ops.op("vllm_ir::rms_norm")(residual, weights[0], 1e-6)
+    for weight in weights[1:]:
+        x = all_reduce(torch.tanh(x), "tp:0")
+        x, residual = engine_ops.op("vllm_ir::fused_add_rms_norm")(x, residual, weight, 1e-6)
+    return x
+
+
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.rand(H, generator=generator) + 0.5 for _ in range(2 * LAYERS + 1)]
+    return [torch.randn(4, H, generator=generator), *weights]
+
+
+def test_the_pass_fuses_every_site_and_needs_no_group(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that compiles may stand beside one that loads: it can ask nobody, and leaves what is found at the call."""
+    assert not dist.is_initialized()
+    monkeypatch.setenv("RINGFENCE", "pass")
+    register()
+    config = vllm.config()
+    manager = resolve("vllm.compilation.passes.pass_manager.PostGradPassManager")()
+    wrapping = resolve("ringfence.integrations.vllm.wrapping.wrap")
+    wrapping(hooked.CONFIGURE, passes.configure)
+    for _ in range(2):
+        manager.configure(config)
+    assert [type(one).__name__ for one in manager.passes] == ["NoOpEliminationPass"] * 2 + ["FusePass"]
+    gm = aot_graph(layers, *inputs())
+    manager(gm.graph)
+    fused = [n for n in gm.graph.nodes if n.target in ops.FUSED]
+    assert len(fused) == 2 * LAYERS + 1
+    assert {n.args[-2:] for n in fused} == {("tp:0", ops.PREPARED)}
+    assert not [n for n in gm.graph.nodes if "vllm" in str(n.target)]
+    assert manager.passes[-1].is_applicable_for_range(None)
+
+
+def test_a_pass_of_other_options_release_or_device_is_another_one(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    plain = Request("pass")
+    found = [digest.digest_of(plain), digest.digest_of(plain, torch.device("cpu"))]
+    found.append(digest.digest_of(Request("pass", {"numerics": "strict"})))
+    table = tmp_path / "table.json"
+    for text in ("1", "2"):
+        table.write_text(text)
+        found.append(digest.digest_of(Request("pass", {"size_table": str(table)})))
+    with monkeypatch.context() as patch:
+        patch.setattr(digest, "versions", lambda: {"flashinfer-python": "0.7.2"})
+        found.append(digest.digest_of(plain))
+    with monkeypatch.context() as patch:
+        patch.setattr(digest, "sources", lambda: [("compile_passes/find.py", b"another")])
+        found.append(digest.digest_of(plain))
+    assert len(set(found)) == len(found)
+    assert digest.digest_of(Request("pass")) == found[0]
+    names = [name for name, _ in digest.sources()]
+    for part in ("compile_passes/find.py", "collectives/ops.py", "collectives/cuda/", "integrations/vllm/passes.py"):
+        assert any(part in name for name in names), part
+
+
+@pytest.fixture
+def tp(vllm: FakeVllm, fake_group: None) -> FakeVllm:
+    vllm.group.device_group = dist.new_group([0, 1])
+    return vllm
+
+
+def test_a_worker_prepares_before_it_compiles_anything(
+    tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setenv("RINGFENCE", "pass")
+    register()
+    config = tp.config()
+    started = tp.started(config)
+    assert group_exists("tp:0"), "graphs name it so, also those that another process compiled"
+    gm = aot_graph(layers, *inputs())
+    manager = resolve("vllm.compilation.passes.pass_manager.PostGradPassManager")()
+    manager.configure(config)
+    manager(gm.graph)
+
+    def step(tokens: int, **_: Any) -> None:
+        tp.steps.append(tokens)
+        gm(*inputs())
+
+    started.worker.model_runner._dummy_run = step
+    assert started.worker.compile_or_warm_up_model() == "warm"
+    status = started.ringfence()
+    assert (status["sites"], status["fused"], status["collective"]) == (7, 7, "reference") and tp.steps == [32]
+    (line,) = said
+    assert line.startswith(f"ringfence {ringfence.__version__} in vLLM 0.32.0: pass, 7 of 7 all-reduces fused, ")
+    assert "carried out by reference" in line and line.endswith("hazards: none") and "\n" not in line
+
+
+def test_another_rank_than_the_first_says_nothing(
+    tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setenv("RINGFENCE", "pass")
+    register()
+    tp.group.rank_in_group = 1
+    started = tp.started(tp.config())
+    started.worker.compile_or_warm_up_model()
+    assert said == []
+
+
+def test_one_rank_alone_is_left_as_it_is(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE", "backend")
+    register()
+    tp.group.world_size = 1
+    started = tp.started(tp.config())
+    started.worker.compile_or_warm_up_model()
+    assert tp.steps == [] and wrapped(hooked.INIT_BACKEND) == [] and started.ringfence()["collective"] == "none"
+
+
+def test_backend_compiles_captures_and_counts(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through torch.compile: what vLLM is handed in place of the backend's name."""
+    monkeypatch.setenv("RINGFENCE", "backend")
+    options = {"piece_compiler": "eager", "graphs": "simulated", "capture_sizes": [2, 4]}
+    monkeypatch.setenv("RINGFENCE_OPTIONS", json.dumps(options))
+    register()
+    config = tp.config()
+    started = tp.started(config)
+    backend = config.compilation_config.init_backend(config, prefix="backbone")
+    assert isinstance(backend, ringfence.Backend) and "vllm::all_reduce" in backend.options.all_reduce_ops
+    _, *weights = inputs()
+    torch._dynamo.reset()
+    model = torch.compile(layers, backend=backend, fullgraph=True)
+
+    def step(tokens: int, **_: Any) -> None:
+        tp.steps.append(tokens)
+        x = torch.randn(tokens, H)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        with torch.no_grad():
+            model(x, *weights)
+
+    step(7)
+    started.worker.model_runner._dummy_run = step
+    started.worker.compile_or_warm_up_model()
+    assert tp.steps == [7, 4, 2], "each size is captured before a user's step has it"
+    status = started.ringfence()
+    assert (status["fused"], status["sites"], status["captured"]) == (7, 7, "sizes 2, 4")
+
+
+def test_guard_watches_the_steps(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE", "guard")
+    register()
+    config = tp.config()
+    assert config.compilation_config.cudagraph_mode is CUDAGraphMode.FULL_AND_PIECEWISE
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is None, "vLLM's kernels stay"
+    started = tp.started(config)
+    assert wrapped(hooked.CREATE_WORKSPACE)
+    running = started.__dict__["_ringfence"]
+    before = len(running.watch.journal.to_dict()["steps"])
+    for tokens in (3, 0, 5):
+        assert started.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=tokens)) == tokens
+    assert len(running.watch.journal.to_dict()["steps"]) - before == 2, "a step without tokens launches nothing"
+    running.watch.close()
