@@ -149,11 +149,27 @@ def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = 6
     return results
 
 
+def fork_server() -> Any:
+    """Processes that start with torch already imported, and with the environment of the server's first use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "ringfence.backend", "torch._inductor.compile_fx"])
+    return context
+
+
 def _rank_main(
-    rank: int, world_size: int, port: int, backend: str, body: Callable[..., Any], args: tuple[Any, ...], out: Any
+    rank: int,
+    world_size: int,
+    port: int,
+    backend: str,
+    environment: dict[str, str],
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    out: Any,
 ) -> None:
     torch.set_num_threads(1)
     try:
+        os.environ.clear()
+        os.environ.update(environment)
         if backend == "nccl":
             os.environ.update(NO_MULTICAST)
             torch.cuda.set_device(rank)
@@ -178,11 +194,15 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    # A server's children cannot use GPUs where it has looked for them.
+    context: Any = multiprocessing.get_context("spawn") if backend == "nccl" else fork_server()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    environment = dict(os.environ)
     processes = [
         context.Process(
-            target=_rank_main, args=(rank, world_size, port, backend, body, args, pipes[rank][1]), daemon=True
+            target=_rank_main,
+            args=(rank, world_size, port, backend, environment, body, args, pipes[rank][1]),
+            daemon=True,
         )
         for rank in range(world_size)
     ]

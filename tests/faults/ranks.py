@@ -29,6 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support import fork_server
+
 LAYERS = 2
 #: 512 bytes: what the kernels ask of a row.
 HIDDEN = {"cpu": 128, "cuda": 256}
@@ -498,13 +500,6 @@ def _merged(folder: str) -> tuple[str, tuple[int, ...]]:
     except ValueError as error:
         return str(error), ()
     return merged.sentence, merged.could_not_write
-
-
-def fork_server() -> Any:
-    """Processes that start with torch already imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "ringfence.backend", "torch._inductor.compile_fx"])
-    return context
 
 
 def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options: Any) -> tuple[Fault, ...]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from faults.ranks import fork_server
 from faults.restarted import DIES, RANKS, over_one_store
 
 from ringfence.runtime.watch import journals
 from ringfence.runtime.watch.reaction import EXIT_CODE
+from support import fork_server
 
 pytestmark = pytest.mark.xdist_group("faults")
 

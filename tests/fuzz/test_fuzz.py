@@ -1,6 +1,7 @@
 """A share of the fuzzer's programs, new ones in every run, and those that were wrong once.
 
-The seed is in the header of the run. ``--fuzz-seed`` repeats it; ``tests/fuzz/run.py`` runs as many as one likes.
+The same programs in every run, so that a failure is of what was changed; ``--fuzz-seed`` draws others, and
+``tests/fuzz/run.py`` as many as one likes.
 """
 
 from __future__ import annotations

@@ -537,13 +537,17 @@ def full_rings(folder: Path, ranks: int, pieces: int = 64) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def test_sixty_megabytes_of_journals_are_merged_in_three_seconds(tmp_path: Path) -> None:
+def test_sixty_megabytes_of_journals_are_merged_in_the_time_it_takes_to_parse_them(tmp_path: Path) -> None:
+    """Or twice that. Seconds would measure the machine."""
     assert 60e6 < full_rings(tmp_path, 170) < 80e6
     began = time.process_time()
+    for path in tmp_path.iterdir():
+        json.loads(path.read_text())
+    parsed = time.process_time()
     merged = journals.merge(journals.read_folder(tmp_path))
-    took = time.process_time() - began
+    took, least = time.process_time() - parsed, parsed - began
     assert merged.sentence.startswith("rank 1 did not come to call")
-    assert took < 3, f"{took:.2f} s"
+    assert took < 4 * least, f"{took:.2f} s; to parse them takes {least:.2f} s"
 
 
 def test_only_what_all_ranks_share_of_a_step_can_differ(tmp_path: Path) -> None:

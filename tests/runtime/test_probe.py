@@ -136,7 +136,7 @@ def test_a_device_that_never_answers(found: Workspaces) -> None:
     for _ in range(2):
         began = time.monotonic()
         value = probe()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
         assert [v["says"] for v in value] == ["the device did not answer within 0.1 s"] * 2
     assert device.copies == 1, "nothing is begun while a copy may still write"
     device.slow = 0  # it was slow

@@ -226,7 +226,7 @@ def test_a_closed_watchdog_keeps_nobody_waiting() -> None:
     first, _ = ranks()
     first.watchdog.close()
     began, error = time.monotonic(), ValueError("mine")
-    assert first.watchdog.failed(error) is error and time.monotonic() - began < 0.1
+    assert first.watchdog.failed(error) is error and time.monotonic() - began < 1
     first.watchdog.health.check()
 
 
