@@ -23,35 +23,52 @@ from .tape import Tape
 
 
 class CapturedPiece(Protocol):
-    """A recorded piece. ``outputs`` live at fixed addresses and hold values after a replay."""
+    """A recorded piece. ``outputs`` live at fixed addresses and hold values after a replay.
+
+    replay: run the piece again on whatever its inputs' addresses hold now.
+    """
 
     outputs: tuple[Any, ...]
-
-    def replay(self) -> None:
-        """Run the piece again on whatever its inputs' addresses hold now."""
+    replay: Callable[[], None]
 
     def release(self) -> None:
         """Give the recording and its memory back."""
+
+    def free(self, position: int) -> Any:
+        """Give an output's memory to whatever is captured later; returns what reads it without keeping it."""
+        return self.outputs[position]
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        """Read tensors that lie where others lay that are gone. To a device an address is an address."""
 
 
 class GraphBackend(Protocol):
     """Records pieces.
 
-    A backend with a method ``pool_for(args, own)`` shares memory between pieces: what it returns (:class:`Pool`) is
-    where the runner's buffers go, and its pieces have ``free(position)``, which gives the memory of an output to
-    whatever is captured later and returns a tensor that reads it without keeping it.
+    by_owner: its pieces tell memory by its owner, so they are told to adopt what lies at the same addresses.
     """
 
     name: str
+    by_owner: bool = False
+
+    def pool_for(self, args: Sequence[Any] = (), own: bool = False) -> Pool | None:
+        """The memory that its pieces share, on the device of ``args``, where the runner's buffers go too.
+
+        With ``own`` no other backend uses it. None: each buffer has memory of its own.
+        """
+        return None
 
     def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
         """``call(*args)``, run where it is about to be captured: it loads modules and picks algorithms."""
+        ...
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
         """Record ``call(*args)`` without running it. The arguments' addresses are baked in."""
+        ...
 
     def is_capturing(self) -> bool:
         """Whether this thread is inside a capture, of this backend or of anybody's."""
+        ...
 
 
 # -- CUDA ------------------------------------------------------------------------
@@ -92,7 +109,7 @@ class CudaPool(Pool):
         self.graphs.clear()
 
 
-class CudaGraphs:
+class CudaGraphs(GraphBackend):
     """CUDA graphs on one device, in the pool of this process.
 
     control_words: the words that the collectives' protocols keep on this device. Recording runs
@@ -109,7 +126,6 @@ class CudaGraphs:
         self._pool: CudaPool | None = None
 
     def pool_for(self, args: Sequence[Any] = (), own: bool = False) -> CudaPool:
-        """The memory of this backend's graphs; with ``own``, shared with no other backend."""
         if self._pool is None:
             self._pool = CudaPool(self._device) if own else shared_pool(self.name, self._device, CudaPool)
         return self._pool
@@ -150,14 +166,14 @@ class CudaGraphs:
             return torch.cuda.is_current_stream_capturing()
 
 
-class _CudaPiece:
+class _CudaPiece(CapturedPiece):
     def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Any, ...], pool: CudaPool) -> None:
         self.outputs = outputs
         self._graph, self._pool = graph, pool
         self.replay = graph.replay  # bound once: it is called for every piece of every step
 
     def free(self, position: int) -> Any:
-        """See :class:`GraphBackend`. The graph keeps the memory mapped, and the allocator may use it.
+        """The graph keeps the memory mapped, and the allocator may use it.
 
         What the host computed while the piece was captured is in memory that no graph keeps, so it stays.
         """
@@ -176,7 +192,7 @@ class _CudaPiece:
 # -- simulation ------------------------------------------------------------------
 
 
-class SimulatedGraphs:
+class SimulatedGraphs(GraphBackend):
     """CUDA-graph semantics on any device, for tests and for machines without a GPU.
 
     A capture runs the host code of a piece once and records the kernels that it launches (:class:`Tape`); a replay
@@ -190,6 +206,7 @@ class SimulatedGraphs:
     """
 
     name = "simulated"
+    by_owner = True
 
     def __init__(self, on_device: Callable[[Tensor], bool] = lambda tensor: True) -> None:
         self._on_device = on_device
@@ -197,8 +214,7 @@ class SimulatedGraphs:
         self._kernels = CompiledKernels()
         self._pool: Pool | None = None
 
-    def pool_for(self, args: Sequence[Any], own: bool = False) -> Pool:
-        """The memory of this backend's pieces, on the device of ``args``; with ``own``, no other backend uses it."""
+    def pool_for(self, args: Sequence[Any] = (), own: bool = False) -> Pool:
         if self._pool is None:
             device = max((a.device for a in args if isinstance(a, Tensor)), key=_rank, default=torch.device("cpu"))
             self._pool = Pool(device) if own else shared_pool(self.name, device, Pool)
@@ -232,7 +248,7 @@ def _rank(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class _SimulatedPiece:
+class _SimulatedPiece(CapturedPiece):
     def __init__(self, tape: Tape, outputs: tuple[Any, ...], pool: Pool) -> None:
         self.outputs = outputs
         self.replay = tape.replay
@@ -242,13 +258,11 @@ class _SimulatedPiece:
                 _poison(output)
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
-        """Read tensors that lie where others lay that are gone."""
         for place in self._kept:
             for tensor in tensors:
                 place.adopt(tensor)
 
     def free(self, position: int) -> Any:
-        """Give an output's memory to whatever is captured later; a tensor that reads it without keeping it."""
         output = self.outputs[position]
         block = self._pool.block_of(output) if isinstance(output, Tensor) else None
         if block is not None:

@@ -189,9 +189,7 @@ class Recording:
         slots = self.entry.slots
         if slot in self._returned:
             piece, position = self._returned[slot]
-            free = getattr(piece, "free", None)  # a backend may keep what its pieces return
-            if free is not None:
-                slots[slot] = free(position)
+            slots[slot] = piece.free(position)
         elif slot in self._buffers:
             slots[slot] = _weak(self.pool, slots[slot])
         elif slot >= len(self.program.inputs) and isinstance(slots[slot], Tensor):

@@ -48,7 +48,7 @@ from ..errors import (
 from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote, sizes_text
 from ..watch.supervision import Supervision
 from .buffers import copy_into, narrow
-from .capture import GraphBackend, SimulatedGraphs
+from .capture import GraphBackend
 from .entry import Entry as _Entry
 from .entry import Key
 from .pending import Pending
@@ -100,8 +100,6 @@ class PiecewiseRunner:
         self._number = self._journal.register(ProgramNote(notes, collective, graph, shared, lockstep))
         self._sizes = sizes
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
-        #: The simulation tells memory by its owner, where a device knows addresses only.
-        self._adopts = isinstance(graphs, SimulatedGraphs)
         self._in_use = threading.Lock()
         self._capture_sizes = sorted(capture_sizes)
         self._padding = padding if not program.written - program.static_inputs else None  # rows would land in caches
@@ -163,8 +161,11 @@ class PiecewiseRunner:
             self._in_use.release()
 
     def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
-        if self._pool is None and (pool_for := getattr(self._graphs, "pool_for", None)) is not None:
-            self._pool = pool_for(args, own=self._static_outputs)  # what the caller holds, nobody else may write
+        assert self._graphs is not None
+        if self._pool is None:
+            self._pool = self._graphs.pool_for(
+                args, own=self._static_outputs
+            )  # what the caller holds, nobody else writes
         if self._pool is not None and not self._pool.enter():
             return self._run_as(target, sizes, args)
         try:
@@ -201,10 +202,11 @@ class PiecewiseRunner:
                 f"the workspace of the collectives was closed since {sizes_text(entry.sizes)} were captured, and the "
                 "graph holds its addresses; start over with torch._dynamo.reset()"
             )
-        if self._adopts and entry.gone:  # other tensors lie at the addresses that count
+        assert self._graphs is not None
+        if self._graphs.by_owner and entry.gone:  # other tensors lie at the addresses that count
             entry.parameters = self._places.kept_of(args)
             for piece in entry.pieces:
-                piece.adopt([args[i] for i in self._places.kept])  # type: ignore[attr-defined]
+                piece.adopt([args[i] for i in self._places.kept])
         try:
             self._step(entry.sizes, REPLAY, self._replay, entry, sizes, args)
             return self._outputs(entry, sizes, args)

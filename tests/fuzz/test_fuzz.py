@@ -1,4 +1,4 @@
-"""A share of the fuzzer's programs, new ones in every run, and those that were wrong once.
+"""A share of the fuzzer's programs, and those that were wrong once.
 
 The same programs in every run, so that a failure is of what was changed; ``--fuzz-seed`` draws others, and
 ``tests/fuzz/run.py`` as many as one likes.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ringfence.runtime.replay.buffers import static_like, weak_memory
-from ringfence.runtime.replay.capture import SimulatedGraphs
+from ringfence.runtime.replay.capture import CapturedPiece, GraphBackend, SimulatedGraphs
 from ringfence.runtime.replay.program import Padding, Program, SizeRule, Step
 
 HIDDEN = 8
@@ -19,7 +19,7 @@ HIDDEN = 8
 ROWS = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])
 
 
-class RecordedPiece:
+class RecordedPiece(CapturedPiece):
     """Outputs are NaN until a replay; a replay reads the arguments seen at capture, and refuses after a release.
 
     Like a real graph it keeps none of its arguments alive: whoever baked an address in must.
@@ -53,7 +53,7 @@ class RecordedPiece:
         self.released = True
 
 
-class RecordingGraphs:
+class RecordingGraphs(GraphBackend):
     """A GraphBackend that writes down what it is asked, and throws where it is told to."""
 
     name = "recording"
@@ -85,7 +85,7 @@ class RecordingGraphs:
         return self.capturing
 
 
-class UntouchableGraphs:
+class UntouchableGraphs(GraphBackend):
     """A GraphBackend that nobody may talk to."""
 
     name = "untouchable"
