@@ -37,15 +37,15 @@ bench: $(VENV)/.ready
 
 # vLLM itself serves two tiny models on this machine's CPU, alone and with ringfence. 4 GB, and a quarter of an hour.
 engines: $(ENGINES)/.ready
+	$(INTO) --no-deps --no-build-isolation --force-reinstall .
 	RINGFENCE_ENGINES=$(abspath $(ENGINES)) $(ENGINES)/venv/bin/python tests/engines/run.py
 
 # What it pulls in for pictures and sound is built for CUDA, and breaks the import of transformers where there is none.
-$(ENGINES)/.ready: pyproject.toml
+$(ENGINES)/.ready:
 	python3 -m venv $(ENGINES)/venv
 	$(INTO) torch==2.13.0
 	$(INTO) $(VLLM) tabulate tqdm
 	$(ENGINES)/venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(INTO) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # torch goes in first and pinned: packages that depend on it would otherwise fetch another build.

@@ -33,9 +33,14 @@ SIGNATURES = {
     "vllm.config.compilation.PassConfig.fuse_allreduce_rms": None,
     "vllm.config.compilation.CompilationConfig.init_backend": "self, vllm_config, prefix='', is_encoder=False",
     "vllm.config.compilation.CompilationConfig._attention_ops": None,
+    "vllm.config.compilation.PassConfig.flashinfer_max_size": "self, world_size",
     "vllm.distributed.device_communicators.flashinfer_all_reduce._create_workspace": (
         "backend, world_size, rank, max_token_num, hidden_dim, dtype, group"
     ),
+    "vllm.distributed.device_communicators.flashinfer_all_reduce.get_fi_ar_workspace": (
+        "world_size, rank, max_token_num, hidden_dim, dtype, group"
+    ),
+    "vllm.distributed.device_communicators.flashinfer_all_reduce.fi_ar_available": None,
 }
 
 
@@ -51,11 +56,15 @@ class CUDAGraphMode(enum.Enum):
     FULL_AND_PIECEWISE = 4
 
 
+FLASHINFER = "vllm.distributed.device_communicators.flashinfer_all_reduce"
+
+
 @dataclass
 class Coordinator:
     """A group of vLLM's."""
 
     device_group: Any
+    cpu_group: Any = None
     unique_name: str = "tp:0"
     world_size: int = 2
     rank_in_group: int = 0
@@ -82,6 +91,9 @@ class FakeVllm:
 
         class PassConfig:
             fuse_allreduce_rms = None
+
+            def flashinfer_max_size(self, world_size: int) -> int:
+                return 1 << 20
 
         class CompilationConfig:
             _attention_ops = ("vllm::unified_attention_with_output", "vllm::nobody_registers_this")
@@ -163,6 +175,17 @@ class FakeVllm:
         ) -> Any:
             raise NotImplementedError
 
+        def get_fi_ar_workspace(
+            world_size: int, rank: int, max_token_num: int, hidden_dim: int, dtype: torch.dtype, group: Any
+        ) -> Any:
+            fake.made.append((world_size, rank, max_token_num, hidden_dim, dtype, group))
+
+        flashinfer = {
+            "_create_workspace": _create_workspace,
+            "get_fi_ar_workspace": get_fi_ar_workspace,
+            "fi_ar_available": True,
+        }
+        hidden = {"_fused_ar_workspace_hidden_dim": lambda config: 2 * config.model_config.get_hidden_size()}
         configs = {"CompilationMode": CompilationMode, "CUDAGraphMode": CUDAGraphMode}
         return {
             "vllm": {"__version__": "0.32.0"},
@@ -175,9 +198,11 @@ class FakeVllm:
             "vllm.distributed": {},
             "vllm.distributed.parallel_state": {"get_tp_group": get_tp_group, "get_ep_group": get_ep_group},
             "vllm.distributed.device_communicators": {},
-            "vllm.distributed.device_communicators.flashinfer_all_reduce": {"_create_workspace": _create_workspace},
+            FLASHINFER: flashinfer,
             "vllm.compilation": {},
             "vllm.compilation.passes": {},
+            "vllm.compilation.passes.fusion": {},
+            "vllm.compilation.passes.fusion.allreduce_rms_fusion": hidden,
             "vllm.compilation.passes.pass_manager": {"PostGradPassManager": PostGradPassManager},
         }
 

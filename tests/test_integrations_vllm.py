@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import engine_ops
@@ -17,9 +19,11 @@ from torch import Tensor
 
 import ringfence
 from ringfence.integrations.targets import Target, moved, parameters_of, resolve
-from ringfence.integrations.vllm import digest, hooked, passes, register, request, whole, worker
+from ringfence.integrations.vllm import digest, guard, hooked, passes, register, request, whole, worker
 from ringfence.integrations.vllm.request import Request
-from ringfence.runtime.collectives import ops
+from ringfence.runtime.channel import Channel
+from ringfence.runtime.collectives import ops, reference
+from ringfence.runtime.errors import HazardError
 from ringfence.runtime.groups import group_exists
 from support import aot_graph
 
@@ -385,6 +389,18 @@ def test_backend_compiles_captures_and_counts(tp: FakeVllm, monkeypatch: pytest.
     assert (status["fused"], status["sites"], status["captured"]) == (7, 7, "sizes 2, 4")
 
 
+def test_guard_makes_vllms_workspace_ahead(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that loads its graphs would not come to where the others make it."""
+    monkeypatch.setenv("RINGFENCE", "guard")
+    register()
+    config = tp.config()
+    tp.started(config)
+    assert tp.made == [], "vLLM would not have made any"
+    config.compilation_config.pass_config.fuse_allreduce_rms = True
+    tp.started(config)
+    assert tp.made == [(2, 0, 32, 32, torch.float32, None)]
+
+
 def test_guard_watches_the_steps(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RINGFENCE", "guard")
     register()
@@ -399,3 +415,135 @@ def test_guard_watches_the_steps(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) 
         assert started.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=tokens)) == tokens
     assert len(running.watch.journal.to_dict()["steps"]) - before == 2, "a step without tokens launches nothing"
     running.watch.close()
+
+
+# -- vLLM's workspace, by vote ------------------------------------------------------------
+
+
+class TheirWorkspace:
+    """vLLM's, of two ranks that are threads. spoils: adds this to what it sums."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, slots: list[Any], spoils: float = 0.0) -> None:
+        self.rank, self.meeting, self.slots, self.spoils = rank, meeting, slots, spoils
+        self.destroyed = False
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.slots[self.rank] = x.clone()
+        self.meeting.wait(20)
+        total = self.slots[0] + self.slots[1] + self.spoils
+        self.meeting.wait(20)
+        return total
+
+    def destroy(self) -> None:
+        self.destroyed = True
+
+
+def allreduce_fusion(
+    input: Tensor,
+    workspace: TheirWorkspace,
+    pattern: str,
+    residual_out: Tensor,
+    norm_out: Tensor,
+    residual_in: Tensor,
+    rms_gamma: Tensor,
+    rms_eps: float,
+    **how: Any,
+) -> None:
+    assert pattern == "norm" and how["launch_with_pdl"] and how["trigger_completion_at_end"], "as vLLM calls it"
+    residual_out.copy_(workspace.sum(input) + residual_in)
+    norm_out.copy_(reference.rms_norm(residual_out, rms_gamma, rms_eps, 0.0))
+
+
+@pytest.fixture
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, comm = types.ModuleType("flashinfer"), types.ModuleType("flashinfer.comm")
+    vars(comm).update(
+        allreduce_fusion=allreduce_fusion, AllReduceFusionPattern=types.SimpleNamespace(kARResidualRMSNorm="norm")
+    )
+    vars(package).update(comm=comm, __version__="0.7.2.post1")
+    monkeypatch.setitem(sys.modules, "flashinfer", package)
+    monkeypatch.setitem(sys.modules, "flashinfer.comm", comm)
+    monkeypatch.setattr(guard, "own_opt_outs", lambda: ())
+    monkeypatch.setattr(guard, "versions", lambda: {"flashinfer-python": "0.7.2.post1"})
+
+
+def guarded_by_two(
+    make: Callable[[int, TheirWorkspace], Any], backend: str = "trtllm", on_hazard: str = "refuse", **others: Any
+) -> tuple[list[Any], list[TheirWorkspace], list[guard.Guarded]]:
+    """What each rank gets of ``_create_workspace``, what it had made, and what it found."""
+    store, meeting, slots = dist.HashStore(), threading.Barrier(2), [None, None]
+    theirs = [TheirWorkspace(rank, meeting, slots) for rank in range(2)]
+    found, results, errors = [guard.Guarded(), guard.Guarded()], [None, None], []
+    dtype = others.get("dtype", torch.float32)
+
+    def run(rank: int) -> None:
+        channel = Channel(store, rank, 2, seconds=20)
+        opened = lambda group: channel  # noqa: E731
+        device = torch.device("cpu")
+        try:
+            results[rank] = guard.create_workspace(
+                *(found[rank], opened, device, on_hazard, True, lambda *_: make(rank, theirs[rank])),
+                *(backend, 2, rank, 8, 1024, dtype, None),
+            )
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(t.is_alive() for t in threads)
+    if errors:
+        raise errors[0]
+    return results, theirs, found
+
+
+def test_a_workspace_that_all_made_and_that_works_is_kept(flashinfer: None) -> None:
+    results, theirs, found = guarded_by_two(lambda rank, mine: mine)
+    assert results == theirs and not any(one.destroyed for one in theirs)
+    assert [one.collective for one in found] == ["trtllm/peer"] * 2 and found[0].hazards == ()
+
+
+def test_a_workspace_that_one_rank_lacks_is_given_back_by_all(flashinfer: None, said: list[str]) -> None:
+    """vLLM by itself: rank 1 falls back alone, and rank 0 waits for it in the kernel for ever."""
+    results, theirs, found = guarded_by_two(lambda rank, mine: mine if rank == 0 else None)
+    assert results == [None, None] and [one.destroyed for one in theirs] == [True, False]
+    assert len(said) == 2 and "rank 1: vLLM could not make it" in said[0] and found[0].collective == "NCCL"
+
+
+def test_a_workspace_that_sums_wrongly_on_one_rank_is_given_back_by_all(flashinfer: None, said: list[str]) -> None:
+    def make(rank: int, mine: TheirWorkspace) -> TheirWorkspace:
+        mine.spoils = float(rank)
+        return mine
+
+    results, theirs, _ = guarded_by_two(make)
+    assert results == [None, None] and all(one.destroyed for one in theirs)
+    assert "its self-test failed: rank 1: eager" in said[0]
+
+
+def test_multicast_is_not_made_where_a_rank_forbids_it(
+    flashinfer: None, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr(guard, "own_opt_outs", lambda: ("NCCL_NVLS_ENABLE=0",))
+    asked: list[int] = []
+    results, _, _ = guarded_by_two(lambda rank, mine: asked.append(rank), backend="mnnvl")
+    assert results == [None, None] and asked == [], "it must not even be tried"
+    assert "rank 0 forbids NVLink multicast (NCCL_NVLS_ENABLE=0)" in said[0]
+
+
+@pytest.mark.parametrize("on_hazard", ["refuse", "raise"])
+def test_a_hazard_bars_vllms_workspace(flashinfer: None, said: list[str], on_hazard: str) -> None:
+    """M49: one-shot mnnvl squares in float16."""
+    asked: list[int] = []
+
+    def run() -> tuple[list[Any], list[TheirWorkspace], list[guard.Guarded]]:
+        return guarded_by_two(lambda rank, mine: asked.append(rank), "mnnvl", on_hazard, dtype=torch.float16)
+
+    if on_hazard == "raise":
+        with pytest.raises(HazardError, match="M49"):
+            run()
+    else:
+        results, _, found = run()
+        assert results == [None, None] and found[0].hazards == ("M49",) and "M49" in said[0]
+    assert asked == []

@@ -6,6 +6,7 @@ Here every rank keeps its workspace, or none does and all of them all-reduce wit
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...installed import versions
 from ...runtime.channel import Channel, failures_text
@@ -25,7 +27,6 @@ from ...runtime.collectives.self_test import self_test
 from ...runtime.collectives.size_table import SizeRow
 from ...runtime.collectives.workspace import Workspace
 from ...runtime.errors import HazardError, WorkspaceError
-from ...runtime.groups import device_of_group
 from ...runtime.hazards.catalogue import applicable
 from ...runtime.hazards.hazard import Action, Hazard
 from ...runtime.hazards.situation import Fact, Situation, Strategy
@@ -50,7 +51,8 @@ class Guarded:
 
 def create_workspace(
     guarded: Guarded,
-    open_channel: Callable[[str, torch.device], Channel],
+    open_channel: Callable[[Any], Channel],
+    device: torch.device,
     on_hazard: str,
     captured: bool,
     original: Callable[..., Any],
@@ -64,27 +66,20 @@ def create_workspace(
 ) -> Any:
     """Around vLLM's ``_create_workspace``. Every rank must call; None on all of them where one cannot have it.
 
-    captured: whether vLLM captures what uses it. Raises :class:`HazardError` where that was asked for.
+    open_channel: among the ranks of the process group that vLLM gives. device: this worker's. captured: whether vLLM
+    captures what uses it. Raises :class:`HazardError` where that was asked for.
     """
     arguments = (backend, world_size, rank, max_token_num, hidden_dim, dtype, group)
     one = _OURS.get(backend)
     if one is None:
         return original(*arguments)
-    name = str(group.group_name)
-    device = device_of_group(name)
-    channel = open_channel(name, device)
+    channel = open_channel(group)
     made: list[Any] = []
-    why_not = _barred(guarded, channel, one, dtype, on_hazard, captured, device) or _made(
-        channel, made, lambda: original(*arguments)
+    why_not = (
+        _barred(guarded, channel, one, dtype, on_hazard, captured, device)
+        or _made(channel, made, lambda: original(*arguments))
+        or _failed(channel, one, made, (max_token_num, hidden_dim, dtype), captured, device)
     )
-    if why_not is None:
-        capacity = max_token_num * hidden_dim * dtype.itemsize
-        row = SizeRow(one.name, one.transport, (0, 0), world_size, capacity, capacity, 0, "vLLM's own choice")
-        workspace = Workspace(one, row, _Theirs(made[0]), device, world_size, capacity, (dtype,))
-        tokens = [n for n in _TESTED if n <= max_token_num]
-        result = self_test(workspace, channel, hidden_dim, dtype, tokens, capture=captured)
-        failure = result.eager or (result.captured if captured else None)
-        why_not = f"its self-test failed: {failure}" if failure else None
     guarded.why_not = why_not
     if why_not is None:
         guarded.collective = str(one)
@@ -92,8 +87,32 @@ def create_workspace(
     channel.barrier("vLLM's workspace given back")
     for workspace in made:
         workspace.destroy()
-    log.warning("ringfence: no rank of '%s' uses vLLM's %s workspace: %s", name, backend, why_not)
+    log.warning("ringfence: no rank uses vLLM's %s workspace: %s", backend, why_not)
     return None
+
+
+def make_ahead(config: Any, group: Any) -> None:
+    """Have vLLM make the workspace of its fusion pass now. Every rank must call.
+
+    vLLM makes it where it compiles, and a rank that loads its graphs does not come there: the vote would wait for it.
+    """
+    from vllm.distributed.device_communicators import flashinfer_all_reduce
+
+    compilation = config.compilation_config
+    most = compilation.pass_config.flashinfer_max_size(group.world_size)
+    if not (flashinfer_all_reduce.fi_ar_available and compilation.pass_config.fuse_allreduce_rms and most):
+        return
+    from vllm.compilation.passes.fusion import allreduce_rms_fusion  # of CUDA's build
+
+    hidden, dtype = allreduce_rms_fusion._fused_ar_workspace_hidden_dim(config), config.model_config.dtype
+    flashinfer_all_reduce.get_fi_ar_workspace(
+        world_size=group.world_size,
+        rank=group.rank_in_group,
+        max_token_num=min(most // (hidden * dtype.itemsize), config.scheduler_config.max_num_batched_tokens),
+        hidden_dim=hidden,
+        dtype=dtype,
+        group=group.cpu_group,
+    )
 
 
 def _made(channel: Channel, made: list[Any], make: Callable[[], Any]) -> str | None:
@@ -106,6 +125,28 @@ def _made(channel: Channel, made: list[Any], make: Callable[[], Any]) -> str | N
         made.append(workspace)
 
     return failures_text(channel.attempt("vLLM's workspace", attempt)[1]) or None
+
+
+def _failed(
+    channel: Channel,
+    one: Implementation,
+    made: list[Any],
+    largest: tuple[int, int, torch.dtype],
+    captured: bool,
+    device: torch.device,
+) -> str | None:
+    """What the self-test found, eager and, where vLLM captures, replayed. largest: tokens, hidden size and dtype."""
+    tokens, hidden, dtype = largest
+    capacity = tokens * hidden * dtype.itemsize
+    world_size = channel.size
+    row = SizeRow(one.name, one.transport, (0, 0), world_size, capacity, capacity, 0, "vLLM's own choice")
+    workspace = Workspace(one, row, _Theirs(made[0]), device, world_size, capacity, (dtype,))
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:  # it may be compiling
+        tried = [n for n in _TESTED if n <= tokens]
+        result = self_test(workspace, channel, hidden, dtype, tried, capture=captured)
+    failure = result.eager or (result.captured if captured else None)
+    return f"its self-test failed: {failure}" if failure else None
 
 
 def _barred(

@@ -16,6 +16,9 @@ WORKER = "vllm.v1.worker.worker_base"
 _PASSES = "vllm.compilation.passes.pass_manager.PostGradPassManager"
 _COMPILATION = "vllm.config.compilation"
 
+_FLASHINFER = "vllm.distributed.device_communicators.flashinfer_all_reduce"
+_WORKSPACE = "world_size, rank, max_token_num, hidden_dim, dtype, group"
+
 #: Where a configuration is complete, in the process that starts the engine.
 POST_INIT = Target("vllm.config.vllm.VllmConfig.__post_init__", "self")
 #: In each worker: where its groups exist, before memory is measured and the model is made; and each step.
@@ -28,10 +31,7 @@ INIT_BACKEND = Target(
     f"{_COMPILATION}.CompilationConfig.init_backend", "self, vllm_config, prefix='', is_encoder=False"
 )
 #: Where vLLM makes the workspace of FlashInfer's fused all-reduce.
-CREATE_WORKSPACE = Target(
-    "vllm.distributed.device_communicators.flashinfer_all_reduce._create_workspace",
-    "backend, world_size, rank, max_token_num, hidden_dim, dtype, group",
-)
+CREATE_WORKSPACE = Target(f"{_FLASHINFER}._create_workspace", f"backend, {_WORKSPACE}")
 
 _EVERYWHERE = (
     POST_INIT,
@@ -50,7 +50,13 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
         Target(f"{_COMPILATION}.PassConfig.fuse_allreduce_rms"),
     ),
     "backend": (*_EVERYWHERE, INIT_BACKEND, Target(f"{_COMPILATION}.CompilationConfig._attention_ops")),
-    "guard": (*_EVERYWHERE, CREATE_WORKSPACE),
+    "guard": (
+        *_EVERYWHERE,
+        CREATE_WORKSPACE,
+        Target(f"{_FLASHINFER}.get_fi_ar_workspace", _WORKSPACE),
+        Target(f"{_FLASHINFER}.fi_ar_available"),
+        Target(f"{_COMPILATION}.PassConfig.flashinfer_max_size", "self, world_size"),
+    ),
 }
 
 #: What returns each of the groups whose names may stand in a graph.

@@ -159,6 +159,7 @@ def _begin(running: Running) -> None:
         wrap(hooked.INIT_BACKEND, functools.partial(whole.init_backend, asked, running.reports.append))
     else:
         wrap(hooked.CREATE_WORKSPACE, _guarding(running))
+        guard.make_ahead(config, group)
     wanted = asked.only(WATCH)
     if asked.mode == "guard":
         wanted = {"on_hang": "report"} | wanted
@@ -173,12 +174,17 @@ def _guarding(running: Running) -> Callable[..., Any]:
     on_hazard = str(running.asked.options.get("on_hazard", "refuse"))
     supervised = Asked({}, **running.asked.only(("agree_seconds",)))
 
-    def open_channel(name: str, device: torch.device) -> Channel:
+    tp, device = running.group, torch.device(running.group.device)
+
+    def open_channel(group: Any) -> Channel:
+        """vLLM gives the group of the hosts; that of the devices has the same ranks, and is watched."""
+        same = group in (tp.cpu_group, tp.device_group)
+        name = tp.unique_name if same else str(group.group_name)
         supervisor = supervisor_for(supervised)
         with supervisor.compiling(supervised), supervisor.compilation():
             return supervisor.open([describe_group(name, device)], device)[name]
 
-    return functools.partial(guard.create_workspace, running.guarded, open_channel, on_hazard, captured)
+    return functools.partial(guard.create_workspace, running.guarded, open_channel, device, on_hazard, captured)
 
 
 def warm_up(original: Callable[..., Any], running: Running, worker: Any, *args: Any, **kwargs: Any) -> Any:
