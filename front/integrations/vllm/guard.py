@@ -194,7 +194,7 @@ def _decided(rows: tuple[Hazard, ...], on_hazard: str) -> str | None:
 class _Theirs(EndlessWaits):
     """vLLM's workspace as the self-test calls it: as vLLM does, with programmatic launch."""
 
-    strategies = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
+    strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
     memory = None
 
     def __init__(self, workspace: Any) -> None:

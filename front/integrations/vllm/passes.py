@@ -45,7 +45,7 @@ def configure(original: Callable[..., None], manager: Any, config: Any) -> None:
     manager.passes = [*kept, FusePass(asked, device)]
 
 
-class FusePass(CustomGraphPass):  # type: ignore[misc]
+class FusePass(CustomGraphPass):
     """What vLLM calls with each piece of a graph, between its fusions and the lowering of its IR."""
 
     def __init__(self, asked: Request, device: torch.device) -> None:

@@ -192,7 +192,7 @@ def warm_up(original: Callable[..., Any], running: Running, worker: Any, *args: 
     result = original(*args, **kwargs)
     if running.group.world_size > 1 and running.asked.mode == "pass":
         with _Counts() as counts:  # of what runs: a rank that loaded its graphs has no report of them
-            _step(worker, running.config.scheduler_config.max_num_batched_tokens)
+            _step(worker, running.config.scheduler_config.max_num_batched_tokens, is_profile=True)
         running.fused, running.sums = counts.fused, counts.sums
     if running.asked.mode == "backend":
         sites = [site for report in running.reports for site in report.sites]
@@ -205,11 +205,12 @@ def warm_up(original: Callable[..., Any], running: Running, worker: Any, *args: 
     return result
 
 
-def _step(worker: Any, tokens: int) -> None:
-    worker.model_runner._dummy_run(tokens, skip_eplb=True)
+def _step(worker: Any, tokens: int, *, is_profile: bool = False) -> None:
+    """As vLLM warms up. is_profile: by no CUDA graph of vLLM's, in which nothing could be counted."""
+    worker.model_runner._dummy_run(tokens, skip_eplb=True, is_profile=is_profile)
 
 
-class _Counts(TorchDispatchMode):  # type: ignore[misc]
+class _Counts(TorchDispatchMode):
     """What a step calls: fused all-reduces, and vLLM's own over the ranks."""
 
     def __init__(self) -> None:
