@@ -78,6 +78,7 @@ class FakeVllm:
         self.group = Coordinator(group)
         self.made: list[Any] = []
         self.steps: list[int] = []
+        self.current: Any = None
         for name, members in self._modules().items():
             module = types.ModuleType(name)
             vars(module).update(members)
@@ -186,7 +187,11 @@ class FakeVllm:
             "fi_ar_available": True,
         }
         hidden = {"_fused_ar_workspace_hidden_dim": lambda config: 2 * config.model_config.get_hidden_size()}
-        configs = {"CompilationMode": CompilationMode, "CUDAGraphMode": CUDAGraphMode}
+        configs = {
+            "CompilationMode": CompilationMode,
+            "CUDAGraphMode": CUDAGraphMode,
+            "get_current_vllm_config": lambda: fake.current,
+        }
         return {
             "vllm": {"__version__": "0.32.0"},
             "vllm.config": configs,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ringfence
 from ringfence.integrations.targets import Target, moved, parameters_of, resolve
+from ringfence.integrations.vllm import backend as by_name
 from ringfence.integrations.vllm import digest, guard, hooked, passes, register, request, whole, worker
 from ringfence.integrations.vllm.request import Request
 from ringfence.runtime.channel import Channel
@@ -389,6 +390,16 @@ def test_backend_compiles_captures_and_counts(tp: FakeVllm, monkeypatch: pytest.
     assert (status["fused"], status["sites"], status["captured"]) == (7, 7, "sizes 2, 4")
 
 
+def test_the_function_that_the_backends_name_stands_for(tp: FakeVllm) -> None:
+    """vLLM calls it where nobody put a backend with options in its place."""
+    ringfence.register_group("tp:0", tp.group.device_group)
+    tp.current = tp.config({"ringfence": {"mode": "backend", "options": {"piece_compiler": "eager"}}})
+    x, *weights = inputs()
+    with torch.no_grad():
+        expected = layers(x, *weights)
+        torch.testing.assert_close(torch.compile(layers, backend=by_name)(x, *weights), expected)
+
+
 def test_guard_makes_vllms_workspace_ahead(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that loads its graphs would not come to where the others make it."""
     monkeypatch.setenv("RINGFENCE", "guard")
@@ -399,6 +410,9 @@ def test_guard_makes_vllms_workspace_ahead(tp: FakeVllm, monkeypatch: pytest.Mon
     config.compilation_config.pass_config.fuse_allreduce_rms = True
     tp.started(config)
     assert tp.made == [(2, 0, 32, 32, torch.float32, None)]
+    config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+    tp.started(config)
+    assert len(tp.made) == 1, "without vLLM's compiler nothing fuses"
 
 
 def test_guard_watches_the_steps(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:

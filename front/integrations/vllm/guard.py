@@ -96,11 +96,13 @@ def make_ahead(config: Any, group: Any) -> None:
 
     vLLM makes it where it compiles, and a rank that loads its graphs does not come there: the vote would wait for it.
     """
+    from vllm.config import CompilationMode
     from vllm.distributed.device_communicators import flashinfer_all_reduce
 
     compilation = config.compilation_config
+    fuses = compilation.mode == CompilationMode.VLLM_COMPILE and compilation.pass_config.fuse_allreduce_rms
     most = compilation.pass_config.flashinfer_max_size(group.world_size)
-    if not (flashinfer_all_reduce.fi_ar_available and compilation.pass_config.fuse_allreduce_rms and most):
+    if not (fuses and flashinfer_all_reduce.fi_ar_available and most):
         return
     from vllm.compilation.passes.fusion import allreduce_rms_fusion  # of CUDA's build
 

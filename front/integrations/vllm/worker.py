@@ -24,6 +24,7 @@ from ...runtime.channel import Channel
 from ...runtime.collectives import ops
 from ...runtime.collectives.prepared import Prepared
 from ...runtime.groups import describe_group, register_group
+from ...runtime.hazards.table import HAZARDS
 from ...runtime.versions import in_range
 from ...runtime.watch.steps import Watch
 from ...runtime.watch.supervision import Asked
@@ -97,8 +98,8 @@ class Running:
         if self.asked.mode == "guard":
             return list(self.guarded.hazards)
         if self.prepared is not None:
-            rule = self.prepared.capture.partition(":")[0]
-            return [rule] if rule[:1] == "M" and rule[1:].isdigit() else []
+            rule = self.prepared.capture.partition(":")[0]  # of the hazard table, or another one
+            return [rule] if any(rule == hazard.id for hazard in HAZARDS) else []
         return sorted({v.hazard for report in self.reports for v in report.verdicts if v.hazard is not None})
 
     @property
