@@ -20,9 +20,10 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives.epilogue import DTYPES
-from . import roles
+from . import op_options, roles
 from .all_reduce import ALL_REDUCES, AllReduce, nested_all_reduces, recognise_all_reduce
 from .engine_ops import GroupOf
+from .given import check_graph, named_ops, with_what_writes
 from .match import Candidate, Match, Site
 from .norm_ops import NormCall, NormOp, is_foreign, norm_ops_of, op_of, read_call
 from .norms import Norm, norm_of_call, recognise_rms_norm
@@ -38,25 +39,28 @@ def find(
     *,
     strict: bool = False,
     groups: Collection[str] | None = None,
-    all_reduce_ops: Mapping[str, GroupOf] | None = None,
-    norm_ops: Mapping[str, NormOp | str] | None = None,
+    all_reduce_ops: Collection[str] | Mapping[str, GroupOf] | None = None,
+    norm_ops: Collection[str] | Mapping[str, NormOp | float | str] | None = None,
 ) -> list[Candidate]:
     """One candidate for every all-reduce of a functional ATen graph, in graph order; those of nested regions last.
 
     ``strict`` declines a site whose source rounds differently from the fused op.
     ``groups``, when given, are the names of the process groups to fuse over.
-    ``all_reduce_ops`` maps an engine's own op (``"namespace::name"``) to the group it
-    reduces over, or to None when the op takes the group's name as an argument.
-    ``norm_ops`` says of engines' norm ops which argument is what, or why they are none
-    (:func:`norm_ops_of`); without it, those that are known by name are used.
+    ``all_reduce_ops`` and ``norm_ops`` name engines' own ops, as the options of :class:`ringfence.Options` do.
+    A norm op may also be given with the reason why it is none (:func:`norm_ops_of`).
 
-    Raises :class:`GraphMetadataError` for nodes without ``val`` metadata.
+    Raises :class:`GraphMetadataError` for nodes without ``val`` metadata, :class:`OptionsError` for an op that torch
+    does not know, and :class:`ArgumentError` for what is no graph.
     """
+    check_graph(gm, "find")
+    if groups is not None:
+        groups = op_options.groups(groups)
+    all_reduce_ops, norm_ops = named_ops(gm, all_reduce_ops, norm_ops)
     targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
     foreign = any(map(is_foreign, targets))
     starts = targets if all_reduce_ops else targets & ALL_REDUCES  # most nodes need not be asked
     asked = (node for node in gm.graph.nodes if node.target in starts)
-    recognised = {node: recognise_all_reduce(node, all_reduce_ops or {}) for node in asked}
+    recognised = {node: recognise_all_reduce(node, all_reduce_ops) for node in asked}
     all_reduces = {node: found for node, found in recognised.items() if found is not None}
     rows = norm_ops if norm_ops is not None else norm_ops_of(gm) if foreign else {}
     calls = _norm_calls(gm, rows) if rows else {}
@@ -70,10 +74,10 @@ def find(
         if match is not None and match.all_reduce.start is not node:
             site = replace(site, merged_into=index[match.all_reduce.start])
         candidates.append(Candidate(site, match))
-    for region, node, all_reduce in nested_all_reduces(gm, all_reduce_ops or {}) if foreign else ():
+    for region, node, all_reduce in nested_all_reduces(gm, all_reduce_ops) if foreign else ():
         site = _site(len(candidates), node, all_reduce, _nested(region, node))
         candidates.append(Candidate(replace(site, node=region.name), None))
-    return candidates
+    return with_what_writes(gm, candidates)
 
 
 def _norm_calls(gm: GraphModule, rows: Mapping[str, NormOp | str]) -> dict[Node, NormCall | str]:

@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 from ..runtime.collectives import ops
 from ..runtime.errors import GraphMetadataError
 from .all_reduce import AllReduce
+from .given import check_each, check_graph
 from .match import Candidate, Match, Site
 from .roles import aten, cast_input, first_node, same_shape, tensor
 from .sums import Parts
@@ -43,9 +44,12 @@ def fuse(
 ) -> list[Site]:
     """Rewrite ``gm`` in place; return the sites, fused or declined, in their order.
 
-    ``collectives`` maps groups to what carries out their sums (:mod:`ringfence.runtime.collectives.ops`); those of
-    other groups are the reference's. Raises :class:`GraphMetadataError` for candidates of another graph.
+    ``collectives`` maps groups to what carries out their sums, ``"prepared"`` for what :func:`ringfence.prepare` chose
+    (:mod:`ringfence.runtime.collectives.ops`); those of other groups are the reference's.
+    Raises :class:`GraphMetadataError` for candidates of another graph, and :class:`ArgumentError` for what are none.
     """
+    check_graph(gm, "fuse")
+    candidates = check_each(candidates, Candidate, "fuse", "find(gm)")
     sites: list[Site] = []
     rewriter = _Rewriter(gm, collectives or {})
     for candidate in candidates:

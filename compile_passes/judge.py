@@ -22,6 +22,7 @@ from .all_reduce import is_all_reduce
 from .assignment import Assignment
 from .constants import mark_constants
 from .fuse import SITE
+from .given import check_graph, check_one
 from .groups import find_group, is_ours_or_torchs
 from .host import Surroundings, surroundings_of, unsafe_for
 from .op_calls import OpCall, op_calls
@@ -79,6 +80,8 @@ def judge(
     ``profile="conservative"`` goes by the rule of the field instead
     (:mod:`ringfence.runtime.hazards.engine_default`): whoever captures has asked it before.
     """
+    check_graph(gm, "judge")
+    check_one(assigned, Assignment, "judge", "Assignment(groups=describe_groups(gm, device))")
     mark_constants(gm)
     about = surroundings_of(gm)
 

@@ -14,9 +14,11 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
+from ..runtime.errors import ArgumentError
 from ..runtime.replay.program import Program, ReturnedView, Step
 from .elided import keep_snapshots
 from .functional import written_inputs
+from .given import check_graph, check_one
 from .groups import collectives_of, group_of
 from .roles import arguments
 from .split import SplitPlan
@@ -41,10 +43,14 @@ def lower(
 ) -> Program:
     """A :class:`Program` of compiled pieces and eager islands, in the plan's order.
 
-    ``names`` are those of the inputs, for messages.
+    ``names`` are those of the inputs, for messages; ``static_inputs`` and ``written`` positions among the inputs.
+    Raises :class:`ArgumentError`.
     """
+    check_one(plan, SplitPlan, "lower", "split(gm, parts)")
+    check_graph(whole, "lower")
     slot_of = {node: i for i, node in enumerate(whole.graph.find_nodes(op="placeholder"))}
     slots = len(slot_of)
+    _check_inputs(slots, names, static_inputs | written)
     constants: list[tuple[int, Any]] = []
     for node in whole.graph.find_nodes(op="get_attr"):
         slot_of[node] = slots
@@ -90,6 +96,14 @@ def lower(
         written=written,
         views=views,
     )
+
+
+def _check_inputs(count: int, names: Sequence[str], positions: frozenset[int]) -> None:
+    if isinstance(names, str) or len(names) != count:
+        raise ArgumentError(f"lower was given names={names!r} for the {count} inputs of the graph; name each")
+    beyond = sorted(position for position in positions if not 0 <= position < count)
+    if beyond:
+        raise ArgumentError(f"lower was given the inputs {beyond}, and the graph has inputs 0 to {count - 1}")
 
 
 def _return_tuple(piece: GraphModule) -> int:

@@ -36,6 +36,20 @@ def check_op_name(key: str, name: str) -> None:
         raise OptionsError(f"{key} holds '{name}'; an op is named 'namespace::name' or 'namespace::name.overload'")
 
 
+def registered(key: str, name: str) -> torch._ops.OpOverload:
+    """The op of that name; of several overloads, the first."""
+    namespace, _, op = name.partition("::")
+    packet, _, overload = op.partition(".")
+    found = getattr(getattr(torch.ops, namespace), packet, None)
+    if found is None or (overload and overload not in found.overloads()):
+        raise OptionsError(
+            f"{key} holds '{name}', and no such op is registered with torch; import the package that registers it "
+            "before the model is compiled"
+        )
+    named: torch._ops.OpOverload = getattr(found, overload or found.overloads()[0])
+    return named
+
+
 def all_reduce_ops(value: object) -> dict[str, GroupOf]:
     """By op, what is said of its groups or of all its arguments."""
     ops: dict[str, GroupOf]
@@ -118,6 +132,4 @@ def groups(value: object) -> tuple[str, ...]:
     wrong = next((v for v in value if not isinstance(v, str | dist.ProcessGroup)), None)
     if wrong is not None:
         raise OptionsError(f"groups holds {wrong!r}, which is no process group, nor the name of one")
-    if not value:
-        raise OptionsError("groups is empty, so nothing could be fused; None means every group")
     return tuple(map(name_of_group, value))

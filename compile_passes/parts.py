@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from ..runtime.errors import RefusedError
 from .aliases import viewed
 from .functional import is_write_back
+from .given import check_each, check_graph
 from .judge import Decision, Verdict
 from .roles import aten, c10d, calls, first_node
 from .waits import keep_waits
@@ -50,6 +51,8 @@ def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[GraphPart, ...]:
 
     Raises :class:`RefusedError` for an op that is refused and that the reference cannot carry out instead.
     """
+    check_graph(gm, "cut")
+    check_each(verdicts, Verdict, "cut", "judge(gm, ...)")
     for verdict in verdicts:
         if verdict.decision is Decision.REFUSE and not verdict.op.startswith("ringfence::"):
             raise RefusedError(f"'{verdict.node}' ({verdict.op}) is refused: {verdict.message} ({verdict.source})")

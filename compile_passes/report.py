@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex, overload
 
 import torch
 
-from ..runtime.errors import NotFusedError
+from ..runtime.errors import ArgumentError, NotFusedError
 from .judge import Verdict
 from .match import Site
 from .prove import PlanVerdict
@@ -212,7 +212,7 @@ def assert_fused(report: CompileReport, count: int | None = None) -> None:
     that was not fused.
     """
     if not isinstance(report, CompileReport):
-        raise TypeError(f"assert_fused takes a CompileReport (one of Backend.reports), not {type(report).__name__}")
+        raise ArgumentError(f"assert_fused takes a CompileReport (one of Backend.reports), not {type(report).__name__}")
     expected = count if count is not None else max(len(report.sites), 1)
     if len(report.fused) == expected:
         return

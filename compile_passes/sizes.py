@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from ..runtime.replay.program import Padding, SizeRule
 from .devices import device_of
 from .functional import written_inputs
+from .given import check_graph
 from .match import Candidate
 from .roles import first_node, is_tensor, tensor
 
@@ -26,6 +27,7 @@ def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: f
     sizes that the arguments tell count: without one,
     ``tokens`` is None and nothing can be captured by size.
     """
+    check_graph(gm, "size_rule")
     placeholders = gm.graph.find_nodes(op="placeholder")
     symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for i, node in enumerate(placeholders):

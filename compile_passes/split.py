@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.split_module import split_module
 
 from .fuse import SITE
+from .given import check_each, check_graph
 from .parts import GraphPart
 
 
@@ -38,6 +39,8 @@ def split(gm: GraphModule, parts: Sequence[GraphPart]) -> tuple[SplitPlan, Graph
 
     ``parts`` are those of :func:`~.parts.cut`, as :func:`~.in_place.write_in_place` left them.
     """
+    check_graph(gm, "split")
+    check_each(parts, GraphPart, "split", "cut(gm, verdicts)")
     index_of = {node: i for i, part in enumerate(parts) for node in part.nodes}
     pieces = tuple(
         Piece(

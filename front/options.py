@@ -23,6 +23,7 @@ from .compile_passes.op_options import (
     group_names,
     groups,
     norm_ops,
+    registered,
     strings,
 )
 from .keywords import OptionKeywords
@@ -183,15 +184,7 @@ class Options:
         listed = {"split_ops": self.split_ops, "all_reduce_ops": self.all_reduce_ops, "norm_ops": self.norm_ops}
         for key, names in listed.items():
             for name in names:
-                namespace, _, op = name.partition("::")
-                packet, _, overload = op.partition(".")
-                found = getattr(getattr(torch.ops, namespace), packet, None)
-                if found is None or (overload and overload not in found.overloads()):
-                    raise OptionsError(
-                        f"{key} holds '{name}', and no such op is registered with torch; import the package that "
-                        "registers it before the model is compiled"
-                    )
-                check_roles(key, name, getattr(self, key), getattr(found, overload or found.overloads()[0]))
+                check_roles(key, name, getattr(self, key), registered(key, name))
                 if is_taken_apart(name):
                     raise OptionsError(
                         f"{key} holds '{name}', which torch replaces by the ops that it is made of before any backend "
@@ -264,6 +257,15 @@ def _read_split_ops(value: object) -> tuple[str, ...]:
     return names
 
 
+def _read_groups(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = groups(value)
+    if not names:
+        raise OptionsError("groups is empty, so nothing could be fused; None means every group")
+    return names
+
+
 def _read_journal_dir(folder: object) -> str | None:
     if folder is None:
         return None
@@ -287,7 +289,7 @@ def _read_size_table(path: object) -> str | None:
 _READ: Mapping[str, Callable[[Any], Any]] = {
     "skip_sites": functools.partial(strings, "skip_sites"),
     "split_ops": _read_split_ops,
-    "groups": lambda value: groups(value) if value is not None else None,
+    "groups": _read_groups,
     "all_reduce_ops": all_reduce_ops,
     "group_names": group_names,
     "norm_ops": norm_ops,

@@ -16,6 +16,10 @@ class OptionsError(RingfenceError, ValueError):
     """An option is unknown, of the wrong type, or out of range."""
 
 
+class ArgumentError(RingfenceError, TypeError):
+    """A function was given another kind of thing than it takes."""
+
+
 class CollectiveUnavailableError(RingfenceError):
     """The collective that was asked for has no runtime in this process."""
 

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ..errors import (
     AddressChangedError,
+    ArgumentError,
     CaptureFailedWarning,
     ConcurrentCallError,
     GradModeError,
@@ -90,6 +91,11 @@ class PiecewiseRunner:
         collective: str = "",
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
+        if not isinstance(program, Program) or not isinstance(sizes, SizeRule):
+            raise ArgumentError(
+                f"a runner takes a Program and a SizeRule, as lower(...) and size_rule(...) return them, not a "
+                f"{type(program).__name__} and a {type(sizes).__name__}"
+            )
         self._program = program
         self._journal = journal if journal is not None else Journal(pieces=1024, steps=64)
         self._supervision = supervision if supervision is not None else Supervision()
@@ -137,6 +143,8 @@ class PiecewiseRunner:
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
         self._supervision.check()
+        if len(args) != len(self._program.inputs):
+            raise self._wrong_inputs(len(args))
         if self._max_tokens is not None:
             self._check_tokens(args)
         if self._graphs is None:
@@ -159,6 +167,10 @@ class PiecewiseRunner:
             return self._serve(target, sizes, args)
         finally:
             self._in_use.release()
+
+    def _wrong_inputs(self, given: int) -> ArgumentError:
+        names = self._program.inputs
+        return ArgumentError(f"the runner takes {len(names)} inputs ({', '.join(names)}), and was given {given}")
 
     def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         assert self._graphs is not None
