@@ -23,7 +23,8 @@ from ..runtime.watch.agree import PlanDigest
 from .fuse import FACTORS, SITE
 from .groups import collectives_of, group_of
 from .judge import Decision, Verdict
-from .op_calls import op_calls, op_names
+from .moe_calls import capacity_of, is_moe
+from .op_calls import op_arguments, op_calls, op_names
 from .provenance import module_of, source_of
 from .roles import arguments, bound_arguments, c10d, calls, dtype_text, is_tensor, tensor
 
@@ -138,11 +139,24 @@ class _Symbols:
 
     def count(self, node: Node) -> str:
         """How much a collective sends, as far as it is the same on all ranks."""
+        if is_moe(node):
+            return self._of_moe(node)
         value = node.args[0].meta["val"] if SITE in node.meta and is_tensor(node.args[0]) else node.meta.get("val")
         values = [v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, Tensor)]
         if any(word in op_names(node)[0] for word in _UNEVEN):
             return ", ".join(f"{dtype_text(v.dtype)} [..., {v.shape[-1] if v.ndim else 1}]" for v in values)
         return ", ".join(f"{self.text(v.numel())} {dtype_text(v.dtype)}" for v in values) or "no tensor"
+
+    def _of_moe(self, node: Node) -> str:
+        """A rank has tokens of its own, and a capacity that is everybody's."""
+        given = op_arguments(node)
+        if "partial" in given:
+            partial = tensor(given["partial"])
+            return f"{self.text(partial.numel())} {dtype_text(partial.dtype)}"
+        head = f"capacity {self.text(capacity_of(node))}, {given['num_experts']} experts"
+        sent = (*(tensor(payload) for payload in given["payloads"]), tensor(given["topk_ids"]))
+        rows = ", ".join(f"{dtype_text(t.dtype)} [..., {self.text(t.shape[-1])}]" for t in sent)
+        return f"{head}: {rows}"
 
     def tokens(self) -> str:
         """The token count as a function of the shared sizes; one that it alone depends on is shared, too."""
@@ -176,6 +190,8 @@ def _calls(
 def _what(node: Node) -> str:
     """What a peer meets: of the reference collective that is torch's all-reduce, whatever follows it."""
     name = op_names(node)[1]
+    if is_moe(node):
+        return f"{op_names(node)[0]} by {op_arguments(node)['collective']}"
     if name.startswith("ringfence::"):
         collective = str(arguments(node)[-1])
         return "sum" if collective == Collective.REFERENCE else f"{name} by {collective}"

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
+from ..runtime.collectives.moe import MOE_OPS
 from ..runtime.collectives.ops import OPS
 from ..runtime.errors import GroupError, OptionsError
 from ..runtime.groups import Group, describe_group, group_exists, register_group, resolve_group
@@ -80,7 +81,11 @@ def _group_of_engine_call(node: Node, call: EngineCall, device: torch.device, sa
 
 def is_ours_or_torchs(node: Node) -> bool:
     """Whether it is a collective of which it is known how it is carried out."""
-    return SITE in node.meta or calls(node, *OPS) or op_names(node)[0].split("::")[0] in NAMESPACES
+    return SITE in node.meta or _is_ours(node) or op_names(node)[0].split("::")[0] in NAMESPACES
+
+
+def _is_ours(node: Node) -> bool:
+    return calls(node, *OPS, *MOE_OPS) or op_names(node)[0] == "ringfence::moe_combine_into"  # which AOT may wrap
 
 
 def groups_of(gm: GraphModule) -> list[str]:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from ..runtime.errors import HazardError
 from ..runtime.hazards.catalogue import applicable
 from ..runtime.hazards.engine_default import engine_default
-from ..runtime.hazards.situation import Situation, Strategy
+from ..runtime.hazards.situation import Collective, Situation, Strategy
 from ..runtime.hazards.table import Action, Hazard
 from .all_reduce import is_all_reduce
 from .assignment import Assignment
@@ -25,6 +25,7 @@ from .fuse import SITE
 from .given import check_graph, check_one
 from .groups import find_group, is_ours_or_torchs
 from .host import Surroundings, surroundings_of, unsafe_for
+from .moe_calls import is_moe
 from .op_calls import OpCall, op_calls
 from .roles import dtype_text, first_node, tensor
 from .rules import RULES, OpFacts
@@ -99,7 +100,7 @@ def judge(
             message = f"{message} (it is in a region that '{outer.name}' calls)"
         site = node.meta.get(SITE)
         verdict = Verdict(outer.name, facts.op, rule.decision, rule.id, message, rule.source, site, group=group)
-        situation = assigned.situation(group) if facts.carrier is not None else None
+        situation = _situation(assigned, group, node) if facts.carrier is not None else None
         if situation is not None:  # an all-reduce without a norm too
             source = first_node(node)
             assert source is not None, "a fused op takes its input first"
@@ -178,6 +179,22 @@ def captures_reference(assigned: Assignment, group: str | None) -> bool:
     return _by_hazards(called, replace(assigned.nccl, capture=True), "split").decision is Decision.IN_GRAPH
 
 
+def _situation(assigned: Assignment, group: str | None, node: Node) -> Situation | None:
+    """What the hazard table is asked about a call of ours; None: nothing, the reference has it."""
+    if not is_moe(node):
+        return assigned.situation(group)
+    planned = assigned.planned
+    return planned if planned is not None and planned.collective == Collective.MOE_ALL_TO_ALL else None
+
+
+def _carrier(assigned: Assignment, group: str | None, node: Node) -> str:
+    """Who carries a call of ours out: a dispatch is no all-reduce, and the workspace of one does not serve it."""
+    if not is_moe(node):
+        return assigned.collective(group)
+    situation = _situation(assigned, group, node)
+    return situation.collective if situation is not None else Collective.REFERENCE
+
+
 # -- facts about a node --------------------------------------------------------------
 
 
@@ -196,8 +213,8 @@ def _facts(
     return OpFacts(
         op=op,
         backend=assigned.backend(group),
-        carrier=assigned.collective(group) if ours else None,
-        capture_failure=assigned.capture_failure(group) if ours else None,
+        carrier=_carrier(assigned, group, node) if ours else None,
+        capture_failure=assigned.capture_failure(group) if ours and not is_moe(node) else None,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
         collective=known or is_all_reduce(node, all_reduce_ops),

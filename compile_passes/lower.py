@@ -11,16 +11,18 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
+from ..runtime.collectives.moe import moe_dispatch
 from ..runtime.errors import ArgumentError
 from ..runtime.replay.program import Program, ReturnedView, Step
 from .elided import keep_snapshots
 from .functional import written_inputs
 from .given import check_graph, check_one
 from .groups import collectives_of, group_of
-from .roles import arguments
+from .roles import arguments, calls
 from .split import SplitPlan
 from .symbols import forget_sizes
 
@@ -158,7 +160,7 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         keep_snapshots(piece)
     for node in piece.graph.find_nodes(op="placeholder"):
         node.meta["val"] = _current(node.meta["val"])
-    with _own_tracing_context():
+    with _own_tracing_context(), _planes_left_alone(piece):
         piece = joint_graph_passes(piece)
         inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
         compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
@@ -168,6 +170,16 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         return outputs
 
     return _with_memory_of_their_own(call) if writes else call
+
+
+def _planes_left_alone(piece: GraphModule) -> contextlib.AbstractContextManager[Any]:
+    """Inductor writes later results into memory that an op returned, and a dispatch's may be a workspace's."""
+    if not any(calls(node, moe_dispatch) for node in piece.graph.nodes):
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[Any] = inductor_config.patch(
+        allow_buffer_reuse=False, inplace_buffers=False
+    )
+    return patched
 
 
 def _with_memory_of_their_own(call: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:

@@ -51,6 +51,12 @@ class Reason(StrEnum):
     WEIGHT_KIND = "weight_kind"
     WEIGHT_NOT_READY = "weight_not_ready"
     EPS_KIND = "eps_kind"
+    # a MoE site
+    HOST_SPLITS = "host_splits"
+    IDS_NOT_KNOWN = "ids_not_known"
+    GATHER_SHAPE = "gather_shape"
+    COLLECTIVE_BETWEEN = "collective_between"
+    EXPERTS_NOT_ROW_WISE = "experts_not_row_wise"
     # policy
     SWITCHED_OFF = "switched_off"
     ROUNDING_DIFFERS = "rounding_differs"
@@ -84,4 +90,5 @@ class Rounding(StrEnum):
     RESIDUALS = "the source adds to the reduced value one tensor after the other; the fused op adds their sum"
     BIAS = "the source adds a bias to the reduced value before the residual; the fused op adds bias + residual"
     NORM_OP = "the source's norm is an engine's op, which may round elsewhere than the fused op"
+    COMBINE = "the source sums over the ranks in its own dtype; the combine sums in float32 and rounds once"
     WEIGHT_BIAS = "the source rounds (bias + weight) before it multiplies; the fused op adds in float32"

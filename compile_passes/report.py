@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, overload
 
@@ -18,6 +18,7 @@ import torch
 from ..runtime.errors import ArgumentError, NotFusedError
 from .judge import Verdict
 from .match import Site
+from .moe_sites import MoeSite
 from .prove import PlanVerdict
 from .split import Piece
 
@@ -50,7 +51,8 @@ class CompileReport:
     padding refused); ``graphs`` names what captures, or None; ``versions`` maps package to version.
 
     ``judged_as``: what the plan was judged as, where that is not what carries it out (``ringfence explain
-    --collective``). ``captured``: the token counts that are captured when they are met.
+    --collective``). ``captured``: the token counts that are captured when they are met. ``moe_sites``: where tokens
+    are sent to the ranks of their experts.
     """
 
     sites: tuple[Site, ...]
@@ -64,6 +66,7 @@ class CompileReport:
     plan: PlanVerdict | None = None
     judged_as: str | None = None
     captured: tuple[int, ...] = ()
+    moe_sites: tuple[MoeSite, ...] = ()
 
     @property
     def collective(self) -> str:
@@ -146,6 +149,8 @@ class CompileReport:
             headers = ("site", "outcome", "fused op", "group", "dtype", "hidden", "eps", "module", "source")
             parts.append(tabulate(rows, headers, disable_numparse=True))
             parts += [f"site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in self.sites)]
+        if self.moe_sites:
+            parts += _moe_table(self.moe_sites)
         if len(self.pieces) > 1:
             parts_of = [(p.name, "eager" if p.island else "piece", p.nodes, ", ".join(p.ops)) for p in self.pieces]
             parts.append(tabulate(parts_of, ("part", "runs as", "nodes", "because of")))
@@ -173,6 +178,7 @@ class CompileReport:
             "graphs": self.graphs,
             "captured": list(self.captured),
             "sites": [_site(s) for s in self.sites],
+            "moe_sites": [_moe_site(s) for s in self.moe_sites],
             "pieces": [_plain(p) for p in self.pieces],
             "verdicts": [_plain(v) for v in self.verdicts],
             "plan": _plain(self.plan) if self.plan is not None else None,
@@ -244,6 +250,38 @@ def _site(site: Site) -> dict[str, Any]:
         "roundings": [r.name.lower() for r in site.roundings],
         "merged_into": site.merged_into,
     }
+
+
+def _moe_site(site: MoeSite) -> dict[str, Any]:
+    return {
+        **{f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name not in ("decline", "roundings")},
+        "rewritten": site.rewritten,
+        "reason": str(site.decline.reason) if site.decline else None,
+        "message": site.message,
+        "roundings": [r.name.lower() for r in site.roundings],
+    }
+
+
+def _moe_table(sites: Sequence[MoeSite]) -> list[str]:
+    from tabulate import tabulate
+
+    headers = ("MoE site", "outcome", "group", "dtype", "hidden", "experts", "payloads", "module", "source")
+    rows = [
+        (
+            s.index,
+            "dispatch and combine" if s.decline is None else s.decline.reason,
+            s.group or "",
+            s.dtype,
+            s.hidden_size if s.hidden_size is not None else "",
+            s.num_experts if s.num_experts is not None else "",
+            s.payloads,
+            s.module or "",
+            _short(s.source),
+        )
+        for s in sites
+    ]
+    table = tabulate(rows, headers, disable_numparse=True)
+    return [table, *(f"MoE site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in sites))]
 
 
 def _plain(value: Piece | Verdict | PlanVerdict | GroupCollective) -> dict[str, Any]:

@@ -116,13 +116,13 @@ def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
         if node not in env:
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt | int):
-                return _concrete(value)
+                return concrete(value)
             arguments = [copy(n) for n in node.all_input_nodes]
             mapped = dict(zip(node.all_input_nodes, arguments, strict=True))
             env[node] = graph.node_copy(node, lambda n: mapped[n])
             if isinstance(value, Tensor):
                 env[node].meta["val"] = torch.empty(
-                    [_concrete(d) for d in value.shape], dtype=value.dtype, device="meta"
+                    [concrete(d) for d in value.shape], dtype=value.dtype, device="meta"
                 )
         return env[node]
 
@@ -137,7 +137,7 @@ def _subgraph(match: Match) -> tuple[GraphModule, list[Tensor]]:
 
 def _like(value: Tensor) -> Tensor:
     """A tensor without memory, whose sizes are numbers."""
-    return torch.empty([_concrete(d) for d in value.shape], dtype=value.dtype, device="meta")
+    return torch.empty([concrete(d) for d in value.shape], dtype=value.dtype, device="meta")
 
 
 def _without_names(graph: Graph) -> list[str]:
@@ -147,7 +147,7 @@ def _without_names(graph: Graph) -> list[str]:
     return [str(call) for call in calls]
 
 
-def _concrete(dim: int | torch.SymInt) -> int:
+def concrete(dim: int | torch.SymInt) -> int:
     """A size with every symbol in it replaced: by what it stood for when traced, or by a small number."""
     if isinstance(dim, int):
         return dim

@@ -38,6 +38,8 @@ from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
+from .compile_passes.moe_rewrite import dispatch_experts
+from .compile_passes.moe_sites import MoeSite
 from .compile_passes.named_ops import check_not_decomposed, ops_in
 from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.op_calls import op_names
@@ -62,7 +64,7 @@ from .keywords import OptionKeywords
 from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.errors import HazardError, OptionsError
-from .runtime.groups import same_groups
+from .runtime.groups import Group, same_groups
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.hazards.situation import Situation
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
@@ -105,6 +107,7 @@ class Backend:
             "split_ops": self.options.split_ops,
             "all_reduce_ops": tuple(self.options.all_reduce_ops),
             "norm_ops": tuple(self.options.norm_ops),
+            "experts_ops": self.options.experts_ops,
         }
         self._seen_ops: set[str] = set()
         self._said_groups: dict[str, str] = {}  # by engine op, see describe_groups
@@ -194,8 +197,9 @@ class Backend:
         merge_repeats(gm)
         if options.capture_sizes:
             settle_waits(gm)
+        moe_sites = self._dispatch(gm, groups, device)
         candidates = self._find(gm, device)
-        absent = why_no_all_reduce(gm) if not candidates else None
+        absent = why_no_all_reduce(gm) if not candidates and not moe_sites else None
         sizes = self._sizes(gm, candidates, static)
         assigned = assign(candidates, groups, channels, device, options, self.supervisor, self._planned)
         sites = self._fuse(gm, candidates, assigned)
@@ -264,6 +268,7 @@ class Backend:
         self._report(
             CompileReport(
                 sites=tuple(sites),
+                moe_sites=tuple(moe_sites),
                 pieces=plan.pieces,
                 verdicts=tuple(verdicts),
                 options=options.as_dict(),
@@ -286,6 +291,18 @@ class Backend:
     def _unmatched(self) -> dict[str, list[str]]:
         """Ops that options name and that no graph had so far."""
         return {o: [name for name in names if name not in self._seen_ops] for o, names in self._named_ops.items()}
+
+    def _dispatch(self, gm: GraphModule, groups: Mapping[str, Group], device: torch.device) -> list[MoeSite]:
+        options = self.options
+        return dispatch_experts(
+            gm,
+            groups,
+            device,
+            rewrite=options.moe_dispatch,
+            experts_ops=options.experts_ops,
+            strict=options.numerics == "strict",
+            verify=options.verify,
+        )
 
     def _find(self, gm: GraphModule, device: torch.device) -> list[Candidate]:
         options = self.options

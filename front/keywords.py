@@ -48,6 +48,8 @@ class OptionKeywords(WatchKeywords, total=False):
     check_parts: bool
     max_tokens: int | None
     all_reduce_ops: "Collection[str] | Mapping[str, GroupOf]"
+    moe_dispatch: bool
+    experts_ops: Collection[str]
     group_names: Mapping[str, dist.ProcessGroup | str]
     norm_ops: "Collection[str] | Mapping[str, float | NormOp]"
     groups: Collection[dist.ProcessGroup | str] | None

@@ -88,6 +88,11 @@ class Options:
         group), to a mapping from the engine's names of groups (``{"vllm::all_reduce": {"tp:0": name}}``),
         or to a :class:`ringfence.AllReduceOp` that says which argument is what. Such an op sums one tensor over the
         ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
+    moe_dispatch: send tokens only to the ranks of their experts: a gather of hidden states, experts' ids and weights,
+        the experts of this rank and a reduce-scatter become a dispatch and a combine, where that is shown to be exact.
+        Not measured on GPUs yet, so it is off.
+    experts_ops: an engine's own kernels of experts, which take each row by itself, and leave out (as zeros) what asks
+        for experts of other ranks. Their tensors of tokens are ``[tokens, ...]``.
     group_names: what an engine's names of groups stand for, ``{"tp:0": tp_group}``, where that was not registered
         (:func:`ringfence.register_group`): process groups, or torch's names of them. They hold for the process.
     norm_ops: an engine's own RMSNorm ops, besides those that are known by name: names, or a mapping from name to
@@ -141,6 +146,8 @@ class Options:
     check_parts: bool = True
     max_tokens: int | None = None
     all_reduce_ops: Mapping[str, GroupOf] = field(default_factory=dict)
+    moe_dispatch: bool = False
+    experts_ops: tuple[str, ...] = ()
     group_names: Mapping[str, Any] = field(default_factory=dict)
     norm_ops: Mapping[str, float | NormOp] = field(default_factory=dict)
     groups: tuple[str, ...] | None = None
@@ -181,9 +188,8 @@ class Options:
         """
         from .compile_passes.named_ops import is_taken_apart
 
-        listed = {"split_ops": self.split_ops, "all_reduce_ops": self.all_reduce_ops, "norm_ops": self.norm_ops}
-        for key, names in listed.items():
-            for name in names:
+        for key in ("split_ops", "all_reduce_ops", "norm_ops", "experts_ops"):
+            for name in getattr(self, key):
                 check_roles(key, name, getattr(self, key), registered(key, name))
                 if is_taken_apart(name):
                     raise OptionsError(
@@ -250,10 +256,10 @@ def _hint(key: object, valid: Sequence[str]) -> str:
     return ""
 
 
-def _read_split_ops(value: object) -> tuple[str, ...]:
-    names = strings("split_ops", value)
+def _read_ops(key: str, value: object) -> tuple[str, ...]:
+    names = strings(key, value)
     for name in names:
-        check_op_name("split_ops", name)
+        check_op_name(key, name)
     return names
 
 
@@ -288,7 +294,8 @@ def _read_size_table(path: object) -> str | None:
 #: What turns a value into the one that is kept, or refuses it.
 _READ: Mapping[str, Callable[[Any], Any]] = {
     "skip_sites": functools.partial(strings, "skip_sites"),
-    "split_ops": _read_split_ops,
+    "split_ops": functools.partial(_read_ops, "split_ops"),
+    "experts_ops": functools.partial(_read_ops, "experts_ops"),
     "groups": _read_groups,
     "all_reduce_ops": all_reduce_ops,
     "group_names": group_names,
@@ -304,6 +311,8 @@ def _check_together(options: Options) -> None:
         raise OptionsError("step_seconds is more than warm_up_seconds, which is the longest that anything may take")
     if not options.fuse:
         _check_nothing_asks_for_fusion(options)
+    if options.experts_ops and not options.moe_dispatch:
+        raise OptionsError("experts_ops says which kernels a dispatch may stand before; it needs moe_dispatch=True")
     if options.pad_to_capture_size and not options.capture_sizes:
         raise OptionsError("pad_to_capture_size needs capture_sizes to pad to")
     if options.outer_capture and options.capture_sizes:
@@ -323,7 +332,10 @@ def _check_together(options: Options) -> None:
 
 
 #: What says something about fused sites alone, and may not be asked for where nothing is to be fused.
-_ABOUT_FUSING = ("transport", "deterministic", "size_table", "numerics", "verify", "groups", "norm_ops", "skip_sites")
+_ABOUT_FUSING = (
+    *("transport", "deterministic", "size_table", "numerics", "verify", "groups", "norm_ops", "skip_sites"),
+    "moe_dispatch",
+)
 
 
 def _check_nothing_asks_for_fusion(options: Options) -> None:

@@ -174,3 +174,44 @@ def over_gloo(rank: int) -> dict[str, Any]:
     found["dtypes"] = bytes_arrive(rank % 2, 2, pairs[rank // 2])
     found["local"] = [list(ringfence.moe.local_experts(7, "ep:0")), list(ringfence.moe.local_experts(10))]
     return found
+
+
+# -- graphs that ringfence rewrites --------------------------------------------------------
+
+
+def rewritten(rank: int) -> dict[str, Any]:
+    """Hugging Face's two forms on two and on four ranks: steps of changing routing, a rank that has padding only."""
+    import moe_graphs
+
+    torch.set_grad_enabled(False)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    found: dict[str, Any] = {}
+    for ranks, group in ((2, pairs[rank // 2]), (4, dist.group.WORLD)):
+        for form in moe_graphs.FORMS:
+            captured = form == "grouped"
+            torch._dynamo.reset()
+            layer = moe_graphs.Layer(form, rank % ranks, ranks, group=group)
+            backend = ringfence.Backend(
+                moe_dispatch=True,
+                piece_compiler="eager",
+                capture_sizes=[6] if captured else [],
+                graphs="simulated",
+                agree_seconds=60,
+            )
+            compiled = torch.compile(layer, backend=backend, fullgraph=True)
+            found[f"{form} on {ranks}"] = _steps(rank, layer, compiled, moe_graphs), backend.reports[0].to_dict()
+    return found
+
+
+def _steps(rank: int, layer: Any, compiled: Any, graphs: Any) -> list[bool]:
+    equal = []
+    for step in range(6):
+        x, lean, live = graphs.given(6, 10 * step + rank)
+        if step == 2:  # everything to the last expert and its neighbour: the other ranks receive nothing
+            lean[-2:] = 100.0
+        if step == 3:  # hot: one expert of each token is the first
+            lean[0] = 100.0
+        if step in (4, 5) and rank == 1:  # nothing but padding
+            x, live = torch.zeros_like(x), torch.zeros_like(live)
+        equal.append(torch.equal(compiled(x, lean, live), layer(x, lean, live)))
+    return equal

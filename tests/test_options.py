@@ -131,7 +131,7 @@ def test_what_type_checkers_see_is_what_there_is() -> None:
             assert field.default in options._CHOICES[name], name
             assert field.type == ("str | None" if None in options._CHOICES[name] else "str"), name
         assert (field.type == "bool") == (name in options._FLAGS), name
-    assert {"collective", "on_hang", "on_hazard"} < set(options._CHOICES) and len(options._FLAGS) == 9
+    assert {"collective", "on_hang", "on_hazard"} < set(options._CHOICES) and len(options._FLAGS) == 10
     assert set(options._CHOICES["collective"]) == {"auto", *(str(one.name) for one in table.ALL)}
     assert tuple(OF_PROCESS) == tuple(name for name in WatchKeywords.__annotations__ if name in OF_PROCESS)
 

@@ -1,0 +1,144 @@
+"""Dispatch and combine in a graph that ringfence compiles: what is refused, judged, compared and left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ringfence
+from ringfence.compile_passes.judge import Decision
+from ringfence.compile_passes.lower import inductor_piece
+from ringfence.runtime.collectives import moe_reference
+from ringfence.runtime.errors import RefusedError
+from ringfence.runtime.hazards.situation import Collective, Situation
+from ringfence.runtime.watch.agree import PlanDigest, first_difference
+from ringfence.runtime.watch.supervision import Supervision
+from support import aot_graph, judge, start_fake_group
+
+E, H = 4, 16
+
+
+@pytest.fixture(autouse=True)
+def two_ranks() -> Iterator[None]:
+    start_fake_group(2)
+    yield
+    dist.destroy_process_group()
+
+
+def layer(x: Tensor, ids: Tensor, capacity: int) -> Tensor:
+    sent = ringfence.moe.dispatch([x], ids, capacity=capacity, num_experts=E)
+    return ringfence.moe.combine(sent.payloads[0].sin(), sent.route) + 1
+
+
+def into(x: Tensor, ids: Tensor, capacity: int) -> Tensor:
+    sent = ringfence.moe.dispatch([x], ids, capacity=capacity, num_experts=E)
+    return ringfence.moe.combine(sent.payloads[0].sin(), sent.route, out=torch.zeros_like(x)) + 1
+
+
+def own_count(x: Tensor, ids: Tensor, capacity: int) -> Tensor:
+    return layer(x, ids, x.shape[0])
+
+
+def twice_own_count(x: Tensor, ids: Tensor, capacity: int) -> Tensor:
+    return layer(x, ids, 2 * ids.shape[0] + capacity)
+
+
+def from_data(x: Tensor, ids: Tensor, capacity: int) -> Tensor:
+    return layer(x, ids, ids.max().item() + capacity)  # type: ignore[arg-type]
+
+
+def compile_layer(fn: Callable[..., Tensor], capacity: int = 8, tokens: int = 5, **options: Any) -> list[PlanDigest]:
+    digests: list[PlanDigest] = []
+
+    def supervise(_: Any, digest: PlanDigest) -> Supervision:
+        digests.append(digest)
+        return Supervision()
+
+    torch._dynamo.reset()
+    backend = ringfence.Backend(piece_compiler="eager", **options)
+    backend.supervisor.supervise = supervise  # type: ignore[method-assign]
+    compiled = torch.compile(fn, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled(torch.randn(tokens, H), torch.randint(0, E, (tokens, 2)), capacity)
+    return digests
+
+
+@pytest.mark.parametrize("capture_sizes", [(), (5,)])
+@pytest.mark.parametrize(
+    ("fn", "says"),
+    [
+        (own_count, "this rank's own token count"),
+        (twice_own_count, "this rank's own token count"),
+        (from_data, "read from data on the host"),
+    ],
+)
+def test_a_capacity_that_ranks_cannot_have_agreed_on(
+    fn: Callable[..., Tensor], says: str, capture_sizes: tuple[int, ...]
+) -> None:
+    with pytest.raises(Exception, match=says) as caught:
+        compile_layer(fn, capture_sizes=capture_sizes, graphs="simulated")
+    error = getattr(caught.value, "inner_exception", caught.value)
+    assert isinstance(error, RefusedError) and "as an int input of the graph" in str(error)
+
+
+def test_ranks_compare_capacity_experts_and_widths_and_not_their_tokens() -> None:
+    """The capacity is an input of the engine's, so its value is compared before each capture, and with every step."""
+    (digest,) = compile_layer(layer)
+    first, second = [text for name, text in digest.parts if name.startswith("call ")]
+    assert "capacity n0, 4 experts: float32 [..., n1], int64 [..., n2]" in first and "by reference" in first
+    assert "moe_combine" in second and "2*n0*n1 float32" in second
+    assert digest.parts == compile_layer(layer, tokens=7)[0].parts
+
+    def wider(x: Tensor, ids: Tensor, capacity: int) -> Tensor:
+        return layer(torch.cat((x, x), 1), ids, capacity)
+
+    difference = first_difference([digest.parts, compile_layer(wider)[0].parts])
+    assert difference is not None and "float32 [..., 2*n1]" in difference
+    eight, nine = (
+        compile_layer(fn)[0] for fn in (lambda x, ids, _: layer(x, ids, 8), lambda x, ids, _: layer(x, ids, 9))
+    )
+    difference = first_difference([eight.parts, nine.parts])
+    assert difference is not None and "capacity 8" in difference and "capacity 9" in difference
+
+
+@pytest.mark.parametrize("fn", [layer, into])
+def test_over_gloo_they_run_between_pieces_and_over_nccl_in_one(fn: Callable[..., Tensor]) -> None:
+    gm = aot_graph(lambda x, ids: fn(x, ids, 8), torch.randn(5, H), torch.randint(0, E, (5, 2)))
+    for backend, decision, rule in (("gloo", Decision.SPLIT, "host_collective"), ("nccl", Decision.IN_GRAPH, "nccl")):
+        verdicts = judge(gm, backends={"world": backend}, capture=True)
+        assert [v.op.partition("moe_")[2][:8] for v in verdicts] == ["dispatch", "combine" + "_into"[: fn is into]]
+        assert {(v.decision, v.rule) for v in verdicts} == {(decision, rule)}, verdicts
+    served = Situation(Collective.MNNVL, "0.7.2")  # the group's all-reduces have a workspace, which is none of theirs
+    verdicts = judge(gm, backends={"world": "gloo"}, situation=served, capture=True)
+    assert {v.rule for v in verdicts} == {"host_collective"}
+
+
+def test_inductor_writes_nothing_into_what_a_dispatch_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes may be a workspace's memory, and a later result of the same size would fit into them."""
+    workspace = torch.zeros(2 * 8 * H)
+    real = moe_reference.dispatch
+
+    def from_workspace(*args: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+        received, ids, route = real(*args)
+        plane = torch.frombuffer(workspace.numpy(), dtype=torch.float32).view(2 * 8, H)
+        plane.copy_(received[0])
+        return [plane], ids, route
+
+    def readers(x: Tensor, ids: Tensor) -> Tensor:
+        sent = ringfence.moe.dispatch([x], ids, capacity=8, num_experts=E)
+        y = torch.relu(sent.payloads[0] * 3 + 1)
+        return ringfence.moe.combine(y, sent.route) + 1
+
+    monkeypatch.setattr(moe_reference, "dispatch", from_workspace)
+    x, ids = torch.rand(5, H) + 1, torch.randint(0, E, (5, 2))
+    with torch.no_grad():
+        piece = inductor_piece(aot_graph(readers, x, ids, inductor=True))
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            piece(x, ids)
+    sent = real([x], ids, 8, E, -1, "world", 2)[0][0]
+    assert torch.equal(workspace.view(16, H), sent) and bool(workspace.any())
