@@ -135,6 +135,7 @@ class Adapter:
         if found is None:
             return f"{head}SGLang's own kernels{tail}"
         first = str(found).splitlines()[0].removeprefix("ringfence: ")
-        serves = found.largest or self.settings.prepare.get("collective") == "reference"
-        rest = "larger calls are" if serves else "nothing is fused, all calls are"
+        if self.settings.prepare.get("collective") == "reference":
+            return f"{head}{first}, in place of SGLang's own{tail}"
+        rest = "larger calls are" if found.largest else "nothing is fused, all calls are"
         return f"{head}{first}; {rest} SGLang's own all-reduce and norm{tail}"

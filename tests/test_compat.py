@@ -1,0 +1,99 @@
+"""`make compat`: how it lays releases over each other and what its table says; the releases themselves are not run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import compat
+import pytest
+from compat import Answer, Layer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(compat, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_the_pinned_release_is_the_environments_own(folder: Path) -> None:
+    import torch
+
+    release = torch.__version__.partition("+")[0]
+    assert compat.layer("torch", release) == Layer("torch", release)
+    assert compat.environment([Layer("torch", release)])["PYTHONPATH"] == ""
+
+
+def test_a_release_that_pip_refuses_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def refuse(command: list[str], **_: Any) -> SimpleNamespace:
+        calls.append(command)
+        Path(command[command.index("--target") + 1]).mkdir()
+        return SimpleNamespace(returncode=1, stderr="WARNING: slow\nERROR: no torch of that version\nnotice: x\n")
+
+    monkeypatch.setattr(compat.subprocess, "run", refuse)
+    found = compat.layer("torch", "9.9.9")
+    assert found.missing == "no torch of that version" and found.folder is None
+    assert "--no-deps" in calls[0] and calls[0][-1] == "torch==9.9.9"
+    assert not (folder / "torch-9.9.9").exists(), "half a release is tried again"
+    answer = compat.run([Layer("flashinfer-python", "1", folder), found], "-c", "raise SystemExit('was run')")
+    assert answer == Answer("no torch of that version", 0.0)
+
+
+def test_a_layer_is_found_before_what_it_covers(folder: Path) -> None:
+    other = folder / "tabulate-0"
+    other.mkdir()
+    (other / "tabulate.py").write_text("WHICH = 'the layer'")
+    where = "import tabulate, sys; sys.exit(tabulate.WHICH)"
+    assert compat.run([Layer("tabulate", "0", other)], "-c", where).said == "the layer"
+    assert compat.run([], "-c", "import tabulate; tabulate.tabulate").said == "ok"
+    torch = folder / "torch-2.12.1"
+    paths = compat.environment([Layer("x", "1", other), Layer("torch", "2.12.1", torch)])["PYTHONPATH"].split(
+        os.pathsep
+    )
+    assert paths == [str(other), str(torch), str(folder / f"torch-{compat.WITH_LIBRARIES}")]
+
+
+def test_a_check_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "SECONDS", 1)
+    assert compat.run([], "-c", "import time; time.sleep(60)").said == "not done in 1 s"
+
+
+def test_the_table_says_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layer(package: str, version: str) -> Layer:
+        missing = "cannot be had" if version == "2.15.0" else None
+        return Layer(package, version, missing=missing)
+
+    def run(layers: Any, *arguments: str) -> Answer:
+        versions = {one.version for one in layers}
+        return Answer("it broke" if {"2.14.1", "0.7.1"} <= versions else "ok", 1.0)
+
+    monkeypatch.setattr(compat, "layer", layer)
+    monkeypatch.setattr(compat, "run", run)
+    text, fine = compat.tables(["torch==2.14.1", "torch==2.15.0"])
+    lines = text.splitlines()
+    assert not fine and [len(line.split("|")) for line in lines[:4]] == [3 + 2 + 5 + 2] * 4
+    cells = dict(zip(*([c.strip() for c in lines[n].split("|")] for n in (0, 2)), strict=True))
+    assert cells["torch"] == "2.14.1" and cells["FlashInfer 0.7.1"] == "no [1]" and cells["FlashInfer 0.6.18"] == "ok"
+    assert "not tried [2]" in lines[3] and lines[3].count("ok") == 0
+    assert "[1] it broke" in text and "[2] cannot be had" in text
+    assert compat.tables(["torch==2.15.0"])[1], "what cannot be had here is not broken"
+
+
+def test_a_release_that_is_not_listed_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["compat.py", "--only", "torch==1.0"])
+    with pytest.raises(SystemExit):
+        compat.main()
+    assert "--only torch==1.0: none of torch==2.11.0" in capsys.readouterr().err
+
+
+def test_the_page_has_the_table_of_every_listed_release() -> None:
+    text = compat.PAGE.read_text().partition(compat.BEGIN)[2].partition(compat.END)[0]
+    assert "`make compat`, 20" in text
+    for package, versions in compat.PACKAGES.items():
+        for version in versions:
+            assert version in text, f"{package} {version}: run make compat"
