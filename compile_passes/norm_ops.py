@@ -47,6 +47,7 @@ KNOWN: Mapping[str, float] = {
     "trtllm::flashinfer_fused_add_rmsnorm": 0.0,
     "trtllm::flashinfer_gemma_rmsnorm": 1.0,
     "trtllm::flashinfer_gemma_fused_add_rmsnorm": 1.0,
+    "auto_deploy::torch_rmsnorm": 0.0,
 }
 
 #: Names of ops that may be an RMSNorm and nothing besides: no quantiser, no rotary embedding, no collective.

@@ -42,6 +42,7 @@ NORMS = (
     "trtllm::flashinfer_fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps) -> ()",
     "trtllm::flashinfer_gemma_rmsnorm(Tensor input, Tensor weight, float eps) -> Tensor",
     "trtllm::flashinfer_gemma_fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps) -> ()",
+    "auto_deploy::torch_rmsnorm(Tensor input, Tensor weight, float eps) -> Tensor",
 )
 
 

@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 LAYERS, HIDDEN, TOKENS, VOCABULARY = 3, 256, 5, 128
 #: Behind the attention of each layer, and behind each MLP but the last, whose norm SGLang calls without its function.
 SITES = 2 * LAYERS - 1
-SECONDS = 400
+SECONDS = 900
 
 
 # -- what the sources say, without importing SGLang ------------------------------------------
@@ -263,7 +263,12 @@ def run(carrier: str) -> list[dict[str, Any]]:
     deadline, found = time.monotonic() + SECONDS, []
     try:
         for rank, process in enumerate(ranks):
-            said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            try:
+                said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired as late:
+                raise AssertionError(
+                    f"rank {rank} was not done in {SECONDS} s:\n{(late.output or b'').decode()}"
+                ) from None
             lines = [line for line in said.splitlines() if line.startswith("FOUND ")]
             assert process.returncode == 0 and lines, f"rank {rank} ended with {process.returncode}:\n{said}"
             found.append(json.loads(lines[0].removeprefix("FOUND ")))
@@ -305,8 +310,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
+        import faulthandler
         import logging
 
+        faulthandler.dump_traceback_later(SECONDS - 20)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         print("FOUND " + json.dumps(rank_main(int(sys.argv[1]), int(sys.argv[2]))), flush=True)
         os._exit(0)  # the store goes with the rank that ends last; nothing is to be waited for
