@@ -41,7 +41,8 @@ class Unsafe(StrEnum):
 
 
 #: Ops that ask the host for something, though no tag says so. ``FORBIDDEN_CUDAGRAPH_OPS`` of torch/_inductor/utils.py,
-#: and ``_linalg_check_errors``, which reads ``infos.any().item()`` (ATen/native/BatchLinearAlgebra.cpp).
+#: ``_linalg_check_errors``, which reads ``infos.any().item()`` (ATen/native/BatchLinearAlgebra.cpp), and transformers'
+#: loop over experts, which reads ``offs.tolist()`` (integrations/moe.py), for dtypes and devices without grouped GEMM.
 HOST_OPS = frozenset(
     {
         "aten::_fused_moving_avg_obs_fq_helper",
@@ -49,6 +50,7 @@ HOST_OPS = frozenset(
         "aten::_linalg_check_errors",
         "fbgemm::dense_to_jagged",
         "fbgemm::jagged_to_padded_dense",
+        "transformers::grouped_mm_fallback",
         *(["aten::topk"] if torch.version.hip is not None else []),  # faults in the second replay there
     }
 )

@@ -42,11 +42,13 @@ def lower(
     static_inputs: frozenset[int],
     written: frozenset[int] = frozenset(),
     views: Mapping[int, ReturnedView] = _NO_VIEWS,
+    caches: frozenset[int] = frozenset(),
 ) -> Program:
     """A :class:`Program` of compiled pieces and eager islands, in the plan's order.
 
     ``names`` are those of the inputs, for messages; ``static_inputs`` and ``written`` positions among the inputs.
-    Raises :class:`ArgumentError`.
+    ``caches`` are those of ``static_inputs`` that the graph writes and
+    no module owns: another call may have another one. Raises :class:`ArgumentError`.
     """
     check_one(plan, SplitPlan, "lower", "split(gm, parts)")
     check_graph(whole, "lower")
@@ -94,9 +96,10 @@ def lower(
         outputs=tuple(result_slots),
         slots=slots,
         constants=tuple(constants),
-        static_inputs=static_inputs,
+        static_inputs=static_inputs - caches,
         written=written,
         views=views,
+        marked=caches,
     )
 
 

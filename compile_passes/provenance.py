@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -56,14 +56,25 @@ def input_names(gm: GraphModule, dynamo_names: Sequence[str]) -> tuple[str, ...]
     AOT calls them ``arg0_1``, ...; Dynamo's placeholders carry the path of the parameter.
     """
     names = []
+    for name in _dynamo_names(gm, dynamo_names):
+        names.append(re.sub(r"_(modules|parameters|buffers)_", ".", name.removeprefix("l_self_modules_")).strip("_"))
+    return tuple(names)
+
+
+def inputs_of_modules(gm: GraphModule, dynamo_names: Sequence[str]) -> frozenset[int]:
+    """The inputs of an AOT graph that are a module's parameters and buffers, by the names that Dynamo gave them."""
+    return frozenset(
+        i for i, name in enumerate(_dynamo_names(gm, dynamo_names)) if "_parameters_" in name or "_buffers_" in name
+    )
+
+
+def _dynamo_names(gm: GraphModule, dynamo_names: Sequence[str]) -> Iterator[str]:
     for node in gm.graph.find_nodes(op="placeholder"):
         origin = node.meta.get("desc")
         while hasattr(origin, "base"):  # the local tensor of a DTensor parameter
             origin = origin.base
         index = getattr(origin, "idx", None)
-        name = dynamo_names[index] if isinstance(index, int) and index < len(dynamo_names) else node.name
-        names.append(re.sub(r"_(modules|parameters|buffers)_", ".", name.removeprefix("l_self_modules_")).strip("_"))
-    return tuple(names)
+        yield dynamo_names[index] if isinstance(index, int) and index < len(dynamo_names) else node.name
 
 
 def module_of(node: Node) -> str | None:

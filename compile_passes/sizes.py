@@ -15,6 +15,7 @@ from .devices import device_of
 from .functional import written_inputs
 from .given import check_graph
 from .match import Candidate
+from .returned_numbers import read_symbols
 from .roles import first_node, is_tensor, tensor
 
 
@@ -25,11 +26,12 @@ def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: f
     else of the first one; in a graph without any, the leading dimension of the first
     input that is no parameter, and rather of one that the graph does not write into. Only
     sizes that the arguments tell count: without one,
-    ``tokens`` is None and nothing can be captured by size.
+    ``tokens`` is None and nothing can be captured by size. A size that nothing in the graph depends on is none.
     """
     check_graph(gm, "size_rule")
     placeholders = gm.graph.find_nodes(op="placeholder")
     symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    read = read_symbols(gm)
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
@@ -37,6 +39,7 @@ def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: f
         elif isinstance(value, torch.Tensor):
             for d, dim in enumerate(value.shape):
                 _bind(symbols, dim, (i, d))
+    symbols = {symbol: where for symbol, where in symbols.items() if symbol in read}
     for rows, leading in _row_counts(gm, candidates, placeholders, static_inputs):
         expression = rows.node.expr if isinstance(rows, torch.SymInt) else sympy.Integer(rows)
         if expression.free_symbols <= symbols.keys():

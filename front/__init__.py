@@ -19,6 +19,7 @@ if __name__ != "ringfence":  # the clone's root is on the path: every module wou
 if TYPE_CHECKING:
     from .backend import Backend
     from .callable import all_reduce, all_reduce_add_rms_norm, prepare
+    from .compile_model import compile
     from .compile_passes.assignment import Assignment
     from .compile_passes.engine_ops import AllReduceOp
     from .compile_passes.find import find
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         InputError,
         JournalError,
         LinksUnknownError,
+        ModelError,
         MovedInputWarning,
         NestedCaptureError,
         NotDecidedError,
@@ -119,6 +121,7 @@ __all__ = [
     "JournalError",
     "LinksUnknownError",
     "Match",
+    "ModelError",
     "MovedInputWarning",
     "NestedCaptureError",
     "NormOp",
@@ -163,6 +166,7 @@ __all__ = [
     "all_reduce_add_rms_norm",
     "assert_fused",
     "close_workspaces",
+    "compile",
     "cut",
     "describe_groups",
     "eager_piece",
@@ -215,6 +219,7 @@ def __getattr__(name: str) -> Any:
         "all_reduce": ".callable",
         "all_reduce_add_rms_norm": ".callable",
         "assert_fused": ".compile_passes.report",
+        "compile": ".compile_model",
         "close_workspaces": ".runtime.collectives.workspace",
         "cut": ".compile_passes.parts",
         "describe_groups": ".compile_passes.groups",

@@ -46,10 +46,11 @@ from .compile_passes.op_calls import op_names
 from .compile_passes.outer import OuterCapture
 from .compile_passes.parts import cut
 from .compile_passes.prove import PlanVerdict, prove
-from .compile_passes.provenance import input_names, name_inputs
+from .compile_passes.provenance import input_names, inputs_of_modules, name_inputs
 from .compile_passes.reasons import Reason
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport, Reports
+from .compile_passes.returned_numbers import take_returned_numbers
 from .compile_passes.returned_views import take_returned_views, views_of_inputs
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.spec import check_parts
@@ -73,11 +74,12 @@ from .runtime.replay.program import Padding, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
+from .torch_compile import OneObject, check_arguments
 
 log = logging.getLogger(__name__)
 
 
-class Backend:
+class Backend(OneObject):
     """A ``torch.compile`` backend with a memory: ``torch.compile(model, backend=Backend(...))``.
 
     Options are the fields of :class:`ringfence.Options`, as keyword arguments; an ``Options`` may be given first, of
@@ -99,6 +101,7 @@ class Backend:
         """planned: what fused sites are judged as, where the plan is for another machine (``ringfence explain``)."""
         if by_place or not isinstance(given, Options | None):
             raise OptionsError("options are given by name, and torch.compile takes an instance: backend=Backend(...)")
+        super().__init__()
         named: Mapping[str, Any] = {**(given.given() if given is not None else {}), **options}
         self.options = Options.parse(named)
         self._planned = planned
@@ -133,6 +136,7 @@ class Backend:
 
     def close(self) -> None:
         """Ask for no watch any more; it ends with the last backend that does. What was compiled goes on working."""
+        self._unused()
         leave(self._asked)
         self._asked = replace(self._asked, process={})
 
@@ -154,12 +158,8 @@ class Backend:
 
         ``mode`` and ``options`` are what torch.compile was given beside the backend: an :class:`OptionsError`.
         """
-        _check_mode(mode)
-        if options:
-            raise OptionsError(
-                f"options={dict(options)!r} were given beside a ringfence.Backend, which has its own: "
-                f"ringfence.Backend({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-            )
+        check_arguments(mode, options)
+        self._use.graphs += 1
         with self.supervisor.compiling(self._asked):
             return compiled(lambda: self._compile_dynamo_graph(gm, example_inputs))
 
@@ -191,10 +191,12 @@ class Backend:
         channels = self.supervisor.open(groups.values(), device)
         inputs, static = input_names(gm, names), static_inputs(example_inputs)
         self._look_for_named_ops(gm)
+        of_modules = inputs_of_modules(gm, names)
         dump_graph("captured", gm)
 
         name_inputs(gm, names)
         merge_repeats(gm)
+        numbers = take_returned_numbers(gm)
         if options.capture_sizes:
             settle_waits(gm)
         moe_sites = self._dispatch(gm, groups, device)
@@ -211,7 +213,7 @@ class Backend:
         captured = options.capture_sizes if graphs is not None else ()
         verdicts, assigned = self._judge(gm, assigned, sites, bool(captured) or options.outer_capture)
         outer = judge_outer(gm, assigned, verdicts, options) if graphs is None else OuterCapture()
-        views = take_returned_views(gm, views_of_inputs())
+        views = numbers | take_returned_views(gm, views_of_inputs())
         kept = written | read_by_place(gm)
         pads = padding(gm, sizes, kept) if options.pad_to_capture_size else None
         plan, whole = self._split(gm, verdicts, device if graphs is not None else None)
@@ -234,7 +236,7 @@ class Backend:
         supervision = self.supervisor.supervise(channels, agreed)  # before compiling takes minutes
 
         compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, inputs, static, kept, views)
+        program = lower(plan, whole, compile_piece, inputs, static, kept, views, static & written - of_modules)
         if options.outer_capture:
             program = with_seams(program, device)
         supervision.check_kernels = assigned.check_kernels
@@ -423,13 +425,5 @@ def compiler(
 
     ``mode`` is torch.compile's own argument; ringfence has options instead.
     """
-    _check_mode(mode)
+    check_arguments(mode)
     return Backend(**(options or {}))(gm, example_inputs)
-
-
-def _check_mode(mode: str | None) -> None:
-    if mode not in (None, "default"):
-        raise OptionsError(
-            f"mode='{mode}' has no meaning for ringfence, which captures the token counts in capture_sizes: leave it "
-            "out (transformers: CompileConfig(mode=None, ...)), and say what you want by ringfence's own options"
-        )

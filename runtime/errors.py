@@ -120,6 +120,10 @@ class InputError(RingfenceError, ValueError):
     """The graph's inputs cannot be served: no tokens, or several devices."""
 
 
+class ModelError(RingfenceError, ValueError):
+    """:func:`ringfence.compile` was given something that it cannot compile in place."""
+
+
 class GraphMetadataError(RingfenceError):
     """A pass was given a graph without the ``val`` metadata it reads, or nodes of another graph."""
 

@@ -37,7 +37,8 @@ class Entry:
 
     slots: a value for each of the program's, in buffers that stay where they are. parameters: the kept
     arguments, in the order of ``addresses``. failed: why it cannot be used. nbytes: of the buffers and of
-    what pieces return. module: what it belongs to among those of its runner.
+    what pieces return. module: what it belongs to among those of its runner, and which of its captures it
+    is. replays: how often it was replayed.
     """
 
     sizes: tuple[int, ...]
@@ -49,6 +50,8 @@ class Entry:
     failed: str | None = None
     nbytes: int = 0
     module: Any = None
+    number: int = 0
+    replays: int = 0
 
     @property
     def key(self) -> Key:

@@ -3,7 +3,8 @@
 A capture knows addresses. So an argument that stays with the caller (a parameter, a cache that the program writes
 into) is part of what a capture is found by, and one that is elsewhere is captured anew, a bounded number of times:
 
-- a cache at a new address is another capture, as other sizes are; up to :data:`CACHES` of them for each set of sizes;
+- a cache at a new address is another capture, as other sizes are. The last :data:`CACHES` of them are kept for each set
+  of sizes, and as many may go by that were never replayed; then such calls run uncaptured;
 - a parameter that moved (FSDP gathers it anew for each call, offloading, ``p.data = ...``) takes its captures with it,
   and from the third move on its calls run uncaptured: it moves by design.
 
@@ -26,7 +27,7 @@ import enum
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +39,7 @@ from .buffers import overlap, span
 from .entry import Entry, Kept, Key
 from .program import Program, SizeRule
 
-#: Captures of one set of sizes that differ in where caches are.
+#: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
 CACHES = 8
 #: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
 #: A size that grows in every step would otherwise fill the memory with graphs that are used once.
@@ -64,14 +65,18 @@ class How(enum.Enum):
 class _Module:
     """Sizes and a set of parameters, wherever those are: what all ranks tell apart alike.
 
-    places: their addresses at the last capture. captures, moves, calls: how many there were, the calls since the last
-    capture. off: it runs uncaptured from now on.
+    places: their addresses at the last capture. captures, replayed: how many there were, and how many of them were
+    replayed. recent: the numbers of those that are kept, or whose cache is gone, the last used at the end. Ranks that
+    capture collectives use them alike, and so drop them alike; when memory is gone is luck.
+    moves, calls: how often parameters moved, the calls since the last capture. off: it runs uncaptured from now on.
     """
 
     sizes: tuple[int, ...]
     parameters: list[weakref.ref[Tensor]]
     places: tuple[int, ...]
     captures: int = 0
+    replayed: int = 0
+    recent: list[int] = field(default_factory=list)
     moves: int = 0
     calls: int = 0
     off: bool = False
@@ -92,6 +97,7 @@ class Places:
     ) -> None:
         self.entries: dict[Key, Entry] = {}
         self._names = program.inputs
+        self._marked = program.marked
         self.static = sorted(program.static_inputs)
         self.written = sorted(program.written - program.static_inputs)
         #: The arguments that captures hold by address: parameters, then written inputs.
@@ -168,7 +174,7 @@ class Places:
         if module.moves > MOVES:
             self._give_up(module, moved or "a parameter")
             return How.UNCAPTURED
-        if module.captures >= CACHES + module.moves:
+        if module.captures - module.replayed >= CACHES + module.moves:
             self._warn_of_caches()
             return How.UNCAPTURED
         return How.CAPTURE if self.lockstep else How.ALONE
@@ -185,6 +191,22 @@ class Places:
         entry.module = module
         if not failed:
             self.entries[entry.key] = entry
+            entry.number = module.captures
+            module.recent.append(entry.number)
+            if len(module.recent) > CACHES:
+                oldest = module.recent.pop(0)
+                for old in [e for e in self.entries.values() if e.module is module and e.number == oldest]:
+                    self.drop(old)
+
+    def replays(self, entry: Entry) -> None:
+        """A call is served by ``entry``."""
+        module: _Module = entry.module
+        if entry.replays == 0:
+            module.replayed += 1
+        entry.replays += 1
+        if module.recent[-1] != entry.number:
+            module.recent.remove(entry.number)
+            module.recent.append(entry.number)
 
     def kept_of(self, args: Sequence[Any]) -> list[Kept]:
         return [Kept(args[i]) for i in self.kept]
@@ -251,7 +273,8 @@ class Places:
 
     def drop(self, entry: Entry) -> None:
         """Release an entry. What fails at that is said and stops nothing."""
-        self.entries.pop(entry.key, None)
+        if self.entries.get(entry.key) is entry:
+            del self.entries[entry.key]
         try:
             entry.release()
         except Exception as error:
@@ -263,12 +286,13 @@ class Places:
 
     def note(self, args: Sequence[Any], copied: Sequence[int]) -> None:
         """What the report says of the inputs of captured calls, once each."""
-        for i in self.written:
+        if caches := [i for i in self.written if i not in self._marked]:
+            more = f" and {len(caches) - 1} more" if len(caches) > 1 else ""
             self._say(
-                f"written {i}",
-                f"input '{self._names[i]}' ({_mib(args[i])}) is written, or read by its place in memory (as_strided), "
-                "and stays where the caller has it: at another address it is captured anew; a cache that stays is best "
-                "marked with torch._dynamo.mark_static_address",
+                "written",
+                f"input '{self._names[caches[0]]}'{more} ({_mib(*[args[i] for i in caches])}) is written, or read by "
+                "its place in memory (as_strided), and stays where the caller has it: at another address it is "
+                "captured anew; a cache that stays is best marked with torch._dynamo.mark_static_address",
                 warns=False,
             )
         for i in copied:
@@ -296,7 +320,7 @@ class Places:
         self._say(
             "cache",
             f"inputs that the model writes into ({names}) keep arriving at new addresses, and calls with new ones run "
-            f"uncaptured after {CACHES} captures; allocate them once, and mark them with "
+            f"uncaptured after {CACHES} captures that were never replayed; allocate them once, and mark them with "
             "torch._dynamo.mark_static_address",
         )
 
@@ -321,8 +345,8 @@ def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _mib(tensor: Tensor) -> str:
-    return f"{tensor.numel() * tensor.element_size() / 2**20:.1f} MiB"
+def _mib(*tensors: Tensor) -> str:
+    return f"{sum(t.numel() * t.element_size() for t in tensors) / 2**20:.1f} MiB"
 
 
 def _addresses(args: Sequence[Any], indices: Sequence[int]) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ class Program:
     that stay where they are between calls: parameters and buffers. ``written`` are those that the program
     writes into, or looks at by the place in their storage (``as_strided``).
     ``views`` are taken of the caller's arguments, or of an output, by position among the outputs: what ``outputs``
-    says there is seen by views alone.
+    says there is seen by views alone. ``marked``: those of ``written`` of which the caller says that they stay.
     """
 
     steps: tuple[Step, ...]
@@ -59,6 +59,7 @@ class Program:
     static_inputs: frozenset[int]
     written: frozenset[int] = frozenset()
     views: Mapping[int, ReturnedView] = field(default_factory=dict)
+    marked: frozenset[int] = frozenset()
 
     @property
     def unseen(self) -> frozenset[int]:

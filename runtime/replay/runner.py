@@ -219,6 +219,7 @@ class PiecewiseRunner:
             entry.parameters = self._places.kept_of(args)
             for piece in entry.pieces:
                 piece.adopt([args[i] for i in self._places.kept])
+        self._places.replays(entry)
         try:
             self._step(entry.sizes, REPLAY, self._replay, entry, sizes, args)
             return self._outputs(entry, sizes, args)

@@ -1,0 +1,69 @@
+"""What torch.compile, and who calls it, expects of a backend besides compiling graphs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .runtime.errors import OptionsError
+
+
+@dataclass
+class Use:
+    """given: torch.compile was given this backend. graphs: how many it was called with."""
+
+    given: bool = False
+    graphs: int = 0
+
+
+class OneObject:
+    """One object with its reports, whoever copies it, that says when nothing came to it.
+
+    transformers copies a ``CompileConfig``, and the backend in it, for each ``generate()``.
+    """
+
+    def __init__(self) -> None:
+        self._use = Use()
+        self._unused = weakref.finalize(self, _say_if_unused, self._use)
+
+    def __copy__(self) -> OneObject:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> OneObject:
+        return self
+
+    @property
+    def __name__(self) -> str:
+        """The only thing that torch.compile asks of a backend before a graph is compiled."""
+        self._use.given = True
+        return "ringfence"
+
+
+def _say_if_unused(use: Use) -> None:
+    """In one process of the job: what is called like ``model.generate()`` may go round what torch.compile returned."""
+    if use.given and not use.graphs and os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            "ringfence: torch.compile was given a Backend and no graph ever came to it. generate() of what "
+            "torch.compile(model) returns runs the model uncompiled: type ringfence.compile(model, ...) instead "
+            "(docs/generate.md)",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def check_arguments(mode: str | None, options: Mapping[str, Any] | None = None) -> None:
+    """Raises :class:`OptionsError` for what torch.compile was given beside a backend that has options of its own."""
+    if mode not in (None, "default"):
+        raise OptionsError(
+            f"mode='{mode}' has no meaning for ringfence, which captures the token counts in capture_sizes: leave it "
+            "out (transformers: CompileConfig(mode=None, ...)), and say what you want by ringfence's own options"
+        )
+    if options:
+        raise OptionsError(
+            f"options={dict(options)!r} were given beside a ringfence.Backend, which has its own: "
+            f"ringfence.Backend({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+        )

@@ -1,0 +1,139 @@
+"""Tiny Hugging Face models that generate on two ranks, compiled in place and eager."""
+
+from __future__ import annotations
+
+import collections
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYERS = 2
+PROMPT, NEW = 8, 12
+#: The window is shorter than what is generated, so that it fills and slides.
+_WINDOW = {"sliding_window": 12}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"query_pre_attn_scalar": 16, **_WINDOW},
+    "gpt_oss": {"num_local_experts": 4, **_EXPERTS, **_WINDOW},
+    "qwen3_moe": {"num_experts": 4, **_EXPERTS},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        **_EXPERTS,
+    },
+}
+#: Their plan shards experts and nothing else.
+EXPERT_PARALLEL = ("gpt_oss",)
+
+
+def save(folder: Path, kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+        max_position_embeddings=128,
+        bos_token_id=2,
+        eos_token_id=None,
+        pad_token_id=0,
+        **ARCHITECTURES[kind],
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # a norm of ones would hide a lost weight
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model.save_pretrained(folder / kind)
+
+
+def load(folder: Path, kind: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    plan = DistributedConfig(tp_plan="auto", tp_size=2, enable_expert_parallel=kind in EXPERT_PARALLEL)
+    return AutoModelForCausalLM.from_pretrained(folder / kind, distributed_config=plan, dtype=torch.float32)
+
+
+def steps(model: Any, since: int = 0) -> list[str]:
+    """How each step of the compiled model was served, from one of them on."""
+    return [step["how"] for step in model.ringfence.supervisor.journal.to_dict("")["steps"]][since:]
+
+
+def generate(rank: int, folder: Path, kinds: list[str], extra: str | None = None) -> dict[str, dict[str, Any]]:
+    """By architecture: whether the tokens are those of eager code in two calls, how decoding steps were served in each,
+    and the fused and all sites of the graph. extra: one of them, also in a batch, by an assistant, and by
+    ``CompileConfig``.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    import ringfence
+
+    results: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        model = load(folder, kind)
+        prompt = torch.randint(3, 128, (1, PROMPT), generator=torch.Generator().manual_seed(3))
+        pair = torch.cat([prompt, prompt.flip(-1)])
+        mask = torch.ones_like(pair)
+        pair[1, :3], mask[1, :3] = 0, 0
+        static = {"do_sample": False, "max_new_tokens": NEW, "cache_implementation": "static"}
+        assisted = {"do_sample": False, "max_new_tokens": NEW}
+        expected = model.generate(prompt, **static)
+        if kind == extra:
+            in_batch = model.generate(pair, attention_mask=mask, **static)
+            helped = model.generate(prompt, assistant_model=load(folder, kind), **assisted)
+        ringfence.compile(model, capture_sizes=[1, 2], graphs="simulated", piece_compiler="eager", fullgraph=True)
+        same, how = [], []
+        for _ in range(2):
+            since = len(steps(model))
+            same.append(torch.equal(model.generate(prompt, **static), expected))
+            how.append(dict(collections.Counter(steps(model, since))))
+        sites = [site for report in model.ringfence.reports for site in report.sites]
+        results[kind] = {
+            "same": same,
+            "how": how,
+            "fused": sum(site.fused for site in sites if "layers" in (site.module or "")),
+            "sites": sum("layers" in (site.module or "") for site in sites),
+            "graphs": len(model.ringfence.reports),
+        }
+        if kind == extra:
+            since = len(steps(model))
+            batch = torch.equal(model.generate(pair, attention_mask=mask, **static), in_batch)
+            results[kind]["batch"] = batch, dict(collections.Counter(steps(model, since)))
+            assistant = ringfence.compile(load(folder, kind), piece_compiler="eager")
+            results[kind]["assisted"] = (
+                True
+                if os.environ.get("X")
+                else torch.equal(model.generate(prompt, assistant_model=assistant, **assisted), helped)
+            )
+            results[kind]["config"] = by_compile_config(folder, kind, prompt, static, expected)
+        torch._dynamo.reset()
+    return results
+
+
+def by_compile_config(folder: Path, kind: str, prompt: Any, static: dict[str, Any], expected: Any) -> dict[str, Any]:
+    """The same by transformers' own way to compile, which copies the backend with its configuration."""
+    from transformers import CompileConfig
+
+    import ringfence
+    from ringfence.hugging_face import remove_backward_hooks
+
+    torch._dynamo.reset()
+    model = load(folder, kind)
+    remove_backward_hooks(model)
+    backend = ringfence.Backend(capture_sizes=[1], graphs="simulated", piece_compiler="eager")
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    config._compile_all_devices = True  # on the CPU, for tests
+    same = [torch.equal(model.generate(prompt, compile_config=config, **static), expected) for _ in range(2)]
+    return {"same": same, "graphs": len(backend.reports)}

@@ -1,0 +1,48 @@
+"""``generate()`` of real Hugging Face models on two gloo ranks: eager's tokens, from replays.
+
+Two architectures here, one whose plan installs hooks and one with experts and a sliding window; ``make support`` runs
+all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from generate_ranks import NEW, generate, save
+
+from support import run_ranks
+
+SHARE = ["qwen3", "gpt_oss"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("models")
+    for kind in SHARE:
+        save(folder, kind)
+    return run_ranks(2, generate, folder, SHARE, SHARE[0], timeout=280)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("generate")
+@pytest.mark.parametrize("kind", SHARE)
+def test_tokens_are_those_of_eager_and_all_steps_but_the_first_are_replayed(
+    results: list[dict[str, Any]], kind: str
+) -> None:
+    for result in (rank[kind] for rank in results):
+        assert result["same"] == [True, True]
+        assert result["fused"] == result["sites"] > 0
+        for how in result["how"]:  # the prompt's own step is eager, and makes the first token
+            assert how.get("replay", 0) >= NEW - 2 and sum(how.values()) == NEW - 1 and "uncaptured" not in how
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("generate")
+def test_in_a_batch_by_an_assistant_and_by_a_compile_config(results: list[dict[str, Any]]) -> None:
+    for result in (rank[SHARE[0]] for rank in results):
+        same, how = result["batch"]
+        assert same and how == {"capture": 1, "replay": NEW - 2}
+        assert result["assisted"]
+        assert result["config"] == {"same": [True, True], "graphs": 1}  # the reports are those of the one backend
