@@ -23,9 +23,11 @@ from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.collectives.workspace import workspaces_of
-from .runtime.errors import CollectiveUnavailableError
+from .runtime.errors import CollectiveUnavailableError, OptionsError
 from .runtime.groups import Group, nccl_version
+from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
+from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.watch.supervisor import Supervisor
 
 
@@ -195,3 +197,17 @@ def described(assigned: Assignment) -> tuple[GroupCollective, ...]:
         )
         for group, carrier in assigned.ready.items()
     )
+
+
+def graphs_for(options: Options, device: torch.device, assigned: Assignment) -> GraphBackend | None:
+    """What captures; None where the profile bars it, or where this device has no graphs and none were simulated."""
+    wanted = options.graphs
+    if wanted == "cuda" and device.type != "cuda":
+        raise OptionsError(f"graphs='cuda', and the inputs are on {device}; use graphs='auto' or 'simulated'")
+    if options.profile == "conservative" and barred_from_capture(assigned.judged_collectives):
+        return None
+    if wanted == "simulated":
+        return SimulatedGraphs()
+    if device.type != "cuda":
+        return None
+    return CudaGraphs(device, assigned.words)

@@ -18,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
 from .aot import boxed, compiled, inductor_decompositions
-from .assign import assign, check_deterministic, described, judge_outer
+from .assign import assign, check_deterministic, described, graphs_for, judge_outer
 from .compile_passes.absent import why_no_all_reduce
 from .compile_passes.aliases import read_by_place
 from .compile_passes.assignment import Assignment
@@ -66,9 +66,7 @@ from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.errors import HazardError, OptionsError
 from .runtime.groups import Group, same_groups
-from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.hazards.situation import Situation
-from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
 from .runtime.replay.outer import guarded, with_seams
 from .runtime.replay.program import Padding, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
@@ -209,7 +207,9 @@ class Backend(OneObject):
         self._seen_ops |= ops_in(gm)
         dump_graph("fused", gm)
 
-        graphs = self._graphs(device, assigned) if options.capture_sizes and sizes.tokens is not None else None
+        graphs = (
+            graphs_for(self.options, device, assigned) if options.capture_sizes and sizes.tokens is not None else None
+        )
         captured = options.capture_sizes if graphs is not None else ()
         verdicts, assigned = self._judge(gm, assigned, sites, bool(captured) or options.outer_capture)
         outer = judge_outer(gm, assigned, verdicts, options) if graphs is None else OuterCapture()
@@ -385,19 +385,6 @@ class Backend(OneObject):
         if self.options.on_hazard == "raise" and proof.failed:
             raise HazardError(f"the plan can fail: {proof.message}")
         return proof
-
-    def _graphs(self, device: torch.device, assigned: Assignment) -> GraphBackend | None:
-        """What captures; None where the profile bars it, or where this device has no graphs and none were simulated."""
-        wanted = self.options.graphs
-        if wanted == "cuda" and device.type != "cuda":
-            raise OptionsError(f"graphs='cuda', and the inputs are on {device}; use graphs='auto' or 'simulated'")
-        if self.options.profile == "conservative" and barred_from_capture(assigned.judged_collectives):
-            return None
-        if wanted == "simulated":
-            return SimulatedGraphs()
-        if device.type != "cuda":
-            return None
-        return CudaGraphs(device, assigned.words)
 
     def _add_note(self, index: int, note: str) -> None:
         """What shows of a graph when it is called."""

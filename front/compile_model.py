@@ -76,6 +76,7 @@ class CompiledForward:
         self._compiled = torch.compile(
             _of_its_own(model.forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph
         )
+        backend.is_called_by_forward()
         functools.update_wrapper(self, model.forward)  # generate() looks at its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -36,6 +36,10 @@ class OneObject:
     def __deepcopy__(self, memo: Any) -> OneObject:
         return self
 
+    def is_called_by_forward(self) -> None:
+        """The model's own ``forward`` calls what this compiles, so nothing goes round it."""
+        self._unused.detach()
+
     @property
     def __name__(self) -> str:
         """The only thing that torch.compile asks of a backend before a graph is compiled."""
