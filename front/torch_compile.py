@@ -53,7 +53,7 @@ def _say_if_unused(use: Use) -> None:
         warnings.warn(
             "ringfence: torch.compile was given a Backend and no graph ever came to it. generate() of what "
             "torch.compile(model) returns runs the model uncompiled: type ringfence.compile(model, ...) instead "
-            "(docs/generate.md)",
+            "(ringfence docs generate)",
             UserWarning,
             stacklevel=2,
         )
