@@ -341,6 +341,22 @@ def test_a_worker_prepares_before_it_compiles_anything(
     assert "carried out by reference" in line and line.endswith("hazards: none") and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("version", "read"),
+    [("0.32.0+cpu", True), ("0.33.1.dev3+cu130", True), ("0.31.9", False), ("0.34.0", False), ("dev", False)],
+)
+def test_the_line_says_of_which_releases_vllm_was_read(
+    tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str], version: str, read: bool
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.setenv("RINGFENCE", "guard")
+    register()
+    tp.started(tp.config()).worker.compile_or_warm_up_model()
+    (line,) = said
+    assert f"in vLLM {version}{'' if read else ' (read from 0.32 to before 0.34)'}: guard, " in line
+    assert line.endswith("; steps are watched")
+
+
 def test_another_rank_than_the_first_says_nothing(
     tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

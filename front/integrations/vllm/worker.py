@@ -23,6 +23,7 @@ from ...compile_passes.report import CompileReport
 from ...runtime.channel import Channel
 from ...runtime.collectives import ops
 from ...runtime.collectives.prepared import Prepared
+from ...runtime.errors import VersionError
 from ...runtime.groups import describe_group, register_group
 from ...runtime.hazards.table import HAZARDS
 from ...runtime.versions import in_range
@@ -106,15 +107,27 @@ class Running:
     def line(self) -> str:
         import vllm
 
-        low, high = hooked.SUPPORTED
-        tried = "" if in_range(vllm.__version__, low, high) else f" (its sources were read from {low} to before {high})"
         fused = "" if self.asked.mode == "guard" else f"{self.fused} of {self.fused + self.sums} all-reduces fused, "
         carrier = "vLLM's all-reduce over" if self.asked.mode == "guard" else "carried out by"
+        release = f"{vllm.__version__}{_unread(vllm.__version__)}"
         return (
-            f"ringfence {__version__} in vLLM {vllm.__version__}{tried}: {self.asked.mode}, {fused}{carrier} "
-            f"{self.collective}; captured: {self.captured}; hazards: {', '.join(self.hazards) or 'none'}"
-            f"{'; steps are watched' if self.watch is not None else ''}"
+            f"ringfence {__version__} in vLLM {release}: {self.asked.mode}, {fused}{carrier} {self.collective}; "
+            f"captured: {self.captured}; hazards: {', '.join(self.hazards) or 'none'}"
+            f"{'; steps are watched' if self.watched else ''}"
         )
+
+    @property
+    def watched(self) -> bool:
+        return self.watch is not None or (self.asked.mode == "backend" and "on_hang" in self.asked.options)
+
+
+def _unread(version: str) -> str:
+    low, high = hooked.SUPPORTED
+    try:
+        read = in_range(version, low, high)
+    except VersionError:  # somebody's own build
+        read = False
+    return "" if read else f" (read from {low} to before {high})"
 
 
 def start(original: Callable[..., Any], wrapper: Any) -> Any:
@@ -164,7 +177,7 @@ def _begin(running: Running) -> None:
     wanted = asked.only(WATCH)
     if asked.mode == "guard":
         wanted = {"on_hang": "report"} | wanted
-    if asked.mode != "backend" and "on_hang" in wanted:
+    if asked.mode != "backend" and set(wanted) - {"agree_seconds"}:
         running.watch = watch(name, device=device, **wanted)
 
 
