@@ -43,6 +43,13 @@ SIGNATURES = {
     "vllm.distributed.device_communicators.flashinfer_all_reduce.fi_ar_available": None,
 }
 
+#: As they are in 0.33.0, where they differ.
+SIGNATURES_0_33 = {
+    "vllm.config.compilation.CompilationConfig.init_backend": (
+        "self, vllm_config, prefix='', is_encoder=False, use_aot_compile=True"
+    ),
+}
+
 
 class CompilationMode(enum.IntEnum):
     NONE = 0

@@ -14,7 +14,7 @@ import engine_ops
 import pytest
 import torch
 import torch.distributed as dist
-from fake_vllm import SIGNATURES, CompilationMode, CUDAGraphMode, FakeVllm, replaced
+from fake_vllm import SIGNATURES, SIGNATURES_0_33, CompilationMode, CUDAGraphMode, FakeVllm, replaced
 from torch import Tensor
 
 import ringfence
@@ -173,6 +173,22 @@ def test_a_moved_target_is_one_warning_and_no_action(
                 (message,) = said
                 assert "ringfence does nothing in vLLM 0.32.0" in message and target.path in message
                 assert wrapped(*(t for t in ALL_TARGETS if t is not target)) == []
+
+
+def test_a_later_release_that_was_read_is_no_other_one(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    assert {t.path: t.also for t in ALL_TARGETS if t.also} == {p: (s,) for p, s in SIGNATURES_0_33.items()}
+
+    def init_backend(
+        self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False, use_aot_compile: bool = True
+    ) -> Any:
+        return self.backend
+
+    replaced(hooked.INIT_BACKEND, init_backend, monkeypatch)
+    monkeypatch.setenv("RINGFENCE", "backend")
+    register()
+    assert said == [] and wrapped(hooked.POST_INIT)
 
 
 def test_a_target_of_another_mode_may_have_moved(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:

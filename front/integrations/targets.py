@@ -15,11 +15,12 @@ class Target:
     """A function of an engine. path: ``"package.module.function"``, or of a class's method.
 
     parameters: as Python prints them, without annotations: ``"x, eps=1e-06, *, group=None"``. None: it is no function,
-    and has to be there.
+    and has to be there. also: what they are in other releases that were read.
     """
 
     path: str
     parameters: str | None = None
+    also: tuple[str, ...] = ()
 
 
 def parameters_of(function: Any) -> str:
@@ -56,7 +57,7 @@ def moved(targets: Sequence[Target]) -> tuple[str, ...]:
         except Exception as error:  # an engine's import may raise anything
             found.append(f"{target.path} cannot be had ({type(error).__name__}: {error})")
             continue
-        if there != target.parameters:
+        if there not in (target.parameters, *target.also):
             found.append(f"{target.path} takes ({there}), not ({target.parameters})")
     return tuple(found)
 

@@ -28,7 +28,9 @@ EXECUTE_MODEL = Target(f"{WORKER}.WorkerWrapperBase.execute_model", "self, sched
 CONFIGURE = Target(f"{_PASSES}.configure", "self, config")
 #: Where the name of a backend becomes a function.
 INIT_BACKEND = Target(
-    f"{_COMPILATION}.CompilationConfig.init_backend", "self, vllm_config, prefix='', is_encoder=False"
+    f"{_COMPILATION}.CompilationConfig.init_backend",
+    "self, vllm_config, prefix='', is_encoder=False",
+    also=("self, vllm_config, prefix='', is_encoder=False, use_aot_compile=True",),  # 0.33
 )
 #: Where vLLM makes the workspace of FlashInfer's fused all-reduce.
 CREATE_WORKSPACE = Target(f"{_FLASHINFER}._create_workspace", f"backend, {_WORKSPACE}")
