@@ -244,11 +244,35 @@ def test_backend_takes_vllms_sizes_and_its_captures(vllm: FakeVllm, monkeypatch:
     assert "vllm::nobody_registers_this" not in given["split_ops"]
 
 
+def test_backend_splits_at_what_reads_a_context_of_python(vllm: FakeVllm) -> None:
+    """Attention, and the updates of caches, which vLLM lists apart."""
+    library = torch.library.Library("vllm", "FRAGMENT")
+    try:
+        for name in ("unified_attention_with_output", "unified_kv_cache_update"):
+            library.define(f"{name}(Tensor x) -> Tensor")
+        given = whole.options_for(Request("backend"), vllm.config())
+    finally:
+        library._destroy()
+    assert given["split_ops"] == ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"]
+
+
 def test_the_backends_name_alone_asks_for_it(vllm: FakeVllm) -> None:
     register()
     config = vllm.config(backend=hooked.BACKEND, mode=CompilationMode.DYNAMO_TRACE_ONCE)
     asked = request.of_config(config)
     assert asked is not None and asked.mode == "backend"
+
+
+def test_a_request_in_the_configuration_reaches_a_worker_of_the_same_process(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM imports its workers after it has registered plugins, and registers only once."""
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, hooked.WORKER)
+        register()
+    assert wrapped(hooked.INIT_DEVICE, hooked.EXECUTE_MODEL) == []
+    vllm.config({"ringfence": "guard"})
+    assert len(wrapped(hooked.INIT_DEVICE, hooked.EXECUTE_MODEL)) == 2
 
 
 @pytest.mark.parametrize("mode", ["pass", "backend"])
@@ -347,13 +371,14 @@ def test_a_worker_prepares_before_it_compiles_anything(
     def step(tokens: int, **_: Any) -> None:
         tp.steps.append(tokens)
         gm(*inputs())
+        engine_ops.op("vllm::all_reduce")(inputs()[0], "tp:0")  # of no graph: the sampler's, say
 
     started.worker.model_runner._dummy_run = step
     assert started.worker.compile_or_warm_up_model() == "warm"
     status = started.ringfence()
-    assert (status["sites"], status["fused"], status["collective"]) == (7, 7, "reference") and tp.steps == [32]
+    assert (status["sites"], status["fused"], status["collective"]) == (8, 7, "reference") and tp.steps == [32]
     (line,) = said
-    assert line.startswith(f"ringfence {ringfence.__version__} in vLLM 0.32.0: pass, 7 of 7 all-reduces fused, ")
+    assert line.startswith(f"ringfence {ringfence.__version__} in vLLM 0.32.0: pass, 7 of 8 all-reduces fused, ")
     assert "carried out by reference" in line and line.endswith("hazards: none") and "\n" not in line
 
 
