@@ -31,6 +31,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class SplitPlan:
+    """The pieces and islands of a graph, in the order of execution."""
+
     pieces: tuple[Piece, ...]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Programs that use the package, which type-check against it.
-USES = [str(ROOT / "tests/typed_use.py")]
+USES = [str(ROOT / "tests/typed_use.py"), *(str(ROOT / f"examples/{name}.py") for name in ("passes", "engine", "hang"))]
 
 
 def modules_in_tree() -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import api_page
 import ringfence
 from ringfence.commands import docs
 
@@ -54,6 +55,19 @@ def test_bounds_are_those_of_the_support_page() -> None:
     (torch,) = (d for d in project["dependencies"] if d.startswith("torch"))
     assert torch == f"torch>=2.{torches[1]},<2.{int(torches[2]) + 1}"
     assert f"Python 3.{low} or 3.{high}, torch 2.{torches[1]} to 2.{torches[2]}" in (ROOT / "README.md").read_text()
+
+
+def test_the_page_of_the_api_is_fresh_and_whole() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert text == api_page.page(), "stale: PYTHONPATH=tests python tests/api_page.py"
+    for name in ringfence.__all__:
+        assert f"### `{name}`\n" in text or f"| `{name}` |" in text, name
+        assert (getattr(ringfence, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_every_section_of_the_api_names_what_there_is() -> None:
+    listed = [name for names in api_page.SECTIONS.values() for name in names if name != "compile"]
+    assert set(listed) <= set(ringfence.__all__) and len(set(listed)) == len(listed)
 
 
 def test_the_licence_is_the_one_that_the_metadata_names() -> None:

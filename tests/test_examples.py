@@ -1,0 +1,36 @@
+"""Each example as its first line says it is run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+#: By file: what runs it, and what it prints among other things. demo.py and reproduce.py are run elsewhere.
+RUNS = {
+    "torchrun.py": (TORCHRUN, ["2 of 2 all-reduces fused", "capture: off"]),
+    "passes.py": (TORCHRUN, ["1 of 1 all-reduces fused", "captured: [(4,)]", "passes: largest difference from eager"]),
+    "engine.py": (TORCHRUN, ["reference, all calls", "engine: norm of [16, 64], root mean square 1.00 to 1.00"]),
+    "hang.py": ((sys.executable,), ["rank 1 is at hang.py:", "time.sleep(3600)", "hang: rank 1 was named by both"]),
+}
+
+
+def test_every_example_is_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} - {"demo.py", "reproduce.py"} == set(RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_example(name: str) -> None:
+    command, expected = RUNS[name]
+    ran = subprocess.run(
+        [*command, str(EXAMPLES / name)], capture_output=True, text=True, timeout=280, cwd=EXAMPLES.parent
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for text in expected:
+        assert text in ran.stdout, ran.stdout[-3000:]
