@@ -64,9 +64,11 @@ def register(asked: str | None, options: str | None = None) -> None:
 # -- what is hooked
 
 
-@pytest.mark.parametrize("asked", [None, "", "0", "off", " "])
-def test_nothing_happens_unless_it_is_asked_for(fake: FakeSglang, lines: list[str], asked: str | None) -> None:
-    register(asked, "not read")
+@pytest.mark.parametrize(("asked", "options"), [(None, None), ("", ""), (" ", " "), ("0", "not read"), ("off", "{}")])
+def test_nothing_happens_unless_it_is_asked_for(
+    fake: FakeSglang, lines: list[str], asked: str | None, options: str | None
+) -> None:
+    register(asked, options)
     assert fake.hooks == [] and lines == []
 
 
@@ -137,6 +139,7 @@ def test_guard_does_not_mind_what_it_does_not_use(fake: FakeSglang, lines: list[
 @pytest.mark.parametrize(
     ("asked", "options", "why"),
     [
+        (None, '{"on_hang": "abort"}', "RINGFENCE_OPTIONS is set and RINGFENCE is not"),
         ("pass", None, "RINGFENCE='pass' is not one of 1, fuse, guard"),
         ("fuse", "{", "RINGFENCE_OPTIONS is no JSON ("),
         ("fuse", "[1]", "RINGFENCE_OPTIONS is no JSON object"),
@@ -147,7 +150,7 @@ def test_guard_does_not_mind_what_it_does_not_use(fake: FakeSglang, lines: list[
         ("fuse", '{"step_seconds": -1}', "step_seconds=-1"),
     ],
 )
-def test_wrong_options_end_in_one_line(fake: FakeSglang, asked: str, options: str | None, why: str) -> None:
+def test_wrong_options_end_in_one_line(fake: FakeSglang, asked: str | None, options: str | None, why: str) -> None:
     with pytest.raises(SystemExit) as ended:
         register(asked, options)
     said = str(ended.value)

@@ -57,7 +57,7 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
 }
 
 _MODES = {"1": "fuse", "fuse": "fuse", "guard": "guard"}
-_OFF = ("", "0", "off")
+_OFF = ("off", "none", "0")
 _OF_PREPARE = ("collective", "transport", "size_table", "on_hazard")
 _OF_WATCH = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir", "check_every_step")
 _OF_BOTH = ("agree_seconds",)
@@ -76,7 +76,8 @@ class Settings:
 
 def register() -> None:
     """What SGLang calls in each of its processes. Ends the process, with one line, where the options are wrong."""
-    if os.environ.get("RINGFENCE", "").strip() in _OFF:
+    asked, options = (os.environ.get(name, "").strip() for name in ("RINGFENCE", "RINGFENCE_OPTIONS"))
+    if asked in _OFF or not (asked or options):
         return
     from ..runtime.errors import OptionsError
 
@@ -109,6 +110,8 @@ def settings_of(environment: Mapping[str, str]) -> Settings:
     from ..runtime.errors import OptionsError
 
     asked = environment.get("RINGFENCE", "").strip()
+    if not asked:
+        raise OptionsError(f"RINGFENCE_OPTIONS is set and RINGFENCE is not; RINGFENCE is one of {', '.join(_MODES)}")
     if asked not in _MODES:
         raise OptionsError(f"RINGFENCE='{asked}' is not one of {', '.join(_MODES)} (in SGLang), nor off")
     text = environment.get("RINGFENCE_OPTIONS", "").strip() or "{}"
