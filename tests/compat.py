@@ -6,7 +6,8 @@ Each release is installed below ``.compat/``, without what it depends on, and la
 each pair: ringfence is imported; the real FlashInfer's Python side is held against what ringfence calls
 (tests/runtime/test_flashinfer.py); a small model goes through ``Backend`` with simulated captures on a gloo rank
 (this file, ``smoke``); Hugging Face's Llama does, split over two (examples/demo.py). ``--write`` puts the table
-into docs/support.md. What pip cannot install here is said in the table. 12 GB and half an hour.
+into docs/support.md. Answers are kept in ``.compat/answers.json`` with their day, so that ``--only`` runs some pairs
+and the table still has all. What pip cannot install here is said in the table. 12 GB and half an hour.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".compat"
+KEPT = FOLDER / "answers.json"
 PAGE = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- make compat: what follows is written by it -->", "<!-- make compat: end -->"
 
@@ -55,10 +58,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a check came to: "ok", or the line that says why not. seconds: how long it took."""
+    """What a check came to: "ok", or the line that says why not. seconds: how long it took, 0 for what is not there."""
 
     said: str
     seconds: float
+    day: str = ""
 
 
 def layer(package: str, version: str) -> Layer:
@@ -164,46 +168,55 @@ def smoke() -> None:
     dist.destroy_process_group()
 
 
-def tables(only: Sequence[str]) -> tuple[str, bool]:
-    """All pairs, as Markdown; and whether each that could be installed is ok."""
+def answers(only: Sequence[str]) -> dict[str, dict[str, Answer]]:
+    """Of all pairs that ``only`` leaves, by torch's release and check; and those that were kept of the others."""
     chosen = {p: [v for v in versions if not _other(p, v, only)] for p, versions in PACKAGES.items()}
     layers = {p: [layer(p, version) for version in versions] for p, versions in chosen.items()}
-    checks = {}
+    kept = _read()
+    today = str(datetime.date.today())
     with ThreadPoolExecutor(2) as pool:
+        checks = {}
         for torch in layers["torch"]:
-            checks[torch, "import"] = pool.submit(run, (torch,), "-c", "import ringfence; ringfence.Backend")
-            checks[torch, "smoke"] = pool.submit(run, (torch,), str(Path(__file__)), "smoke")
+            checks[torch.version, "import"] = pool.submit(run, (torch,), "-c", "import ringfence; ringfence.Backend")
+            checks[torch.version, "smoke"] = pool.submit(run, (torch,), str(Path(__file__)), "smoke")
             for other in layers["flashinfer-python"]:
-                checks[torch, other.version] = pool.submit(contract, torch, other)
+                checks[torch.version, f"FlashInfer {other.version}"] = pool.submit(contract, torch, other)
             for other in layers["transformers"]:
-                checks[torch, other.version] = pool.submit(run, (other, torch), "examples/demo.py")
-    names = ["import", "smoke"]
-    head = ["torch", *names]
-    head += [f"FlashInfer {v}" for v in chosen["flashinfer-python"]]
-    head += [f"transformers {v}" for v in chosen["transformers"]]
-    keys = [*names, *chosen["flashinfer-python"], *chosen["transformers"]]
+                ran = pool.submit(run, (other, torch), "examples/demo.py")
+                checks[torch.version, f"transformers {other.version}"] = ran
+        for (release, check), ran in checks.items():
+            answer = replace(ran.result(), day=today)
+            kept.setdefault(release, {})[check] = answer
+            print(f"torch {release}, {check}: {answer.said}, {answer.seconds:.0f} s", flush=True)
+            KEPT.write_text(json.dumps({r: {c: astuple(a) for c, a in row.items()} for r, row in kept.items()}))
+    return kept
+
+
+def _read() -> dict[str, dict[str, Answer]]:
+    if not KEPT.exists():
+        return {}
+    return {r: {c: Answer(*a) for c, a in row.items()} for r, row in json.loads(KEPT.read_text()).items()}
+
+
+def table(found: Mapping[str, Mapping[str, Answer]]) -> str:
+    """As Markdown."""
+    names = ["import", "smoke", *(f"FlashInfer {v}" for v in FLASHINFER), *(f"transformers {v}" for v in TRANSFORMERS)]
     notes: list[str] = []
     rows = []
-    for torch in layers["torch"]:
-        answers = [checks[torch, key].result() for key in keys]
-        if torch.missing is not None:
-            notes.append(torch.missing)
-            rows.append([torch.version, f"not tried [{len(notes)}]", *[""] * (len(keys) - 1)])
-            continue
+    for release in TORCH:
+        row = found.get(release, {})
         cells = []
-        for answer in answers:
-            if answer.said != "ok":
-                notes.append(answer.said)
-            cells.append("ok" if answer.said == "ok" else f"no [{len(notes)}]")
-        rows.append([torch.version, *cells])
-        print(
-            torch.version,
-            *(f"{key}: {a.said} {a.seconds:.0f} s" for key, a in zip(keys, answers, strict=True)),
-            sep="\n  ",
-        )
-    text = tabulate(rows, head, tablefmt="github", disable_numparse=True)
+        for name in names:
+            said = row[name].said if name in row else "not run"
+            if said not in ("ok", "not run"):
+                if said not in notes:
+                    notes.append(said)
+                said = f"no [{notes.index(said) + 1}]"
+            cells.append(said)
+        rows.append([release, *cells, max((answer.day for answer in row.values()), default="")])
+    text = tabulate(rows, ["torch", *names, "day"], tablefmt="github", disable_numparse=True)
     said = "\n".join(f"[{number}] {note}  " for number, note in enumerate(notes, 1))
-    return f"{text}\n\n{said}".rstrip(), all("no [" not in cell for row in rows for cell in row)
+    return f"{text}\n\n{said}".rstrip()
 
 
 def _other(package: str, version: str, only: Sequence[str]) -> bool:
@@ -221,14 +234,14 @@ def main() -> int:
         package, _, version = one.partition("==")
         if version not in PACKAGES.get(package, ()):
             parser.error(f"--only {one}: none of {', '.join(f'{p}=={v}' for p, vs in PACKAGES.items() for v in vs)}")
-    text, fine = tables(given.only)
-    text = f"`make compat`, {datetime.date.today()}, Python {platform.python_version()}, on a CPU:\n\n{text}"
+    found = answers(given.only)
+    text = f"`make compat`, Python {platform.python_version()}, on a CPU:\n\n{table(found)}"
     print(text)
     if given.write:
         page = PAGE.read_text()
         before, rest = page.split(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
-    return 0 if fine else 1
+    return 0 if all(a.said == "ok" or a.seconds == 0 for row in found.values() for a in row.values()) else 1
 
 
 if __name__ == "__main__":

@@ -63,25 +63,30 @@ def test_a_check_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.run([], "-c", "import time; time.sleep(60)").said == "not done in 1 s"
 
 
-def test_the_table_says_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_says_what_was_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def layer(package: str, version: str) -> Layer:
-        missing = "cannot be had" if version == "2.15.0" else None
-        return Layer(package, version, missing=missing)
+        return Layer(package, version, missing="cannot be had" if version == "2.15.0" else None)
 
     def run(layers: Any, *arguments: str) -> Answer:
-        versions = {one.version for one in layers}
-        return Answer("it broke" if {"2.14.1", "0.7.1"} <= versions else "ok", 1.0)
+        if any(one.missing for one in layers):
+            return Answer("cannot be had", 0.0)
+        return Answer("it broke" if {"2.14.1", "0.7.1"} <= {one.version for one in layers} else "ok", 1.0)
 
+    monkeypatch.setattr(compat, "KEPT", folder / "answers.json")
     monkeypatch.setattr(compat, "layer", layer)
     monkeypatch.setattr(compat, "run", run)
-    text, fine = compat.tables(["torch==2.14.1", "torch==2.15.0"])
-    lines = text.splitlines()
-    assert not fine and [len(line.split("|")) for line in lines[:4]] == [3 + 2 + 5 + 2] * 4
-    cells = dict(zip(*([c.strip() for c in lines[n].split("|")] for n in (0, 2)), strict=True))
-    assert cells["torch"] == "2.14.1" and cells["FlashInfer 0.7.1"] == "no [1]" and cells["FlashInfer 0.6.18"] == "ok"
-    assert "not tried [2]" in lines[3] and lines[3].count("ok") == 0
-    assert "[1] it broke" in text and "[2] cannot be had" in text
-    assert compat.tables(["torch==2.15.0"])[1], "what cannot be had here is not broken"
+    for only, code in ((["torch==2.15.0"], 0), (["torch==2.14.1"], 1)):  # what cannot be had here is not broken
+        monkeypatch.setattr(sys, "argv", ["compat.py", *(f"--only={one}" for one in only)])
+        assert compat.main() == code
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][-6:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    cells = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows}
+    assert cells["2.14.1"]["FlashInfer 0.7.1"] == "no [1]" and cells["2.14.1"]["FlashInfer 0.6.18"] == "ok"
+    assert cells["2.15.0"]["smoke"] == "no [2]" and cells["2.14.1"]["day"].startswith("20")
+    assert set(cells["2.12.1"].values()) == {"2.12.1", "not run", ""}
+    assert compat.table(compat._read()).endswith("[1] it broke  \n[2] cannot be had")
 
 
 def test_a_release_that_is_not_listed_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
