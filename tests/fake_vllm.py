@@ -31,6 +31,7 @@ SIGNATURES = {
     "vllm.compilation.passes.pass_manager.PostGradPassManager.__call__": "self, graph",
     "vllm.compilation.passes.pass_manager.PostGradPassManager.uuid": "self",
     "vllm.config.compilation.PassConfig.fuse_allreduce_rms": None,
+    "vllm.config.compilation.CompilationConfig.compile_ranges_endpoints": None,
     "vllm.config.compilation.CompilationConfig.init_backend": "self, vllm_config, prefix='', is_encoder=False",
     "vllm.config.compilation.CompilationConfig._attention_ops": None,
     "vllm.config.compilation.PassConfig.flashinfer_max_size": "self, world_size",
@@ -101,9 +102,10 @@ class FakeVllm:
             fuse_allreduce_rms = None
 
             def flashinfer_max_size(self, world_size: int) -> int:
-                return 1 << 20
+                return 1024
 
         class CompilationConfig:
+            compile_ranges_endpoints: list[int] | None = None
             _attention_ops = ("vllm::unified_attention_with_output", "vllm::nobody_registers_this")
 
             def __init__(self, mode: CompilationMode | None = None, backend: str = "inductor") -> None:
@@ -116,12 +118,13 @@ class FakeVllm:
                 return self.backend
 
         class VllmConfig:
-            def __init__(self, more: Any = None, eager: bool = False, **compilation: Any) -> None:
+            def __init__(self, more: Any = None, eager: bool = False, device: str = "cpu", **compilation: Any) -> None:
                 self.additional_config = {} if more is None else more
                 self.compilation_config = CompilationConfig(**compilation)
                 self.scheduler_config = types.SimpleNamespace(max_num_batched_tokens=32)
                 self.model_config = types.SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
-                self.device_config = types.SimpleNamespace(device_type="cpu")
+                self.device_config = types.SimpleNamespace(device_type=device)
+                self.parallel_config = types.SimpleNamespace(tensor_parallel_size=2)
                 self.eager = eager
                 self.__post_init__()
 

@@ -323,7 +323,28 @@ def test_the_pass_fuses_every_site_and_needs_no_group(vllm: FakeVllm, monkeypatc
     assert len(fused) == 2 * LAYERS + 1
     assert {n.args[-2:] for n in fused} == {("tp:0", ops.PREPARED)}
     assert not [n for n in gm.graph.nodes if "vllm" in str(n.target)]
-    assert manager.passes[-1].is_applicable_for_range(None)
+
+
+def test_larger_steps_than_vllms_fusion_takes_stay_as_they_are(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what a kernel serves, the op would be an all-reduce, an add and a norm that nothing compiles together."""
+    monkeypatch.setenv("RINGFENCE", "pass")
+    register()
+    cases: list[tuple[dict[str, Any], str, int | None]] = [
+        ({}, "cuda", 1024 // (H * 4)),  # vLLM's limit in bytes, by the bytes of a token
+        ({"max_tokens": 8}, "cuda", 8),
+        ({"max_tokens": 8}, "cpu", 8),
+        ({}, "cpu", None),
+    ]
+    for options, device, up_to in cases:
+        monkeypatch.setenv("RINGFENCE_OPTIONS", json.dumps(options))
+        config = vllm.config(device=device)
+        asked = request.of_config(config)
+        assert asked is not None and asked.up_to == up_to
+        assert config.compilation_config.compile_ranges_endpoints == ([up_to] if up_to else None)
+        one = passes.FusePass(asked, torch.device("cpu"))
+        ranges = [types.SimpleNamespace(start=1, end=8), types.SimpleNamespace(start=9, end=32)]
+        wanted = [True, True] if up_to is None else [up_to >= 8, False]
+        assert [one.is_applicable_for_range(r) for r in ranges] == wanted
 
 
 def test_a_pass_of_other_options_release_or_device_is_another_one(
@@ -332,6 +353,7 @@ def test_a_pass_of_other_options_release_or_device_is_another_one(
     plain = Request("pass")
     found = [digest.digest_of(plain), digest.digest_of(plain, torch.device("cpu"))]
     found.append(digest.digest_of(Request("pass", {"numerics": "strict"})))
+    found.append(digest.digest_of(Request("pass", up_to=8)))
     table = tmp_path / "table.json"
     for text in ("1", "2"):
         table.write_text(text)
@@ -466,7 +488,7 @@ def test_guard_makes_vllms_workspace_ahead(tp: FakeVllm, monkeypatch: pytest.Mon
     assert tp.made == [], "vLLM would not have made any"
     config.compilation_config.pass_config.fuse_allreduce_rms = True
     tp.started(config)
-    assert tp.made == [(2, 0, 32, 32, torch.float32, None)]
+    assert tp.made == [(2, 0, 1024 // (32 * 4), 32, torch.float32, None)]
     config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
     tp.started(config)
     assert len(tp.made) == 1, "without vLLM's compiler nothing fuses"

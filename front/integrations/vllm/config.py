@@ -29,7 +29,7 @@ def configure(original: Callable[[Any], None], config: Any) -> None:
             _keep(config, None)
             original(config)
             return
-        _before(config, asked)
+        asked = _before(config, asked)
     except OptionsError as error:  # whose traceback would hide it
         raise SystemExit(f"ringfence: {error}") from None
     original(config)
@@ -84,10 +84,13 @@ def _keep(config: Any, asked: Request | None) -> None:
     config.additional_config = kept | ({KEY: asked.for_config()} if asked is not None else {})
 
 
-def _before(config: Any, asked: Request) -> None:
+def _before(config: Any, asked: Request) -> Request:
     compilation = config.compilation_config
     if asked.mode == "pass":
         compilation.pass_config.fuse_allreduce_rms = False  # ours is in its place; vLLM makes no workspace for it
+        asked = replace(asked, up_to=_fused_up_to(config, asked))
+        if asked.up_to is not None:  # larger steps have a graph of their own, and its all-reduces stay vLLM's
+            compilation.compile_ranges_endpoints = [*(compilation.compile_ranges_endpoints or ()), asked.up_to]
     if asked.mode == "backend":
         from vllm.config import CompilationMode
 
@@ -98,6 +101,19 @@ def _before(config: Any, asked: Request) -> None:
         if compilation.backend not in ("", "inductor", "ringfence", BACKEND):
             raise OptionsError(f"RINGFENCE=backend, and -cc.backend is '{compilation.backend}': leave it out")
         compilation.mode, compilation.backend = CompilationMode.DYNAMO_TRACE_ONCE, BACKEND
+    return asked
+
+
+def _fused_up_to(config: Any, asked: Request) -> int | None:
+    """Tokens: as the option says, or as far as vLLM's own fusion goes on this device; None where that is not known."""
+    given: int | None = asked.options.get("max_tokens")
+    if given is not None:
+        return given
+    if config.device_config.device_type != "cuda" or config.model_config is None:
+        return None
+    most = config.compilation_config.pass_config.flashinfer_max_size(config.parallel_config.tensor_parallel_size)
+    row = config.model_config.get_hidden_size() * config.model_config.dtype.itemsize
+    return int(most // row) if most else None
 
 
 def _after(config: Any, asked: Request) -> Request | None:

@@ -101,8 +101,10 @@ def make_ahead(config: Any, group: Any) -> None:
 
     compilation = config.compilation_config
     fuses = compilation.mode == CompilationMode.VLLM_COMPILE and compilation.pass_config.fuse_allreduce_rms
+    if not fuses or not flashinfer_all_reduce.fi_ar_available:
+        return
     most = compilation.pass_config.flashinfer_max_size(group.world_size)
-    if not (fuses and flashinfer_all_reduce.fi_ar_available and most):
+    if not most:
         return
     from vllm.compilation.passes.fusion import allreduce_rms_fusion  # of CUDA's build
 

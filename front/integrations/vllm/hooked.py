@@ -35,6 +35,9 @@ INIT_BACKEND = Target(
 #: Where vLLM makes the workspace of FlashInfer's fused all-reduce.
 CREATE_WORKSPACE = Target(f"{_FLASHINFER}._create_workspace", f"backend, {_WORKSPACE}")
 
+#: How far vLLM's own fusion goes, in bytes.
+_MAX_SIZE = Target(f"{_COMPILATION}.PassConfig.flashinfer_max_size", "self, world_size")
+
 _EVERYWHERE = (
     POST_INIT,
     INIT_DEVICE,
@@ -50,6 +53,8 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
         Target(f"{_PASSES}.__call__", "self, graph"),
         Target(f"{_PASSES}.uuid", "self"),
         Target(f"{_COMPILATION}.PassConfig.fuse_allreduce_rms"),
+        _MAX_SIZE,
+        Target(f"{_COMPILATION}.CompilationConfig.compile_ranges_endpoints"),
     ),
     "backend": (*_EVERYWHERE, INIT_BACKEND, Target(f"{_COMPILATION}.CompilationConfig._attention_ops")),
     "guard": (
@@ -57,7 +62,7 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
         CREATE_WORKSPACE,
         Target(f"{_FLASHINFER}.get_fi_ar_workspace", _WORKSPACE),
         Target(f"{_FLASHINFER}.fi_ar_available"),
-        Target(f"{_COMPILATION}.PassConfig.flashinfer_max_size", "self, world_size"),
+        _MAX_SIZE,
     ),
 }
 

@@ -51,14 +51,15 @@ class FusePass(CustomGraphPass):
     def __init__(self, asked: Request, device: torch.device) -> None:
         self._options = Options.parse(asked.only(FIND))
         self._uuid = digest_of(asked, device)
+        self._up_to = asked.up_to
 
     def uuid(self) -> str:
         """Of sources, options, FlashInfer and torch, device and size table: Inductor's caches ask for it."""
         return self._uuid
 
     def is_applicable_for_range(self, compile_range: Any) -> bool:
-        """vLLM asks this of its passes; the fused op takes every size."""
-        return True
+        """vLLM asks this of its passes. The fused op takes every size, and is worth it up to one."""
+        return self._up_to is None or compile_range.end <= self._up_to
 
     def __call__(self, graph: Graph) -> None:
         sites = self.fuse(graph)

@@ -35,12 +35,14 @@ class Request:
     """mode: one of :data:`MODES`. options: of :class:`ringfence.Options`, as far as the mode takes them.
 
     digest: of what a compiled graph rests on, for vLLM's caches. sizes: token counts that vLLM would capture.
+    up_to: the largest token count of a graph that the pass fuses in; None for any.
     """
 
     mode: str
     options: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
     sizes: tuple[int, ...] = ()
+    up_to: int | None = None
 
     def for_config(self) -> dict[str, Any]:
         """As it stands in ``additional_config``."""
@@ -49,6 +51,7 @@ class Request:
             "options": dict(self.options),
             "digest": self.digest,
             "sizes": list(self.sizes),
+            "up_to": self.up_to,
         }
 
     def only(self, names: tuple[str, ...]) -> dict[str, Any]:
@@ -88,11 +91,12 @@ def of_config(vllm_config: Any) -> Request | None:
     if isinstance(given, str):
         given = {"mode": given}
     where = f"additional_config['{KEY}']"
-    known = ("mode", "options", "digest", "sizes")
+    known = ("mode", "options", "digest", "sizes", "up_to")
     if not isinstance(given, Mapping) or any(key not in known for key in given):
         raise OptionsError(f"{where} is {given!r}; it is a mode, or {{'mode': ..., 'options': {{...}}}}")
     asked = _checked(given.get("mode"), given.get("options", {}), f"{where}['mode']", f"{where}['options']")
-    return replace(asked, digest=str(given.get("digest", "")), sizes=tuple(given.get("sizes", ())))
+    digest, sizes = str(given.get("digest", "")), tuple(given.get("sizes", ()))
+    return replace(asked, digest=digest, sizes=sizes, up_to=given.get("up_to"))
 
 
 def _checked(mode: object, options: object, mode_is: str, options_are: str) -> Request:

@@ -76,6 +76,12 @@ class Running:
         }
 
     @property
+    def largest(self) -> int:
+        """Tokens of the largest step that the pass fuses in."""
+        most = int(self.config.scheduler_config.max_num_batched_tokens)
+        return most if self.asked.up_to is None else min(most, self.asked.up_to)
+
+    @property
     def collective(self) -> str:
         if self.asked.mode == "guard":
             return self.guarded.collective
@@ -166,7 +172,7 @@ def _begin(running: Running) -> None:
     name, device = group.unique_name, torch.device(group.device)
     if asked.mode == "pass":
         wrap(hooked.CONFIGURE, passes.configure)
-        given = {"max_tokens": config.scheduler_config.max_num_batched_tokens} | asked.only(PREPARE)
+        given = asked.only(PREPARE) | {"max_tokens": running.largest}
         model = config.model_config
         running.prepared = prepare(name, model.get_hidden_size(), model.dtype, device=device, **given)
     elif asked.mode == "backend":
@@ -206,7 +212,7 @@ def warm_up(original: Callable[..., Any], running: Running, worker: Any, *args: 
     result = original(*args, **kwargs)
     if running.group.world_size > 1 and running.asked.mode == "pass":
         with _Counts() as counts:  # of what runs: a rank that loaded its graphs has no report of them
-            _step(worker, running.config.scheduler_config.max_num_batched_tokens, is_profile=True)
+            _step(worker, running.largest, is_profile=True)
         running.fused, running.sums = counts.fused, counts.sums
     if running.asked.mode == "backend":
         sites = [site for report in running.reports for site in report.sites]
