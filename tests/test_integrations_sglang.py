@@ -29,7 +29,9 @@ from ringfence.integrations import sglang, targets
 from ringfence.integrations.sglang_hooks import Adapter
 from ringfence.runtime.collectives import reference
 from ringfence.runtime.replay.capture import SimulatedGraphs
-from support import TOLERANCE, relative_error, run_python, run_ranks
+from ringfence.runtime.watch.supervision import Asked
+from ringfence.runtime.watch.supervisor import supervisor_for
+from support import TOLERANCE, relative_error, run_python, run_ranks, start_fake_group
 
 REPLAYS = {f"{path}.{name}.replay": HookType.AROUND for name, path in BACKENDS.items()}
 FUNCTIONS = {
@@ -87,6 +89,7 @@ def test_each_mode_hooks_what_it_needs(
     fake: FakeSglang, lines: list[str], asked: str, hooked: dict[str, HookType]
 ) -> None:
     register(asked)
+    register(asked)  # once more is no more
     assert {target: kind for target, _, kind in fake.hooks} == hooked and len(fake.hooks) == len(hooked)
     assert lines == []
 
@@ -225,6 +228,23 @@ def test_a_trace_and_an_empty_batch_are_sglangs(fake: FakeSglang) -> None:
         assert fake.tp is not None
         fake.tp.world_size = 1
         assert fused(x, r, w) == (None, None)
+
+
+def test_a_rank_by_itself_watches_nothing_and_a_new_engine_is_watched_anew(fake: FakeSglang) -> None:
+    fake.tp = Coordinator(None, "tp:0", 1, 0)
+    lines = in_sglang("guard", {}, fake).lines
+    assert fake.replay("FullCudaGraphBackend", 4, lambda: 7) == 7 and lines == []
+    for _ in range(2):
+        start_fake_group(2)
+        try:
+            fake.tp = Coordinator(dist.group.WORLD, "tp:0", 2, 0)
+            journal = supervisor_for(Asked({})).journal
+            for number in (1, 2):
+                assert fake.replay("BreakableCudaGraphBackend", 3, lambda: number) == number  # noqa: B023
+                assert (journal.position().step, journal.position().sizes) == (number - 1, (3,))
+        finally:
+            dist.destroy_process_group()
+    assert len(lines) == 2 and all("RINGFENCE=guard: SGLang's own kernels; replays are watched" in one for one in lines)
 
 
 def test_two_ranks_are_served_watched_and_told(tmp_path: Path) -> None:

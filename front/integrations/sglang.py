@@ -94,9 +94,11 @@ def register() -> None:
         )
         return
     registry, kinds = (resolve(f"sglang.srt.plugins.hook_registry.{name}") for name in ("HookRegistry", "HookType"))
+    if hasattr(registry, "ringfence"):  # called again: a replay in two steps would be counted twice
+        return
     from .sglang_hooks import Adapter
 
-    adapter = Adapter(settings)
+    adapter = registry.ringfence = Adapter(settings)
     for target in _REPLAYS:
         registry.register(target.path, adapter.replay, kinds.AROUND)
     if settings.mode == "fuse":

@@ -29,7 +29,7 @@ class Adapter:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._watch: Watch | None = None
+        self._watch: tuple[Any, Watch] | None = None  # with the process group that it is for
         self._said: set[str] = set()
 
     # -- in place of SGLang's functions, with their parameters -----------------------------------
@@ -115,15 +115,20 @@ class Adapter:
         return prepared if by_name or ops.by_kernels(x, name) else None
 
     def _watched(self) -> Watch | None:
-        """The watch of the tensor-parallel group, made with the first call; None for a rank by itself."""
+        """The watch of the tensor-parallel group, made with the first call; None for a rank by itself.
+
+        A process may end one engine and begin another, with groups of its own.
+        """
         group = resolve(PARALLEL.path)().tp_group
-        if self._watch is None and group.world_size > 1:
+        if group.world_size < 2:
+            return None
+        if self._watch is None or self._watch[0] is not group.device_group:
             name = str(group.unique_name)
             register_group(name, group.device_group)
-            self._watch = watch(name, **self.settings.watch)
+            self._watch = group.device_group, watch(name, **self.settings.watch)
             if group.rank_in_group == 0 and self.settings.mode == "guard":
                 _log.info("%s", self._first_line(None))
-        return self._watch
+        return self._watch[1]
 
     def _first_line(self, found: Prepared | None) -> str:
         """Of the log, on the first rank."""
