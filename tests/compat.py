@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -131,6 +131,12 @@ def contract(torch: Layer, flashinfer: Layer) -> Answer:
     return run((flashinfer, torch), "-m", "pytest", *quiet, "tests/runtime/test_flashinfer.py", "-k", "real")
 
 
+def imports(torch: Layer, smoke: Future[Answer]) -> Answer:
+    """By itself only where the small model failed, to tell why."""
+    done = smoke.result()
+    return done if done.said == "ok" else run((torch,), "-c", "import ringfence; ringfence.Backend")
+
+
 def smoke() -> None:
     """A model with two sites, in every dtype, captured and replayed; run in a child, on a gloo rank."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -172,13 +178,12 @@ def answers(only: Sequence[str]) -> dict[str, dict[str, Answer]]:
     """Of all pairs that ``only`` leaves, by torch's release and check; and those that were kept of the others."""
     chosen = {p: [v for v in versions if not _other(p, v, only)] for p, versions in PACKAGES.items()}
     layers = {p: [layer(p, version) for version in versions] for p, versions in chosen.items()}
-    kept = _read()
     today = str(datetime.date.today())
     with ThreadPoolExecutor(2) as pool:
         checks = {}
         for torch in layers["torch"]:
-            checks[torch.version, "import"] = pool.submit(run, (torch,), "-c", "import ringfence; ringfence.Backend")
             checks[torch.version, "smoke"] = pool.submit(run, (torch,), str(Path(__file__)), "smoke")
+            checks[torch.version, "import"] = pool.submit(imports, torch, checks[torch.version, "smoke"])
             for other in layers["flashinfer-python"]:
                 checks[torch.version, f"FlashInfer {other.version}"] = pool.submit(contract, torch, other)
             for other in layers["transformers"]:
@@ -186,10 +191,11 @@ def answers(only: Sequence[str]) -> dict[str, dict[str, Answer]]:
                 checks[torch.version, f"transformers {other.version}"] = ran
         for (release, check), ran in checks.items():
             answer = replace(ran.result(), day=today)
-            kept.setdefault(release, {})[check] = answer
             print(f"torch {release}, {check}: {answer.said}, {answer.seconds:.0f} s", flush=True)
+            kept = _read()  # another run may have written meanwhile
+            kept.setdefault(release, {})[check] = answer
             KEPT.write_text(json.dumps({r: {c: astuple(a) for c, a in row.items()} for r, row in kept.items()}))
-    return kept
+    return _read()
 
 
 def _read() -> dict[str, dict[str, Answer]]:
