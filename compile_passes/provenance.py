@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -58,7 +58,22 @@ def input_names(gm: GraphModule, dynamo_names: Sequence[str]) -> tuple[str, ...]
     names = []
     for name in _dynamo_names(gm, dynamo_names):
         names.append(re.sub(r"_(modules|parameters|buffers)_", ".", name.removeprefix("l_self_modules_")).strip("_"))
-    return tuple(names)
+    return tuple(_by_shape(gm, names))
+
+
+def _by_shape(gm: GraphModule, names: Sequence[str]) -> Iterator[str]:
+    """Sizes are called by the tensor that has them, ``x.shape[0]``: Dynamo numbers them."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    shapes: dict[object, str] = {}
+    for node, name in zip(nodes, names, strict=True):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            for d, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt):
+                    shapes.setdefault(size.node.expr, f"{name}.shape[{d}]")
+    for node, name in zip(nodes, names, strict=True):
+        value = node.meta.get("val")
+        yield shapes.get(value.node.expr, name) if isinstance(value, torch.SymInt) else name
 
 
 def inputs_of_modules(gm: GraphModule, dynamo_names: Sequence[str]) -> frozenset[int]:
@@ -66,6 +81,17 @@ def inputs_of_modules(gm: GraphModule, dynamo_names: Sequence[str]) -> frozenset
     return frozenset(
         i for i, name in enumerate(_dynamo_names(gm, dynamo_names)) if "_parameters_" in name or "_buffers_" in name
     )
+
+
+def served(gm: GraphModule, names: Sequence[str], stay: Collection[int]) -> str:
+    """The shapes of a graph's inputs, without those that stay where they are (parameters, caches); the first three."""
+    shapes = []
+    for i, (node, name) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), names, strict=True)):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and i not in stay:
+            shapes.append(f"{re.sub('^l_(kwargs_|args_)?', '', name)} [{', '.join(map(str, value.shape))}]")
+    more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+    return ", ".join(shapes[:3]) + more
 
 
 def _dynamo_names(gm: GraphModule, dynamo_names: Sequence[str]) -> Iterator[str]:

@@ -66,6 +66,9 @@ class CompileReport:
     plan: PlanVerdict | None = None
     judged_as: str | None = None
     captured: tuple[int, ...] = ()
+    serves: str = ""
+    name: str = ""
+    wasted: str | None = None
     moe_sites: tuple[MoeSite, ...] = ()
 
     @property
@@ -101,9 +104,10 @@ class CompileReport:
         cut = f"{len(self.pieces) - islands} pieces and {islands} islands" if islands else "one piece"
         judged = f", judged as {self.judged_as}" if self.judged_as is not None else ""
         captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else self.graphs or "off"
+        replays = f"capture: {captured}" if self.wasted is None else "no replays: sizes change in every call"
         return (
             f"{len(self.fused)} of {len(self.sites)} all-reduces fused (collective: {self._collectives}{judged}); "
-            f"{cut}; capture: {captured}"
+            f"{cut}; {replays}"
         )
 
     @property
@@ -130,6 +134,8 @@ class CompileReport:
         from tabulate import tabulate
 
         parts = [f"ringfence: {self.summary}"]
+        if self.serves:
+            parts.append(f"{self.name or 'the graph'} serves {self.serves}")
         parts += self.limits
         if self.sites:
             rows = [
@@ -177,6 +183,9 @@ class CompileReport:
             "collectives": [_plain(c) for c in self.collectives],
             "graphs": self.graphs,
             "captured": list(self.captured),
+            "name": self.name,
+            "serves": self.serves,
+            "wasted": self.wasted,
             "sites": [_site(s) for s in self.sites],
             "moe_sites": [_moe_site(s) for s in self.moe_sites],
             "pieces": [_plain(p) for p in self.pieces],

@@ -7,7 +7,6 @@ split -> prove -> agree -> lower -> run
 from __future__ import annotations
 
 import functools
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
+from .account import Account
 from .aot import boxed, compiled, inductor_decompositions
 from .assign import assign, check_deterministic, described, graphs_for, judge_outer
 from .compile_passes.absent import why_no_all_reduce
@@ -46,10 +46,10 @@ from .compile_passes.op_calls import op_names
 from .compile_passes.outer import OuterCapture
 from .compile_passes.parts import cut
 from .compile_passes.prove import PlanVerdict, prove
-from .compile_passes.provenance import input_names, inputs_of_modules, name_inputs
+from .compile_passes.provenance import input_names, inputs_of_modules, name_inputs, served
 from .compile_passes.reasons import Reason
 from .compile_passes.repeats import merge_repeats
-from .compile_passes.report import CompileReport, Reports
+from .compile_passes.report import CompileReport
 from .compile_passes.returned_numbers import take_returned_numbers
 from .compile_passes.returned_views import take_returned_views, views_of_inputs
 from .compile_passes.sizes import padding, size_rule
@@ -74,8 +74,6 @@ from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
 from .torch_compile import OneObject, check_arguments
 
-log = logging.getLogger(__name__)
-
 
 class Backend(OneObject):
     """A ``torch.compile`` backend with a memory: ``torch.compile(model, backend=Backend(...))``.
@@ -99,11 +97,10 @@ class Backend(OneObject):
         """planned: what fused sites are judged as, where the plan is for another machine (``ringfence explain``)."""
         if by_place or not isinstance(given, Options | None):
             raise OptionsError("options are given by name, and torch.compile takes an instance: backend=Backend(...)")
-        super().__init__()
         named: Mapping[str, Any] = {**(given.given() if given is not None else {}), **options}
         self.options = Options.parse(named)
         self._planned = planned
-        self.reports = Reports()
+        super().__init__(Account(self.options.on_report))
         self._named_ops = {
             "split_ops": self.options.split_ops,
             "all_reduce_ops": tuple(self.options.all_reduce_ops),
@@ -251,7 +248,8 @@ class Backend(OneObject):
             static_outputs=options.static_outputs,
             journal=self.supervisor.journal,
             supervision=supervision,
-            note=functools.partial(self._add_note, len(self.reports)),
+            note=functools.partial(self._account.note, len(self.reports)),
+            wasted=functools.partial(self._account.wasted, len(self.reports)),
             collective=assigned.judged,
         )
         outcome = Outcome(
@@ -267,7 +265,7 @@ class Backend(OneObject):
             self._unmatched(),
             outer,
         )
-        self._report(
+        self._account.add(
             CompileReport(
                 sites=tuple(sites),
                 moe_sites=tuple(moe_sites),
@@ -281,7 +279,10 @@ class Backend(OneObject):
                 plan=proof,
                 judged_as=str(self._planned) if self._planned is not None else None,
                 captured=captured,
-            )
+                serves=served(gm, inputs, static | kept),
+                name=supervision.graph,
+            ),
+            runner,
         )
         return boxed(guarded(runner, outer.barred, device, cut=options.outer_capture))
 
@@ -386,21 +387,10 @@ class Backend(OneObject):
             raise HazardError(f"the plan can fail: {proof.message}")
         return proof
 
-    def _add_note(self, index: int, note: str) -> None:
-        """What shows of a graph when it is called."""
-        report = self.reports[index]
-        self.reports[index] = replace(report, notes=(*report.notes, note))
-
-    def _report(self, report: CompileReport) -> None:
-        self.reports.append(report)
-        log.info("%s", report.summary)
-        if self.options.on_report is not None:
-            self.options.on_report(report)
-
     def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         warnings.warn(f"ringfence: {GRAD_MODE}", UserWarning, stacklevel=2)
         chosen = self.options.as_dict()
-        self._report(CompileReport((), (), (), chosen, self._versions, graphs=None, notes=(GRAD_MODE,)))
+        self._account.add(CompileReport((), (), (), chosen, self._versions, graphs=None, notes=(GRAD_MODE,)))
         fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
         return torch._dynamo.lookup_backend(fallback)(gm, list(example_inputs))
 

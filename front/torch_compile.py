@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .account import Account
+from .compile_passes.report import Reports
 from .runtime.errors import OptionsError
+from .runtime.replay.stats import Stats
 
 
 @dataclass
@@ -26,7 +29,8 @@ class OneObject:
     transformers copies a ``CompileConfig``, and the backend in it, for each ``generate()``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, account: Account) -> None:
+        self._account = account
         self._use = Use()
         self._unused = weakref.finalize(self, _say_if_unused, self._use)
 
@@ -39,6 +43,20 @@ class OneObject:
     def is_called_by_forward(self) -> None:
         """The model's own ``forward`` calls what this compiles, so nothing goes round it."""
         self._unused.detach()
+
+    @property
+    def reports(self) -> Reports:
+        """A report of each graph, in the order in which they were compiled."""
+        return self._account.reports
+
+    @property
+    def stats(self) -> Stats:
+        """What became of the calls so far."""
+        return self._account.stats()
+
+    def __str__(self) -> str:
+        """Options and :attr:`stats`, a line for each graph."""
+        return f"{self!r}: {self.stats}" if self.reports else repr(self)
 
     @property
     def __name__(self) -> str:

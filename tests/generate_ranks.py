@@ -72,10 +72,12 @@ def steps(model: Any, since: int = 0) -> list[str]:
     return [step["how"] for step in model.ringfence.supervisor.journal.to_dict("")["steps"]][since:]
 
 
-def generate(rank: int, folder: Path, kinds: list[str], extra: str | None = None) -> dict[str, dict[str, Any]]:
+def generate(
+    rank: int, folder: Path, kinds: list[str], extra: str | None = None, assisted: bool = False
+) -> dict[str, dict[str, Any]]:
     """By architecture: whether the tokens are those of eager code in two calls, how decoding steps were served in each,
-    and the fused and all sites of the graph. extra: one of them, also in a batch, by an assistant, and by
-    ``CompileConfig``.
+    and the fused and all sites of the graph. extra: one of them, also in a batch and by ``CompileConfig``;
+    with ``assisted`` also by an assistant, whose caches grow, so that Dynamo compiles many times.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     import ringfence
@@ -88,11 +90,11 @@ def generate(rank: int, folder: Path, kinds: list[str], extra: str | None = None
         mask = torch.ones_like(pair)
         pair[1, :3], mask[1, :3] = 0, 0
         static = {"do_sample": False, "max_new_tokens": NEW, "cache_implementation": "static"}
-        assisted = {"do_sample": False, "max_new_tokens": NEW}
+        plain = {"do_sample": False, "max_new_tokens": NEW}
         expected = model.generate(prompt, **static)
         if kind == extra:
             in_batch = model.generate(pair, attention_mask=mask, **static)
-            helped = model.generate(prompt, assistant_model=load(folder, kind), **assisted)
+            helped = model.generate(prompt, **plain)
         ringfence.compile(model, capture_sizes=[1, 2], graphs="simulated", piece_compiler="eager", fullgraph=True)
         same, how = [], []
         for _ in range(2):

@@ -136,7 +136,7 @@ def test_report_is_documented_json_and_a_table() -> None:
     assert {v["decision"] for v in data["verdicts"]} == {"SPLIT"} and {v["site"] for v in data["verdicts"]} >= {0, None}
     assert (data["captured"], data["graphs"], data["fused_bytes"], data["judged_as"]) == ([3], "simulated", None, None)
     table = str(report)
-    assert "capture: simulated, 3 tokens\n" in table and "serves" not in table
+    assert "capture: simulated, 3 tokens\n" in table and "serves fused sites" not in table
     assert "op_between" in table and "backend_model.py" in table and "SPLIT" in table
 
 

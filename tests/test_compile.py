@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 from typing import Any
@@ -13,7 +14,8 @@ from backend_model import H, Model, rows
 from torch import Tensor, nn
 
 import ringfence
-from ringfence.runtime.errors import ModelError, OptionsError
+from ringfence.runtime.errors import CapturesWastedWarning, ModelError, OptionsError
+from ringfence.runtime.replay.stats import Stats
 
 SIMULATED = {"piece_compiler": "eager", "graphs": "simulated"}
 
@@ -176,3 +178,75 @@ def test_a_marked_cache_is_another_one_in_each_request() -> None:
     steps = [step["how"] for step in backend.supervisor.journal.to_dict("")["steps"]][-36:]
     assert steps == ["capture", "replay", "replay"] * 12
     assert not any("mark_static_address" in note for note in backend.reports[0].notes)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_stats_say_what_became_of_the_calls() -> None:
+    model = ringfence.compile(Model(), capture_sizes=[4], dynamic=True, **SIMULATED)
+    backend = model.ringfence
+    assert backend.stats == Stats() and str(backend) == repr(backend)
+    for n in (4, 6, 4, 4, 6):
+        model(rows(n))
+    stats = backend.stats
+    assert (stats.captures, stats.replays, stats.wasted, stats.recompilations) == (1, 2, 0, 0)
+    assert stats.uncaptured == {"not a token count of capture_sizes": 2} and stats.bytes_held > 0
+    (graph,) = stats.graphs
+    assert re.fullmatch(r"x \[s\d+, 16\]", graph.serves) and graph.name.endswith("/0")
+    assert f"serves {graph.serves}" in str(backend.reports[0]).splitlines()[1]
+    assert str(backend) == (
+        f"{backend!r}: 1 graph (0 recompilations), 1 capture, 2 replays, 2 uncaptured, "
+        f"{stats.bytes_held / 2**20:.1f} MiB held\n"
+        f"  {graph.name} serves {graph.serves}: 1 capture, 2 replays; 2 uncaptured (not a token count of capture_sizes)"
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        graph.captures = 3  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_captures_of_a_cache_that_grows_are_told_once_and_are_no_capture_in_the_headline() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+            cache = torch.cat([cache, x])
+            return self.model(x) + cache.sum(0), cache
+
+    model = ringfence.compile(Growing(), capture_sizes=[4], dynamic=True, **SIMULATED)
+    cache = rows(3)
+    with pytest.warns(
+        CapturesWastedWarning, match=r"no capture of 4 tokens.*'l_cache.shape\[0\]' is.*static"
+    ) as caught:
+        for _ in range(12):
+            _, cache = model(rows(4), cache)
+    assert len(caught) == 1
+    stats = model.ringfence.stats
+    assert (stats.captures, stats.replays, stats.wasted) == (8, 0, 8)
+    assert stats.uncaptured == {"too many sizes besides the token count": 4}
+    (report,) = model.ringfence.reports
+    assert "capture" not in report.summary and "no replays: sizes change in every call" in report.summary
+    assert "8 of the captures never replayed" in str(model.ringfence)
+    with torch.no_grad():
+        model(rows(4), rows(3))  # as the first one: a second request may find them
+    assert "capture: simulated" in model.ringfence.reports[0].summary and model.ringfence.stats.wasted == 7
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_a_cap_that_is_reached_by_sizes_that_come_again_is_told_without_calling_captures_wasted() -> None:
+    model = Model()
+
+    def serve(x: Tensor, cache: Tensor) -> Tensor:
+        return model(x) + cache.sum(0)
+
+    backend = ringfence.Backend(capture_sizes=[4], **SIMULATED)
+    compiled = torch.compile(serve, backend=backend, dynamic=True)
+    caches = [rows(n) for n in range(5, 16)]
+    with torch.no_grad(), pytest.warns(CapturesWastedWarning, match=r"not every capture.*more values than are kept"):
+        for cache in caches:
+            for _ in range(2):
+                compiled(rows(4), cache)
+    assert (backend.stats.captures, backend.stats.replays) == (8, 8)
+    for report in backend.reports:
+        assert report.wasted is None
+    assert "capture: simulated" in backend.reports[0].summary

@@ -32,12 +32,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import AddressChangedError, MovedInputWarning
+from ..errors import AddressChangedError, CapturesWastedWarning, MovedInputWarning
 from ..watch.journal import sizes_text
 from ..watch.supervision import Supervision
 from .buffers import overlap, span
 from .entry import Entry, Kept, Key
 from .program import Program, SizeRule
+from .stats import Counts, Uncaptured
 
 #: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
 CACHES = 8
@@ -85,7 +86,8 @@ class _Module:
 class Places:
     """The entries of a runner.
 
-    rule: of the sizes. note: takes what the user should read in the report.
+    rule: of the sizes. note, wasted: take what the user should read in the report; wasted, that captures are of no use.
+    counts: where they are counted.
     """
 
     def __init__(
@@ -94,7 +96,12 @@ class Places:
         rule: SizeRule,
         supervision: Supervision,
         note: Callable[[str], None],
+        wasted: Callable[[str], None] = lambda text: None,
+        counts: Counts | None = None,
     ) -> None:
+        self._counts = counts if counts is not None else Counts()
+        #: Of the last call that was to run uncaptured.
+        self.why = Uncaptured.SIZES
         self.entries: dict[Key, Entry] = {}
         self._names = program.inputs
         self._marked = program.marked
@@ -105,7 +112,7 @@ class Places:
         #: Where the program may write, and the addresses that this was made of.
         self._writes: tuple[tuple[Any, ...], list[tuple[int, int]]] = (), []
         self._written = sorted(program.written)
-        self._rule, self._supervision, self._note = rule, supervision, note
+        self._rule, self._supervision, self._note, self._wasted = rule, supervision, note, wasted
         #: Whether captures hold collectives, which every rank must capture then.
         self.lockstep = supervision.peers and any(s.calls for s in program.steps if not s.island)
         #: Sizes of all ranks that were captured, or tried -> their token count.
@@ -164,7 +171,7 @@ class Places:
         if self.lockstep and not module.off:
             self._compare(module, moved)
         if module.off:
-            return How.UNCAPTURED
+            return self._uncaptured(Uncaptured.PARAMETERS if module.moves else Uncaptured.FAILED)
         if key in self.entries:
             return How.REPLAY
         self._release_unusable(module, moved is not None)
@@ -173,10 +180,10 @@ class Places:
             module.places = _addresses(args, self.static)
         if module.moves > MOVES:
             self._give_up(module, moved or "a parameter")
-            return How.UNCAPTURED
+            return self._uncaptured(Uncaptured.PARAMETERS)
         if module.captures - module.replayed >= CACHES + module.moves:
             self._warn_of_caches()
-            return How.UNCAPTURED
+            return self._uncaptured(Uncaptured.CACHES)
         return How.CAPTURE if self.lockstep else How.ALONE
 
     def recorded(self, entry: Entry, args: Sequence[Any], failed: bool) -> None:
@@ -190,6 +197,7 @@ class Places:
         module.captures, module.calls, module.off = module.captures + 1, 0, failed
         entry.module = module
         if not failed:
+            self._counts.captures += 1
             self.entries[entry.key] = entry
             entry.number = module.captures
             module.recent.append(entry.number)
@@ -201,8 +209,12 @@ class Places:
     def replays(self, entry: Entry) -> None:
         """A call is served by ``entry``."""
         module: _Module = entry.module
+        self._counts.replays += 1
         if entry.replays == 0:
             module.replayed += 1
+            self._counts.replayed += 1
+            if "sizes" in self._said:
+                self._wasted("")
         entry.replays += 1
         if module.recent[-1] != entry.number:
             module.recent.remove(entry.number)
@@ -221,11 +233,33 @@ class Places:
         first = not self.lockstep and shared not in self._met
         self._met.setdefault(shared, tokens)
         if first:  # counted alike by all ranks; these sizes are among them already
-            return How.UNCAPTURED if sum(1 for n in self._met.values() if n == tokens) > SIZES else How.CAPTURE
-        alike = sum(1 for m in self._modules if self._tokens(m.sizes) == tokens and self._same(m, key, args))
-        if alike >= SIZES:
-            return How.UNCAPTURED
+            met = [sizes for sizes, n in self._met.items() if n == tokens]
+            return self._too_many(met) if len(met) > SIZES else How.CAPTURE
+        alike = [m.sizes for m in self._modules if self._tokens(m.sizes) == tokens and self._same(m, key, args)]
+        if len(alike) >= SIZES:
+            return self._too_many([*alike, key[0]])
         return How.CAPTURE if self.lockstep else How.ALONE
+
+    def _uncaptured(self, why: Uncaptured) -> How:
+        self.why = why
+        return How.UNCAPTURED
+
+    def _too_many(self, met: Sequence[tuple[int, ...]]) -> How:
+        """met: sizes of one token count, of which no more are captured."""
+        grow = [b for i, b in enumerate(self._rule.bindings) if len({s[i] for s in met if len(s) > i}) > 1]
+        named = [f"'{self._names[i]}{'' if d is None else f'.shape[{d}]'}'" for i, d in grow]
+        tokens = self._tokens(met[0]) if len(met[0]) == len(self._rule.bindings) else None
+        at = f" of {tokens} tokens" if tokens is not None else ""
+        never = not self._counts.replayed
+        self._say(
+            "sizes",
+            f"{'no capture' if never else 'not every capture'}{at} was replayed: {' and '.join(named[:2]) or 'a size'} "
+            f"{'is another one in every call' if never else 'has more values than are kept'}, and from the "
+            f"{SIZES + 1}th on such calls run uncaptured; give the model inputs of fixed sizes (generate(): "
+            "cache_implementation='static'), or leave capture_sizes out",
+            wasted=never,
+        )
+        return self._uncaptured(Uncaptured.SIZES)
 
     def _tokens(self, sizes: tuple[int, ...]) -> int:
         assert self._rule.tokens is not None
@@ -324,14 +358,15 @@ class Places:
             "torch._dynamo.mark_static_address",
         )
 
-    def _say(self, about: str, text: str, *, warns: bool = True) -> None:
+    def _say(self, about: str, text: str, *, warns: bool = True, wasted: bool = False) -> None:
         """Say something once, in the report and, if it ``warns``, to the user."""
         if about in self._said:
             return
         self._said.add(about)
-        self._note(text)
+        (self._wasted if wasted else self._note)(text)
         if warns:
-            warnings.warn(f"ringfence: {text}", MovedInputWarning, stacklevel=2)
+            kind = CapturesWastedWarning if about == "sizes" else MovedInputWarning
+            warnings.warn(f"ringfence: {text}", kind, stacklevel=2)
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class Step:
@@ -95,6 +97,16 @@ class SizeRule:
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(args[i] if d is None else args[i].shape[d] for i, d in self.bindings)
+
+    def check(self, args: Sequence[Any], most: int) -> None:
+        """Raises :class:`InputError` for a call of more tokens."""
+        assert self.tokens is not None
+        tokens = self.tokens(self.sizes(args))
+        if tokens > most:
+            raise InputError(
+                f"a call of {tokens} tokens, and deterministic=True serves at most max_tokens={most}: another kernel "
+                "would not return the same bits"
+            )
 
     def of_all_ranks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Those of a call's sizes that are the same on all ranks."""

@@ -42,7 +42,6 @@ from ..errors import (
     CaptureFailedWarning,
     ConcurrentCallError,
     GradModeError,
-    InputError,
     NestedCaptureError,
     WorkspaceReplacedError,
 )
@@ -57,6 +56,7 @@ from .places import How, Places
 from .pool import Pool
 from .program import Padding, Program, SizeRule
 from .recording import Recording, reads_of
+from .stats import Counts, Uncaptured
 
 
 class PiecewiseRunner:
@@ -72,7 +72,8 @@ class PiecewiseRunner:
         instead of copies that the caller owns.
     journal: where steps and pieces are written down; one of its own by default.
     supervision: what ranks agree on beside the steps, and what follows when one of them fails.
-    note: takes what shows in calls only and belongs into the report, once each.
+    note, wasted: take what shows in calls only and belongs into the report, once each; wasted, that no capture was
+        replayed, and nothing once one is.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PiecewiseRunner:
         supervision: Supervision | None = None,
         collective: str = "",
         note: Callable[[str], None] = lambda text: None,
+        wasted: Callable[[str], None] = lambda text: None,
     ) -> None:
         if not isinstance(program, Program) or not isinstance(sizes, SizeRule):
             raise ArgumentError(
@@ -112,7 +114,8 @@ class PiecewiseRunner:
         self._closed = closed
         self._max_tokens = max_tokens
         self._static_outputs = static_outputs
-        self._places = Places(program, sizes, self._supervision, note)
+        self.counts = Counts()
+        self._places = Places(program, sizes, self._supervision, note, wasted, self.counts)
         self._entries = self._places.entries
         self._reads = reads_of(program, self._places.kept)
         self._pool: Pool | None = None
@@ -146,8 +149,9 @@ class PiecewiseRunner:
         if len(args) != len(self._program.inputs):
             raise self._wrong_inputs(len(args))
         if self._max_tokens is not None:
-            self._check_tokens(args)
+            self._sizes.check(args, self._max_tokens)
         if self._graphs is None:
+            self.counts.uncaptured[Uncaptured.OFF] += 1
             return self._run(args, self._sizes.sizes(args))
         if self._graphs.is_capturing():
             raise NestedCaptureError(
@@ -157,6 +161,7 @@ class PiecewiseRunner:
         sizes = self._sizes.sizes(args)
         target = self._target(sizes, args)
         if target is None:
+            self.counts.uncaptured[Uncaptured.SIZE] += 1
             return self._run(args, sizes)
         if not self._in_use.acquire(blocking=False):
             raise ConcurrentCallError(
@@ -175,23 +180,21 @@ class PiecewiseRunner:
     def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         assert self._graphs is not None
         if self._pool is None:
-            self._pool = self._graphs.pool_for(
-                args, own=self._static_outputs
-            )  # what the caller holds, nobody else writes
+            self._pool = self._graphs.pool_for(args, own=self._static_outputs)  # nobody writes what the caller holds
         if self._pool is not None and not self._pool.enter():
-            return self._run_as(target, sizes, args)
+            return self._run_as(target, sizes, args, Uncaptured.POOL)
         try:
             if self._pending.any():
                 self._pending.wait(args)
             places = self._places
             key = places.key(target, args)
             if places.share_memory(key, args, self._dynamic):
-                return self._run_as(target, sizes, args)
+                return self._run_as(target, sizes, args, Uncaptured.SHARED)
             how = How.REPLAY if key in places.entries and not places.lockstep else self._how(key, args)
             if how is How.REPLAY:
                 return self._serve_replay(places.entries[key], sizes, args)
             if how is How.UNCAPTURED:
-                return self._run_as(target, sizes, args)
+                return self._run_as(target, sizes, args, places.why)
             return self._serve_capture(key, sizes, args, agreed=how is How.CAPTURE)
         finally:
             if self._pool is not None:
@@ -255,15 +258,6 @@ class PiecewiseRunner:
             raise
         marks.end()
 
-    def _check_tokens(self, args: Sequence[Any]) -> None:
-        assert self._sizes.tokens is not None and self._max_tokens is not None
-        tokens = self._sizes.tokens(self._sizes.sizes(args))
-        if tokens > self._max_tokens:
-            raise InputError(
-                f"a call of {tokens} tokens, and deterministic=True serves at most max_tokens={self._max_tokens}: "
-                "another kernel would not return the same bits"
-            )
-
     def _replay(self, marks: Marks, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         self._load(entry, sizes, args)
         enter, leave = marks.enter, marks.leave
@@ -282,8 +276,11 @@ class PiecewiseRunner:
         self._step(sizes, UNCAPTURED, self._run_steps, slots)
         return [slots[i] for i in self._program.outputs]
 
-    def _run_as(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
+    def _run_as(
+        self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any], why: Uncaptured
+    ) -> list[Any]:
         """Uncaptured what would be a call of ``target``: other ranks may replay it, so the rows must be as many."""
+        self.counts.uncaptured[why] += 1
         if target == sizes or self._padding is None:
             return self._run(args, sizes)
         pads, grown = self._padding, list(args)

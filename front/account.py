@@ -1,0 +1,59 @@
+"""What a backend remembers of its graphs: a report of each, and what became of its calls."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .compile_passes.report import CompileReport, Reports
+from .runtime.replay.runner import PiecewiseRunner
+from .runtime.replay.stats import Counts, Stats, graph_stats
+
+log = logging.getLogger("ringfence.backend")
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """counts live on when the graph is gone; the memory of its captures does not."""
+
+    index: int
+    counts: Counts
+    runner: weakref.ref[PiecewiseRunner]
+
+
+class Account:
+    """on_report: is called with each report."""
+
+    def __init__(self, on_report: Callable[[CompileReport], None] | None) -> None:
+        self.reports = Reports()
+        self._graphs: list[_Followed] = []
+        self._on_report = on_report
+
+    def add(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
+        if runner is not None:
+            self._graphs.append(_Followed(len(self.reports), runner.counts, weakref.ref(runner)))
+        self.reports.append(report)
+        log.info("%s", report.summary)
+        if self._on_report is not None:
+            self._on_report(report)
+
+    def note(self, index: int, text: str) -> None:
+        """What shows of a graph when it is called."""
+        report = self.reports[index]
+        self.reports[index] = replace(report, notes=(*report.notes, text))
+
+    def wasted(self, index: int, text: str) -> None:
+        """No capture was replayed, or, without a text, one is now."""
+        if text:
+            self.note(index, text)
+        self.reports[index] = replace(self.reports[index], wasted=text or None)
+
+    def stats(self) -> Stats:
+        graphs = []
+        for graph in self._graphs:
+            runner, report = graph.runner(), self.reports[graph.index]
+            held = sum(runner.bytes_held.values()) if runner is not None else 0
+            graphs.append(graph_stats(graph.counts, report.name, report.serves, held))
+        return Stats(tuple(graphs), sum(not graph.name.endswith("/0") for graph in graphs if graph.name))
