@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import callable_ranks
@@ -27,7 +26,7 @@ from ringfence.runtime.errors import (
     WorkspaceError,
 )
 from ringfence.runtime.replay.capture import SimulatedGraphs
-from support import TOLERANCE, run_python, run_ranks
+from support import TOLERANCE, run_ranks
 
 H = 256
 pytestmark = pytest.mark.xdist_group("callable")  # its ranks run once
@@ -233,15 +232,3 @@ def test_bad_arguments_of_watch() -> None:
     with watch.step("decode", 4):
         pass
     assert watch.journal.position().step == 1
-
-
-def test_the_readmes_example_runs(tmp_path: Any) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    section = readme.partition("## As a callable\n")[2].partition("\n## ")[0]
-    program = section.partition("```python\n")[2].partition("```")[0]
-    assert "init_process_group" in program and "watch.step" in program
-    (tmp_path / "program.py").write_text(program)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py")
-    done = run_python(*launch, cwd=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "ringfence: group '0': reference" in done.stdout and "norm of [16, 64]" in done.stdout, done.stdout

@@ -16,6 +16,7 @@ RUNS = {
     "torchrun.py": (TORCHRUN, ["2 of 2 all-reduces fused", "capture: off"]),
     "passes.py": (TORCHRUN, ["1 of 1 all-reduces fused", "captured: [(4,)]", "passes: largest difference from eager"]),
     "engine.py": (TORCHRUN, ["reference, all calls", "engine: norm of [16, 64], root mean square 1.00 to 1.00"]),
+    "generate.py": (TORCHRUN, ["tokens: ", "all-reduces fused"]),
     "hang.py": ((sys.executable,), ["rank 1 is at hang.py:", "time.sleep(3600)", "hang: rank 1 was named by both"]),
 }
 
