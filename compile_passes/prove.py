@@ -62,7 +62,7 @@ def prove(
         if verdict.site is not None and verdict.decision is not Decision.REFUSE:
             carried.setdefault(verdict.group, {})[verdict.site] = verdict
     if not carried:
-        return PlanVerdict("safe", f"no call is carried out by {assigned.judged}")
+        return PlanVerdict("safe", f"no call is left to {assigned.judged}, so none waits in its kernels")
     kernels = [group for group in carried if assigned.collective(group) != Collective.REFERENCE]
     asked = kernels or list(carried)
     bound = Bound(MOST_STATES, shortest=MOST_STATES // 6)

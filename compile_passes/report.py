@@ -16,7 +16,8 @@ from typing import Any, SupportsIndex, overload
 import torch
 
 from ..runtime.errors import ArgumentError, NotFusedError
-from .judge import Verdict
+from ..runtime.hazards.situation import Collective
+from .judge import Decision, Verdict
 from .match import Site
 from .moe_sites import MoeSite
 from .prove import PlanVerdict
@@ -102,13 +103,39 @@ class CompileReport:
         """One line: how many all-reduces were fused, how the graph was cut."""
         islands = sum(p.island for p in self.pieces)
         cut = f"{len(self.pieces) - islands} pieces and {islands} islands" if islands else "one piece"
-        judged = f", judged as {self.judged_as}" if self.judged_as is not None else ""
         captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else self.graphs or "off"
         replays = f"capture: {captured}" if self.wasted is None else "no replays: sizes change in every call"
-        return (
-            f"{len(self.fused)} of {len(self.sites)} all-reduces fused (collective: {self._collectives}{judged}); "
-            f"{cut}; {replays}"
-        )
+        fused = f"{len(self.fused)} of {len(self.sites)} all-reduces fused"
+        if self.judged_as is None:
+            return f"{fused} (collective: {self._collectives}); {cut}; {replays}"
+        return f"{self._alarm}{fused}, {self._by_whom}; {cut}; {replays}"
+
+    @property
+    def refused(self) -> tuple[Verdict, ...]:
+        """The verdicts that keep the collective from sites; the reference carries them out."""
+        return tuple(v for v in self.verdicts if v.site is not None and v.decision is Decision.REFUSE)
+
+    @property
+    def _alarm(self) -> str:
+        """What a plan for another machine has to say first."""
+        failing = [f"UNSAFE ({self.plan.kind})"] if self.plan is not None and self.plan.failed else []
+        alarms = failing + (["REFUSED"] if self.refused else [])
+        return f"{' and '.join(alarms)}: " if alarms else ""
+
+    @property
+    def _by_whom(self) -> str:
+        """``158 of them by mnnvl of FlashInfer 0.6.10; 2 by the reference (M1 refuses them)``."""
+        if not self.refused:
+            return f"judged as {self.judged_as}"
+        rules = ", ".join(dict.fromkeys(v.rule for v in self.refused))
+        left = len(self.fused) - len(self.refused)
+        return f"{left} by {self.judged_as}, {len(self.refused)} by the reference ({rules} refuses)"
+
+    @property
+    def _nothing_to_prove(self) -> bool:
+        """The reference has no protocol of its own, so nothing of it was asked."""
+        only = {str(c.collective) for c in self.collectives} <= {str(Collective.REFERENCE)}
+        return self.plan is not None and self.plan.kind == "not_modelled" and only
 
     @property
     def _collectives(self) -> str:
@@ -163,7 +190,7 @@ class CompileReport:
         parts += [
             f"{ops}: {text}" for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in self.verdicts)
         ]
-        if self.plan is not None:
+        if self.plan is not None and not self._nothing_to_prove:
             parts.append(f"plan: {self.plan.kind}: {self.plan.message}")
         for carrier in self.collectives:
             over = f" (group '{carrier.group}')" if len(self.collectives) > 1 else ""

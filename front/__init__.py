@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .compile_passes.rules import Decision
     from .compile_passes.sizes import size_rule
     from .compile_passes.split import Piece, SplitPlan, split
+    from .explaining import explain
     from .options import Options
     from .runtime.collectives.prepared import Prepared
     from .runtime.collectives.workspace import close_workspaces
@@ -172,6 +173,7 @@ __all__ = [
     "cut",
     "describe_groups",
     "eager_piece",
+    "explain",
     "find",
     "fuse",
     "inductor_piece",
@@ -230,6 +232,7 @@ def __getattr__(name: str) -> Any:
         "fuse": ".compile_passes.fuse",
         "inductor_piece": ".compile_passes.lower",
         "judge": ".compile_passes.judge",
+        "explain": ".explaining",
         "lower": ".compile_passes.lower",
         "prepare": ".callable",
         "register_group": ".runtime.groups",

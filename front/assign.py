@@ -51,7 +51,7 @@ def assign(
         if not any(c.site.group == name for c in candidates) or not (options.fuse or sites):
             continue
         summed = {c.site.dtype for c in candidates if c.site.group == name}
-        why = why_reference_only(group, device)
+        why = why_reference_only(group, device) if planned is None else None
         if planned is not None or options.collective == "reference" or why is not None:
             missing = why
         else:

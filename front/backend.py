@@ -184,6 +184,8 @@ class Backend(OneObject):
         options.register_groups()
         groups = describe_groups(gm, device, options.all_reduce_ops, self._said_groups)
         channels = self.supervisor.open(groups.values(), device)
+        if self._planned is not None:
+            groups = {name: replace(group, backend="nccl") for name, group in groups.items()}
         inputs, static = input_names(gm, names), static_inputs(example_inputs)
         self._look_for_named_ops(gm)
         of_modules = inputs_of_modules(gm, names)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import OptionsError, RingfenceError, TargetError
+from ..runtime.errors import OptionsError, TargetError
 from ..runtime.hazards.hazard import ALL_REDUCES
 from ..runtime.protocol.plan import MODELLED
 from .arguments import Commands, count, world_size
-from .targets import load
-from .terminal import OK, first_lines, say, say_if_unread, stage
+from .terminal import FAILED, OK, say, say_if_unread, stage, write
 
 if TYPE_CHECKING:
-    from ..compile_passes.report import CompileReport
+    from ..explaining import Explained
+
+#: What the exit code may tell: a plan that can hang or corrupt; a site that the collective must not carry out; an
+#: all-reduce that is not fused; an op that splits the graph.
+_FAILURES = ("unsafe", "refused", "declined", "split", "nothing")
 
 
 def add(commands: Commands) -> None:
@@ -22,19 +27,36 @@ def add(commands: Commands) -> None:
         "explain",
         help="say for each all-reduce of a model whether it is fused, and why not",
         description="Compile a model as one of N tensor-parallel ranks, without the other ranks and without a GPU, "
-        "and print the report.",
+        "and print the report. Of a Hugging Face folder only config.json is read, and no number is computed. Exit 0 "
+        "when it is as it should be, 1 when --fail-on says otherwise, 2 on bad usage or a model that cannot be "
+        "explained.",
     )
     parser.add_argument(
-        "target", help="a Hugging Face model folder, or module:function that returns (model, example_inputs)"
+        "target",
+        help="a Hugging Face folder with a config.json, or module:function that returns (model, example_inputs)",
     )
     parser.add_argument("--tp", type=world_size, required=True, metavar="N", help="tensor-parallel world size")
-    parser.add_argument(
-        "--json", action="store_true", help="print the report as JSON (described by: ringfence docs report)"
+    of_folder = parser.add_argument_group("what is called of a folder's model")
+    of_folder.add_argument("--prefill", action="store_true", help="a prompt, without a cache (the default)")
+    of_folder.add_argument("--decode", action="store_true", help="a step of one token over a static cache")
+    of_folder.add_argument("--batch", type=count, metavar="N", help="sequences (default 1)")
+    of_folder.add_argument("--tokens", type=count, metavar="N", help="tokens of a prompt (default 8)")
+    of_folder.add_argument("--context", type=count, metavar="N", help="tokens of the static cache (default 4096)")
+    of_folder.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="(default bfloat16)")
+    of_folder.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="by the plan for its experts (enable_expert_parallel=True)",
     )
-    parser.add_argument("--batch", type=count, default=1, help="batch size of a model folder's input (default 1)")
-    parser.add_argument("--tokens", type=count, default=8, help="sequence length of that input (default 8)")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of a model folder"
+    judged = parser.add_argument_group("what it is judged as")
+    judged.add_argument(
+        "--collective",
+        choices=[str(name) for name in MODELLED if name in ALL_REDUCES],
+        help="judge the fused sites as this collective's, though it need not run here",
+    )
+    judged.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")
+    judged.add_argument(
+        "--gpu", metavar="NAME", help="and on N of these, as h200; without --collective, what 'auto' chooses there"
     )
     parser.add_argument(
         "--option",
@@ -44,75 +66,130 @@ def add(commands: Commands) -> None:
         help="an option of the backend, a Python literal or a string; may be repeated",
     )
     parser.add_argument(
-        "--collective",
-        choices=[str(name) for name in MODELLED if name in ALL_REDUCES],
-        help="judge the fused sites as this collective's, though it need not run here",
+        "--fail-on",
+        default="unsafe,refused",
+        metavar="LIST",
+        help=f"of {', '.join(_FAILURES)}: what makes the exit code 1 (default unsafe,refused)",
     )
-    parser.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON (described by: ringfence docs report)"
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the plan: layers, sites, pieces, islands, why")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    report = _compile(arguments)
-    return report.to_json(indent=2) if arguments.json else str(report), OK
+    fail_on = _fail_on(arguments.fail_on)
+    options = _options(arguments.option)
+    if arguments.svg is not None and arguments.prefill and arguments.decode:
+        raise OptionsError("--svg draws one plan; ask for --prefill or --decode")
+    found = _explained(arguments, options)
+    for one in found:
+        if not one.report.sites:
+            plans = "" if arguments.expert_parallel else "; for a plan of the experts alone: --expert-parallel"
+            say(f"'{arguments.target}' has no all-reduce: its tensor-parallel plan is empty, or not applied{plans}")
+    if arguments.svg is not None:
+        from ..plan_picture import svg
+
+        write(arguments.svg, svg(found[0].report, f"{arguments.target}, {arguments.tp} ranks"))
+    text = _json(found) if arguments.json else "\n\n".join(_text(one) for one in found)
+    failed = [reason for one in found for reason in _failures(one) if reason in fail_on]
+    return text, FAILED if failed else OK
 
 
-def _compile(arguments: argparse.Namespace) -> CompileReport:
+def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[Explained]:
+    target = arguments.target
+    folder = Path(target) if Path(target).is_dir() else None
+    _check(arguments, folder)
     # Everything that takes seconds to import is imported here, so that --help and usage errors do not.
-    import torch
-    import torch.distributed as dist
-    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    with stage(f"loading {target}"):
+        from ..explaining import Asked, explain_config, explain_function, fake_group
+        from ..fake_model import CONTEXT, Call, read_config
+        from .targets import load_function
 
-    from ..backend import Backend
-    from ..runtime.hazards.situation import Collective, Situation
-
-    if arguments.flashinfer is not None and arguments.collective is None:
-        raise OptionsError("--flashinfer says nothing without --collective")
-    planned = None
-    if arguments.collective is not None:
-        planned = Situation(Collective(arguments.collective), arguments.flashinfer, world_size=arguments.tp)
-    # Simulated, because the plan is for another machine: it shows what would be captured there.
-    options = {"piece_compiler": "eager", "graphs": "simulated", **_options(arguments.option)}
-    backend = Backend(planned=planned, **options)
+    asked = Asked(arguments.tp, arguments.collective, arguments.flashinfer, arguments.gpu)
+    asked.planned(arguments.dtype or "bfloat16")  # what is wrong with it is said at once
     if arguments.flashinfer is not None:
         say_if_unread(arguments.flashinfer)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.tp)
     try:
-        with stage(f"loading {arguments.target}"):
-            model, args, kwargs = load(arguments)
-        with stage("compiling"), torch.no_grad():
-            torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, RingfenceError):
-            raise error.inner_exception from error
-        raise TargetError(f"'{arguments.target}' does not compile: {first_lines(error)}") from error
-    except Unsupported as error:
-        raise TargetError(
-            f"'{arguments.target}' breaks the graph, so no pass can see across: {first_lines(error)}"
-        ) from error
-    except RingfenceError:
-        raise
-    except Exception as error:  # whatever the user's model raises
-        raise TargetError(f"'{arguments.target}' raised {type(error).__name__}: {first_lines(error)}") from error
-    finally:
-        dist.destroy_process_group()
-    if not backend.reports:
-        raise TargetError(f"'{arguments.target}' ran without compiling a graph; is it a torch.nn.Module or function?")
-    report = backend.reports[-1]
-    if backend.options.capture_sizes and arguments.collective is None:
-        say("collectives were judged as host work, which the fake group's are; over NCCL they stay in the pieces")
-    if not report.sites:
-        say(f"'{arguments.target}' has no all-reduce: its tensor-parallel plan is empty, or it was not applied")
-    return report
+        if folder is None:
+            with fake_group(arguments.tp):
+                model, args, kwargs = load_function(target)
+                with stage("compiling"):
+                    return [explain_function(model, args, kwargs, asked=asked, options=options)]
+        batch = arguments.batch or 1
+        calls = [Call(batch, arguments.tokens or 8)] if arguments.prefill or not arguments.decode else []
+        calls += [Call(batch, 1, arguments.context or CONTEXT)] if arguments.decode else []
+        with stage("compiling"):
+            return explain_config(
+                read_config(folder),
+                arguments.tp,
+                calls,
+                dtype=arguments.dtype or "bfloat16",
+                asked=asked,
+                options=options,
+                expert_parallel=arguments.expert_parallel,
+            )
+    except TargetError as error:
+        raise TargetError(f"'{target}': {error}") if target not in str(error) else error from error
+
+
+def _check(arguments: argparse.Namespace, folder: Path | None) -> None:
+    """What can be said before anything is imported."""
+    if folder is not None:
+        if arguments.tokens is not None and arguments.decode and not arguments.prefill:
+            raise OptionsError("--tokens is of a prompt, and a step of --decode has one token; leave it out")
+        if arguments.context is not None and not arguments.decode:
+            raise OptionsError("--context is of the static cache of --decode")
+        if not (folder / "config.json").is_file():
+            raise TargetError(f"'{folder}' has no config.json; a model folder is what save_pretrained writes")
+        return
+    of_folder = ("prefill", "decode", "batch", "tokens", "context", "dtype", "expert_parallel")
+    given = [f"--{name.replace('_', '-')}" for name in of_folder if getattr(arguments, name)]
+    if ":" not in arguments.target:
+        hub = "; a model of the Hub is downloaded first" if arguments.target.count("/") == 1 else ""
+        raise TargetError(f"'{arguments.target}' is neither an existing folder nor module:function{hub}")
+    if given:
+        raise OptionsError(f"{', '.join(given)}: of a folder's model; a function returns its inputs itself")
+
+
+def _text(one: Explained) -> str:
+    return f"{one.about}\n{one.report}" if one.about else str(one.report)
+
+
+def _json(found: Sequence[Explained]) -> str:
+    reports = [{**one.report.to_dict(), "call": one.about or None} for one in found]
+    return json.dumps(reports if len(reports) > 1 else reports[0], indent=2)
+
+
+def _failures(one: Explained) -> list[str]:
+    report = one.report
+    found = {
+        "unsafe": report.plan is not None and report.plan.failed,
+        "refused": bool(report.refused),
+        "declined": bool(report.declined) or not report.sites,
+        "split": any(piece.island for piece in report.pieces),
+    }
+    return [name for name, is_so in found.items() if is_so]
+
+
+def _fail_on(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    wrong = [name for name in names if name not in _FAILURES]
+    if wrong:
+        raise OptionsError(f"--fail-on '{text}' is not a list of {', '.join(_FAILURES)}")
+    return names
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
     import ast
 
-    options: dict[str, Any] = {}
+    # Captures are simulated, because the plan is for another machine: it shows what would be captured there.
+    options: dict[str, Any] = {"piece_compiler": "eager", "graphs": "simulated"}
     for pair in pairs:
-        key, _, text = pair.partition("=")
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise OptionsError(f"--option '{pair}' is not KEY=VALUE, as capture_sizes=[1,2,4]")
         try:
             options[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

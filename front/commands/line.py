@@ -9,10 +9,14 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from ..runtime.errors import (
+    GroupError,
+    InputError,
     JournalError,
     OptionsError,
     PlanError,
     RingfenceError,
+    SizeTableError,
+    TargetError,
     TraceError,
     UnknownHazardError,
     VersionError,
@@ -23,7 +27,18 @@ from .terminal import FAILED, USAGE, answer, say
 #: None of these imports torch when it is imported: usage, --help and what needs no torch answer at once.
 COMMANDS = (explain, check, hazards, journal, doctor, bench, docs)
 
-_BAD_USAGE = (OptionsError, UnknownHazardError, VersionError, PlanError, TraceError, JournalError)
+_BAD_USAGE = (
+    OptionsError,
+    UnknownHazardError,
+    VersionError,
+    PlanError,
+    TraceError,
+    JournalError,
+    TargetError,
+    InputError,
+    GroupError,
+    SizeTableError,
+)
 
 
 def run(argv: Sequence[str] | None) -> int:

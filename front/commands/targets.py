@@ -1,75 +1,20 @@
-"""What ``ringfence explain`` compiles: a model folder, or what a function of the user's returns."""
+"""What ``ringfence explain`` compiles where it is no folder: what a function of the user's returns."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import TargetError
-from .terminal import first_lines, say
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-    target = arguments.target
-    if Path(target).is_dir():
-        return _load_folder(Path(target), arguments)
-    module_name, colon, function_name = target.partition(":")
-    if not colon:
-        raise TargetError(f"'{target}' is neither an existing folder nor module:function")
-    return _load_function(module_name, function_name)
-
-
-def _load_folder(folder: Path, arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-    import torch
-
-    from ..hugging_face import remove_backward_hooks
-
-    if not (folder / "config.json").is_file():
-        raise TargetError(f"'{folder}' has no config.json; a model folder is what save_pretrained writes")
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.distributed.configuration_utils import DistributedConfig
-    except ImportError as error:
-        raise TargetError(
-            "a model folder needs transformers: pip install 'transformers>=5.17' 'accelerate>=1.15'"
-        ) from error
-    plan = DistributedConfig(tp_plan="auto", tp_size=arguments.tp)
-    dtype = getattr(torch, arguments.dtype)
-    try:
-        with _local_rank():
-            model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=dtype).eval()
-    except Exception as error:  # transformers raises what its loaders raise: OSError, ValueError, ImportError, ...
-        raise TargetError(f"'{folder}' cannot be loaded: {type(error).__name__}: {first_lines(error)}") from error
-    hooked = remove_backward_hooks(model)
-    if hooked:
-        say(
-            f"removed the backward hooks of {len(hooked)} modules ({hooked[0]}, ...), which break the graph; before "
-            "you compile it, call remove_backward_hooks(model) from ringfence.hugging_face"
-        )
-    shape = (arguments.batch, arguments.tokens)
-    tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
-    return model, (tokens,), {"use_cache": False}
-
-
-@contextlib.contextmanager
-def _local_rank() -> Iterator[None]:
-    """On a machine with an accelerator, transformers reads the device's index from this variable."""
-    given = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = given or "0"
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ["LOCAL_RANK"]
-
-
-def _load_function(module_name: str, function_name: str) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+def load_function(target: str) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+    """The model of ``module:function`` and its inputs. Raises :class:`TargetError`."""
+    module_name, _, function_name = target.partition(":")
     with _importable_from_here():
         try:
             function = getattr(importlib.import_module(module_name), function_name)

@@ -167,7 +167,9 @@ class Situation:
             parse_version(self.flashinfer)
 
     def __str__(self) -> str:
-        """``mnnvl of FlashInfer 0.6.10``."""
+        """``mnnvl of FlashInfer 0.6.10``; ``ringfence``, whose kernels are no release of FlashInfer's."""
+        if self.collective in (Collective.RINGFENCE, Collective.NCCL, Collective.REFERENCE):
+            return str(self.collective)
         return f"{self.collective} of {f'FlashInfer {self.flashinfer}' if self.flashinfer else 'an unknown version'}"
 
 

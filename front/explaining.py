@@ -1,0 +1,300 @@
+"""Explaining: what would become of a model on other machines than this one, without running it.
+
+A model is compiled as one of N ranks: that of a Hugging Face config with fake tensors, so that no weight is read and no
+number computed; that of a function with its own. Sites are found, judged and proved as on GPUs over NCCL, and as the
+collective and the GPU that are asked about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch.fx import GraphModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from .backend import Backend
+from .compile_passes.assignment import Assignment
+from .compile_passes.judge import Verdict
+from .compile_passes.match import Site
+from .compile_passes.prove import PlanVerdict
+from .compile_passes.report import CompileReport
+from .compile_passes.split import SplitPlan
+from .fake_model import CONTEXT, Call, FakeModel, fake_model, read_config
+from .layers import Folding
+from .machines import Planned, planned
+from .runtime.errors import OptionsError, RingfenceError, TargetError
+from .unfold import Unfolding
+
+#: Options that may be about one layer alone, so that none may stand for another.
+_ABOUT_LAYERS = ("skip_sites", "verify")
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is to be judged as; nothing is asked where all but ``tp`` are None."""
+
+    tp: int
+    collective: str | None = None
+    flashinfer: str | None = None
+    gpu: str | None = None
+
+    def planned(self, dtype: str, unfit: Mapping[tuple[str, str | None], str] | None = None) -> Planned:
+        """unfit: collectives that do not take this model, and why."""
+        return planned(self.tp, self.collective, self.flashinfer, self.gpu, dtype, unfit)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A report and the call that it is about. folding: which layers stand for which; None where each was traced."""
+
+    about: str
+    report: CompileReport
+    folding: Folding | None = None
+
+
+class _Compiler(Backend):
+    """Compiles for other machines: nothing is captured, and what layers stand for is put back in before the proof."""
+
+    def __init__(self, planned: Planned, folding: Folding | None, options: Mapping[str, Any]) -> None:
+        super().__init__(planned=planned.situation, **options)
+        self._machine = planned
+        self._unfolding = Unfolding(folding) if folding is not None else None
+        self._places: dict[str, int] = {}
+        self._found: dict[str, Any] = {}
+
+    def _fuse(self, *args: Any) -> list[Site]:
+        sites = super()._fuse(*args)
+        self._found["sites"] = sites
+        return sites
+
+    def _judge(self, gm: GraphModule, *args: Any) -> tuple[list[Verdict], Assignment]:
+        if self._unfolding is not None:  # later some of the nodes that are judged are gone
+            self._places = self._unfolding.places(gm.graph.nodes)
+        return super()._judge(gm, *args)
+
+    def _split(self, gm: GraphModule, *args: Any) -> tuple[SplitPlan, GraphModule]:
+        plan, whole = super()._split(gm, *args)
+        self._found["split"] = gm, whole
+        return plan, whole
+
+    def _prove(self, plan: SplitPlan, verdicts: Sequence[Verdict], assigned: Assignment, *args: Any) -> PlanVerdict:
+        if self._unfolding is not None:
+            sites, index = self._unfolding.sites(self._found["sites"])
+            verdicts = self._unfolding.verdicts(verdicts, self._places, index)
+            plan = self._unfolding.plan(plan, *self._found["split"], index)
+            self._found["sites"] = sites
+        self._found |= {"pieces": plan.pieces, "verdicts": verdicts}
+        return super()._prove(plan, verdicts, assigned, *args)
+
+    def _report(self, report: CompileReport) -> None:
+        found = self._found
+        if found:
+            report = replace(
+                report, sites=tuple(found["sites"]), pieces=found["pieces"], verdicts=tuple(found["verdicts"])
+            )
+        super()._report(self._machine.told(report))
+
+
+def explain_config(
+    config: Any,
+    tp: int,
+    calls: Sequence[Call],
+    *,
+    dtype: str,
+    asked: Asked,
+    options: Mapping[str, Any],
+    expert_parallel: bool = False,
+    fold: bool = True,
+) -> list[Explained]:
+    """What becomes of a Hugging Face model, for each of the calls. Raises :class:`TargetError`, or what a compile does.
+
+    fold: let equal layers stand for each other.
+    """
+    dtype = _dtype_of(dtype)
+    found = []
+    with quiet(), fake_group(tp):
+        for call in calls:
+            model = fake_model(config, tp, getattr(torch, dtype), expert_parallel=expert_parallel)
+            tokens, kwargs = model.inputs(call)
+            folding = _folded(model, tokens, kwargs, options, fold)
+            found.append(_explained_fake(model, call, (tokens,), kwargs, folding, asked, dtype, options))
+    return found
+
+
+def _explained_fake(
+    model: FakeModel,
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    folding: Folding | str,
+    asked: Asked,
+    dtype: str,
+    options: Mapping[str, Any],
+) -> Explained:
+    folded = folding if isinstance(folding, Folding) and folding.cuts else None
+    with model.mode:
+        report = _judged(model.model, args, kwargs, asked, dtype, folded, options)
+    notes = list(folding_notes(folding))
+    if model.hooked:
+        notes.append(
+            f"without the backward hooks of {len(model.hooked)} modules ({model.hooked[0]}, ...), which break the "
+            "graph; before you compile it, call remove_backward_hooks(model) from ringfence.hugging_face"
+        )
+    return Explained(str(call), replace(report, notes=(*report.notes, *notes)), folded)
+
+
+def explain_function(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, asked: Asked, options: Mapping[str, Any]
+) -> Explained:
+    """What becomes of any model, which is called once. A process group of as many ranks is there."""
+    with quiet():
+        return Explained("", _judged(model, args, kwargs, asked, "bfloat16", None, options))
+
+
+def _judged(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    asked: Asked,
+    dtype: str,
+    folding: Folding | None,
+    options: Mapping[str, Any],
+) -> CompileReport:
+    """The report; once more where the kernels that were chosen do not take the model's hidden size."""
+    machine = asked.planned(dtype)
+    report = _compiled(model, args, kwargs, _Compiler(machine, folding, options))
+    most = max((site.hidden_size or 0 for site in report.fused), default=0)
+    unfit: dict[tuple[str, str | None], str] = {}
+    while unmet := machine.unmet(most, dtype):
+        unfit |= unmet
+        machine = asked.planned(dtype, unfit)
+    return _compiled(model, args, kwargs, _Compiler(machine, folding, options)) if unfit else report
+
+
+def _compiled(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Backend) -> CompileReport:
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, RingfenceError):
+            raise error.inner_exception from error
+        raise TargetError(f"the model does not compile: {first_lines(error)}") from error
+    except Unsupported as error:
+        raise TargetError(f"the model breaks the graph, so no pass can see across: {first_lines(error)}") from error
+    except RingfenceError:
+        raise
+    except Exception as error:  # whatever the user's model raises
+        raise TargetError(f"the model raised {type(error).__name__}: {first_lines(error)}") from error
+    finally:
+        torch._dynamo.reset()
+    if not backend.reports:
+        raise TargetError("the model ran without compiling a graph; is it a torch.nn.Module or function?")
+    return backend.reports[-1]
+
+
+def _folded(
+    model: FakeModel, tokens: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any], fold: bool
+) -> Folding | str:
+    about = [f"{name} may be about one layer alone" for name in _ABOUT_LAYERS if options.get(name)]
+    if fold and not about:
+        return model.folded(tokens, kwargs)
+    model.warm(tokens, kwargs)
+    return about[0] if about else "as it was asked"
+
+
+def folding_notes(folding: Folding | str) -> Iterator[str]:
+    """Which layers speak for which, for people."""
+    if isinstance(folding, str):
+        yield f"every layer was traced: {folding}"
+    elif folding.cuts:
+        count, kept = len(folding.kinds), len(folding.kept)
+        kinds = len(set(folding.kinds))
+        yield (
+            f"{kept} of {count} layers were traced, the others do what these do ({kinds} "
+            f"kind{'s' if kinds > 1 else ''}; each was run once on fake tensors and its ops compared)"
+        )
+
+
+@contextlib.contextmanager
+def fake_group(world_size: int) -> Iterator[None]:
+    """A default process group of so many ranks, this one the first, whose collectives do nothing."""
+    if dist.is_initialized():
+        raise OptionsError("explain makes a process group of its own; call it before init_process_group, or elsewhere")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what other libraries say on the way. What ringfence warns of is said."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # an error is an exception, whose message is ours
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", message="ringfence")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:4])
+
+
+def _dtype_of(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise OptionsError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def explain(
+    model: Any,
+    *,
+    tp: int,
+    decode: bool = False,
+    batch: int = 1,
+    tokens: int = 8,
+    context: int = CONTEXT,
+    dtype: Any = "bfloat16",
+    collective: str | None = None,
+    flashinfer: str | None = None,
+    gpu: str | None = None,
+    expert_parallel: bool = False,
+    **options: Any,
+) -> CompileReport:
+    """What would become of a Hugging Face model on ``tp`` ranks, from its config: no weights, no GPU, no other rank.
+
+    model: a config (``LlamaConfig(...)``), or the path of a folder with a ``config.json``. decode: a step of one token
+    over a static cache of ``context`` tokens; otherwise ``tokens`` tokens without a cache. dtype: of the activations,
+    "bfloat16", "float16" or "float32". collective, flashinfer, gpu: what the fused sites are judged as, as in
+    ``ringfence explain --collective trtllm --flashinfer 0.7.2 --gpu h200``. expert_parallel: by the model's plan for
+    its experts. options: the backend's, as ``capture_sizes=[1, 2, 4]``.
+
+    Needs transformers, and that this process has no default process group. Raises :class:`TargetError` for what is no
+    such config, and :class:`OptionsError`.
+    """
+    config = read_config(Path(model)) if isinstance(model, str | Path) else model
+    call = Call(batch, 1, context) if decode else Call(batch, tokens)
+    asked = Asked(tp, collective, flashinfer, gpu)
+    (found,) = explain_config(
+        config, tp, [call], dtype=dtype, asked=asked, options=options, expert_parallel=expert_parallel
+    )
+    return found.report

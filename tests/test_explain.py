@@ -1,0 +1,222 @@
+"""``ringfence explain`` of a Hugging Face config: layers that stand for others, machines that are asked about."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ringfence
+from ringfence.explaining import Asked, explain_config
+from ringfence.fake_model import Call
+from ringfence.layers import fold, record_layers
+from ringfence.machines import GPUS, find_gpu, planned
+from support import run_python
+
+TINY: dict[str, Any] = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    vocab_size=64,
+    max_position_embeddings=64,
+)
+
+
+def gemma(layers: int) -> Any:
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(**TINY, num_hidden_layers=layers, sliding_window=4, sliding_window_pattern=2)
+
+
+def deepseek(layers: int) -> Any:
+    from transformers import DeepseekV3Config
+
+    sizes = dict(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=64, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, kv_lora_rank=16,
+        q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    return DeepseekV3Config(**sizes, num_hidden_layers=layers, first_k_dense_replace=2)
+
+
+# -- which layers stand for which -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kept", "cuts"),
+    [
+        ("aaaa", [0, 1, 3], [(2, 1, 1)]),
+        ("aaa", [0, 1, 2], []),
+        ("abab", [0, 1, 2, 3], []),
+        ("abababab", [0, 1, 2, 3, 6, 7], [(4, 2, 2)]),
+        ("abababababa", [0, 1, 2, 3, 8, 9, 10], [(4, 4, 2)]),
+        ("xxaaaaaay", [0, 1, 2, 3, 7, 8], [(4, 3, 1)]),
+        ("aaaaabbbbb", [0, 1, 4, 5, 6, 9], [(2, 2, 1), (7, 2, 1)]),
+        ("abcdef", [0, 1, 2, 3, 4, 5], []),
+    ],
+)
+def test_equal_layers_are_left_out(kinds: str, kept: list[int], cuts: list[tuple[int, int, int]]) -> None:
+    folding = fold("model.layers", list(kinds))
+    assert list(folding.kept) == kept and [dataclasses.astuple(cut) for cut in folding.cuts] == cuts
+    traced = "".join(kinds[i] for i in folding.kept)
+    pairs = {kinds[i : i + 2] for i in range(len(kinds))}
+    assert {traced[i : i + 2] for i in range(len(traced))} == pairs, "every pair of neighbours was traced"
+
+
+class Layer(nn.Module):
+    def __init__(
+        self, index: int, *, width: int = 8, scale: float = 1.0, special: int | None = None, dtype: Any = torch.float32
+    ) -> None:
+        super().__init__()
+        self.layer_idx, self.scale, self.special, self.dtype = index, scale, special, dtype
+        self.first, self.second = nn.Linear(8, width, dtype=dtype), nn.Linear(width, 8, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+        y = self.second(self.first(x.to(self.dtype)) * self.scale)
+        if self.layer_idx == self.special:  # what no attribute shows beforehand
+            y = y.relu()
+        caches[self.layer_idx].copy_(y)
+        return x + y
+
+
+class Swapped(Layer):
+    def forward(self, x: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+        y = self.second(self.first(x.to(self.dtype)) * self.scale)
+        caches[self.layer_idx].copy_(y)
+        return y + x
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, caches)
+        return x
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda i: Layer(i, width=16),
+        lambda i: Layer(i, scale=0.5),
+        lambda i: Layer(i, special=i),
+        lambda i: Swapped(i),
+        lambda i: Layer(i, dtype=torch.float16),
+    ],
+    ids=["shape", "constant", "index", "order of operands", "dtype"],
+)
+def test_a_layer_that_does_another_thing_is_another(odd: Any) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Stack(*[odd(i) if i == 3 else Layer(i) for i in range(6)])
+        records = record_layers(model, model.layers, torch.zeros(2, 8), [torch.zeros(2, 8) for _ in range(6)])
+    assert len(set(records)) == 2 and records.count(records[3]) == 1
+
+
+def test_a_layer_that_is_not_called_is_like_no_other() -> None:
+    with FakeTensorMode():
+        model = Stack(*[Layer(i) for i in range(4)])
+        model.forward = lambda x, c: model.layers[0](x, c)  # type: ignore[method-assign]
+        records = record_layers(model, model.layers, torch.zeros(2, 8), [torch.zeros(2, 8) for _ in range(6)])
+    assert len(set(records)) == 4
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers), "nothing stays behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "call"), [(gemma(8), Call(1, 2)), (deepseek(6), Call(2, 1, 16))], ids=["prefill", "decode"]
+)
+def test_what_layers_stand_for_is_what_a_trace_of_all_finds(config: Any, call: Call) -> None:
+    """Site by site, piece by piece, verdict by verdict, and the proof."""
+    asked = Asked(2, "mnnvl", "0.7.0")
+    options = {"piece_compiler": "eager", "graphs": "simulated", "capture_sizes": [1, 2, 4]}
+    options["split_ops"] = ["aten::silu", "aten::gelu"]
+    (some,) = explain_config(config, 2, [call], dtype="bfloat16", asked=asked, options=options)
+    (every,) = explain_config(config, 2, [call], dtype="bfloat16", asked=asked, options=options, fold=False)
+    assert some.folding is not None and every.folding is None
+    assert len(some.report.fused) >= 9 and len(some.report.pieces) >= 9
+
+    def facts(report: ringfence.CompileReport) -> dict[str, Any]:
+        found = report.to_dict()
+        for verdict in found["verdicts"]:  # the names of nodes are the traced graph's
+            del verdict["node"]
+        del found["notes"]
+        return found
+
+    one, other = facts(some.report), facts(every.report)
+    for name in one:
+        assert one[name] == other[name], name
+
+
+# -- machines -----------------------------------------------------------------------------------------
+
+
+def test_a_gpu_is_asked_what_auto_would_choose() -> None:
+    two, eight = planned(2, None, None, "h200", "bfloat16"), planned(8, None, "0.7.0", "H200", "bfloat16")
+    assert two.named == "mnnvl of FlashInfer 0.7.2.post1 on 2 H200 over an NVSwitch"
+    assert eight.named == "trtllm of FlashInfer 0.7.0 on 8 H200 over an NVSwitch"
+    assert eight.candidates[-1] == "trtllm/peer: chosen" and eight.situation.capability == (9, 0)
+    assert planned(4, None, None, "l40s", "bfloat16").situation.collective == "reference"
+    assert "is not supported" in planned(2, None, "0.6.10", "h200", "bfloat16").candidates[0]
+    insisted = planned(8, "mnnvl", "0.6.10", "h200", "bfloat16")
+    assert insisted.situation.collective == "mnnvl" and "cannot be had" in str(insisted.why_not)
+    assert find_gpu("GB200") is GPUS["gb200"]
+    with pytest.raises(ringfence.OptionsError, match="did you mean 'h200'"):
+        find_gpu("h2000")
+    with pytest.raises(ringfence.OptionsError, match="uses no FlashInfer"):
+        planned(2, "ringfence", "0.7.0", None, "bfloat16")
+
+
+def test_a_hidden_size_that_kernels_do_not_take_passes_them_over() -> None:
+    from transformers import LlamaConfig
+
+    sizes = TINY | {"hidden_size": 2880, "num_hidden_layers": 1}  # GPT-OSS's: 5,760 bytes are no whole warps
+    report = ringfence.explain(LlamaConfig(**sizes), tp=2, gpu="h200")
+    assert report.judged_as == "reference on 2 H200 over an NVSwitch"
+    assert any("hidden size 2880" in candidate and "warps" in candidate for candidate in report.candidates)
+    assert not dist.is_initialized()
+
+
+def test_from_python_a_config_or_a_folder(tmp_path: Path) -> None:
+    config = gemma(8)
+    before = config.to_dict()
+    config.save_pretrained(tmp_path)
+    one = ringfence.explain(config, tp=2, decode=True, capture_sizes=[1])
+    other = ringfence.explain(tmp_path, tp=2, decode=True, capture_sizes=[1])
+    assert one.to_dict() == other.to_dict() and len(one.fused) == 16 and one.captured == (1,)
+    assert config.to_dict() == before, "whose it is finds it as it was"
+    assert len(one.pieces) == 1, "over NCCL its collectives stay in the piece"
+    with pytest.raises(ringfence.OptionsError, match="did you mean 'capture_sizes'"):
+        ringfence.explain(config, tp=2, capture_size=[1])
+    with pytest.raises(ringfence.OptionsError, match="dtype"):
+        ringfence.explain(config, tp=2, dtype=torch.float64)
+
+
+# -- the command, as a user starts it -------------------------------------------------------------------
+
+
+def test_a_config_alone_is_explained(tmp_path: Path) -> None:
+    """And nothing of other libraries stands around the answer."""
+    deepseek(12).save_pretrained(tmp_path)
+    picture = tmp_path / "plan.svg"
+    ran = run_python(
+        "-m", "ringfence", "explain", str(tmp_path), "--tp", "4", "--decode", "--gpu", "b200", "--svg", str(picture)
+    )
+    assert ran.returncode == 0, ran.stderr
+    head, summary, *rest = ran.stdout.splitlines()
+    assert head == "decode: 1 sequence of 1 token, a static cache of 4096 tokens"
+    assert summary.startswith("ringfence: 22 of 22 all-reduces fused, judged as ")
+    assert "FlashInfer 0.7.2.post1 on 4 B200 over an NVSwitch" in summary
+    assert any(line.startswith("note: 5 of 12 layers were traced") for line in rest)
+    assert all(line.startswith("ringfence: ") for line in ran.stderr.splitlines()), ran.stderr
+    assert picture.read_text().startswith("<svg")
