@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from .aot import boxed
 from .backend import Backend
 from .compile_passes.assignment import Assignment
 from .compile_passes.judge import Verdict
@@ -28,7 +29,7 @@ from .compile_passes.match import Site
 from .compile_passes.prove import PlanVerdict
 from .compile_passes.report import CompileReport
 from .compile_passes.split import SplitPlan
-from .fake_model import CONTEXT, Call, FakeModel, fake_model, read_config
+from .fake_model import CONTEXT, FakeModel, ModelCall, fake_model, read_config
 from .layers import Folding
 from .machines import Planned, planned
 from .runtime.errors import OptionsError, RingfenceError, TargetError
@@ -37,11 +38,14 @@ from .unfold import Unfolding
 #: Options that may be about one layer alone, so that none may stand for another.
 _ABOUT_LAYERS = ("skip_sites", "verify")
 
+#: Captures are simulated, because the plan is for another machine: it shows what would be captured there.
+_SIMULATED = {"piece_compiler": "eager", "graphs": "simulated"}
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedAs:
     """What a plan is to be judged as; nothing is asked where all but ``tp`` are None."""
 
     tp: int
@@ -55,7 +59,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Explained:
+class Explanation:
     """A report and the call that it is about. folding: which layers stand for which; None where each was traced."""
 
     about: str
@@ -63,15 +67,28 @@ class Explained:
     folding: Folding | None = None
 
 
+class _NotRunError(Exception):
+    """Of a compiled graph that is called: there is nothing to run it on."""
+
+
+def _not_run(*_: Any) -> Any:
+    raise _NotRunError
+
+
 class _Compiler(Backend):
     """Compiles for other machines: nothing is captured, and what layers stand for is put back in before the proof."""
 
-    def __init__(self, planned: Planned, folding: Folding | None, options: Mapping[str, Any]) -> None:
-        super().__init__(planned=planned.situation, **options)
+    def __init__(self, planned: Planned, folding: Folding | None, options: Mapping[str, Any], *, runs: bool) -> None:
+        super().__init__(planned=planned.situation, **_SIMULATED | options)
+        self._runs = runs
         self._machine = planned
         self._unfolding = Unfolding(folding) if folding is not None else None
         self._places: dict[str, int] = {}
         self._found: dict[str, Any] = {}
+
+    def _compile(self, *args: Any) -> Callable[..., Any]:
+        compiled = super()._compile(*args)
+        return compiled if self._runs else boxed(_not_run)
 
     def _fuse(self, *args: Any) -> list[Site]:
         sites = super()._fuse(*args)
@@ -109,14 +126,14 @@ class _Compiler(Backend):
 def explain_config(
     config: Any,
     tp: int,
-    calls: Sequence[Call],
+    calls: Sequence[ModelCall],
     *,
     dtype: str,
-    asked: Asked,
+    asked: AskedAs,
     options: Mapping[str, Any],
     expert_parallel: bool = False,
     fold: bool = True,
-) -> list[Explained]:
+) -> list[Explanation]:
     """What becomes of a Hugging Face model, for each of the calls. Raises :class:`TargetError`, or what a compile does.
 
     fold: let equal layers stand for each other.
@@ -134,58 +151,60 @@ def explain_config(
 
 def _explained_fake(
     model: FakeModel,
-    call: Call,
+    call: ModelCall,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     folding: Folding | str,
-    asked: Asked,
+    asked: AskedAs,
     dtype: str,
     options: Mapping[str, Any],
-) -> Explained:
+) -> Explanation:
     folded = folding if isinstance(folding, Folding) and folding.cuts else None
     with model.mode:
-        report = _judged(model.model, args, kwargs, asked, dtype, folded, options)
+        report = _judged(model.model, args, kwargs, asked, dtype, folded, options, runs=False)
     notes = list(folding_notes(folding))
     if model.hooked:
         notes.append(
             f"without the backward hooks of {len(model.hooked)} modules ({model.hooked[0]}, ...), which break the "
             "graph; before you compile it, call remove_backward_hooks(model) from ringfence.hugging_face"
         )
-    return Explained(str(call), replace(report, notes=(*report.notes, *notes)), folded)
+    return Explanation(str(call), replace(report, notes=(*report.notes, *notes)), folded)
 
 
 def explain_function(
-    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, asked: Asked, options: Mapping[str, Any]
-) -> Explained:
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, asked: AskedAs, options: Mapping[str, Any]
+) -> Explanation:
     """What becomes of any model, which is called once. A process group of as many ranks is there."""
     with quiet():
-        return Explained("", _judged(model, args, kwargs, asked, "bfloat16", None, options))
+        return Explanation("", _judged(model, args, kwargs, asked, "bfloat16", None, options, runs=True))
 
 
 def _judged(
     model: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    asked: Asked,
+    asked: AskedAs,
     dtype: str,
     folding: Folding | None,
     options: Mapping[str, Any],
+    *,
+    runs: bool,
 ) -> CompileReport:
     """The report; once more where the kernels that were chosen do not take the model's hidden size."""
     machine = asked.planned(dtype)
-    report = _compiled(model, args, kwargs, _Compiler(machine, folding, options))
+    report = _compiled(model, args, kwargs, _Compiler(machine, folding, options, runs=runs))
     most = max((site.hidden_size or 0 for site in report.fused), default=0)
     unfit: dict[tuple[str, str | None], str] = {}
     while unmet := machine.unmet(most, dtype):
         unfit |= unmet
         machine = asked.planned(dtype, unfit)
-    return _compiled(model, args, kwargs, _Compiler(machine, folding, options)) if unfit else report
+    return _compiled(model, args, kwargs, _Compiler(machine, folding, options, runs=runs)) if unfit else report
 
 
 def _compiled(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Backend) -> CompileReport:
     torch._dynamo.reset()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(_NotRunError):
             torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, RingfenceError):
@@ -292,8 +311,8 @@ def explain(
     such config, and :class:`OptionsError`.
     """
     config = read_config(Path(model)) if isinstance(model, str | Path) else model
-    call = Call(batch, 1, context) if decode else Call(batch, tokens)
-    asked = Asked(tp, collective, flashinfer, gpu)
+    call = ModelCall(batch, 1, context) if decode else ModelCall(batch, tokens)
+    asked = AskedAs(tp, collective, flashinfer, gpu)
     (found,) = explain_config(
         config, tp, [call], dtype=dtype, asked=asked, options=options, expert_parallel=expert_parallel
     )

@@ -28,7 +28,7 @@ CONTEXT = 4096
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """A call of the model. tokens: of each sequence. context: what its static cache holds; None: it has no cache."""
 
     batch: int
@@ -55,7 +55,7 @@ class FakeModel:
     mode: FakeTensorMode
     hooked: tuple[str, ...]
 
-    def inputs(self, call: Call) -> tuple[torch.Tensor, dict[str, Any]]:
+    def inputs(self, call: ModelCall) -> tuple[torch.Tensor, dict[str, Any]]:
         """Token ids ``[batch, tokens]``, int64, and keyword arguments."""
         with self.mode:
             tokens = torch.zeros((call.batch, call.tokens), dtype=torch.long)

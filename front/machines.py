@@ -24,7 +24,7 @@ from .runtime.versions import in_range
 
 
 @dataclass(frozen=True)
-class Machine:
+class GpuKind:
     """GPUs of one kind in one node. switch: they are linked by an NVSwitch; without, by PCIe."""
 
     name: str
@@ -57,15 +57,15 @@ class Machine:
 GPUS = {
     machine.name.lower(): machine
     for machine in (
-        Machine("A100", (8, 0), 108, switch=True, multicast=False),
-        Machine("H100", (9, 0), 132, switch=True, multicast=True),
-        Machine("H200", (9, 0), 132, switch=True, multicast=True),
-        Machine("H20", (9, 0), 78, switch=True, multicast=True),
-        Machine("B200", (10, 0), 148, switch=True, multicast=True),
-        Machine("GB200", (10, 0), 148, switch=True, multicast=True),
-        Machine("B300", (10, 3), 148, switch=True, multicast=True),
-        Machine("GB300", (10, 3), 148, switch=True, multicast=True),
-        Machine("L40S", (8, 9), 142, switch=False, multicast=False),
+        GpuKind("A100", (8, 0), 108, switch=True, multicast=False),
+        GpuKind("H100", (9, 0), 132, switch=True, multicast=True),
+        GpuKind("H200", (9, 0), 132, switch=True, multicast=True),
+        GpuKind("H20", (9, 0), 78, switch=True, multicast=True),
+        GpuKind("B200", (10, 0), 148, switch=True, multicast=True),
+        GpuKind("GB200", (10, 0), 148, switch=True, multicast=True),
+        GpuKind("B300", (10, 3), 148, switch=True, multicast=True),
+        GpuKind("GB300", (10, 3), 148, switch=True, multicast=True),
+        GpuKind("L40S", (8, 9), 142, switch=False, multicast=False),
     )
 }
 
@@ -114,7 +114,7 @@ class Planned:
         return replace(report, judged_as=self.named, collectives=carriers, notes=notes)
 
 
-def find_gpu(name: str) -> Machine:
+def find_gpu(name: str) -> GpuKind:
     """Raises :class:`OptionsError` for a GPU that is not known."""
     found = GPUS.get(name.lower())
     if found is None:

@@ -26,7 +26,7 @@ _NUMBERED = re.compile(r"'([a-z_]+?)_\d+'")
 
 
 @dataclass(frozen=True)
-class Row:
+class SiteRow:
     """What is drawn of one site: where in its layer it is, what became of it, and the part that it runs in.
 
     part: "piece", "island", or "" for an all-reduce that is not fused. why: the sentence that the row points at.
@@ -40,13 +40,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Block:
+class LayerBlock:
     """Layers ``first`` to ``last`` of a list, each with these rows; ``path`` alone is what stands in no list."""
 
     path: str
     first: int | None
     last: int | None
-    rows: tuple[Row, ...]
+    rows: tuple[SiteRow, ...]
     pieces: int
     islands: int
 
@@ -63,28 +63,28 @@ class Block:
         return 1 if self.first is None or self.last is None else self.last - self.first + 1
 
 
-def blocks(report: CompileReport) -> list[Block]:
+def blocks(report: CompileReport) -> list[LayerBlock]:
     """The layers of a report, equal neighbours in one block."""
-    found: list[Block] = []
+    found: list[LayerBlock] = []
     for block in _single(report):
         last = found[-1] if found else None
         follows = last is not None and last.last is not None and block.first == last.last + 1
         if last is not None and follows and _same(last, block):
-            found[-1] = Block(last.path, last.first, block.last, last.rows, last.pieces, last.islands)
+            found[-1] = LayerBlock(last.path, last.first, block.last, last.rows, last.pieces, last.islands)
         else:
             found.append(block)
     return found
 
 
-def _same(one: Block, other: Block) -> bool:
+def _same(one: LayerBlock, other: LayerBlock) -> bool:
     return (one.path, one.rows, one.islands) == (other.path, other.rows, other.islands)
 
 
-def _single(report: CompileReport) -> Iterator[Block]:
+def _single(report: CompileReport) -> Iterator[LayerBlock]:
     """One block for each layer, or for what is in none."""
     part_of = {site: piece for piece in report.pieces for site in piece.sites}
     refused = {v.site: f"{v.rule}: {v.remedy or v.message}" for v in report.refused}
-    rows: list[Row] = []
+    rows: list[SiteRow] = []
     key: tuple[str, int | None] | None = None
     parts: dict[int, bool] = {}
     for site in report.sites:
@@ -101,10 +101,10 @@ def _single(report: CompileReport) -> Iterator[Block]:
         yield _block(key, rows, parts)
 
 
-def _block(key: tuple[str, int | None], rows: Sequence[Row], parts: dict[int, bool]) -> Block:
+def _block(key: tuple[str, int | None], rows: Sequence[SiteRow], parts: dict[int, bool]) -> LayerBlock:
     path, number = key
     islands = sum(parts.values())
-    return Block(path, number, number, tuple(rows), len(parts) - islands, islands)
+    return LayerBlock(path, number, number, tuple(rows), len(parts) - islands, islands)
 
 
 def _place(module: str | None) -> tuple[str, int | None, str]:
@@ -114,16 +114,16 @@ def _place(module: str | None) -> tuple[str, int | None, str]:
     return found["list"], int(found["number"]), found["rest"] or ""
 
 
-def _row(site: Site, rest: str, island: bool | None, refused: str | None) -> Row:
+def _row(site: Site, rest: str, island: bool | None, refused: str | None) -> SiteRow:
     what = (site.kind or "all_reduce").replace("_add", " + add").replace("_rms_norm", " + norm").replace("_", "-")
     part = "" if island is None else "island" if island else "piece"
     if site.decline is not None:
         why = _NUMBERED.sub(r"'\1'", f"{site.decline.reason}: {site.decline.message}")
-        return Row(rest, what, f"declined: {site.decline.reason}", part, why)
+        return SiteRow(rest, what, f"declined: {site.decline.reason}", part, why)
     if refused is not None:
-        return Row(rest, what, "fused, refused", part, refused)
+        return SiteRow(rest, what, "fused, refused", part, refused)
     merged = "fused, merged into one call" if site.merged_into is not None else "fused"
-    return Row(rest, what, merged, part, "")
+    return SiteRow(rest, what, merged, part, "")
 
 
 # -- the drawing ----------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ _LEGEND = [
 ]
 
 
-def _draw(drawing: Drawing, block: Block, y: float, whys: dict[str, int]) -> float:
+def _draw(drawing: Drawing, block: LayerBlock, y: float, whys: dict[str, int]) -> float:
     height = max(_ROW * len(block.rows) + 8, 48)
     drawing.box(_MARGIN, y, _WIDTH - 2 * _MARGIN, height, PAPER, stroke=_FRAME, round_=4)
     title = lines_of(block.title, _SIDE - 20, 12)[:2]
@@ -173,7 +173,7 @@ def _draw(drawing: Drawing, block: Block, y: float, whys: dict[str, int]) -> flo
     return y + height
 
 
-def _draw_row(drawing: Drawing, row: Row, y: float, whys: dict[str, int]) -> None:
+def _draw_row(drawing: Drawing, row: SiteRow, y: float, whys: dict[str, int]) -> None:
     left, right = _MARGIN + _SIDE, _WIDTH - _MARGIN - 8
     fill = ALARM_FILL if "refused" in row.outcome else _DECLINED if row.outcome.startswith("declined") else _FUSED
     stroke = ALARM if fill == ALARM_FILL else ""

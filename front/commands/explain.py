@@ -15,7 +15,7 @@ from .arguments import Commands, count, world_size
 from .terminal import FAILED, OK, say, say_if_unread, stage, write
 
 if TYPE_CHECKING:
-    from ..explaining import Explained
+    from ..explaining import Explanation
 
 #: What the exit code may tell: a plan that can hang or corrupt; a site that the collective must not carry out; an
 #: all-reduce that is not fused; an op that splits the graph.
@@ -97,17 +97,17 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     return text, FAILED if failed else OK
 
 
-def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[Explained]:
+def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[Explanation]:
     target = arguments.target
     folder = Path(target) if Path(target).is_dir() else None
     _check(arguments, folder)
     # Everything that takes seconds to import is imported here, so that --help and usage errors do not.
     with stage(f"loading {target}"):
-        from ..explaining import Asked, explain_config, explain_function, fake_group
-        from ..fake_model import CONTEXT, Call, read_config
+        from ..explaining import AskedAs, explain_config, explain_function, fake_group
+        from ..fake_model import CONTEXT, ModelCall, read_config
         from .targets import load_function
 
-    asked = Asked(arguments.tp, arguments.collective, arguments.flashinfer, arguments.gpu)
+    asked = AskedAs(arguments.tp, arguments.collective, arguments.flashinfer, arguments.gpu)
     asked.planned(arguments.dtype or "bfloat16")  # what is wrong with it is said at once
     if arguments.flashinfer is not None:
         say_if_unread(arguments.flashinfer)
@@ -118,8 +118,8 @@ def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[E
                 with stage("compiling"):
                     return [explain_function(model, args, kwargs, asked=asked, options=options)]
         batch = arguments.batch or 1
-        calls = [Call(batch, arguments.tokens or 8)] if arguments.prefill or not arguments.decode else []
-        calls += [Call(batch, 1, arguments.context or CONTEXT)] if arguments.decode else []
+        calls = [ModelCall(batch, arguments.tokens or 8)] if arguments.prefill or not arguments.decode else []
+        calls += [ModelCall(batch, 1, arguments.context or CONTEXT)] if arguments.decode else []
         with stage("compiling"):
             return explain_config(
                 read_config(folder),
@@ -153,16 +153,16 @@ def _check(arguments: argparse.Namespace, folder: Path | None) -> None:
         raise OptionsError(f"{', '.join(given)}: of a folder's model; a function returns its inputs itself")
 
 
-def _text(one: Explained) -> str:
+def _text(one: Explanation) -> str:
     return f"{one.about}\n{one.report}" if one.about else str(one.report)
 
 
-def _json(found: Sequence[Explained]) -> str:
+def _json(found: Sequence[Explanation]) -> str:
     reports = [{**one.report.to_dict(), "call": one.about or None} for one in found]
     return json.dumps(reports if len(reports) > 1 else reports[0], indent=2)
 
 
-def _failures(one: Explained) -> list[str]:
+def _failures(one: Explanation) -> list[str]:
     report = one.report
     found = {
         "unsafe": report.plan is not None and report.plan.failed,
@@ -184,8 +184,7 @@ def _fail_on(text: str) -> list[str]:
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
     import ast
 
-    # Captures are simulated, because the plan is for another machine: it shows what would be captured there.
-    options: dict[str, Any] = {"piece_compiler": "eager", "graphs": "simulated"}
+    options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
