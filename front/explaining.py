@@ -67,12 +67,12 @@ class Explanation:
     folding: Folding | None = None
 
 
-class _NotRunError(Exception):
+class _NotRun(Exception):
     """Of a compiled graph that is called: there is nothing to run it on."""
 
 
 def _not_run(*_: Any) -> Any:
-    raise _NotRunError
+    raise _NotRun
 
 
 class _Compiler(Backend):
@@ -204,7 +204,7 @@ def _judged(
 def _compiled(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Backend) -> CompileReport:
     torch._dynamo.reset()
     try:
-        with torch.no_grad(), contextlib.suppress(_NotRunError):
+        with torch.no_grad(), contextlib.suppress(_NotRun):
             torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, RingfenceError):
