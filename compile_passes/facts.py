@@ -12,12 +12,13 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ..runtime.hazards.situation import Fact
+from ..runtime.hazards.situation import Collective, Fact
 from .assignment import Assignment
 from .fuse import SITE
 from .groups import find_group
 from .host import Unsafe, stream_of, surroundings_of, unsafe_for
 from .judge import Verdict, judge
+from .moe_calls import misuses
 from .op_calls import op_calls
 from .parts import cut
 from .rules import KNOWN_UNSAFE
@@ -108,6 +109,8 @@ def judge_with_facts(
     while True:
         verdicts = judge(gm, assigned, capture=capture, **options)
         found: dict[str | None, frozenset[Fact]] = {}
+        if assigned.planned is not None and assigned.planned.collective == Collective.MOE_ALL_TO_ALL:
+            found[None] = frozenset(fact for _, fact, _ in misuses(gm))
         for evidence in facts_of(*split(gm, cut(gm, verdicts))) if capture else ():
             found[evidence.group] = found.get(evidence.group, frozenset()) | {evidence.fact}
         known = assigned.with_facts(found)

@@ -102,8 +102,7 @@ def judge(
         verdict = Verdict(outer.name, facts.op, rule.decision, rule.id, message, rule.source, site, group=group)
         situation = _situation(assigned, group, node) if facts.carrier is not None else None
         if situation is not None:  # an all-reduce without a norm too
-            source = first_node(node)
-            assert source is not None, "a fused op takes its input first"
+            source = first_node(node) or node.all_input_nodes[0]  # of a dispatch, in a list
             mine = replace(situation, dtype=dtype_text(tensor(source).dtype), capture=capture)
             if profile == "conservative":
                 verdict = _by_the_field(verdict, mine)

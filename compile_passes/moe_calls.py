@@ -7,6 +7,7 @@ reads by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_sy
 
 from ..runtime.collectives import moe
 from ..runtime.errors import RefusedError
-from .op_calls import nodes_of, op_arguments, op_names
+from ..runtime.hazards.situation import Fact
+from .aliases import viewed
+from .host import stream_of
+from .op_calls import nodes_of, op_arguments, op_names, written_arguments
 from .provenance import label
 from .roles import tensor
 
@@ -39,11 +43,59 @@ def capacity_of(dispatch: Node) -> int | torch.SymInt:
     return value.meta["val"] if isinstance(value, Node) else value  # type: ignore[no-any-return]
 
 
+def misuses(gm: GraphModule) -> Iterator[tuple[Node, Fact, str]]:
+    """Where a graph breaks what calls on a workspace ask for: the node, the fact, and how.
+
+    All calls of a group are on one stream. A dispatch's rows are read before its combine and written by nobody, and the
+    next dispatch follows that combine. A dispatch and its combine may lie in different pieces. The reference, whose
+    rows are its caller's, asks for nothing of that.
+    """
+    nodes = list(gm.graph.nodes)
+    place = {node: i for i, node in enumerate(nodes)}
+    calls_ = [node for node in nodes if is_moe(node)]
+    streams: dict[object, set[int | None]] = {}
+    for i, node in enumerate(calls_):
+        seen = streams.setdefault(op_arguments(node)["group"], set())
+        seen.add(stream_of(node))
+        if len(seen) > 1:
+            yield node, Fact.TWO_STREAMS, f"{label(node)} is on another stream than an earlier call of its group"
+        if not _is_dispatch(node):
+            continue
+        group = op_arguments(node)["group"]
+        later = [n for n in calls_[i + 1 :] if op_arguments(n)["group"] == group]
+        if later and _is_dispatch(later[0]):
+            text = f"{label(later[0])} follows {label(node)}, which no combine has answered"
+            yield later[0], Fact.DISPATCH_UNANSWERED, text
+        end = place[later[0]] if later else len(nodes)
+        rows = _rows_of(node)
+        for reader in (r for row in rows for r in row.users if r not in rows):
+            if place[reader] > end or reader.op == "output":
+                yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} reads rows of {label(node)} after their combine"
+            elif any(written in rows for written in written_arguments(reader)):
+                yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} writes into rows of {label(node)}"
+
+
+def _is_dispatch(node: Node) -> bool:
+    return op_names(node)[0] == "ringfence::moe_dispatch"
+
+
+def _rows_of(dispatch: Node) -> set[Node]:
+    """The tensors that a dispatch returns, but for the route, and views of them."""
+    items = [n for n in dispatch.users if n.args[1] != 2]
+    rows = {n for item in items for n in (item.users if item.args[1] == 0 else [item])}
+    queue = list(rows)
+    while queue:
+        views = [u for u in queue.pop().users if viewed(u) in rows and u not in rows]
+        rows.update(views)
+        queue += views
+    return rows
+
+
 def check_capacities(gm: GraphModule) -> None:
     """Raises :class:`RefusedError` for a dispatch whose capacity is a rank's own number, or read from data."""
     given = {s for node in gm.graph.find_nodes(op="placeholder") for s in free_unbacked_symbols(node.meta.get("val"))}
     for node in nodes_of(gm):
-        if not is_moe(node) or op_names(node)[0] != "ringfence::moe_dispatch" or EVEN in node.meta:
+        if not is_moe(node) or not _is_dispatch(node) or EVEN in node.meta:
             continue
         capacity = capacity_of(node)
         if free_unbacked_symbols(capacity) - given:

@@ -61,7 +61,7 @@ class Rule:
 
 
 #: Who keeps the epoch, slot and flags of a call in words on the device.
-_DEVICE_EPOCH = frozenset(one.name for one in table.ALL if one.epoch_on_device)
+_DEVICE_EPOCH = frozenset({*(one.name for one in table.ALL if one.epoch_on_device), Collective.MOE_ALL_TO_ALL})
 
 #: Engines' attention, and what writes their caches: they read slots and lengths from a context that Python holds.
 #: vLLM's are CompilationConfig._attention_ops and the updates of its caches; TensorRT-LLM's are where it splits itself.

@@ -33,6 +33,11 @@ TRTLLM_LAUNCH = Check(
 )
 SIZE_TABLE = Check("runtime/collectives/size_table.py::SizeRow", "nothing is tuned: a table says how, by size")
 NOT_EMPTY = Check("compile_passes/graph_inputs.py::check_not_empty", "a graph that reduces no token is refused")
+CAPACITY = Check(
+    "compile_passes/moe_calls.py::check_capacities",
+    "a capacity that is a rank's own count, or read from data, is refused; the others are compared",
+)
+ROUTING = Check("runtime/collectives/moe.py::check_dispatch", "token counts, widths and, on the host, ids are checked")
 AGREEMENT = Check(
     "runtime/watch/agree.py::GroupAgreement", "ranks compare their plans, and what they capture, before they go on"
 )

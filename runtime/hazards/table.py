@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .hazard import REPOSITORIES, Action, Certainty, Hazard, Invariant
-from .rows import capture, kernels, links, machines, payload, ranks, replay, surroundings
+from .rows import capture, kernels, links, machines, moe, payload, ranks, replay, surroundings
 
 __all__ = ["HAZARDS", "REPOSITORIES", "Action", "Certainty", "Hazard", "Invariant"]
 
@@ -17,4 +17,5 @@ HAZARDS: tuple[Hazard, ...] = (
     *machines.ROWS,
     *links.ROWS,
     *surroundings.ROWS,
+    *moe.ROWS,
 )

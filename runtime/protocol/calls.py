@@ -23,6 +23,7 @@ class Call:
     epoch: the number of the call, where the host held it and a capture baked it in.
     workspace: which workspace it addresses; a re-created one has another number.
     active: the ranks that take part, where a mask says so (MoE all-to-all); None is all.
+    capacity, width: of a dispatch and its combine: rows of each rank's block, words of a row.
     where: what launched it, for people.
     """
 
@@ -34,6 +35,8 @@ class Call:
     epoch: int | None = None
     workspace: int = 0
     active: tuple[int, ...] | None = None
+    capacity: int = 1
+    width: int = 1
     where: str = ""
 
     @property

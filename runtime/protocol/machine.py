@@ -11,7 +11,7 @@ hardware may do, so what is safe here is safe there.
 
 A *cell* is one word of one rank's memory. Two kinds are in use:
 
-- data (PUSH, POLL, CLEAR): empty while it holds the sentinel. A word that the receiver
+- data (PUSH, POLL, READ, CLEAR): empty while it holds the sentinel. A word that the receiver
   mistakes for the sentinel is there and is not seen: see :data:`UNSEEN`.
 - flags (RAISE, AWAIT_CHANGE, AWAIT_EQUAL): a number that meets the peers' number, whatever
   they are doing. The model keeps with it the call that it was raised in, which no kernel sees:
@@ -76,6 +76,7 @@ def renumbered(word: int, is_flag: bool, number_of: Callable[[int], int], number
 
 class OpKind(Enum):
     PUSH = "push"
+    READ = "read"
     POLL = "poll"
     CLEAR = "clear"
     RAISE = "raise"
@@ -254,7 +255,7 @@ def perform(op: Op, memory: list[int]) -> tuple[ModelFailure | None, str]:
                 ModelFailure.STALE_READ,
                 f"takes {describe(op, memory[cell], value)} for {describe(op, value, value)}",
             )
-        if op.kind is OpKind.POLL:
+        if op.kind in (OpKind.POLL, OpKind.READ):
             memory[cell] = -memory[cell]
     return None, ""
 
@@ -268,7 +269,7 @@ def describe(op: Op, found: int, value: int = EMPTY) -> str:
             return f"{number}{raised}"
         return f"{number % 3} (barrier {number}{raised})"
     if found == EMPTY:
-        return "the sentinel"
+        return "what nobody wrote" if op.kind is OpKind.READ else "the sentinel"
     call, rest = divmod(abs(found) % UNSEEN - 1, _WORDS_OF_A_CALL)
     token, rank = divmod(rest, _WORDS_OF_A_TOKEN)
     what = f"rank {rank - 1}'s part" if rank else "the sum"

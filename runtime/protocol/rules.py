@@ -72,11 +72,15 @@ class MoeRules:
     separate_flags: dispatch and combine have flags of their own.
     shared_memory: a flag that is raised for a peer lands in the peer's memory.
     mask_on_device: the mask of active ranks is read at run time, and not baked in by a capture.
+    combine_offset_fixed: the combine region is behind the largest rows of all calls, and not behind those of its own.
+    barrier_after_init: ranks meet after each has cleared its workspace, and before the first call.
     """
 
     separate_flags: bool = True
     shared_memory: bool = True
     mask_on_device: bool = True
+    combine_offset_fixed: bool = False
+    barrier_after_init: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ NEWEST_READ = "0.7.2.post1"
 TRTLLM = LamportRules(polls_own=True)
 _OWN_FLAG_LAST = "0.7.2"
 
+#: Ranks meet after they have initialised a workspace (trtllm_moe_alltoall.py).
+_MEET_AFTER_INIT = "0.7.0"
 #: ``active_rank_mask`` is a kernel argument (TRT#16200), so a capture bakes it in.
 MOE = MoeRules(mask_on_device=False)
 
@@ -132,9 +138,9 @@ def trtllm_rules(version: str) -> LamportRules:
 
 
 def moe_rules(version: str) -> MoeRules:
-    """The one-sided MoE all-to-all."""
+    """The one-sided MoE all-to-all. Where its combine region is, the class of the library says; not its functions."""
     _known(version)
-    return MOE
+    return replace(MOE, barrier_after_init=in_range(version, _MEET_AFTER_INIT, None))
 
 
 def _known(version: str) -> None:

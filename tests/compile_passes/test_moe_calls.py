@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ringfence
+from ringfence.compile_passes.assignment import Assignment
+from ringfence.compile_passes.facts import judge_with_facts
 from ringfence.compile_passes.judge import Decision
 from ringfence.compile_passes.lower import inductor_piece
 from ringfence.runtime.collectives import moe_reference
 from ringfence.runtime.errors import RefusedError
+from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Collective, Situation
 from ringfence.runtime.watch.agree import PlanDigest, first_difference
 from ringfence.runtime.watch.supervision import Supervision
@@ -116,6 +121,57 @@ def test_over_gloo_they_run_between_pieces_and_over_nccl_in_one(fn: Callable[...
     served = Situation(Collective.MNNVL, "0.7.2")  # the group's all-reduces have a workspace, which is none of theirs
     verdicts = judge(gm, backends={"world": "gloo"}, situation=served, capture=True)
     assert {v.rule for v in verdicts} == {"host_collective"}
+
+
+def outliving(x: Tensor, ids: Tensor) -> Tensor:
+    sent = ringfence.moe.dispatch([x, x], ids, capacity=8, num_experts=E)
+    return ringfence.moe.combine(sent.payloads[0], sent.route) + sent.payloads[1].view(16, H).sum()
+
+
+def returned(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    sent = ringfence.moe.dispatch([x], ids, capacity=8, num_experts=E)
+    return ringfence.moe.combine(sent.payloads[0], sent.route), sent.payloads[0]
+
+
+def unanswered(x: Tensor, ids: Tensor) -> Tensor:
+    one, two = (ringfence.moe.dispatch([y], ids, capacity=8, num_experts=E) for y in (x, x.sin()))
+    made = [ringfence.moe.combine(sent.payloads[0], sent.route) for sent in (two, one)]
+    return made[0] + made[1]
+
+
+def in_turn(x: Tensor, ids: Tensor) -> Tensor:
+    return layer(layer(x, ids, 8), ids, 9)
+
+
+@pytest.mark.parametrize(
+    ("fn", "hazard", "says"),
+    [
+        (outliving, "M69", "planes_outlive"),
+        (returned, "M69", "planes_outlive"),
+        (unanswered, "M69", "dispatch_unanswered|planes_outlive"),
+        (in_turn, None, ""),
+    ],
+)
+def test_m69_rows_that_outlive_their_combine_and_unanswered_dispatches(
+    fn: Callable[..., Any], hazard: str | None, says: str
+) -> None:
+    """Judged as FlashInfer's, whose rows are a workspace's memory; the reference returns memory of the caller's own."""
+    gm = aot_graph(fn, torch.randn(5, H), torch.randint(0, E, (5, 2)))
+    planned = Assignment({"world": Group("world", "nccl", 2, 0)}, planned=Situation(Collective.MOE_ALL_TO_ALL, "0.7.2"))
+    verdicts, _ = judge_with_facts(gm, planned, capture=True)
+    assert {v.hazard for v in verdicts} == {hazard}
+    assert all(v.decision is (Decision.REFUSE if hazard else Decision.IN_GRAPH) for v in verdicts)
+    assert hazard is None or re.search(says, str(verdicts[0].fact)), verdicts[0]
+    verdicts, _ = judge_with_facts(gm, replace(planned, planned=None), capture=True)
+    assert {v.rule for v in verdicts} == {"nccl"}
+
+
+def test_m37_calls_of_a_group_on_two_streams() -> None:
+    gm = aot_graph(in_turn, torch.randn(5, H), torch.randint(0, E, (5, 2)))
+    next(n for n in gm.graph.nodes if "moe_combine" in str(n.target)).meta["custom"] = {"stream": 1}
+    planned = Assignment({"world": Group("world", "nccl", 2, 0)}, planned=Situation(Collective.MOE_ALL_TO_ALL, "0.7.2"))
+    verdicts, _ = judge_with_facts(gm, planned, capture=True)
+    assert {(v.hazard, v.decision) for v in verdicts} == {("M37", Decision.REFUSE)}
 
 
 def test_inductor_writes_nothing_into_what_a_dispatch_returned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKS = {name: check for name, check in vars(checks).items() if isinstance(check, Check)}
 NEWEST = "0.7.2.post1"
 MNNVL, TRTLLM, MOE = Collective.MNNVL, Collective.TRTLLM, Collective.MOE_ALL_TO_ALL
+TWO_SIDED = Collective.MOE_TWO_SIDED
 CUTEDSL, NCCL = Collective.MNNVL_CUTEDSL, Collective.NCCL
 SYMMETRIC = Collective.SYMMETRIC_MEMORY
 
@@ -102,7 +103,7 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
     "M8": ([newest(MNNVL, Fact.CAPTURE_SIZE_BEYOND_WORKSPACE)], [newest(NCCL, Fact.CAPTURE_SIZE_BEYOND_WORKSPACE)]),
     "M9": ([newest(TRTLLM, Fact.CONTROL_WORD_ILLEGAL)], [newest(TRTLLM)]),
     "M10": ([_m10], [but(_m10, flashinfer="0.6.0"), but(_m10, capability=(10, 0)), but(_m10, capability=None)]),
-    "M11": ([Situation(MOE, "0.6.15")], [Situation(MOE, "0.6.16"), Situation(MNNVL, "0.6.15")]),
+    "M11": ([Situation(TWO_SIDED, "0.6.15")], [Situation(TWO_SIDED, "0.6.16"), Situation(MOE, "0.6.15")]),
     "M12": ([newest(TRTLLM, Fact.STRATEGIES_SHARE_WORKSPACE)], [newest(MNNVL, Fact.STRATEGIES_SHARE_WORKSPACE)]),
     "M13": ([_m13], [but(_m13), but(_m13, Fact.PARTIAL_WARP_HIDDEN_SIZE, flashinfer="0.6.15")]),
     "M14": (
@@ -128,7 +129,7 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
     ),
     "M18": ([newest(NCCL, Fact.SIDE_STREAM_ACROSS_PDL)], [newest(NCCL, Fact.PDL)]),
     "M19": ([newest(MOE, Fact.PDL)], [but(newest(MOE), Fact.PDL, capture=False), newest(TRTLLM, Fact.PDL)]),
-    "M20": ([newest(MNNVL, Fact.PROTOCOL_CUT), newest(MOE, Fact.PROTOCOL_CUT)], [newest(MNNVL)]),
+    "M20": ([newest(MNNVL, Fact.PROTOCOL_CUT)], [newest(MNNVL), newest(MOE, Fact.PROTOCOL_CUT)]),
     "M21": (
         [_m21, newest(TRTLLM, Fact.GROUP_IS_NOT_WORLD, Fact.RENDEZVOUS_WITHOUT_GROUP)],
         [
@@ -148,7 +149,10 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
     ),
     "M25": ([newest(MNNVL, Fact.DIVERGENT_SEQUENCE), newest(TRTLLM, Fact.RANK_LOCAL_CHOICE)], [newest(MNNVL)]),
     "M26": ([newest(TRTLLM, Fact.AUTOTUNE_PER_RANK)], [newest(TRTLLM)]),
-    "M27": ([newest(TRTLLM, Fact.ZERO_TOKENS)], [newest(TRTLLM), newest(NCCL, Fact.ZERO_TOKENS)]),
+    "M27": (
+        [newest(TRTLLM, Fact.ZERO_TOKENS), but(Situation(MOE, "0.5.3"), Fact.ZERO_TOKENS)],
+        [newest(TRTLLM), newest(NCCL, Fact.ZERO_TOKENS), but(Situation(MOE, "0.6.0"), Fact.ZERO_TOKENS)],
+    ),
     "M28": ([newest(NCCL, Fact.RANK_DID_NOT_ENTER)], [newest(NCCL)]),
     "M29": ([newest(NCCL, Fact.NO_GROUP_ABORT)], [newest(NCCL)]),
     "M30": (
@@ -276,11 +280,31 @@ EXAMPLES: dict[str, tuple[list[Situation], list[Situation]]] = {
     "M59": ([newest(MOE, Fact.RANK_REJOINS)], [newest(MOE), newest(TRTLLM, Fact.RANK_REJOINS)]),
     "M60": ([newest(NCCL, Fact.SAME_OTHER_KERNEL)], [newest(NCCL)]),
     "M61": ([newest(NCCL, Fact.PINNED_BUFFER_REUSED)], [newest(NCCL)]),
+    "M62": (
+        [newest(MOE, Fact.RANK_OWN_CAPACITY), newest(Collective.REFERENCE, Fact.RANK_OWN_CAPACITY)],
+        [newest(MOE), newest(NCCL, Fact.RANK_OWN_CAPACITY)],
+    ),
+    "M63": ([newest(MOE, Fact.GEOMETRY_CHANGES)], [newest(MOE), newest(TRTLLM, Fact.GEOMETRY_CHANGES)]),
+    "M64": (
+        [but(Situation(MOE, "0.6.18"), Fact.INITIALISED_ALONE)],
+        [but(Situation(MOE, "0.7.0"), Fact.INITIALISED_ALONE), Situation(MOE, "0.6.18")],
+    ),
+    "M65": ([newest(MOE, Fact.ROUTING_UNCHECKED)], [newest(MOE), newest(TWO_SIDED, Fact.ROUTING_UNCHECKED)]),
+    "M66": ([newest(MOE, Fact.TOP_K_NOT_COMPILED)], [newest(MOE)]),
+    "M67": (
+        [but(Situation(MOE, "0.6.18.post1"), Fact.MISALIGNED_PLANE)],
+        [newest(MOE, Fact.MISALIGNED_PLANE), Situation(MOE, "0.6.18.post1")],
+    ),
+    "M68": ([newest(MOE, Fact.REDUCED_TWICE)], [newest(MOE), newest(NCCL, Fact.REDUCED_TWICE)]),
+    "M69": (
+        [newest(MOE, Fact.PLANES_OUTLIVE), newest(MOE, Fact.DISPATCH_UNANSWERED)],
+        [newest(MOE), newest(Collective.REFERENCE, Fact.PLANES_OUTLIVE)],
+    ),
 }
 
 
 def test_every_mechanism_has_one_row_in_order() -> None:
-    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 62)]
+    assert [hazard.id for hazard in HAZARDS] == [f"M{number}" for number in range(1, 70)]
 
 
 @pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.id)

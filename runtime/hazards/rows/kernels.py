@@ -26,13 +26,13 @@ ROWS: tuple[Hazard, ...] = (
         id="M11",
         title="A block publishes its head before its payload",
         symptom="No hang: a valid token id arrives with a stale scale.",
-        mechanism="In the prepare step of the all-to-all, the FIFO head was published without a block barrier after "
-        "the payload's stores.",
-        when=(When((MOE,), high="0.6.16"),),
+        mechanism="In the two-sided all-to-all (PacketPipeline::sendFinalize), the FIFO head was published without a "
+        "block barrier after the payload's stores. The one-sided one has no FIFO.",
+        when=(When((Collective.MOE_TWO_SIDED,), high="0.6.16"),),
         decides=Action.REFUSE,
         invariants=(Invariant.I1,),
         remedy="Upgrade FlashInfer to 0.6.16 or later.",
-        source="FI#4092",
+        source="FI#4092; read in trtllm_alltoall_prepare.cuh",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_memory_order.py::test_m11_a_head_without_a_block_barrier_overtakes_its_payload",
         prevented_by=checks.NOT_OURS,
@@ -175,8 +175,9 @@ ROWS: tuple[Hazard, ...] = (
         title="A collective of several launches is cut in two",
         symptom="A spin, or old data, at the first call after the cut; the two halves ran in different pieces.",
         mechanism="Two-shot leaves its flags for the second launch to rotate; a publish leaves its stage for the "
-        "collect. With another call, graph or failure between the halves, the state belongs to no call.",
-        when=(When((*ALL_REDUCES, MOE), facts=(Fact.PROTOCOL_CUT,)),),
+        "collect. With another call, graph or failure between the halves, the state belongs to no call. A MoE dispatch "
+        "and its combine are two calls, and may lie in different pieces (M69).",
+        when=(When(ALL_REDUCES, facts=(Fact.PROTOCOL_CUT,)),),
         decides=Action.REFUSE,
         invariants=(Invariant.I5,),
         remedy="Keep all launches of a collective behind one op, so that no split can come between them.",

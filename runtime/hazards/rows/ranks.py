@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from .. import checks
-from ..hazard import ALL_REDUCES, CUTEDSL, MNNVL, TRTLLM, WITH_WORKSPACE, Action, Certainty, Hazard, Invariant
+from ..hazard import (
+    ALL_REDUCES,
+    CUTEDSL,
+    MNNVL,
+    MOE,
+    SUMMING,
+    TRTLLM,
+    Action,
+    Certainty,
+    Hazard,
+    Invariant,
+)
 from ..situation import Fact, Strategy, When
 
 ROWS: tuple[Hazard, ...] = (
@@ -111,11 +122,14 @@ ROWS: tuple[Hazard, ...] = (
         symptom="A launch error on the idle rank, or its peers spin.",
         mechanism="A grid without blocks is no legal launch, and a kernel that loops over another number of rows "
         "makes other calls than its peers.",
-        when=(When(WITH_WORKSPACE, facts=(Fact.ZERO_TOKENS,)),),
+        when=(
+            When(SUMMING, facts=(Fact.ZERO_TOKENS,)),
+            When((MOE,), high="0.6.0", facts=(Fact.ZERO_TOKENS,)),
+        ),
         decides=Action.REFUSE,
         invariants=(Invariant.I15, Invariant.I2),
-        remedy="Pad every rank to at least one token.",
-        source="FI#4531, TS#596; read in FlashInfer's source",
+        remedy="Pad every rank to at least one token. The one-sided MoE all-to-all needs none from 0.6.0 on.",
+        source="FI#4531, TS#596, FI#2247, SGL#22394; read in FlashInfer's source",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_scheduling_hosts.py::test_m27_a_rank_without_tokens_skips_the_call",
         prevented_by=checks.NOT_EMPTY,

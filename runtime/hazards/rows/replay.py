@@ -47,7 +47,8 @@ ROWS: tuple[Hazard, ...] = (
         title="Blocks that must be resident together are not",
         symptom="A collective with a full grid spins while another stream's kernel holds an SM.",
         mechanism="A grid barrier needs all its blocks at once; one that finds no slot never arrives, and the others "
-        "never leave.",
+        "never leave. A MoE combine has none: its blocks wait for one block of each peer, so it is enough that another "
+        "kernel holds all SMs of a peer and waits, directly or not, for this rank.",
         when=(When((TRTLLM, CUTEDSL, MOE), facts=(Fact.CONCURRENT_PERSISTENT_KERNEL,)),),
         decides=Action.REFUSE,
         invariants=(Invariant.I11,),
