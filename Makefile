@@ -18,10 +18,14 @@ SGLANG_NEEDS := transformers==5.19.0 openai==2.8.0 aiohttp dill einops fastapi m
 	partial_json_parser pillow psutil pybase64 pydantic pyzmq requests setproctitle tabulate tqdm triton uvicorn
 INTO_SGLANG := $(ENGINES)/sglang/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu-test lint package bench engines engines-sglang compat clean
+.PHONY: demo demo-moe test gpu-test lint package bench engines engines-sglang compat clean
 
 demo: $(VENV)/.ready
 	$(PYTHON) examples/demo.py
+
+# Experts on two ranks: dispatch and combine in place of a gather and a reduce-scatter.
+demo-moe: $(VENV)/.ready
+	$(PYTHON) examples/demo_moe.py
 
 test: $(VENV)/.ready
 	$(PYTHON) -m pytest -n 2 --dist loadgroup

@@ -37,6 +37,10 @@ def is_moe(node: Node) -> bool:
     return node.op == "call_function" and op_names(node)[0] in _NAMES
 
 
+def is_dispatch(node: Node) -> bool:
+    return node.op == "call_function" and op_names(node)[0] == "ringfence::moe_dispatch"
+
+
 def capacity_of(dispatch: Node) -> int | torch.SymInt:
     """The capacity of a dispatch, as far as the graph tells it."""
     value: Any = op_arguments(dispatch)["capacity"]
@@ -59,11 +63,11 @@ def misuses(gm: GraphModule) -> Iterator[tuple[Node, Fact, str]]:
         seen.add(stream_of(node))
         if len(seen) > 1:
             yield node, Fact.TWO_STREAMS, f"{label(node)} is on another stream than an earlier call of its group"
-        if not _is_dispatch(node):
+        if not is_dispatch(node):
             continue
         group = op_arguments(node)["group"]
         later = [n for n in calls_[i + 1 :] if op_arguments(n)["group"] == group]
-        if later and _is_dispatch(later[0]):
+        if later and is_dispatch(later[0]):
             text = f"{label(later[0])} follows {label(node)}, which no combine has answered"
             yield later[0], Fact.DISPATCH_UNANSWERED, text
         end = place[later[0]] if later else len(nodes)
@@ -73,10 +77,6 @@ def misuses(gm: GraphModule) -> Iterator[tuple[Node, Fact, str]]:
                 yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} reads rows of {label(node)} after their combine"
             elif any(written in rows for written in written_arguments(reader)):
                 yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} writes into rows of {label(node)}"
-
-
-def _is_dispatch(node: Node) -> bool:
-    return op_names(node)[0] == "ringfence::moe_dispatch"
 
 
 def _rows_of(dispatch: Node) -> set[Node]:
@@ -95,7 +95,7 @@ def check_capacities(gm: GraphModule) -> None:
     """Raises :class:`RefusedError` for a dispatch whose capacity is a rank's own number, or read from data."""
     given = {s for node in gm.graph.find_nodes(op="placeholder") for s in free_unbacked_symbols(node.meta.get("val"))}
     for node in nodes_of(gm):
-        if not is_moe(node) or not _is_dispatch(node) or EVEN in node.meta:
+        if not is_dispatch(node) or EVEN in node.meta:
             continue
         capacity = capacity_of(node)
         if free_unbacked_symbols(capacity) - given:

@@ -25,7 +25,7 @@ from .expert_rows import silent_experts
 from .op_calls import op_names, written_arguments
 from .provenance import label, module_of, source_of
 from .reasons import Decline, Reason, Rounding
-from .roles import CASTS, VIEWS, aten, bound_arguments, c10d, calls, dtype_text, is_tensor, same_size, tensor
+from .roles import CASTS, VIEWS, arguments, aten, bound_arguments, c10d, calls, dtype_text, is_tensor, same_size, tensor
 from .rows import NotRowWise
 
 _GATHER = c10d.all_gather_into_tensor.default
@@ -242,13 +242,14 @@ def _closed(
     inside = {*region, scatter}
     if len(scatter.users) != 1 or not calls(next(iter(scatter.users)), c10d.wait_tensor.default):
         return Decline(Reason.VALUE_USED_ELSEWHERE, f"{label(scatter)} is looked at before it is waited for")
-    for node in (*gathers, *region, *(w.args[0] for w in gathers)):
+    looked_at: list[Node] = [*gathers, *region, *(arguments(wait)[0] for wait in gathers)]
+    for node in looked_at:
         outside = (u for u in node.users if u not in inside and u not in gathers and not is_size(u))
-        reader = next(outside, None)  # type: ignore[union-attr]
+        reader = next(outside, None)
         if reader is not None:
             return Decline(
                 Reason.VALUE_USED_ELSEWHERE,
-                f"{label(reader)} reads {label(node)} too, and a dispatch brings the rows of this rank's experts only",  # type: ignore[arg-type]
+                f"{label(reader)} reads {label(node)} too, and a dispatch brings the rows of this rank's experts only",
             )
     for node in region:
         namespace = op_names(node)[0].split("::")[0]

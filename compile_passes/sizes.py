@@ -15,6 +15,8 @@ from .devices import device_of
 from .functional import written_inputs
 from .given import check_graph
 from .match import Candidate
+from .moe_calls import is_dispatch
+from .op_calls import op_arguments
 from .returned_numbers import read_symbols
 from .roles import first_node, is_tensor, tensor
 
@@ -22,11 +24,11 @@ from .roles import first_node, is_tensor, tensor
 def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: frozenset[int]) -> SizeRule:
     """Read before :func:`fuse`, while the all-reduces are in the graph.
 
-    The token count is the number of rows of the first all-reduce that is to be fused,
-    else of the first one; in a graph without any, the leading dimension of the first
-    input that is no parameter, and rather of one that the graph does not write into. Only
-    sizes that the arguments tell count: without one,
-    ``tokens`` is None and nothing can be captured by size. A size that nothing in the graph depends on is none.
+    The token count is the number of rows of the first all-reduce that is to be fused, else the tokens of the first MoE
+    dispatch, else the rows of the first all-reduce; in a graph without any, the leading dimension of the first input
+    that is no parameter, and rather of one that the graph does not write into. Only sizes that the arguments tell
+    count: without one, ``tokens`` is None and nothing can be captured by size. A size that nothing in the graph depends
+    on is none.
     """
     check_graph(gm, "size_rule")
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -67,8 +69,9 @@ def _row_counts(
     matched = [c.match.all_reduce.value for c in candidates if c.match is not None]
     called = [first_node(by_name[c.site.node]) for c in candidates if c.called]
     matched += [node for node in called if node is not None]
+    dispatched = [op_arguments(n)["topk_ids"] for n in gm.graph.nodes if is_dispatch(n)]
     others = [by_name[c.site.node] for c in candidates if not c.fuses]
-    for node in (*matched, *others):
+    for node in (*matched, *dispatched, *others):
         if is_tensor(node) and tensor(node).ndim > 1:
             yield math.prod(tensor(node).shape[:-1]), None
     inputs = [i for i, n in enumerate(placeholders) if i not in static_inputs and is_tensor(n) and tensor(n).ndim]

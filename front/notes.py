@@ -84,7 +84,9 @@ def _about_outer_capture(outer: OuterCapture) -> Iterator[str]:
 def _about_fused_sites(options: Options) -> list[str]:
     """The given options that are about fused sites alone."""
     given = options.given()
-    names: list[str] = [n for n in ("transport", "deterministic", "size_table", "verify", "max_tokens") if n in given]
+    about = ["transport", "deterministic", "size_table", "max_tokens"]
+    about += [] if options.moe_dispatch else ["verify"]  # which runs experts too
+    names: list[str] = [n for n in about if n in given]
     if options.collective not in ("auto", "reference"):
         names.insert(0, "collective")
     return [f"{name}={given[name]!r}" for name in names]

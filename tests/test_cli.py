@@ -182,7 +182,7 @@ def test_hazards_lists_every_row(ringfence: Run) -> None:
     assert code == OK, err
     header, _, *lines = out.splitlines()
     assert header.split() == ["id", "title", "applies", "decides", "in", "a", "run", "source"]
-    assert [line.split()[0] for line in lines if line.startswith("M")] == [f"M{n}" for n in range(1, 62)]
+    assert [line.split()[0] for line in lines if line.startswith("M")] == [f"M{n}" for n in range(1, 70)]
     assert max(map(len, lines)) < 160
 
 
@@ -227,7 +227,7 @@ def test_hazards_says_why_a_row_is_not_shown(ringfence: Run) -> None:
 def test_hazards_prints_json(ringfence: Run) -> None:
     code, out, err = ringfence("hazards", "--json")
     assert code == OK, err
-    assert len(json.loads(out)["hazards"]) == 61
+    assert len(json.loads(out)["hazards"]) == 69
     code, out, err = ringfence("hazards", "M44", "--json")
     (row,) = json.loads(out)["hazards"]
     assert row["id"] == "M44" and row["decides"] == "capture" and row["certainty"] == "disproved"
@@ -236,7 +236,7 @@ def test_hazards_prints_json(ringfence: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["M99"], "there is no hazard 'M99'; the ids are M1 to M61"),
+        (["M99"], "there is no hazard 'M99'; the ids are M1 to M69"),
         (["mnnvl"], "there is no hazard 'mnnvl'"),
         (["--json", "--markdown"], "not allowed with"),
         (["M1", "--markdown"], "leave the id out"),
