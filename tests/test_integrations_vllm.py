@@ -416,7 +416,10 @@ def test_the_line_says_of_which_releases_vllm_was_read(
     register()
     tp.started(tp.config()).worker.compile_or_warm_up_model()
     (line,) = said
-    assert f"in vLLM {version}{'' if read else ' (read from 0.32 to before 0.34)'}: guard, " in line
+    assert (
+        f"in vLLM {version}{'' if read else ' (read from 0.32 to before 0.34)'}: guard, vLLM's fused all-reduce: none; "
+        in line
+    )
     assert line.endswith("; steps are watched")
 
 
@@ -602,7 +605,7 @@ def test_a_workspace_that_one_rank_lacks_is_given_back_by_all(flashinfer: None, 
     """vLLM by itself: rank 1 falls back alone, and rank 0 waits for it in the kernel for ever."""
     results, theirs, found = guarded_by_two(lambda rank, mine: mine if rank == 0 else None)
     assert results == [None, None] and [one.destroyed for one in theirs] == [True, False]
-    assert len(said) == 2 and "rank 1: vLLM could not make it" in said[0] and found[0].collective == "NCCL"
+    assert len(said) == 2 and "rank 1: vLLM could not make it" in said[0] and found[0].collective == "none"
 
 
 def test_a_workspace_that_sums_wrongly_on_one_rank_is_given_back_by_all(flashinfer: None, said: list[str]) -> None:

@@ -4,7 +4,8 @@
 
 Each run is a process of its own (serve.py) with a cache folder of its own, unless it is to find another's. It is
 compared with vLLM alone: the same greedy tokens in float32, and log probabilities within 1e-3. Every all-reduce of the
-model is fused, 2 * layers + 1, on both ranks. Names choose runs; all of them take about a quarter of an hour.
+model is fused, 2 * layers + 1, on both ranks. Names choose runs; all of them take about a quarter of an hour
+on a machine that does nothing else.
 """
 
 from __future__ import annotations

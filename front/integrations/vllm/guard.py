@@ -44,7 +44,7 @@ _TESTED = (1, 2, 8, 64)
 class Guarded:
     """What was found of vLLM's workspaces. why_not: why there is none."""
 
-    collective: str = "NCCL"
+    collective: str = "none"
     hazards: tuple[str, ...] = ()
     why_not: str | None = None
 

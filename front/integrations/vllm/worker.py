@@ -114,7 +114,7 @@ class Running:
         import vllm
 
         fused = "" if self.asked.mode == "guard" else f"{self.fused} of {self.fused + self.sums} all-reduces fused, "
-        carrier = "vLLM's all-reduce over" if self.asked.mode == "guard" else "carried out by"
+        carrier = "vLLM's fused all-reduce:" if self.asked.mode == "guard" else "carried out by"
         release = f"{vllm.__version__}{_unread(vllm.__version__)}"
         return (
             f"ringfence {__version__} in vLLM {release}: {self.asked.mode}, {fused}{carrier} {self.collective}; "
