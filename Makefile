@@ -18,7 +18,12 @@ SGLANG_NEEDS := transformers==5.19.0 openai==2.8.0 aiohttp dill einops fastapi m
 	partial_json_parser pillow psutil pybase64 pydantic pyzmq requests setproctitle tabulate tqdm triton uvicorn
 INTO_SGLANG := $(ENGINES)/sglang/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-moe test gpu-test lint package bench engines engines-sglang compat clean
+.PHONY: support demo demo-moe test gpu-test lint package bench engines engines-sglang compat clean
+
+# What is fused of each architecture of transformers, into docs/support.md; then generate() of six. About an hour.
+support: $(VENV)/.ready
+	$(PYTHON) tests/architectures.py --write
+	PYTHONPATH=tests $(PYTHON) tests/generate_ranks.py
 
 demo: $(VENV)/.ready
 	$(PYTHON) examples/demo.py

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, overload
 
@@ -21,6 +21,7 @@ from .judge import Decision, Verdict
 from .match import Site
 from .moe_sites import MoeSite
 from .prove import PlanVerdict
+from .report_text import lines, parts_table, ranges, short, sites_table, table, terminal_width
 from .split import Piece
 
 SCHEMA = 1
@@ -158,45 +159,34 @@ class CompileReport:
         return f"{serves}{over}, and larger ones run on the reference collective"
 
     def __str__(self) -> str:
-        from tabulate import tabulate
+        return self.text(terminal_width())
 
+    def text(self, width: int | None = None) -> str:
+        """For a person, in lines of at most ``width`` characters where that can be; None breaks none."""
         parts = [f"ringfence: {self.summary}"]
         if self.serves:
             parts.append(f"{self.name or 'the graph'} serves {self.serves}")
         parts += self.limits
+        tables = lines(parts, width)
         if self.sites:
-            rows = [
-                (
-                    s.index,
-                    "fused" if s.fused else s.decline.reason if s.decline else "",
-                    s.kind or "",
-                    s.group or "",
-                    s.dtype,
-                    s.hidden_size if s.hidden_size is not None else "",
-                    f"{s.eps:.3g}" if s.eps is not None else "",
-                    s.module or "",
-                    _short(s.source),
-                )
-                for s in self.sites
-            ]
-            headers = ("site", "outcome", "fused op", "group", "dtype", "hidden", "eps", "module", "source")
-            parts.append(tabulate(rows, headers, disable_numparse=True))
-            parts += [f"site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in self.sites)]
+            tables.append(sites_table(self.sites, width))
+            said = _grouped((s.index, s.message) for s in self.sites)
+            tables += lines((f"site {i}: {text}" for i, text in said), width)
         if self.moe_sites:
-            parts += _moe_table(self.moe_sites)
+            tables += _moe_table(self.moe_sites, width)
         if len(self.pieces) > 1:
-            parts_of = [(p.name, "eager" if p.island else "piece", p.nodes, ", ".join(p.ops)) for p in self.pieces]
-            parts.append(tabulate(parts_of, ("part", "runs as", "nodes", "because of")))
-        parts += [
-            f"{ops}: {text}" for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in self.verdicts)
-        ]
+            tables.append(parts_table(self.pieces, width))
+        return "\n".join([*tables, *lines(self._why(), width)])
+
+    def _why(self) -> Iterator[str]:
+        for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in self.verdicts):
+            yield f"{ops}: {text}"
         if self.plan is not None and not self._nothing_to_prove:
-            parts.append(f"plan: {self.plan.kind}: {self.plan.message}")
+            yield f"plan: {self.plan.kind}: {self.plan.message}"
         for carrier in self.collectives:
             over = f" (group '{carrier.group}')" if len(self.collectives) > 1 else ""
-            parts += [f"collective {candidate}{over}" for candidate in carrier.candidates]
-        parts += [f"note: {note}" for note in self.notes]
-        return "\n".join(parts)
+            yield from (f"collective {candidate}{over}" for candidate in carrier.candidates)
+        yield from (f"note: {note}" for note in self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values; the schema: ``ringfence docs report``."""
@@ -298,26 +288,24 @@ def _moe_site(site: MoeSite) -> dict[str, Any]:
     }
 
 
-def _moe_table(sites: Sequence[MoeSite]) -> list[str]:
-    from tabulate import tabulate
-
+def _moe_table(sites: Sequence[MoeSite], width: int | None) -> list[str]:
     headers = ("MoE site", "outcome", "group", "dtype", "hidden", "experts", "payloads", "module", "source")
     rows = [
         (
-            s.index,
-            "dispatch and combine" if s.decline is None else s.decline.reason,
+            str(s.index),
+            "dispatch and combine" if s.decline is None else str(s.decline.reason),
             s.group or "",
             s.dtype,
-            s.hidden_size if s.hidden_size is not None else "",
-            s.num_experts if s.num_experts is not None else "",
-            s.payloads,
+            str(s.hidden_size) if s.hidden_size is not None else "",
+            str(s.num_experts) if s.num_experts is not None else "",
+            str(s.payloads),
             s.module or "",
-            _short(s.source),
+            short(s.source),
         )
         for s in sites
     ]
-    table = tabulate(rows, headers, disable_numparse=True)
-    return [table, *(f"MoE site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in sites))]
+    said = (f"MoE site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in sites))
+    return [table(headers, rows, width, cut=("module", "source")), *lines(said, width)]
 
 
 def _plain(value: Piece | Verdict | PlanVerdict | GroupCollective) -> dict[str, Any]:
@@ -333,15 +321,15 @@ def _counts(tokens: tuple[int, ...]) -> str:
     return f"{len(tokens)} sizes from {tokens[0]} to {tokens[-1]} tokens"
 
 
-def _short(source: str | None) -> str:
-    """The last two parts of a path: enough to recognise, short enough for a table."""
-    return "/".join(source.replace("\\", "/").split("/")[-2:]) if source else ""
-
-
-def _grouped(pairs: Iterable[tuple[object, str]]) -> list[tuple[str, str]]:
-    """``[("0, 1", text), ...]``: the same sentence once, for all that it is about."""
-    texts: dict[str, list[str]] = {}
+def _grouped(pairs: Iterable[tuple[int | str, str]]) -> list[tuple[str, str]]:
+    """``[("0-1, 4", text), ...]``: the same sentence once, for all that it is about."""
+    texts: dict[str, list[int | str]] = {}
     for key, text in pairs:
-        if text and str(key) not in texts.setdefault(text, []):
-            texts[text].append(str(key))
-    return [(", ".join(keys), text) for text, keys in texts.items()]
+        if text and key not in texts.setdefault(text, []):
+            texts[text].append(key)
+    return [(_listed(keys), text) for text, keys in texts.items()]
+
+
+def _listed(keys: Sequence[int | str]) -> str:
+    numbers = [key for key in keys if isinstance(key, int)]
+    return ranges(numbers) if len(numbers) == len(keys) else ", ".join(map(str, keys))

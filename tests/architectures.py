@@ -14,6 +14,7 @@ import collections
 import contextlib
 import inspect
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -100,7 +101,8 @@ def small(kind: str) -> Any:
 
     fields = {*inspect.signature(CONFIG_MAPPING[kind].__init__).parameters, *vars(CONFIG_MAPPING[kind]())}
     values = {name: value for name, value in SMALL.items() if name in fields}
-    if "kv_lora_rank" in fields:  # each head has a key of its own there
+    if "kv_lora_rank" in fields:  # each head has a key of its own there, whose width is that of two parts
+        values.pop("head_dim", None)
         values["num_key_value_heads"] = values["num_attention_heads"]
     return CONFIG_MAPPING[kind](**values)
 
@@ -187,6 +189,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        os.environ.setdefault(name, value)  # transformers reads them
     torch.set_num_threads(1)
     found = list(rows(arguments.kinds or architectures()))
     text = "| architecture | fused in layers | why not all |\n|---|---|---|\n" + "".join(f"{one}\n" for one in found)

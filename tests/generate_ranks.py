@@ -117,7 +117,7 @@ def generate(
             results[kind]["assisted"] = (
                 True
                 if os.environ.get("X")
-                else torch.equal(model.generate(prompt, assistant_model=assistant, **assisted), helped)
+                else torch.equal(model.generate(prompt, assistant_model=assistant, **plain), helped)
             )
             results[kind]["config"] = by_compile_config(folder, kind, prompt, static, expected)
         torch._dynamo.reset()
@@ -139,3 +139,20 @@ def by_compile_config(folder: Path, kind: str, prompt: Any, static: dict[str, An
     config._compile_all_devices = True  # on the CPU, for tests
     same = [torch.equal(model.generate(prompt, compile_config=config, **static), expected) for _ in range(2)]
     return {"same": same, "graphs": len(backend.reports)}
+
+
+def main() -> None:
+    """All of them, a line for each: ``make support``."""
+    import tempfile
+
+    from support import run_ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ARCHITECTURES:
+            save(Path(folder), kind)
+            results = run_ranks(2, generate, Path(folder), [kind], "llama", kind == "llama", timeout=1800)
+            print(kind, *results[0].values(), "as on the other rank" if results[0] == results[1] else results[1])
+
+
+if __name__ == "__main__":
+    main()
