@@ -145,11 +145,12 @@ class Facts:
 # -- gathering -------------------------------------------------------------------------
 
 
-def gather(*, copies: bool = False, journals: Path | None = None) -> Facts:
+def gather(*, copies: bool = False, journals: Path | None = None, dtype: str = "bfloat16") -> Facts:
     """Look at this machine. Never raises.
 
     copies: whether to try copies between the devices, which takes a process and memory on them.
-    journals: the folder in which ranks would write. None is the current one.
+    journals: the folder in which ranks would write. None is the current one. dtype: of the activations, which some
+    hazards depend on.
     """
     devices = _found(_devices)
     found = devices.value or ()
@@ -157,7 +158,7 @@ def gather(*, copies: bool = False, journals: Path | None = None) -> Facts:
     package = _found(load)
     unusable = package.why or (package.value.reason if isinstance(package.value, Unavailable) else None)
     ranks = _found(lambda: tuple(probe(torch.device("cuda", device.index)) for device in found))
-    advice, hazards = advise(ranks.value or (), ranks.why or devices.why)
+    advice, hazards = advise(ranks.value or (), ranks.why or devices.why, dtype)
     links = _found(lambda: _links(ranks.value or ())) if found else Found[tuple[DeviceLinks, ...]](None, devices.why)
     tried = _found(lambda: _copies(len(found))) if copies else Found[Any](None, NOT_TRIED)
     settings = nccl_settings()
@@ -180,7 +181,7 @@ def gather(*, copies: bool = False, journals: Path | None = None) -> Facts:
         advice=advice,
         hazards=_merged(
             [
-                *hazards_of_version(version.value),
+                *hazards_of_version(version.value, dtype),
                 *hazards_of_nccl(nccl.value, settings.get("NCCL_GRAPH_REGISTER")),
                 *hazards_of_machine(sights, tried.value),
                 *hazards,
@@ -190,7 +191,7 @@ def gather(*, copies: bool = False, journals: Path | None = None) -> Facts:
 
 
 def advise(
-    ranks: Sequence[RankFacts], why_none: str | None = None
+    ranks: Sequence[RankFacts], why_none: str | None = None, dtype: str = "bfloat16"
 ) -> tuple[tuple[Advice, ...], list[tuple[Hazard, str]]]:
     """What "auto" chooses for each world size, and the hazards of that. ``ranks``: the facts of each device here.
 
@@ -206,18 +207,18 @@ def advise(
             advice.append(Advice(size, not_here, collective, None, 0, 0, candidates))
             continue
         world = [ranks[i % len(ranks)] for i in range(size)]
-        choice = choose(world)
+        choice = choose(world, dtype=dtype)
         row = choice.row
         sizes = (row.one_shot, row.fused) if row is not None else (0, 0)
         advice.append(Advice(size, not_here, choice.collective, choice.transport, *sizes, choice.reasons))
         name = f"{choice.collective}/{choice.transport}" if choice.transport else str(choice.collective)
         hazards += [
-            (hazard, f"{name}, {size} ranks") for hazard in applicable(situation_of(choice, world, dtype="bfloat16"))
+            (hazard, f"{name}, {size} ranks") for hazard in applicable(situation_of(choice, world, dtype=dtype))
         ]
     return tuple(advice), hazards
 
 
-def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
+def hazards_of_version(version: str | None, dtype: str = "bfloat16") -> list[tuple[Hazard, str]]:
     """What the installed FlashInfer is known for, used by whomever: ringfence would pass an old one over."""
     try:
         parse_version(version or "")
@@ -226,7 +227,7 @@ def hazards_of_version(version: str | None) -> list[tuple[Hazard, str]]:
     return [
         (hazard, f"{collective} of FlashInfer {version}")
         for collective in dict.fromkeys(one.name for one in table.ALL if one.make is not None)
-        for hazard in applicable(Situation(collective, version, dtype="bfloat16"))  # float16 has a row more, M49
+        for hazard in applicable(Situation(collective, version, dtype=dtype))  # float16 has a row more, M49
     ]
 
 

@@ -283,6 +283,37 @@ def test_check_lets_a_rank_skip_a_call(ringfence: Run) -> None:
     assert answer["states"] > 0 and answer["remedy"] and answer["trace"][-1]["failure"] == "stale_read"
 
 
+def test_check_prints_the_plan_that_it_assumed(ringfence: Run) -> None:
+    code, out, err = ringfence("check", "--collective", "ringfence", "--tp", "2", "--layers", "2", "--pieces", "2")
+    assert code == OK, err
+    last = " ".join(out[out.index("plan: ") :].split())
+    assert last == (
+        "plan: ringfence, 2 ranks, 2 layers of two calls in 2 pieces, token counts 4, 8, strategy auto, payload any"
+    )
+    code, out, err = ringfence("check", "--collective", "ringfence", "--tp", "2", "--flashinfer", "0.7.0")
+    assert code == USAGE and "uses no FlashInfer" in err and not out
+
+
+@pytest.mark.parametrize(
+    ("skipped", "message"),
+    [
+        (["--skip-rank", "9", "--skip-call", "0"], "--skip-rank 9 is not within 0 to 3"),
+        (["--skip-rank", "0", "--skip-call", "9999"], "--skip-call 9999 is not within 0 to "),
+        (["--skip-rank", "1"], "--skip-rank (0 to 3) and --skip-call (from 0 on) belong together"),
+    ],
+)
+def test_check_names_the_range_of_what_is_skipped(ringfence: Run, skipped: list[str], message: str) -> None:
+    code, out, err = ringfence(*MNNVL, "0.7.0", "--layers", "2", "--pieces", "2", *skipped)
+    assert code == USAGE and message in err and err.count("\n") == 1 and not out
+
+
+def test_hazards_says_how_many_rows_it_left_out(ringfence: Run) -> None:
+    code, out, err = ringfence("hazards", "--symptom", "replays hang")
+    shown = sum(line.startswith("M") for line in out.splitlines())
+    assert code == OK and f"these are the {shown} of " in err and "that fit best" in err
+    assert ringfence("hazards", "--symptom", "nccl#2389")[2] == ""
+
+
 def test_check_ends_when_its_time_is_over(ringfence: Run) -> None:
     code, out, err = ringfence(*MNNVL, "0.7.0", "--timeout", "1e-9")
     assert code == UNDECIDED and out.startswith("not decided: the search ended at its bound of 1e-09 seconds"), err
@@ -400,7 +431,7 @@ def test_check_shows_a_trace_again(ringfence: Run, tmp_path: Path) -> None:
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--skip-rank", "1"], "belong together"),
         (
             ["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--skip-rank", "2", "--skip-call", "0"],
-            "ranks 0 to 1",
+            "--skip-rank 2 is not within 0 to 1",
         ),
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--payload", "odd"], "invalid choice: 'odd'"),
         (

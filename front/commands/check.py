@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import NotDecidedError, OptionsError, TraceError
 from ..runtime.hazards.situation import Collective, Payload, Situation, Strategy
-from ..runtime.protocol.plan import MODELLED, PlannedPiece, even_pieces, exercise, moe_pieces, programs
+from ..runtime.protocol.plan import MODELLED, OWN, PlannedPiece, even_pieces, exercise, moe_pieces, programs
 from .arguments import Commands, count, layers, natural, seconds, world_size
 from .terminal import FAILED, OK, UNDECIDED, progress, read, say_if_unread, write
 
@@ -76,7 +76,10 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
         except NotDecidedError as error:
             why = {"safe": None, "kind": "not_decided", "states": error.states, "message": str(error)}
             return json.dumps(why, indent=2) if arguments.json else f"not decided: {error}", UNDECIDED
-        result, extra = answer.result, _as_dict(answer) | {"folded": _folded(arguments, answer)}
+        result, extra = (
+            answer.result,
+            _as_dict(answer) | {"folded": _folded(arguments, answer), "plan": _assumed(arguments)},
+        )
     lines = _lines(extra)
     if arguments.svg is not None:
         write(arguments.svg, timeline.svg(result, lines))
@@ -96,13 +99,28 @@ def _lines(said: Mapping[str, Any]) -> list[str]:
     lines += [f"remedy: {remedy}"] if remedy is not None else []
     lines += [said["folded"]] if said.get("folded") is not None else []
     also = [find_hazard(id) for id in said.get("also", ())]
-    return lines + [f"not in the model: {row.id}, {row.title.lower()}: {row.remedy}" for row in also]
+    plan = [said["plan"]] if said.get("plan") is not None else []
+    return lines + plan + [f"not in the model: {row.id}, {row.title.lower()}: {row.remedy}" for row in also]
+
+
+def _assumed(arguments: argparse.Namespace) -> str:
+    """The plan that was asked about, with what nobody said of it."""
+    release = f" of FlashInfer {arguments.flashinfer}" if arguments.flashinfer is not None else ""
+    sizes = ", ".join(map(str, _sizes(arguments.capture_sizes)))
+    skipped = (
+        f", rank {arguments.skip_rank} leaves out call {arguments.skip_call}" if arguments.skip_rank is not None else ""
+    )
+    return (
+        f"plan: {arguments.collective}{release}, {arguments.tp} ranks, {arguments.layers} layers of two calls in "
+        f"{arguments.pieces} pieces, token counts {sizes}, strategy {arguments.strategy}, payload "
+        f"{arguments.payload}{skipped}"
+    )
 
 
 def _said_before(saved: bytes) -> dict[str, Any]:
     """What the answer's JSON has beside the trace; one that is not as it was written is left out."""
     value = json.loads(saved)
-    said = {name: value.get(name) for name in ("payload", "hazard", "invariant", "remedy", "folded")}
+    said = {name: value.get(name) for name in ("payload", "hazard", "invariant", "remedy", "folded", "plan")}
     also = value.get("also")
     found: dict[str, Any] = {name: text for name, text in said.items() if isinstance(text, str)}
     return found | ({"also": also} if isinstance(also, list) and all(isinstance(id, str) for id in also) else {})
@@ -136,24 +154,32 @@ def _ask(arguments: argparse.Namespace) -> Answer:
     from ..runtime.protocol.bound import Bound
     from ..runtime.protocol.calls import without
 
-    missing = [name for name in ("collective", "flashinfer", "tp") if getattr(arguments, name) is None]
+    needed = ("collective", "tp") if arguments.collective in OWN else ("collective", "flashinfer", "tp")
+    missing = [name for name in needed if getattr(arguments, name) is None]
     if missing:
         raise OptionsError(f"ringfence check needs {', '.join('--' + name for name in missing)}, or --trace")
+    if arguments.collective in OWN and arguments.flashinfer is not None:
+        raise OptionsError(f"--collective {arguments.collective} uses no FlashInfer; leave --flashinfer out")
     if (arguments.skip_rank is None) != (arguments.skip_call is None):
-        raise OptionsError("--skip-rank and --skip-call belong together")
+        raise OptionsError(
+            f"--skip-rank (0 to {arguments.tp - 1}) and --skip-call (from 0 on) belong together: which rank leaves out "
+            "which call"
+        )
     collective, payload = Collective(arguments.collective), Payload(arguments.payload)
     strategy = None if arguments.strategy == "auto" else Strategy(arguments.strategy)
     rank = exercise(_pieces(arguments, collective, strategy), _sizes(arguments.capture_sizes), arguments.tp)
     ranks = list(programs([rank] * arguments.tp))
     if arguments.skip_rank is not None:
-        if arguments.skip_rank >= arguments.tp or arguments.skip_call >= len(ranks[0]):
-            raise OptionsError(
-                f"rank {arguments.skip_rank}, call {arguments.skip_call}: there are ranks 0 to {arguments.tp - 1} and "
-                f"calls 0 to {len(ranks[0]) - 1}"
-            )
+        for name, value, count in (
+            ("--skip-rank", arguments.skip_rank, arguments.tp),
+            ("--skip-call", arguments.skip_call, len(ranks[0])),
+        ):
+            if value >= count:
+                raise OptionsError(f"{name} {value} is not within 0 to {count - 1}")
         ranks[arguments.skip_rank] = without(ranks[arguments.skip_rank], arguments.skip_call)
     situation = Situation(collective, arguments.flashinfer, world_size=arguments.tp, strategy=strategy, payload=payload)
-    say_if_unread(arguments.flashinfer)
+    if arguments.flashinfer is not None:
+        say_if_unread(arguments.flashinfer)
     with progress(f"exploring, for {arguments.timeout:g} s at most") as told:
         return ask(situation, ranks, Bound(seconds=arguments.timeout, told=told))
 

@@ -40,6 +40,12 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         help="where ranks will write journals; its free space is looked at (the current folder by default)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the activations, which some hazards depend on (default bfloat16)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -47,7 +53,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from ..doctor import gather
 
     with stage("looking at this machine"):
-        facts = gather(copies=arguments.copies, journals=arguments.journal_dir)
+        facts = gather(copies=arguments.copies, journals=arguments.journal_dir, dtype=arguments.dtype)
     text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts)
     return text, OK if facts.healthy else FAILED
 

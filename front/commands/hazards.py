@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from ..runtime.hazards.catalogue import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
-    from ..runtime.hazards.search import search
+    from ..runtime.hazards.search import count_fitting, search
 
     if arguments.id and arguments.markdown:
         arguments.wrong_usage("--markdown prints the whole table; leave the id out")
@@ -45,7 +45,13 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
         arguments.wrong_usage("--symptom looks for rows; leave the id and --markdown out")
     rows = (find_hazard(arguments.id),) if arguments.id else HAZARDS
     if arguments.symptom is not None:
-        rows = tuple(match.hazard for match in search(arguments.symptom))
+        found, fitting = search(arguments.symptom), count_fitting(arguments.symptom)
+        rows = tuple(match.hazard for match in found)
+        if 0 < len(rows) < fitting:
+            say(
+                f"these are the {len(rows)} of {fitting} rows with a word of '{arguments.symptom}' that fit best; "
+                "`ringfence hazards` lists all"
+            )
         if not rows:
             say(
                 f"no row says '{arguments.symptom}'; `ringfence hazards` lists them all, and `ringfence docs hangs` "

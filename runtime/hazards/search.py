@@ -91,6 +91,15 @@ def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Fit, ...]:
     return tuple(match for match in found if match.share >= _SHARE)
 
 
+def count_fitting(text: str, hazards: Sequence[Hazard] = HAZARDS) -> int:
+    """How many rows have a word of the text, or its thread; :func:`search` gives the best of them."""
+    threads = re.findall(r"[\w./-]*#\d+", text)
+    if named := [h for h in hazards if any(_names(h, thread) for thread in threads)]:
+        return len(named)
+    asked = set(words(text))
+    return sum(not asked.isdisjoint(_words_of(h)) for h in hazards)
+
+
 def words(text: str) -> list[str]:
     """The words that count, in one form."""
     found = []
