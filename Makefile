@@ -84,6 +84,7 @@ compat: $(VENV)/.ready
 # torch goes in first and pinned: packages that depend on it would otherwise fetch another build.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	python3 -c 'import sys; assert sys.version_info >= (3, 11), "ringfence needs Python 3.11 or newer"'
+	@echo "making $(VENV): about 300 MB to download and 1.5 GB on disk with torch for CPUs, gigabytes more with torch for CUDA"
 	python3 -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel
 	$(PIP) --no-build-isolation --editable '.[dev]'
