@@ -107,7 +107,7 @@ def main() -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ |= ENVIRONMENT  # the ranks inherit it
-    say(f"a Llama of {LAYERS} small layers on two ranks, captures simulated; less than a minute of CPU time")
+    say(f"a Llama of {LAYERS} small layers on two ranks, captures simulated; about a minute of CPU time")
     with tempfile.TemporaryDirectory() as folder:
         say("making the model, with random weights")
         save_model(folder)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
@@ -50,7 +50,8 @@ def compiler(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         for piece in plan.pieces:
             print(f"{piece.name}: {'island' if piece.island else 'piece'} of {piece.nodes} ops")
     runners.append(runner)
-    return make_boxed_func(runner)
+    boxed: Callable[..., Any] = make_boxed_func(runner)
+    return boxed
 
 
 runners: list[ringfence.PiecewiseRunner] = []
