@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringfence
+from ringfence.cli import main
+from ringfence.commands.terminal import USAGE
 from ringfence.explaining import AskedAs, explain_config
 from ringfence.fake_model import ModelCall
 from ringfence.layers import fold, record_layers
@@ -223,3 +226,28 @@ def test_a_config_alone_is_explained(tmp_path: Path) -> None:
     assert any(line.startswith("note: 3 of 40 layers were traced") for line in rest)
     assert all(line.startswith("ringfence: ") for line in ran.stderr.splitlines()), ran.stderr
     assert picture.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ("{", (), "cannot be read as JSON"),
+        ("[]", (), "names no model_type"),
+        ('{"model_type": "no_such_architecture"}', (), "knows no model type 'no_such_architecture'"),
+        (None, ("--tp", "3"), "3 ranks cannot share 8 attention heads; these can: 2, 4, 8"),
+        (None, ("--tp", "8"), "8 ranks cannot share 4 key-value heads; these can: 2, 4"),
+        (None, ("--gpu", "h2000"), "did you mean 'h200'"),
+        (None, ("--context", "9"), "--context is of the static cache of --decode"),
+        (None, ("--decode", "--tokens", "9"), "a step of --decode has one token"),
+    ],
+)
+def test_wrong_input_is_one_line_and_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str | None, arguments: tuple[str, ...], message: str
+) -> None:
+    text = config if config is not None else json.dumps(gemma(2).to_dict())
+    (tmp_path / "config.json").write_text(text)
+    given = arguments if "--tp" in arguments else ("--tp", "2", *arguments)
+    assert main(["explain", str(tmp_path), *given]) == USAGE
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1 and message in lines[0] and not said.out
