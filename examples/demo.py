@@ -77,7 +77,7 @@ def rank_main(rank: int, world_size: int, port: int, folder: str) -> None:
     say("each rank loads its half of the model (tp_plan='auto')", rank)
     plan = DistributedConfig(tp_plan="auto", tp_size=world_size)
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32).eval()
-    backend = ringfence.Backend(capture_sizes=SIZES, graphs="simulated", verify=True)
+    backend = ringfence.Backend(capture_sizes=SIZES, graphs="simulated", verify=True, piece_compiler="eager")
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
 
     say(f"{STEPS} steps of {SIZES} tokens, beside eager; the first compiles, the first of each size captures", rank)
