@@ -85,8 +85,10 @@ def layer(package: str, version: str) -> Layer:
         ]
         done = subprocess.run([*install, *alone, f"{package}=={version}"], capture_output=True, text=True, check=False)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-            return Layer(package, version, missing=(said or ["ERROR: pip failed"])[-1].removeprefix("ERROR: "))
+            told = [" ".join(line.split()) for line in (done.stdout + done.stderr).splitlines()]
+            said = [line.removeprefix("ERROR: ") for line in told if line.startswith("ERROR: ")][:1] or ["pip failed"]
+            limits = [line for line in told if "(constraint)" in line]
+            return Layer(package, version, missing=" ".join([*said, *limits]))
         into.rename(folder)
     return Layer(package, version, folder)
 
@@ -122,7 +124,9 @@ def run(layers: Sequence[Layer], *arguments: str) -> Answer:
     if done.returncode == 0:
         return Answer("ok", seconds)
     lines = (done.stdout + done.stderr).strip().splitlines() or [f"ended with {done.returncode}"]
-    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))] or lines
+    told = [
+        line for line in lines if line.startswith(("FAILED", "ERROR", "E  ", "demo:")) or "Error: " in line
+    ] or lines
     return Answer(" ".join(told[-1].split())[:160], seconds)
 
 
@@ -217,7 +221,7 @@ def table(found: Mapping[str, Mapping[str, Answer]]) -> str:
             if said not in ("ok", "not run"):
                 if said not in notes:
                     notes.append(said)
-                said = f"no [{notes.index(said) + 1}]"
+                said = f"{'no' if row[name].seconds else 'not tried'} [{notes.index(said) + 1}]"
             cells.append(said)
         rows.append([release, *cells, max((answer.day for answer in row.values()), default="")])
     text = tabulate(rows, ["torch", *names, "day"], tablefmt="github", disable_numparse=True)

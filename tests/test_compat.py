@@ -33,15 +33,16 @@ def test_a_release_that_pip_refuses_is_said_and_leaves_nothing(folder: Path, mon
     def refuse(command: list[str], **_: Any) -> SimpleNamespace:
         calls.append(command)
         Path(command[command.index("--target") + 1]).mkdir()
-        return SimpleNamespace(returncode=1, stderr="WARNING: slow\nERROR: no torch of that version\nnotice: x\n")
+        said = "WARNING: slow\nERROR: no torch of that version\n  asked: (constraint) torch<9\nERROR: help: x\n"
+        return SimpleNamespace(returncode=1, stdout="", stderr=said)
 
     monkeypatch.setattr(compat.subprocess, "run", refuse)
     found = compat.layer("torch", "9.9.9")
-    assert found.missing == "no torch of that version" and found.folder is None
+    assert found.missing == "no torch of that version asked: (constraint) torch<9" and found.folder is None
     assert "--no-deps" in calls[0] and calls[0][-1] == "torch==9.9.9"
     assert not (folder / "torch-9.9.9").exists(), "half a release is tried again"
     answer = compat.run([Layer("flashinfer-python", "1", folder), found], "-c", "raise SystemExit('was run')")
-    assert answer == Answer("no torch of that version", 0.0)
+    assert answer == Answer(found.missing, 0.0)
 
 
 def test_a_layer_is_found_before_what_it_covers(folder: Path) -> None:
@@ -51,6 +52,8 @@ def test_a_layer_is_found_before_what_it_covers(folder: Path) -> None:
     where = "import tabulate, sys; sys.exit(tabulate.WHICH)"
     assert compat.run([Layer("tabulate", "0", other)], "-c", where).said == "the layer"
     assert compat.run([], "-c", "import tabulate; tabulate.tabulate").said == "ok"
+    noisy = "import sys; print('x.py: ValueError: it broke'); print('a warning of somebody else'); sys.exit(1)"
+    assert compat.run([], "-c", noisy).said == "x.py: ValueError: it broke"
     torch = folder / "torch-2.12.1"
     paths = compat.environment([Layer("x", "1", other), Layer("torch", "2.12.1", torch)])["PYTHONPATH"].split(
         os.pathsep
@@ -84,7 +87,7 @@ def test_the_table_says_what_was_seen(
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     cells = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows}
     assert cells["2.14.1"]["FlashInfer 0.7.1"] == "no [1]" and cells["2.14.1"]["FlashInfer 0.6.18"] == "ok"
-    assert cells["2.15.0"]["smoke"] == "no [2]" and cells["2.14.1"]["day"].startswith("20")
+    assert cells["2.15.0"]["smoke"] == "not tried [2]" and cells["2.14.1"]["day"].startswith("20")
     assert set(cells["2.12.1"].values()) == {"2.12.1", "not run", ""}
     assert compat.table(compat._read()).endswith("[1] it broke  \n[2] cannot be had")
 
@@ -94,3 +97,11 @@ def test_a_release_that_is_not_listed_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit):
         compat.main()
     assert "--only torch==1.0: none of torch==2.11.0" in capsys.readouterr().err
+
+
+def test_the_page_has_the_table_of_every_listed_release() -> None:
+    text = compat.PAGE.read_text().partition(compat.BEGIN)[2].partition(compat.END)[0]
+    assert "`make compat`, Python 3" in text
+    for package, versions in compat.PACKAGES.items():
+        for version in versions:
+            assert version in text, f"{package} {version}: run make compat"
