@@ -45,7 +45,7 @@ def main() -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.spawn(rank_main, args=(port, folder), nprocs=2, join=False)
+        ranks = mp.spawn(rank_main, args=(port, folder), nprocs=2, join=False)  # type: ignore[attr-defined]
         for process in ranks.processes:
             process.join(timeout=120)
         codes = [process.exitcode for process in ranks.processes]

@@ -267,7 +267,7 @@ class Backend(OneObject):
             self._unmatched(),
             outer,
         )
-        self._account.add(
+        self._report(
             CompileReport(
                 sites=tuple(sites),
                 moe_sites=tuple(moe_sites),
@@ -287,6 +287,9 @@ class Backend(OneObject):
             runner,
         )
         return boxed(guarded(runner, outer.barred, device, cut=options.outer_capture))
+
+    def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
+        self._account.add(report, runner)
 
     def _look_for_named_ops(self, gm: GraphModule) -> None:
         for option, names in self._named_ops.items():
@@ -392,7 +395,7 @@ class Backend(OneObject):
     def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         warnings.warn(f"ringfence: {GRAD_MODE}", UserWarning, stacklevel=2)
         chosen = self.options.as_dict()
-        self._account.add(CompileReport((), (), (), chosen, self._versions, graphs=None, notes=(GRAD_MODE,)))
+        self._report(CompileReport((), (), (), chosen, self._versions, graphs=None, notes=(GRAD_MODE,)))
         fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
         return torch._dynamo.lookup_backend(fallback)(gm, list(example_inputs))
 

@@ -110,7 +110,7 @@ def _counts_are_dynamic(cache: Any) -> Iterator[None]:
     if not counts_on_the_host(cache):
         yield
         return
-    config = torch.compiler.config
+    config: Any = torch.compiler.config
     with config.patch(dynamic_sources=",".join(filter(None, (config.dynamic_sources, HOST_COUNT)))):
         yield
 

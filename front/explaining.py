@@ -33,6 +33,7 @@ from .fake_model import CONTEXT, FakeModel, ModelCall, fake_model, read_config
 from .layers import Folding
 from .machines import Planned, planned
 from .runtime.errors import OptionsError, RingfenceError, TargetError
+from .runtime.replay.runner import PiecewiseRunner
 from .unfold import Unfolding
 
 #: Options that may be about one layer alone, so that none may stand for another.
@@ -79,7 +80,7 @@ class _Compiler(Backend):
     """Compiles for other machines: nothing is captured, and what layers stand for is put back in before the proof."""
 
     def __init__(self, planned: Planned, folding: Folding | None, options: Mapping[str, Any], *, runs: bool) -> None:
-        super().__init__(planned=planned.situation, **_SIMULATED | options)
+        super().__init__(planned=planned.situation, **{**_SIMULATED, **options})
         self._runs = runs
         self._machine = planned
         self._unfolding = Unfolding(folding) if folding is not None else None
@@ -109,18 +110,19 @@ class _Compiler(Backend):
         if self._unfolding is not None:
             sites, index = self._unfolding.sites(self._found["sites"])
             verdicts = self._unfolding.verdicts(verdicts, self._places, index)
-            plan = self._unfolding.plan(plan, *self._found["split"], index)
+            gm, whole = self._found["split"]
+            plan = self._unfolding.plan(plan, gm, whole, index)
             self._found["sites"] = sites
         self._found |= {"pieces": plan.pieces, "verdicts": verdicts}
         return super()._prove(plan, verdicts, assigned, *args)
 
-    def _report(self, report: CompileReport) -> None:
+    def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
         found = self._found
         if found:
             report = replace(
                 report, sites=tuple(found["sites"]), pieces=found["pieces"], verdicts=tuple(found["verdicts"])
             )
-        super()._report(self._machine.told(report))
+        super()._report(self._machine.told(report), runner)
 
 
 def explain_config(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ class FakeModel:
             return tokens, {"use_cache": False}
         from transformers import StaticCache
 
-        cache = StaticCache(config=self.model.config, max_cache_len=call.context)
+        cache = StaticCache(config=cast(Any, self.model).config, max_cache_len=call.context)
         return tokens, {"past_key_values": cache, "use_cache": True}
 
     def warm(self, tokens: torch.Tensor, kwargs: Mapping[str, Any]) -> None:

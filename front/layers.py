@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,7 +161,7 @@ class _Recorder(TorchDispatchMode):
         """A tensor by its name and form; what was never seen in the layer comes from outside, as a cache does."""
         if not isinstance(value, Tensor):
             return value if isinstance(value, int | float | str | bool | type(None)) else repr(value)
-        value = getattr(value, "_local_tensor", value)
+        value = cast(Tensor, getattr(value, "_local_tensor", value))
         if id(value) not in self._names:
             self._name(value, f"outside {len(self._names)}")
         form = (tuple(value.shape), tuple(value.stride()), str(value.dtype))

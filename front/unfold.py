@@ -77,7 +77,8 @@ class Unfolding:
         place = -1
         placed = []
         for site in sites:
-            place = max(place, self.place_of(site.module) if self.place_of(site.module) is not None else place)
+            own = self.place_of(site.module)
+            place = max(place, own) if own is not None else place
             placed.append((site, place))
         every = self.repeated(placed)
         index = {(site.index, copied.copy): i for i, (site, copied) in enumerate(every)}

@@ -65,7 +65,7 @@ class Adapter:
         if prepared.captured or not is_capturing(input_tensor.device):
             return call(*operands)
         between = run_between(call, operands, input_tensor.device)
-        return between if between is not None else (None, None)  # type: ignore[return-value]
+        return between if between is not None else (None, None)
 
     def pre_initialize_workspaces(
         self, max_token_num: int, hidden_dim: int, dtype: Any, use_oneshot: bool | None = None

@@ -40,6 +40,7 @@ class CapturedPiece(Protocol):
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         """Read tensors that lie where others lay that are gone. To a device an address is an address."""
+        return None
 
 
 class GraphBackend(Protocol):
