@@ -89,7 +89,9 @@ def served(gm: GraphModule, names: Sequence[str], stay: Collection[int]) -> str:
     for i, (node, name) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), names, strict=True)):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and i not in stay:
-            shapes.append(f"{re.sub('^l_(kwargs_|args_)?', '', name)} [{', '.join(map(str, value.shape))}]")
+            said = re.sub("^l_(kwargs_|args_)?", "", name)
+            said = f"argument {said}" if said.isdigit() else said
+            shapes.append(f"{said} [{', '.join(map(str, value.shape))}]")
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
     return ", ".join(shapes[:3]) + more
 

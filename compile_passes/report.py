@@ -165,7 +165,7 @@ class CompileReport:
         """For a person, in lines of at most ``width`` characters where that can be; None breaks none."""
         parts = [f"ringfence: {self.summary}"]
         if self.serves:
-            parts.append(f"{self.name or 'the graph'} serves {self.serves}")
+            parts.append(f"graph{' ' + self.name if self.name else ''}: serves {self.serves}")
         parts += self.limits
         tables = lines(parts, width)
         if self.sites:
