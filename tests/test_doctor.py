@@ -261,3 +261,16 @@ def test_what_may_go_wrong_is_said_with_its_remedy(
     assert "  ! fabric: the fabric manager has not let these GPUs in" in out and "(M52 The NVLink fabric" in out
     assert "remedy: Restart nvidia-fabricmanager" in out and "NCCL_GRAPH_REGISTER=0" in out
     assert f"free in {tmp_path / 'not' / 'yet'}" in out
+
+
+def test_the_dtype_that_is_asked_for_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row of float16 alone (M49) is none of bfloat16's."""
+    from ringfence.doctor import hazards_of_version
+
+    half = {hazard.id for hazard, _ in hazards_of_version("0.6.18", "float16")}
+    assert half - {hazard.id for hazard, _ in hazards_of_version("0.6.18")} == {"M49"}
+    assert main(["doctor", "--dtype", "float16"]) in (0, 1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["doctor", "--dtype", "int8"])
+    assert "invalid choice: 'int8'" in capsys.readouterr().err

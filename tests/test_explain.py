@@ -251,3 +251,26 @@ def test_wrong_input_is_one_line_and_2(
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if not line.endswith(" ...")]
     assert len(lines) == 1 and message in lines[0] and not said.out
+
+
+# -- the picture ------------------------------------------------------------------------------------------
+
+
+def test_the_picture_has_each_kind_of_layer_once_and_why() -> None:
+    """Layers, sites, pieces, islands and reasons, of a plan that is refused and split."""
+    from xml.etree import ElementTree
+
+    from ringfence.plan_picture import blocks, svg
+
+    options = {"capture_sizes": [1], "split_ops": ["aten::gelu"], "groups": None}
+    asked = AskedAs(2, "mnnvl", "0.6.10")
+    (one,) = explain_config(gemma(8), 2, [ModelCall(1, 2)], dtype="bfloat16", asked=asked, options=options)
+    found = blocks(one.report)
+    assert [(block.title, block.times) for block in found] == [
+        ("model.embed_tokens", 1),
+        ("model.layers.0 to layers.7", 8),
+    ]
+    text = " ".join(t.text or "" for t in ElementTree.fromstring(svg(one.report, "gemma, 2 ranks")).iter() if t.text)
+    for said in ("REFUSED: 16 of 17", "8 equal layers", "mlp.down_proj", "declined: scale_kind", "M1: ", "aten::gelu"):
+        assert said in text, said
+    assert "islands" in text and text.count("model.layers.") == 1
