@@ -198,7 +198,7 @@ def test_options_about_fused_sites_say_so_where_nothing_fuses() -> None:
     torch.compile(lambda x: x.sum(), backend=backend, dynamic=True)(torch.tensor(2.0))
     assert backend.reports[0].notes[1] == (
         "nothing is fused, so these options mean nothing here: collective='mnnvl', transport='peer', "
-        "deterministic=True, verify=True, max_tokens=8"
+        "deterministic=True, max_tokens=8, verify=True"
     )
 
 
