@@ -584,7 +584,7 @@ def guarded_by_two(
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    threads = [threading.Thread(target=run, args=(rank,), name=str(rank), daemon=True) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -626,6 +626,25 @@ def test_multicast_is_not_made_where_a_rank_forbids_it(
     results, _, _ = guarded_by_two(lambda rank, mine: asked.append(rank), backend="mnnvl")
     assert results == [None, None] and asked == [], "it must not even be tried"
     assert "rank 0 forbids NVLink multicast (NCCL_NVLS_ENABLE=0)" in said[0]
+
+
+@pytest.mark.parametrize("other", [{"release": "0.6.10"}, {"capability": (9, 0), "release": "0.5.3"}])
+def test_what_one_rank_alone_would_refuse_is_refused_by_all(
+    flashinfer: None, monkeypatch: pytest.MonkeyPatch, said: list[str], other: dict[str, Any]
+) -> None:
+    """Or the one waits in a barrier for the other, which waits in the vote."""
+    of_rank = [{"release": "0.7.2", "capability": (10, 0)}, {"release": "0.7.2", "capability": (10, 0)} | other]
+
+    def mine(fact: str) -> Any:
+        return of_rank[int(threading.current_thread().name)][fact]
+
+    monkeypatch.setattr(guard, "versions", lambda: {"flashinfer-python": mine("release")})
+    monkeypatch.setattr(guard, "_capability", lambda device: mine("capability"))
+    asked: list[int] = []
+    results, _, found = guarded_by_two(lambda rank, mine: asked.append(rank), backend="mnnvl")
+    assert results == [None, None] and asked == [] and len(said) == 2
+    assert found[0].hazards == found[1].hazards and "M1" in found[0].hazards
+    assert ("M10" in found[0].hazards) is ("capability" in other)
 
 
 @pytest.mark.parametrize("on_hazard", ["refuse", "raise"])

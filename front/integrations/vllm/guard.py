@@ -30,6 +30,7 @@ from ...runtime.errors import HazardError, WorkspaceError
 from ...runtime.hazards.catalogue import applicable
 from ...runtime.hazards.hazard import Action, Hazard
 from ...runtime.hazards.situation import Fact, Situation, Strategy
+from ...runtime.hazards.table import HAZARDS
 
 log = logging.getLogger("vllm.ringfence")
 
@@ -162,26 +163,37 @@ def _barred(
     captured: bool,
     device: torch.device,
 ) -> str | None:
-    """Why it must not even be made: multicast is forbidden on some rank, or a hazard applies."""
-    mine = (socket.gethostname(), own_opt_outs(), versions()["flashinfer-python"])
+    """Why it must not even be made: multicast is forbidden on some rank, or a hazard applies on some rank.
+
+    Only what all ranks said is looked at: a rank that went by its own would part from the others.
+    """
+    mine = (socket.gethostname(), own_opt_outs(), versions()["flashinfer-python"], _capability(device))
     ranks = channel.exchange("facts for vLLM's workspace", mine)
-    off = next(((r, o) for r, (_, o, _) in zip(channel.ranks, ranks, strict=True) if o), None)
+    off = next(((r, o) for r, (_, o, _, _) in zip(channel.ranks, ranks, strict=True) if o), None)
     if one.transport == "multicast" and off is not None:
         return f"rank {off[0]} forbids NVLink multicast ({', '.join(off[1])})"
-    situation = Situation(
-        one.name,
-        mine[2],
-        len(ranks),
-        nodes=len({host for host, _, _ in ranks}),
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-        multicast=True if one.transport == "multicast" else None,
-        dtype=str(dtype).removeprefix("torch."),
-        capture=captured,
-        facts=one.facts | {Fact.PDL},
-    )
-    rows = applicable(situation)
+    nodes = len({host for host, _, _, _ in ranks})
+    found: set[str] = set()
+    for flashinfer, capability in dict.fromkeys((release, capability) for _, _, release, capability in ranks):
+        situation = Situation(
+            one.name,
+            flashinfer,
+            len(ranks),
+            nodes=nodes,
+            capability=capability,
+            multicast=True if one.transport == "multicast" else None,
+            dtype=str(dtype).removeprefix("torch."),
+            capture=captured,
+            facts=one.facts | {Fact.PDL},
+        )
+        found.update(row.id for row in applicable(situation))
+    rows = tuple(row for row in HAZARDS if row.id in found)
     guarded.hazards = tuple(row.id for row in rows)
     return _decided(rows, on_hazard)
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _decided(rows: tuple[Hazard, ...], on_hazard: str) -> str | None:
