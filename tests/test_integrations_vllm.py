@@ -19,11 +19,12 @@ from torch import Tensor
 
 import ringfence
 from ringfence.integrations.targets import Target, moved, parameters_of, resolve
-from ringfence.integrations.vllm import backend as by_name
+from ringfence.integrations.vllm import backend as named_backend
 from ringfence.integrations.vllm import digest, guard, hooked, passes, register, request, whole, worker
 from ringfence.integrations.vllm.request import Request
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import ops, reference
+from ringfence.runtime.collectives.prepared import Prepared
 from ringfence.runtime.errors import HazardError
 from ringfence.runtime.groups import group_exists
 from support import aot_graph
@@ -61,6 +62,12 @@ def said() -> Iterator[list[str]]:
     yield lines
     log.setLevel(before)
     log.removeHandler(handler)
+
+
+def by_name(patch: pytest.MonkeyPatch) -> None:
+    """Pass mode by the reference, which fuses only where somebody asks for it."""
+    patch.setenv("RINGFENCE", "pass")
+    patch.setenv("RINGFENCE_OPTIONS", '{"collective": "reference"}')
 
 
 def wrapped(*targets: Target) -> list[str]:
@@ -308,7 +315,7 @@ def inputs() -> list[Tensor]:
 def test_the_pass_fuses_every_site_and_needs_no_group(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that compiles may stand beside one that loads: it can ask nobody, and leaves what is found at the call."""
     assert not dist.is_initialized()
-    monkeypatch.setenv("RINGFENCE", "pass")
+    by_name(monkeypatch)
     register()
     config = vllm.config()
     manager = resolve("vllm.compilation.passes.pass_manager.PostGradPassManager")()
@@ -354,6 +361,7 @@ def test_a_pass_of_other_options_release_or_device_is_another_one(
     found = [digest.digest_of(plain), digest.digest_of(plain, torch.device("cpu"))]
     found.append(digest.digest_of(Request("pass", {"numerics": "strict"})))
     found.append(digest.digest_of(Request("pass", up_to=8)))
+    found.append(digest.digest_of(Request("pass", prepared="trtllm")))
     table = tmp_path / "table.json"
     for text in ("1", "2"):
         table.write_text(text)
@@ -377,17 +385,14 @@ def tp(vllm: FakeVllm, fake_group: None) -> FakeVllm:
     return vllm
 
 
-def test_a_worker_prepares_before_it_compiles_anything(
-    tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
-) -> None:
-    monkeypatch.setenv("RINGFENCE", "pass")
-    register()
-    config = tp.config()
+def run_by_the_worker(tp: FakeVllm, config: Any) -> dict[str, Any]:
+    """What a worker says of itself whose graph went through vLLM's passes after it had started."""
     started = tp.started(config)
     assert group_exists("tp:0"), "graphs name it so, also those that another process compiled"
     gm = aot_graph(layers, *inputs())
     manager = resolve("vllm.compilation.passes.pass_manager.PostGradPassManager")()
     manager.configure(config)
+    manager.passes = [one for one in manager.passes if type(one).__name__ != "AllReduceFusionPass"]  # vLLM: off
     manager(gm.graph)
 
     def step(tokens: int, **_: Any) -> None:
@@ -397,7 +402,59 @@ def test_a_worker_prepares_before_it_compiles_anything(
 
     started.worker.model_runner._dummy_run = step
     assert started.worker.compile_or_warm_up_model() == "warm"
-    status = started.ringfence()
+    status: dict[str, Any] = started.ringfence()
+    return status
+
+
+def test_where_no_kernels_serve_vllms_all_reduces_stay(
+    tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """The reference would displace vLLM's own all-reduce, which is faster."""
+    monkeypatch.setenv("RINGFENCE", "pass")
+    register()
+    status = run_by_the_worker(tp, tp.config())
+    assert (status["sites"], status["fused"], status["collective"]) == (8, 0, "none")
+    (line,) = said
+    assert ": pass, 0 of 8 all-reduces fused, all of them are vLLM's own, because no kernels serve here (" in line
+    assert line.endswith("captured: as vLLM does; hazards: none")
+
+
+def test_the_pass_goes_as_far_as_the_kernels(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond them vLLM's all-reduce is the faster one; and caches tell by the digest who carries the op out."""
+    row = H * 4
+    found: dict[int, Request] = {}
+    for takes in (0, 4, 1000):
+
+        def prepare(name: str, *_: Any, takes: int = takes, **others: Any) -> Prepared:
+            who = "trtllm" if takes else "reference"
+            return Prepared(name, who, (), H, "float32", 32, takes * row, 0, True, "device_epoch: it counts itself")
+
+        monkeypatch.setattr(worker, "prepare", prepare)
+        monkeypatch.setenv("RINGFENCE", "pass")
+        register()
+        config = tp.config({"other": 1})
+        tp.started(config)
+        for _ in range(2):  # vLLM runs it again where it copies a configuration
+            asked = request.of_config(config)
+            assert asked is not None and asked.fuses is (takes > 0) and asked.up_to == (4 if takes == 4 else None)
+            json.dumps(config.additional_config)
+            config.__post_init__()
+        endpoints = config.compilation_config.compile_ranges_endpoints
+        assert set(endpoints or ()) == ({4, 32} if takes == 4 else set())
+        manager = resolve("vllm.compilation.passes.pass_manager.PostGradPassManager")()
+        manager.configure(config)
+        assert ("FusePass" in [type(one).__name__ for one in manager.passes]) is (takes > 0)
+        found[takes] = asked
+    digests = {one.digest for one in found.values()} | {digest.digest_of(Request("pass"))}
+    assert len(digests) == 4
+
+
+def test_a_worker_prepares_before_it_compiles_anything(
+    tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    by_name(monkeypatch)
+    register()
+    status = run_by_the_worker(tp, tp.config())
     assert (status["sites"], status["fused"], status["collective"]) == (8, 7, "reference") and tp.steps == [32]
     (line,) = said
     assert line.startswith(f"ringfence {ringfence.__version__} in vLLM 0.32.0: pass, 7 of 8 all-reduces fused, ")
@@ -479,7 +536,7 @@ def test_the_function_that_the_backends_name_stands_for(tp: FakeVllm) -> None:
     x, *weights = inputs()
     with torch.no_grad():
         expected = layers(x, *weights)
-        torch.testing.assert_close(torch.compile(layers, backend=by_name)(x, *weights), expected)
+        torch.testing.assert_close(torch.compile(layers, backend=named_backend)(x, *weights), expected)
 
 
 def test_guard_makes_vllms_workspace_ahead(tp: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ LOADED = "Directly load AOT compilation from path"
 
 _COMPILED = {"mode": 3, "compile_sizes": []}
 _CAPTURES = {"piece_compiler": "eager", "capture_sizes": [1, 2, 3, 4, 8], "graphs": "simulated"}
+_REFERENCE = {"collective": "reference"}  # by itself the pass leaves vLLM's all-reduces where no kernels serve
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -74,11 +75,20 @@ def _runs(model: str, fusing: Mapping[str, Any]) -> list[Run]:
 
 
 RUNS = [
-    *_runs("llama", {}),
-    Run("llama-pass-mixed", "llama", "pass", compilation=_COMPILED, cache="llama-pass-cold", loads=1, without=1),
+    *_runs("llama", _REFERENCE),
+    Run(
+        "llama-pass-mixed",
+        "llama",
+        "pass",
+        _REFERENCE,
+        compilation=_COMPILED,
+        cache="llama-pass-cold",
+        loads=1,
+        without=1,
+    ),
     Run("llama-off", "llama", compilation=_COMPILED, cache="llama-pass-cold"),
     Run("llama-guard", "llama", "guard", {"on_hang": "report"}, {"mode": 2, "backend": "eager"}),
-    *_runs("qwen3", {"max_tokens": 16}),  # so vLLM compiles larger steps apart, without the pass
+    *_runs("qwen3", _REFERENCE | {"max_tokens": 16}),  # so vLLM compiles larger steps apart, without the pass
 ]
 
 #: What is asked for by the environment, or by additional_config; and what the one line says.

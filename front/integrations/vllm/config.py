@@ -43,8 +43,10 @@ def _asked(config: Any) -> Request | None:
         return None
     in_config = request.of_config(config)
     if isinstance(by_environment, Request):
-        sizes = in_config.sizes if in_config is not None else ()
-        return replace(by_environment, sizes=sizes)
+        if in_config is None:
+            return by_environment
+        known = {"sizes": in_config.sizes, "up_to": in_config.up_to, "prepared": in_config.prepared}
+        return replace(by_environment, **known)  # vLLM copies configurations, in workers too
     if in_config is None and config.compilation_config.backend == BACKEND:
         return Request("backend")
     return in_config
@@ -88,7 +90,8 @@ def _before(config: Any, asked: Request) -> Request:
     compilation = config.compilation_config
     if asked.mode == "pass":
         compilation.pass_config.fuse_allreduce_rms = False  # ours is in its place; vLLM makes no workspace for it
-        asked = replace(asked, up_to=_fused_up_to(config, asked))
+        if asked.prepared is None:
+            asked = replace(asked, up_to=_fused_up_to(config, asked))
         if asked.up_to is not None:  # larger steps have a graph of their own, and its all-reduces stay vLLM's
             compilation.compile_ranges_endpoints = [*(compilation.compile_ranges_endpoints or ()), asked.up_to]
     if asked.mode == "backend":

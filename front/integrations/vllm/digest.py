@@ -13,10 +13,11 @@ from .request import Request
 
 
 def digest_of(asked: Request, device: torch.device | None = None) -> str:
-    """Sources, options, releases, the size table that was given and, where a worker knows it, the device."""
+    """Sources, options, releases, the size table that was given; collective and device, where a worker knows them."""
     parts = {
         "mode": asked.mode,
         "up_to": asked.up_to,
+        "prepared": asked.prepared,
         "options": {name: asked.options[name] for name in sorted(asked.options)},
         "versions": versions(),
         "table": _text_of(asked.options.get("size_table")),

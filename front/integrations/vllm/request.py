@@ -35,7 +35,8 @@ class Request:
     """mode: one of :data:`MODES`. options: of :class:`ringfence.Options`, as far as the mode takes them.
 
     digest: of what a compiled graph rests on, for vLLM's caches. sizes: token counts that vLLM would capture.
-    up_to: the largest token count of a graph that the pass fuses in; None for any.
+    up_to: the largest token count of a graph that the pass fuses in; None for any. prepared: who carries out what the
+    pass fuses; None until a worker knows.
     """
 
     mode: str
@@ -43,6 +44,7 @@ class Request:
     digest: str = ""
     sizes: tuple[int, ...] = ()
     up_to: int | None = None
+    prepared: str | None = None
 
     def for_config(self) -> dict[str, Any]:
         """As it stands in ``additional_config``."""
@@ -52,7 +54,20 @@ class Request:
             "digest": self.digest,
             "sizes": list(self.sizes),
             "up_to": self.up_to,
+            "prepared": self.prepared,
         }
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the pass fuses: by kernels, or by the reference where it was asked for by name.
+
+        The reference is NCCL, add and norm. vLLM's own all-reduce is faster, which it would displace.
+        """
+        return self.asks_for_reference or self.prepared not in (None, "reference")
+
+    @property
+    def asks_for_reference(self) -> bool:
+        return self.options.get("collective") == "reference"
 
     def only(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Those of the options that are given and named here."""
@@ -91,12 +106,12 @@ def of_config(vllm_config: Any) -> Request | None:
     if isinstance(given, str):
         given = {"mode": given}
     where = f"additional_config['{KEY}']"
-    known = ("mode", "options", "digest", "sizes", "up_to")
+    known = ("mode", "options", "digest", "sizes", "up_to", "prepared")
     if not isinstance(given, Mapping) or any(key not in known for key in given):
         raise OptionsError(f"{where} is {given!r}; it is a mode, or {{'mode': ..., 'options': {{...}}}}")
     asked = _checked(given.get("mode"), given.get("options", {}), f"{where}['mode']", f"{where}['options']")
     digest, sizes = str(given.get("digest", "")), tuple(given.get("sizes", ()))
-    return replace(asked, digest=digest, sizes=sizes, up_to=given.get("up_to"))
+    return replace(asked, digest=digest, sizes=sizes, up_to=given.get("up_to"), prepared=given.get("prepared"))
 
 
 def _checked(mode: object, options: object, mode_is: str, options_are: str) -> Request:

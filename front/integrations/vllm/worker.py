@@ -86,7 +86,7 @@ class Running:
         if self.asked.mode == "guard":
             return self.guarded.collective
         if self.prepared is not None:
-            return self.prepared.collective
+            return self.prepared.collective if self.asked.fuses else "none"
         named = [one.collective for report in self.reports for one in report.collectives]
         return ", ".join(dict.fromkeys(named)) or "none"
 
@@ -95,7 +95,7 @@ class Running:
         if self.asked.mode == "backend":
             sizes = sorted({size for report in self.reports for size in report.captured})
             return f"sizes {', '.join(map(str, sizes))}" if sizes else "nothing"
-        if self.prepared is None:
+        if self.prepared is None or not self.asked.fuses:
             return "as vLLM does"
         return f"{'in' if self.prepared.captured else 'not in'} vLLM's graphs ({self.prepared.capture})"
 
@@ -105,6 +105,8 @@ class Running:
         if self.asked.mode == "guard":
             return list(self.guarded.hazards)
         if self.prepared is not None:
+            if not self.asked.fuses:
+                return []
             rule = self.prepared.capture.partition(":")[0]  # of the hazard table, or another one
             return [rule] if any(rule == hazard.id for hazard in HAZARDS) else []
         return sorted({v.hazard for report in self.reports for v in report.verdicts if v.hazard is not None})
@@ -115,9 +117,13 @@ class Running:
 
         fused = "" if self.asked.mode == "guard" else f"{self.fused} of {self.fused + self.sums} all-reduces fused, "
         carrier = "vLLM's fused all-reduce:" if self.asked.mode == "guard" else "carried out by"
+        who = f"{carrier} {self.collective}"
+        if self.prepared is not None and not self.asked.fuses:
+            why = "; ".join(one for one in self.prepared.why if not one.startswith("reference"))
+            who = f"all of them are vLLM's own, because no kernels serve here ({why})"
         release = f"{vllm.__version__}{_unread(vllm.__version__)}"
         return (
-            f"ringfence {__version__} in vLLM {release}: {self.asked.mode}, {fused}{carrier} {self.collective}; "
+            f"ringfence {__version__} in vLLM {release}: {self.asked.mode}, {fused}{who}; "
             f"captured: {self.captured}; hazards: {', '.join(self.hazards) or 'none'}"
             f"{'; steps are watched' if self.watched else ''}"
         )
@@ -175,6 +181,7 @@ def _begin(running: Running) -> None:
         given = asked.only(PREPARE) | {"max_tokens": running.largest}
         model = config.model_config
         running.prepared = prepare(name, model.get_hidden_size(), model.dtype, device=device, **given)
+        running.asked = asked = passes.settle(config, asked, running.prepared)
     elif asked.mode == "backend":
         wrap(hooked.INIT_BACKEND, functools.partial(whole.init_backend, asked, running.reports.append))
     else:
