@@ -143,9 +143,10 @@ def test_guard_does_not_mind_what_it_does_not_use(fake: FakeSglang, lines: list[
     ("asked", "options", "why"),
     [
         (None, '{"on_hang": "abort"}', "RINGFENCE_OPTIONS is set and RINGFENCE is not"),
-        ("pass", None, "RINGFENCE='pass' is not one of 1, fuse, guard"),
+        ("pass", None, "RINGFENCE='pass' is none of 1, fuse, guard, nor 'off'"),
         ("fuse", "{", "RINGFENCE_OPTIONS is no JSON ("),
-        ("fuse", "[1]", "RINGFENCE_OPTIONS is no JSON object"),
+        ("fuse", '{"on_hang":\n', "RINGFENCE_OPTIONS is no JSON ("),
+        ("fuse", "[1]", "RINGFENCE_OPTIONS holds [1], and is an object of options"),
         ("fuse", '{"capture_sizes": [4]}', "RINGFENCE_OPTIONS holds capture_sizes; with RINGFENCE=fuse it takes"),
         ("guard", '{"collective": "trtllm"}', "RINGFENCE_OPTIONS holds collective; with RINGFENCE=guard it takes"),
         ("fuse", '{"on_hang": "shout"}', "on_hang='shout'"),

@@ -13,13 +13,13 @@ dtypes, and whether SGLang captures. A rank that went another way than its peers
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import environment
 from .targets import Target, moved, resolve, version_of
 
 #: Releases of SGLang whose functions were read and compared with the targets below.
@@ -57,7 +57,6 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
 }
 
 _MODES = {"1": "fuse", "fuse": "fuse", "guard": "guard"}
-_OFF = ("off", "none", "0")
 _OF_PREPARE = ("collective", "transport", "size_table", "on_hazard")
 _OF_WATCH = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir", "check_every_step")
 _OF_BOTH = ("agree_seconds",)
@@ -76,8 +75,7 @@ class Settings:
 
 def register() -> None:
     """What SGLang calls in each of its processes. Ends the process, with one line, where the options are wrong."""
-    asked, options = (os.environ.get(name, "").strip() for name in ("RINGFENCE", "RINGFENCE_OPTIONS"))
-    if asked in _OFF or not (asked or options):
+    if environment.is_off(os.environ) or environment.is_silent(os.environ):
         return
     from ..runtime.errors import OptionsError
 
@@ -106,23 +104,12 @@ def register() -> None:
         registry.register(_FUSED.path, adapter.all_reduce_residual_rms_norm, kinds.REPLACE)
 
 
-def settings_of(environment: Mapping[str, str]) -> Settings:
+def settings_of(given_by: Mapping[str, str]) -> Settings:
     """What is asked for. Raises :class:`OptionsError`."""
     from ..options import Options
     from ..runtime.errors import OptionsError
 
-    asked = environment.get("RINGFENCE", "").strip()
-    if not asked:
-        raise OptionsError(f"RINGFENCE_OPTIONS is set and RINGFENCE is not; RINGFENCE is one of {', '.join(_MODES)}")
-    if asked not in _MODES:
-        raise OptionsError(f"RINGFENCE='{asked}' is not one of {', '.join(_MODES)} (in SGLang), nor off")
-    text = environment.get("RINGFENCE_OPTIONS", "").strip() or "{}"
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise OptionsError(f"RINGFENCE_OPTIONS is no JSON ({error}): {text}") from error
-    if not isinstance(given, dict):
-        raise OptionsError(f"RINGFENCE_OPTIONS is no JSON object: {text}")
+    asked, given = environment.asked_in(given_by, tuple(_MODES))
     mode = _MODES[asked]
     known = (*_OF_WATCH, *_OF_BOTH, *(_OF_PREPARE if mode == "fuse" else ()))
     if unknown := [name for name in given if name not in known]:

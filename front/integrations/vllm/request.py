@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,11 +9,11 @@ from typing import Any
 
 from ...options import Options
 from ...runtime.errors import OptionsError
+from .. import environment
 
 MODES = ("pass", "backend", "guard")
-#: The environment's words, and the key in ``additional_config``.
-MODE, OPTIONS, KEY = "RINGFENCE", "RINGFENCE_OPTIONS", "ringfence"
-_OFF = ("off", "none", "0")
+#: In ``additional_config``.
+KEY = "ringfence"
 
 WATCH = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir", "agree_seconds", "check_every_step")
 PREPARE = ("collective", "transport", "size_table", "max_tokens", "on_hazard", "agree_seconds")
@@ -74,24 +73,17 @@ class Request:
         return {name: self.options[name] for name in names if name in self.options}
 
 
-def of_environment(environment: Mapping[str, str] | None = None) -> Request | str | None:
+def of_environment() -> Request | str | None:
     """What ``RINGFENCE`` and ``RINGFENCE_OPTIONS`` ask for; "off" where they forbid it, None where they are silent.
 
     Raises :class:`OptionsError`.
     """
-    given = os.environ if environment is None else environment
-    mode = given.get(MODE, "").strip()
-    if mode in _OFF:
+    if environment.is_off(os.environ):
         return "off"
-    if not mode:
-        if given.get(OPTIONS, "").strip():
-            raise OptionsError(f"{OPTIONS} is set and {MODE} is not; {MODE} is one of {', '.join(MODES)}")
+    if environment.is_silent(os.environ):
         return None
-    try:
-        options = json.loads(given.get(OPTIONS, "").strip() or "{}")
-    except ValueError as error:
-        raise OptionsError(f"{OPTIONS} is no JSON: {error}") from None
-    return _checked(mode, options, MODE, OPTIONS)
+    mode, options = environment.asked_in(os.environ, MODES)
+    return _checked(mode, options, environment.MODE, environment.OPTIONS)
 
 
 def of_config(vllm_config: Any) -> Request | None:
@@ -101,7 +93,7 @@ def of_config(vllm_config: Any) -> Request | None:
     """
     more = getattr(vllm_config, "additional_config", None)
     given = more.get(KEY) if isinstance(more, Mapping) else None
-    if given is None or given in _OFF:
+    if given is None or given in environment.OFF:
         return None
     if isinstance(given, str):
         given = {"mode": given}

@@ -26,13 +26,6 @@ def wrap(target: Target, around: Callable[..., Any]) -> None:
     setattr(owner, name, wrapper)
 
 
-def unwrap(target: Target) -> None:
-    """What was there before is there again."""
-    owner, name = _place(target)
-    there = getattr(owner, name)
-    setattr(owner, name, getattr(there, _WRAPS, there))
-
-
 def _place(target: Target) -> tuple[Any, str]:
     owner, _, name = target.path.rpartition(".")
     return resolve(owner), name
