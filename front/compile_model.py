@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import sys
 import types
@@ -38,9 +39,9 @@ def compile(
     It does what otherwise has to be known. The model is put into evaluation mode; backward hooks that break the graph
     are removed, so do not train it afterwards; calls run without gradients; ``forward`` is the compiled one, which
     ``generate()`` calls. A call that allocates a static cache, which is the prompt's in ``generate()``, runs eagerly:
-    transformers does not compile it either. The model's ``ringfence`` is the :class:`ringfence.Backend`, with its
-    reports. One line
-    on standard error, of the first rank, says what was done.
+    transformers does not compile it either. Such a call is no step: no journal has it, and ``on_hang`` does not watch
+    it. The model's ``ringfence`` is the :class:`ringfence.Backend`, with its reports. One line on standard error, of
+    the first rank, says what was done.
 
     model: every rank calls with its part. dynamic, fullgraph: as ``torch.compile`` takes them. options: the fields of
     :class:`ringfence.Options`.
@@ -67,12 +68,17 @@ def compile(
     return model
 
 
+#: The argument of transformers' models that is a cache.
+CACHE = "past_key_values"
+
+
 class CompiledForward:
     """A model's ``forward``, compiled: without gradients, and with static caches in memory that compiled code finds."""
 
     def __init__(self, model: nn.Module, backend: Backend, *, dynamic: bool | None, fullgraph: bool) -> None:
         self._model, self._backend = model, backend
         self._eager = model.forward
+        self._cache_at = _place_of(model.forward, CACHE)
         self._compiled = torch.compile(
             _of_its_own(model.forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph
         )
@@ -81,7 +87,8 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            cache = kwargs.get("past_key_values")
+            by_place = args[self._cache_at] if self._cache_at < len(args) else None
+            cache = kwargs.get(CACHE, by_place)
             if cache is not None and is_fresh(cache):
                 return self._eager(*args, **kwargs)
             with _counts_are_dynamic(cache):
@@ -102,6 +109,16 @@ class CompiledForward:
 
     def __reduce__(self) -> Any:
         raise ModelError("a compiled model cannot be saved: its captures are this process's; save it, then compile it")
+
+
+def _place_of(forward: Callable[..., Any], name: str) -> int:
+    """Where a call by place has that argument; beyond all of them where it has none. Looked up once, not per call."""
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind in places]
+    except (TypeError, ValueError):  # of C, say: nobody knows
+        names = []
+    return names.index(name) if name in names else sys.maxsize
 
 
 @contextlib.contextmanager

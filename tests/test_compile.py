@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,43 @@ def test_a_number_that_only_the_caller_reads_is_no_size_of_the_call() -> None:
             assert counter.count == 3 + 4 * step
     steps = [step["how"] for step in backend.supervisor.journal.to_dict("")["steps"]][-8:]
     assert steps == ["capture", "capture", *["replay"] * 6]  # of the first count, and of any
+
+
+class Layer:
+    """Of a static cache, as transformers has them."""
+
+    is_compileable, is_initialized = True, False
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+
+    def forward(self, x: Tensor, position: int = 0, past_key_values: Any = None) -> Tensor:
+        for layer in past_key_values.layers:
+            layer.is_initialized = True
+        out: Tensor = self.model(x)
+        return out
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("by_place", [True, False])
+def test_a_call_that_allocates_a_cache_is_eager_and_no_step_however_the_cache_is_given(by_place: bool) -> None:
+    model = ringfence.compile(Caching(), capture_sizes=[4], **SIMULATED)
+    cache = SimpleNamespace(layers=[Layer()])
+    x = rows(4)
+
+    def call() -> Tensor:
+        out: Tensor = model(x, 0, cache) if by_place else model(x, past_key_values=cache)
+        return out
+
+    journal = model.ringfence.supervisor.journal
+    before = len(journal.to_dict("")["steps"])
+    expected = call()
+    assert not model.ringfence.reports and len(journal.to_dict("")["steps"]) == before
+    torch.testing.assert_close(call(), expected)
+    assert len(model.ringfence.reports) == 1
 
 
 @pytest.mark.usefixtures("fake_group")
