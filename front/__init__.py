@@ -17,6 +17,7 @@ if __name__ != "ringfence":  # the clone's root is on the path: every module wou
     raise ImportError("import ringfence, not front")
 
 if TYPE_CHECKING:
+    from . import moe
     from .backend import Backend
     from .callable import all_reduce, all_reduce_add_rms_norm, prepare
     from .compile_model import compile
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .compile_passes.judge import Verdict, judge
     from .compile_passes.lower import eager_piece, inductor_piece, lower
     from .compile_passes.match import Candidate, Match, Site
+    from .compile_passes.moe_sites import MoeSite
     from .compile_passes.norm_ops import NormOp
     from .compile_passes.parts import GraphPart, cut
     from .compile_passes.prove import PlanVerdict
@@ -125,6 +127,7 @@ __all__ = [
     "LinksUnknownError",
     "Match",
     "ModelError",
+    "MoeSite",
     "MovedInputWarning",
     "NestedCaptureError",
     "NormOp",
@@ -179,6 +182,7 @@ __all__ = [
     "inductor_piece",
     "judge",
     "lower",
+    "moe",
     "prepare",
     "register_group",
     "size_rule",
@@ -204,6 +208,7 @@ def __getattr__(name: str) -> Any:
         "GraphPart": ".compile_passes.parts",
         "Group": ".runtime.groups",
         "Match": ".compile_passes.match",
+        "MoeSite": ".compile_passes.moe_sites",
         "NormOp": ".compile_passes.norm_ops",
         "Options": ".options",
         "Piece": ".compile_passes.split",
@@ -234,6 +239,7 @@ def __getattr__(name: str) -> Any:
         "judge": ".compile_passes.judge",
         "explain": ".explaining",
         "lower": ".compile_passes.lower",
+        "moe": ".moe",
         "prepare": ".callable",
         "register_group": ".runtime.groups",
         "size_rule": ".compile_passes.sizes",
@@ -242,11 +248,11 @@ def __getattr__(name: str) -> Any:
         "write_in_place": ".compile_passes.in_place",
         "written_inputs": ".compile_passes.functional",
     }
-    if name == "moe":
-        return importlib.import_module(".moe", __name__)
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(homes.get(name, ".runtime.errors"), __name__), name)
+    home = homes.get(name, ".runtime.errors")
+    module = importlib.import_module(home, __name__)
+    return module if home == f".{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,7 @@
 
     sent = ringfence.moe.dispatch([x, weights], topk_ids, capacity=128, num_experts=64, group=ep_group)
     x, weights = sent.payloads
-    partial = experts(x, sent.ids, weights)              # row by row, weighted and summed over this rank's experts
+    partial = experts(x, sent.ids, weights)  # row by row, weighted and summed over this rank's experts
     y = ringfence.moe.combine(partial, sent.route, group=ep_group)
 
 They run eagerly and may be traced (``torch.compile`` with any backend). Every rank of the group makes both calls, in
@@ -54,6 +54,9 @@ def dispatch(
     ``[T, top_k]``, int32 or int64, numbers among the ``num_experts`` of all ranks, which lie on the ranks in contiguous
     blocks (:func:`local_experts`). A row that is only padding has an expert of this rank and a weight of 0.
     T: this rank's tokens, 0 to ``capacity``. capacity: **the same on all ranks**, from 1 on; no number of a rank's own.
+    Nobody compares it in an eager call, or in another compiler's graph: ranks that differ get garbage, or wait for
+    ever. In a graph of ringfence's, ranks compare a constant when they agree on the graph, and an int among the inputs
+    before each capture and, with ``check_every_step``, before each step (hazard M62).
     empty_id: what the ids of a row that nobody sent are; -1, or an expert of another rank where experts mask theirs.
     group: a process group, or its name; None is the default group.
 

@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "CompileReport",
         "assert_fused",
         "Site",
+        "MoeSite",
         "Decline",
         "Reason",
         "Rounding",
@@ -39,7 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "Decision",
         "PlanVerdict",
     ),
-    "Without a graph": ("prepare", "Prepared", "all_reduce_add_rms_norm", "all_reduce", "watch", "Watch"),
+    "Without a graph": ("prepare", "Prepared", "all_reduce_add_rms_norm", "all_reduce", "moe", "watch", "Watch"),
     "The passes, in their order": (
         "find",
         "Candidate",
@@ -95,12 +96,26 @@ def _error(error: type) -> str:
 
 
 def _entry(name: str, value: Any) -> str:
+    if inspect.ismodule(value):
+        return "\n".join([f"### `{name}`\n", _module_text(value) + "\n", *_of_module(name, value)])
     lines = [f"### `{name}`\n", f"```python\n{_signature(name, value)}\n```\n", _text(value) + "\n"]
     if inspect.isclass(value) and not issubclass(value, str):
         lines += [_member(name, own, part) for own, part in _members(value)]
     elif value is Reason:
         lines.append("Codes: " + ", ".join(f"`{code}`" for code in Reason) + ".\n")
     return "\n".join(lines)
+
+
+def _of_module(name: str, module: Any) -> list[str]:
+    """What a module has itself, a line for each."""
+    own = [(n, part) for n, part in vars(module).items() if getattr(part, "__module__", "") == module.__name__]
+    public = [(n, part) for n, part in own if not n.startswith("_")]
+    return [f"- `{name}.{n}{_parameters(p)}`: {textwrap.indent(_text(p), '  ').strip()}\n" for n, p in public]
+
+
+def _module_text(module: Any) -> str:
+    """Its docstring, where indented lines are code."""
+    return re.sub(r"(?:^    .*\n)+", lambda m: f"```python\n{textwrap.dedent(m[0])}```\n", _text(module), flags=re.M)
 
 
 def _members(value: type) -> list[tuple[str, Any]]:
@@ -157,6 +172,7 @@ def _parameters(function: Any, skip: int = 0) -> str:
 
 
 def _unquoted(annotation: Any) -> Any:
+    annotation = getattr(annotation, "__forward_arg__", annotation)  # of a NamedTuple
     return _Unquoted(annotation) if isinstance(annotation, str) else annotation
 
 

@@ -65,6 +65,14 @@ def test_the_page_of_the_api_is_fresh_and_whole() -> None:
         assert (getattr(ringfence, name).__doc__ or "").strip(), f"{name} has no docstring"
 
 
+def test_what_the_pages_call_is_public() -> None:
+    """As ``ringfence.name(...)`` or ``ringfence.name.other(...)``, and completed by an interactive session."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    called = {name for page in pages for name in re.findall(r"(?<![\w./-])ringfence\.(\w+)[\w.]*\(", page.read_text())}
+    assert {"moe", "compile", "Backend", "watch"} <= called
+    assert called <= set(ringfence.__all__) and called <= set(dir(ringfence)), called - set(ringfence.__all__)
+
+
 def test_every_section_of_the_api_names_what_there_is() -> None:
     listed = [name for names in api_page.SECTIONS.values() for name in names if name != "compile"]
     assert set(listed) <= set(ringfence.__all__) and len(set(listed)) == len(listed)
@@ -119,8 +127,9 @@ def test_runtime_never_imports_the_passes() -> None:
 
 
 def test_what_is_exported_has_the_name_that_messages_print() -> None:
-    """A traceback shows a class's own name; it must be the one that a user can catch."""
-    assert {name: getattr(ringfence, name).__name__ for name in ringfence.__all__} == {n: n for n in ringfence.__all__}
+    """A traceback shows a class's own name; it must be the one that a user can catch. A module has its path."""
+    own = {name: getattr(ringfence, name).__name__.removeprefix("ringfence.") for name in ringfence.__all__}
+    assert own == {name: name for name in ringfence.__all__}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ SIZE_TABLE = Check("runtime/collectives/size_table.py::SizeRow", "nothing is tun
 NOT_EMPTY = Check("compile_passes/graph_inputs.py::check_not_empty", "a graph that reduces no token is refused")
 CAPACITY = Check(
     "compile_passes/moe_calls.py::check_capacities",
-    "a capacity that is a rank's own count, or read from data, is refused; the others are compared",
+    "in a graph of ringfence's: a rank's own count, or one read from data, is refused; a constant is compared, and an "
+    "int input before each capture, and each step with check_every_step; an eager call is the caller's to get right",
 )
 ROUTING = Check("runtime/collectives/moe.py::check_dispatch", "token counts, widths and, on the host, ids are checked")
 AGREEMENT = Check(

@@ -45,8 +45,8 @@ def _asked(config: Any) -> Request | None:
     if isinstance(by_environment, Request):
         if in_config is None:
             return by_environment
-        known = {"sizes": in_config.sizes, "up_to": in_config.up_to, "prepared": in_config.prepared}
-        return replace(by_environment, **known)  # vLLM copies configurations, in workers too
+        # vLLM copies configurations, in workers too
+        return replace(by_environment, sizes=in_config.sizes, up_to=in_config.up_to, prepared=in_config.prepared)
     if in_config is None and config.compilation_config.backend == BACKEND:
         return Request("backend")
     return in_config
