@@ -70,7 +70,9 @@ def _rows(reading: RowReading, node: Node, sources: list[Node]) -> TokenRows:
 
 def _item(reading: RowReading, node: Node, source: Node) -> TokenRows:
     found = reading.known[source]
-    if calls(source, aten.sort.default, aten.sort.stable):
+    if found.arrangement is A.INVERSE and node.args[1] == 0:  # of the places of a sort, sorted
+        raise NotRowWise(node, "takes rows by their place")
+    if calls(source, aten.sort.default, aten.sort.stable) and found.arrangement is not A.INVERSE:
         return found if node.args[1] == 0 else TokenRows(A.ORDER, source)
     return found
 

@@ -8,7 +8,7 @@ to a gather, which is the same on all ranks, because a gather is even.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..runtime.collectives import moe
 from ..runtime.groups import Group
 from ..runtime.hazards.situation import Collective
 from .moe_calls import EVEN, check_capacities
+from .moe_choice import leave_alone
 from .moe_sites import MoeCandidate, MoeMatch, MoeSite, find_moe, is_size
 from .moe_verify import verify_experts
 from .reasons import Decline, Reason
@@ -36,11 +37,17 @@ def dispatch_experts(
     experts_ops: Collection[str] = (),
     strict: bool = False,
     verify: bool = False,
+    only: Collection[str] | None = None,
+    skip_sites: Collection[str] = (),
+    split_ops: Collection[str] = (),
+    agree: Callable[[list[MoeCandidate]], list[MoeCandidate]] = list,
 ) -> list[MoeSite]:
     """Find the MoE sites of a graph and rewrite those where that is exact; the sites, in order.
 
     rewrite: where it is off, the sites say what is in the way, or that nothing is. verify: run the experts of each site
-    on generated inputs, which also shows what cannot be read in the graph. The others are :func:`find_moe`'s.
+    that may be rewritten on generated inputs, and decline it where they see another row. only, skip_sites, split_ops:
+    see :func:`~.moe_choice.leave_alone`. agree: what the ranks make of their candidates together. The others are
+    :func:`find_moe`'s.
 
     Raises :class:`RefusedError` for a dispatch of the graph's own whose capacity ranks cannot have agreed on.
     """
@@ -49,23 +56,20 @@ def dispatch_experts(
     if not rewrite:
         off = Decline(Reason.SWITCHED_OFF, "moe_dispatch is not set; a dispatch and a combine would do the same")
         return [replace(c.site, decline=c.site.decline or off) for c in candidates]
-    return rewrite_moe(gm, [_verified(c, device) for c in candidates] if verify else candidates)
+    chosen = leave_alone(candidates, only=only, skip_sites=skip_sites, split_ops=split_ops)
+    return rewrite_moe(gm, agree([_verified(c, device) for c in chosen] if verify else chosen))
 
 
 def _verified(candidate: MoeCandidate, device: torch.device) -> MoeCandidate:
-    if candidate.match is None:
-        return candidate
-    why = verify_experts(candidate.match, device)
-    if why is None:
-        return MoeCandidate(replace(candidate.site, decline=None), candidate.match)
-    return MoeCandidate(replace(candidate.site, decline=Decline(Reason.VERIFY_FAILED, why)), None)
+    why = verify_experts(candidate.match, device) if candidate.match is not None else None
+    return candidate.declined(Decline(Reason.VERIFY_FAILED, why)) if why is not None else candidate
 
 
 def rewrite_moe(gm: GraphModule, candidates: Iterable[MoeCandidate]) -> list[MoeSite]:
     """Rewrite ``gm`` in place; return the sites, rewritten or declined, in their order."""
     sites = []
     for candidate in candidates:
-        if candidate.match is not None and candidate.site.rewritten:
+        if candidate.match is not None:
             _rewrite(gm, candidate.match)
         sites.append(candidate.site)
     gm.graph.lint()

@@ -97,10 +97,13 @@ class MoeMatch:
 
 @dataclass(frozen=True)
 class MoeCandidate:
-    """A site and, where it may be rewritten, its match; also where nothing but a proof of its experts is lacking."""
+    """A site and, where it is to be rewritten, its match."""
 
     site: MoeSite
     match: MoeMatch | None
+
+    def declined(self, why: Decline) -> MoeCandidate:
+        return MoeCandidate(replace(self.site, decline=why, roundings=()), None)
 
 
 def find_moe(
@@ -110,8 +113,6 @@ def find_moe(
 
     groups: the process groups of the graph. experts_ops: an engine's own kernels of experts, which are believed to take
     rows one by one and to leave out experts of other ranks. strict: no site whose sum would round elsewhere.
-
-    A site whose experts cannot be read has both a decline and a match: whoever can run them may show the same.
     """
     found: list[MoeCandidate] = []
     for node in gm.graph.nodes:
@@ -150,7 +151,7 @@ def _gather_form(
     if match.group.size > 2:  # of two, the one addition is rounded once whoever does it
         site = replace(site, roundings=(Rounding.COMBINE,))
         if strict:
-            return MoeCandidate(replace(site, decline=Decline(Reason.ROUNDING_DIFFERS, Rounding.COMBINE)), None)
+            return MoeCandidate(site, None).declined(Decline(Reason.ROUNDING_DIFFERS, Rounding.COMBINE))
     try:
         silent = silent_experts(partial, region, gathers, ids, num_experts, experts_ops, match.mine)
         why = _not_silent(match, silent)
@@ -159,10 +160,10 @@ def _gather_form(
     if why is None:
         return MoeCandidate(site, match)
     message = (
-        f"the experts are not shown to take each row by itself: {why}; name the experts' kernels in experts_ops, or "
-        "let verify=True run them"
+        f"the experts are not shown to take each row by itself: {why}; an engine's own kernels of experts are named in "
+        "experts_ops"
     )
-    return MoeCandidate(replace(site, decline=Decline(Reason.EXPERTS_NOT_ROW_WISE, message)), match)
+    return MoeCandidate(site, None).declined(Decline(Reason.EXPERTS_NOT_ROW_WISE, message))
 
 
 def _region(partial: Any) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
@@ -227,6 +228,8 @@ def _shape_of_site(
     given = [_gathered(wait) for wait in gathers]
     if any(tensor(g).ndim != 2 or not same_size(tensor(g).shape[0], tensor(given[0]).shape[0]) for g in given):
         return Decline(Reason.GATHER_SHAPE, f"what is gathered for {label(scatter)} is not [tokens, width] throughout")
+    if next(iter(experts.values())) < group.size:
+        return Decline(Reason.GROUP_KIND, f"the group of {label(scatter)} has more ranks than there are experts")
     if tensor(given[0]).shape[0] == 0 or not 1 <= len(given) - 1 <= MOST_PAYLOADS:
         return Decline(Reason.GATHER_SHAPE, f"{len(given) - 1} payloads of {tensor(given[0]).shape[0]} tokens")
     if tensor(partial).dtype not in DTYPES or tensor(partial).ndim != 2:

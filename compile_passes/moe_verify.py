@@ -1,4 +1,7 @@
-"""Verify experts: run what stands between the gathers and the sum, to see whether it takes each row by itself.
+"""Verify experts: run what stands between the gathers and the sum, to see that it takes each row by itself.
+
+A trial only refuses: what it does not see at the sizes of one trace may be in the way at others. So it comes after what
+was read of the graph, and never in its place.
 
 Tokens and weights are drawn at random. Then the rows are put into another order, and those that a dispatch would not
 bring are replaced by rubbish that asks for an expert of another rank: every other row must come out as it did. And a
@@ -27,27 +30,39 @@ _SMALL = 0.05
 
 
 def verify_experts(match: MoeMatch, device: torch.device) -> str | None:
-    """Why the experts of a site are no row-wise function on generated inputs of ``device``; None where they are."""
+    """Why the experts of a site are no row-wise function on generated inputs of ``device``; None where none is seen.
+
+    A trial that had nothing to compare is a reason too.
+    """
     module, inputs = _experts(match)
     generator = torch.Generator().manual_seed(0)
+    here = away = 0
     with _disable_current_modes(), torch.no_grad():
         for _ in range(_TRIALS):
             try:
-                why = _tried(match, module, inputs, generator, device)
+                tried = _tried(match, module, inputs, generator, device)
             except Exception as error:  # whatever the model's own ops raise on values that are not its own
                 return f"what leads to '{match.partial.name}' cannot be run by itself: {type(error).__name__}: {error}"
-            if why is not None:
-                return why
+            if isinstance(tried, str):
+                return tried
+            here, away = here + tried[0], away + tried[1]
+    if not here:
+        return f"nothing was compared: no token that was tried at '{match.partial.name}' is for this rank's experts"
+    others = match.num_experts - len(match.mine)
+    if not away and others >= concrete(tensor(match.ids).shape[1]):
+        return f"nothing was compared: every token that was tried at '{match.partial.name}' is for this rank's experts"
     return None
 
 
 def _tried(
     match: MoeMatch, module: GraphModule, inputs: list[Node], generator: torch.Generator, device: torch.device
-) -> str | None:
+) -> str | tuple[int, int]:
+    """Why not; or how many rows were compared: of this rank's experts, and of others' alone."""
     values = {node: _drawn(match, node, generator) for node in inputs}
     rows = values[match.ids].shape[0]
     order = torch.randperm(rows, generator=generator)
     kept = torch.rand(rows, generator=generator) < 0.5
+    kept[:1], kept[1:2] = True, False  # one of this rank's, beside another one: see _drawn
     away = ~_asks_for(values[match.ids], match.mine)
     other = {}
     for node in inputs:
@@ -70,7 +85,7 @@ def _tried(
             f"with other rows beside it a row of '{match.partial.name}' differs by {excess.max():.3g} times the "
             f"rounding of {dtype_text(dtype)}; {_BOUND:g} are allowed"
         )
-    return None
+    return int((kept & ~away).sum()), int(away.sum())
 
 
 def _asks_for(ids: Tensor, mine: range) -> Tensor:
@@ -82,7 +97,9 @@ def _drawn(match: MoeMatch, node: Node, generator: torch.Generator) -> Tensor:
     shape = [concrete(d) for d in like.shape]
     if node is match.ids:
         scores = torch.rand(shape[0], match.num_experts, generator=generator)
-        scores[: shape[0] // 3, match.mine.start : match.mine.stop] -= 1  # some ask for none of this rank's
+        mine = slice(match.mine.start, match.mine.stop)
+        scores[::3, mine] += 1  # some ask for this rank's first, and some for none of them
+        scores[1::3, mine] -= 1
         return scores.topk(shape[1], dim=-1).indices.to(like.dtype)
     if not like.dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator).to(like.dtype)

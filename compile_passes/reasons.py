@@ -57,6 +57,7 @@ class Reason(StrEnum):
     GATHER_SHAPE = "gather_shape"
     COLLECTIVE_BETWEEN = "collective_between"
     EXPERTS_NOT_ROW_WISE = "experts_not_row_wise"
+    OTHER_RANK = "declined_on_another_rank"
     # policy
     SWITCHED_OFF = "switched_off"
     ROUNDING_DIFFERS = "rounding_differs"

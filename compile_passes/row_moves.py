@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from .roles import as_number, aten, bound_arguments, calls, is_tensor, prims, same_size, tensor
-from .rows import WITH_ROWS, NotRowWise, RowReading, TokenRows, alike, unit
+from .rows import WHOLE, WITH_ROWS, NotRowWise, RowReading, TokenRows, alike, unit
 from .rows import Arrangement as A
 
 _COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step, prims.iota.default)
@@ -114,7 +114,8 @@ def _matmul(reading: RowReading, node: Node) -> TokenRows:
         raise NotRowWise(node, "multiplies something else than rows by one matrix")
     if any(b in reading.known or tensor(b).ndim > 1 for b in bias):
         raise NotRowWise(node, "adds a matrix of all rows")
-    return replace(rows.plain(), zero=rows.zero if not bias else None)
+    by_choice = rows.arrangement in (A.CHOICES, A.SORTED)  # the columns of a token are choices, and this mixes them
+    return replace(rows.plain(), zero=rows.zero if by_choice and not bias else None)
 
 
 def _batched(reading: RowReading, node: Node) -> TokenRows:
@@ -157,19 +158,32 @@ def _argsort(reading: RowReading, node: Node) -> TokenRows:
 
 
 def _histogram(reading: RowReading, node: Node) -> TokenRows:
-    """How many choices each expert has: of values from 0 on, so that those of no expert here are the last."""
+    """How many choices each group has: its number is what the choices are sorted by, those of none here the last."""
     _, rows = reading.source(node)
     given = bound_arguments(node)
     bins = given.get("bins")
-    if rows.arrangement is not A.SORTED or rows.table is None or float(rows.table.min()) < 0:
-        raise NotRowWise(node, "counts something else than the experts of the sorted choices")
+    key = _sorted_by(reading, rows)
+    if key is None or rows.table is None or not torch.equal(rows.table.double(), key):
+        raise NotRowWise(node, "counts something else than what the choices are sorted by")
+    if float(key.min()) < 0 or not torch.equal(key, key.floor()):
+        raise NotRowWise(node, "counts values that are no numbers of groups")
     if not isinstance(bins, int) or given.get("min") != 0 or given.get("max") != bins - 1:
         raise NotRowWise(node, "counts into bins that are not one expert each")
     return TokenRows(A.COUNTS, rows.order)
 
 
+def _sorted_by(reading: RowReading, rows: TokenRows) -> torch.Tensor | None:
+    """By expert, the key of the sort whose order rows are in; None where they are in none."""
+    if rows.arrangement is not A.SORTED or rows.order is None:
+        return None
+    key = reading.known[rows.order.args[0]].table  # type: ignore[index]
+    return key.double() if key is not None else None
+
+
 def _cumulated(reading: RowReading, node: Node) -> TokenRows:
     _, rows = reading.source(node)
+    if rows.arrangement is A.COUNTS and tensor(node).dtype not in WHOLE:
+        raise NotRowWise(node, "sums counts in a dtype that does not hold them")
     if rows.arrangement is A.COUNTS and rows.zero is None:
         return replace(rows, zero=torch.zeros(0))  # sums of counts from now on
     return _along_columns(reading, node)

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from .provenance import label
 from .roles import CASTS, as_number, aten, calls, is_tensor, same_size, tensor
-from .rows import WITH_ROWS, NotRowWise, RowReading, TokenRows
+from .rows import WHOLE, WITH_ROWS, NotRowWise, RowReading, TokenRows
 from .rows import Arrangement as A
 
 #: Zero stays zero, in each place.
@@ -25,6 +25,8 @@ def pointwise(reading: RowReading, node: Node, sources: list[Node]) -> TokenRows
     arrangements = {(reading.known[n].arrangement, reading.known[n].order) for n in sources}
     if first.arrangement is A.COUNTS and not calls(node, *CASTS):
         raise NotRowWise(node, "changes the experts' counts")
+    if first.arrangement not in WITH_ROWS and calls(node, *CASTS) and tensor(node).dtype not in WHOLE:
+        raise NotRowWise(node, "casts places or counts to a dtype that does not hold them")
     if calls(node, *CASTS) and len(sources) == 1:
         return replace(first, table=_evaluated(reading, node))
     if first.arrangement is A.ORDER and calls(node, aten.floor_divide.default, aten.div.Tensor_mode):

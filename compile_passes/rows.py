@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -46,6 +47,8 @@ class Arrangement(Enum):
 
 A = Arrangement
 WITH_ROWS = (A.TOKENS, A.CHOICES, A.SORTED)
+#: Dtypes that hold places and counts as they are.
+WHOLE = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)

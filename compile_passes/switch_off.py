@@ -7,6 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from .match import Candidate, Site
+from .moe_sites import MoeSite
 from .reasons import Decline, Reason
 
 
@@ -28,7 +29,7 @@ def switch_off(candidates: Sequence[Candidate], *, fuse: bool, skip_sites: Colle
     return [_declined(c, off[c.site.index]) if c.site.index in off else c for c in candidates]
 
 
-def names_site(pattern: str, site: Site) -> bool:
+def names_site(pattern: str, site: Site | MoeSite) -> bool:
     """Whether a pattern names a site: by its module, or one around it, or by the end of its ``file:line``.
 
     ``model.layers.3``, ``*.o_proj``, ``model.py:120``, ``model.py:*``; ``*``, ``?`` and ``[...]`` as in file names.

@@ -38,8 +38,6 @@ from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
-from .compile_passes.moe_rewrite import dispatch_experts
-from .compile_passes.moe_sites import MoeSite
 from .compile_passes.named_ops import check_not_decomposed, ops_in
 from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.op_calls import op_names
@@ -62,10 +60,11 @@ from .compile_passes.verify import verify
 from .compile_passes.waits import settle_waits
 from .installed import versions
 from .keywords import OptionKeywords
+from .moe_agree import dispatch_where_agreed
 from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.errors import HazardError, OptionsError
-from .runtime.groups import Group, same_groups
+from .runtime.groups import same_groups
 from .runtime.hazards.situation import Situation
 from .runtime.replay.outer import guarded, with_seams
 from .runtime.replay.program import Padding, SizeRule
@@ -196,7 +195,7 @@ class Backend(OneObject):
         numbers = take_returned_numbers(gm)
         if options.capture_sizes:
             settle_waits(gm)
-        moe_sites = self._dispatch(gm, groups, device)
+        moe_sites = dispatch_where_agreed(gm, groups, channels, device, options)
         candidates = self._find(gm, device)
         absent = why_no_all_reduce(gm) if not candidates and not moe_sites else None
         sizes = self._sizes(gm, candidates, static)
@@ -266,6 +265,7 @@ class Backend(OneObject):
             pads is not None,
             self._unmatched(),
             outer,
+            moe_sites,
         )
         self._report(
             CompileReport(
@@ -299,18 +299,6 @@ class Backend(OneObject):
     def _unmatched(self) -> dict[str, list[str]]:
         """Ops that options name and that no graph had so far."""
         return {o: [name for name in names if name not in self._seen_ops] for o, names in self._named_ops.items()}
-
-    def _dispatch(self, gm: GraphModule, groups: Mapping[str, Group], device: torch.device) -> list[MoeSite]:
-        options = self.options
-        return dispatch_experts(
-            gm,
-            groups,
-            device,
-            rewrite=options.moe_dispatch,
-            experts_ops=options.experts_ops,
-            strict=options.numerics == "strict",
-            verify=options.verify,
-        )
 
     def _find(self, gm: GraphModule, device: torch.device) -> list[Candidate]:
         options = self.options

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .compile_passes.assignment import Assignment
-from .compile_passes.match import Candidate
+from .compile_passes.match import Candidate, Site
+from .compile_passes.moe_sites import MoeSite
 from .compile_passes.outer import OuterCapture
 from .compile_passes.switch_off import names_site
 from .options import Options
@@ -43,6 +44,7 @@ class Outcome:
     pads: bool
     unmatched: Mapping[str, Sequence[str]]
     outer: OuterCapture = field(default_factory=OuterCapture)
+    moe_sites: Sequence[MoeSite] = ()
 
 
 def notes(options: Options, outcome: Outcome) -> Iterator[str]:
@@ -57,14 +59,14 @@ def notes(options: Options, outcome: Outcome) -> Iterator[str]:
 
 
 def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
-    sites = [c.site for c in outcome.candidates]
+    sites: list[Site | MoeSite] = [*(c.site for c in outcome.candidates), *outcome.moe_sites]
     there = {site.group for site in sites}
     if outcome.absent is not None:
         yield outcome.absent
     elif unknown := [n for n in options.groups or () if not same_groups(filter(None, there), [n])]:
-        yield f"option groups names {unknown}, and the graph all-reduces over {sorted(map(str, there))}"
+        yield f"option groups names {unknown}, and the graph's sites are over {sorted(map(str, there))}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
-        yield f"skip_sites names {', '.join(idle)}: no all-reduce of this graph has such a module or source"
+        yield f"skip_sites names {', '.join(idle)}: no site of this graph has such a module or source"
     fused = any(c.fuses for c in outcome.candidates)
     if not fused and (meaningless := _about_fused_sites(options)):
         yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"

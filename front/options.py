@@ -61,7 +61,7 @@ class Options:
     valid names or values. Lists become tuples, names of ops mappings.
 
     fuse: False leaves every all-reduce as it is; the graph is still split, captured and watched.
-    skip_sites: all-reduces to leave as they are: paths of their ``nn.Module`` or of one around it
+    skip_sites: all-reduces, and MoE sites, to leave as they are: paths of their ``nn.Module`` or of one around it
         (``"model.layers.3"``, ``"*.o_proj"``), or their source (``"model.py:120"``), with ``*`` as in file names.
     collective: who carries out a fused all-reduce. ``"auto"`` takes the best that can run here.
         The reasons are in the report.
@@ -78,7 +78,8 @@ class Options:
     piece_compiler: ``"inductor"``, or ``"eager"`` to run the ATen graph as it is.
     numerics: ``"kernel"`` fuses also where the source rounds at another place than the fused op
         and notes it; ``"strict"`` declines those sites.
-    verify: run every rewrite against what it replaces, on generated inputs, before it is accepted.
+    verify: run every rewrite against what it replaces, on generated inputs, before it is accepted. It declines sites,
+        and accepts none that would be declined without it.
     check_parts: compare the cut graph, whose parts write in place, with the functional graph that it was made of, value
         by value, before it is used.
     max_tokens: the largest token count that a fused kernel's workspace is made for; no capture
@@ -89,7 +90,8 @@ class Options:
         or to a :class:`ringfence.AllReduceOp` that says which argument is what. Such an op sums one tensor over the
         ranks, unless an argument ``op`` or ``reduce_op`` says otherwise.
     moe_dispatch: send tokens only to the ranks of their experts: a gather of hidden states, experts' ids and weights,
-        the experts of this rank and a reduce-scatter become a dispatch and a combine, where that is shown to be exact.
+        the experts of this rank and a reduce-scatter become a dispatch and a combine, where all ranks of the group show
+        that to be exact from the graph. Collectives that ``split_ops`` names stay. Not beside ``deterministic``.
         Not measured on GPUs yet, so it is off.
     experts_ops: an engine's own kernels of experts, which take each row by itself, and leave out (as zeros) what asks
         for experts of other ranks. Their tensors of tokens are ``[tokens, ...]``.
@@ -99,7 +101,7 @@ class Options:
         what is added to the weight (1.0 for Gemma's), or to a :class:`ringfence.NormOp`. Without one, they take
         ``(x, [residual], weight, eps)``, or write ``out``
         or ``x`` and ``residual`` in place. An op that is only called like one is run on generated inputs first.
-    groups: names of the process groups to fuse over; None means all.
+    groups: names of the process groups to fuse over, and to rewrite MoE sites of; None means all.
     graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs, and nothing elsewhere. ``"simulated"`` is for
         tests: it keeps the rules of a capture on any device, and is no faster.
     pad_to_capture_size: serve a size between two captured ones by the larger, with zero rows. Only
@@ -320,6 +322,8 @@ def _check_together(options: Options) -> None:
             f"outer_capture=True says that the caller captures, and capture_sizes={list(options.capture_sizes)} "
             "that ringfence does; leave one out"
         )
+    if options.moe_dispatch and options.deterministic:
+        raise OptionsError("deterministic=True is not promised of what moe_dispatch=True rewrites: leave one out")
     if options.deterministic and options.max_tokens is None:
         raise OptionsError("deterministic=True needs max_tokens: the largest token count that you will send")
     ways = [one.name for one in table.ALL]

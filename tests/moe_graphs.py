@@ -58,22 +58,30 @@ class Layer(torch.nn.Module):
         group: Any = None,
         dtype: torch.dtype = torch.bfloat16,
         experts: Any = None,
+        k: int = K,
     ) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(1)
         self.gate = torch.nn.Parameter((torch.randn(E, H, generator=g) / 4).to(dtype))
         self.experts = experts if experts is not None else Experts(form, rank, ranks, dtype)
-        self.group = group if group is not None else dist.group.WORLD
+        self.group, self.k = group if group is not None else dist.group.WORLD, k
 
     def route(self, x: Tensor, lean: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         scores = torch.softmax((x @ self.gate.t()).float() + lean, -1)
-        weights, ids = scores.topk(K, -1)
+        weights, ids = scores.topk(self.k, -1)
         return ids, (weights / weights.sum(-1, keepdim=True) * live).to(x.dtype)
 
     def forward(self, x: Tensor, lean: Tensor, live: Tensor) -> Tensor:
         ids, weights = self.route(x, lean, live)
         rows = (funcol.all_gather_tensor(t, 0, self.group) for t in (x, ids, weights))
         return x + funcol.reduce_scatter_tensor(self.experts(*rows), "sum", 0, self.group)
+
+    def excess(self, result: Tensor, x: Tensor, lean: Tensor, live: Tensor) -> float:
+        """The largest |result - reference| in units of rounding; the reference sums over the ranks in float32."""
+        rows = [funcol.all_gather_tensor(t, 0, self.group) for t in (x, *self.route(x, lean, live))]
+        y = funcol.reduce_scatter_tensor(self.experts(*rows).float(), "sum", 0, self.group)
+        rounding = torch.finfo(x.dtype).eps * (x.float().abs() + y.abs()) + 1e-30
+        return float(((result.float() - (x.float() + y)).abs() / rounding).max())
 
 
 def given(tokens: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,6 +70,7 @@ def test_options_by_place_and_the_class_in_place_of_an_instance() -> None:
         ({"fuse": 0}, ["fuse=0", "bool"]),
         ({"skip_sites": "model.layers.3"}, ["skip_sites", "list"]),
         ({"fuse": False, "deterministic": True, "max_tokens": 8}, ["fuse=False", "deterministic=True"]),
+        ({"moe_dispatch": True, "deterministic": True, "max_tokens": 8}, ["moe_dispatch=True", "deterministic=True"]),
         ({"fuse": False, "collective": "trtllm"}, ["fuse=False", "collective='trtllm'", "leave it out"]),
         ({"fuse": False, "skip_sites": ["a"], "verify": True}, ["skip_sites=('a',)", "verify=True", "leave them out"]),
     ],
