@@ -77,6 +77,14 @@ def is_write_back(node: Node) -> bool:
     return calls(node, aten.copy_.default) and target is not None and target.op == "placeholder"
 
 
+def return_inputs_themselves(gm: GraphModule) -> None:
+    """An input that is written and returned is returned itself, where AOT returns the copy into it."""
+    for copy in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        target = first_node(copy)
+        if is_write_back(copy) and target is not None:
+            copy.replace_all_uses_with(target)
+
+
 def written_inputs(gm: GraphModule) -> frozenset[int]:
     """The indices of the inputs that a functional graph writes into."""
     placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}

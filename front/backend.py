@@ -30,7 +30,7 @@ from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import judge_with_facts
 from .compile_passes.find import find
-from .compile_passes.functional import written_inputs
+from .compile_passes.functional import return_inputs_themselves, written_inputs
 from .compile_passes.fuse import fuse
 from .compile_passes.graph_inputs import check_not_empty, needs_grad, specialise_floats, static_inputs
 from .compile_passes.groups import collectives_of, describe_groups, groups_of
@@ -191,6 +191,7 @@ class Backend(OneObject):
         dump_graph("captured", gm)
 
         name_inputs(gm, names)
+        return_inputs_themselves(gm)
         merge_repeats(gm)
         numbers = take_returned_numbers(gm)
         if options.capture_sizes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import ringfence
@@ -217,3 +218,29 @@ def test_the_token_count_is_not_that_of_a_cache() -> None:
     assert (
         "the token count is the first dimension of input 'l_x', as no all-reduce tells it" in backend.reports[0].notes
     )
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("sizes", [(), (2,)], ids=["uncaptured", "captured"])
+def test_a_cache_that_a_graph_allocates_keeps_its_count(sizes: tuple[int, ...]) -> None:
+    """Its count of tokens is an input that is written and returned: AOT returns the copy into it."""
+    from transformers import LlamaConfig, StaticCache
+
+    config = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+
+    def step(x: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        key, value = cache.update(x, x * 2, 0)
+        y = x + 1
+        dist.all_reduce(y)
+        return y + key.sum(), value
+
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=sizes, graphs="simulated")
+    compiled = torch.compile(step, backend=backend, dynamic=True)
+    x = torch.randn(1, 1, 2, 8)
+    ours, theirs = (StaticCache(config=config, max_cache_len=4) for _ in range(2))
+    with torch.no_grad():
+        for got, want in zip(compiled(x, ours), step(x, theirs), strict=True):
+            torch.testing.assert_close(got, want)
+    mine, other = (cache.layers[0] for cache in (ours, theirs))
+    torch.testing.assert_close(mine.keys, other.keys)
+    assert int(mine.cumulative_length) == int(other.cumulative_length) == 2
