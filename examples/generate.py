@@ -56,6 +56,7 @@ def main() -> None:
 
     if dist.get_rank() == 0:
         print("tokens:", tokens[0].tolist())
+        print(model.ringfence.reports[0].summary)
         print(model.ringfence)
     model.ringfence.close()
     ringfence.close_workspaces(dist.group.WORLD)

@@ -19,6 +19,7 @@ from .runtime.collectives.ready import situation_of
 from .runtime.collectives.size_table import SizeRow
 from .runtime.errors import CollectiveUnavailableError, OptionsError
 from .runtime.hazards.situation import Collective, Situation, Strategy
+from .runtime.protocol.plan import OWN
 from .runtime.protocol.rules import NEWEST_READ
 from .runtime.versions import in_range
 
@@ -166,7 +167,7 @@ def _unsupported(flashinfer: str) -> str | None:
 
 def uses_flashinfer(collective: str) -> bool:
     """Whether its kernels are a release of FlashInfer's."""
-    return collective not in (Collective.RINGFENCE, Collective.NCCL, Collective.REFERENCE)
+    return collective not in (*OWN, Collective.NCCL, Collective.REFERENCE)
 
 
 def _has_kernels(collective: str) -> bool:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ from ringfence.commands.terminal import FAILED, OK, USAGE
 from ringfence.runtime.errors import OptionsError
 
 CHECK = ("check", "--collective", "mnnvl", "--flashinfer", "0.6.10", "--tp", "2", "--layers", "2", "--pieces", "2")
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C, and so would the tests and what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def started(*arguments: str, **more: object) -> subprocess.Popen[str]:

@@ -129,6 +129,7 @@ _COMMON = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a thousand programs: fewer do not meet all reasons
 @pytest.mark.usefixtures("stand_in_reference")
 def test_no_neighbourhood_changes_its_answer() -> None:
     """And they are worth drawing: neither all declined nor all fused, and declined for many reasons."""
