@@ -16,45 +16,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from . import environment
-from .targets import Target, moved, resolve, version_of
-
-#: Releases of SGLang whose functions were read and compared with the targets below.
-TESTED = ("0.5.23",)
-
-_FUSION = "sglang.srt.layers.flashinfer_comm_fusion"
-_GRAPHS = "sglang.srt.model_executor.runner_backend"
-_FUSED = Target(
-    f"{_FUSION}.flashinfer_allreduce_residual_rmsnorm",
-    "input_tensor, residual, weight, eps=1e-06, max_token_num=2048, use_oneshot=None, "
-    "trigger_completion_at_end=False, fp32_acc=True, use_attn_tp_group=True",
-)
-_PREPARE = Target(f"{_FUSION}.pre_initialize_workspaces", "max_token_num, hidden_dim, dtype, use_oneshot=None")
-GROUP = Target(f"{_FUSION}.resolve_fusion_group", "*, use_attn_tp_group")
-PARALLEL = Target("sglang.srt.runtime_context.get_parallel", "")
-_REGISTER = Target(
-    "sglang.srt.plugins.hook_registry.HookRegistry.register",
-    "target, hook, hook_type=<HookType.AFTER: 'after'>, *, source=None",
-)
-_SEAM = Target(  # called by runtime/seams.py
-    "sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph.eager_on_graph",
-    "fn=None, capture_stub=None, *, enable=None",
-)
-_REPLAYS = tuple(
-    Target(f"{_GRAPHS}.{module}.{name}.replay", "self, shape_key, static_forward_batch, **kwargs")
-    for module, name in (
-        ("full_cuda_graph_backend", "FullCudaGraphBackend"),
-        ("breakable_cuda_graph_backend", "BreakableCudaGraphBackend"),
-    )
-)
-#: What each mode calls or replaces.
-TARGETS: Mapping[str, tuple[Target, ...]] = {
-    "fuse": (_REGISTER, PARALLEL, GROUP, _SEAM, _PREPARE, _FUSED, *_REPLAYS),
-    "guard": (_REGISTER, PARALLEL, *_REPLAYS),
-}
+from .sglang_targets import FUSED, PREPARE, REPLAYS, TARGETS, TESTED, Settings
+from .targets import moved, resolve, version_of
 
 _MODES = {"1": "fuse", "fuse": "fuse", "guard": "guard"}
 _OF_PREPARE = ("collective", "transport", "size_table", "on_hazard")
@@ -62,15 +27,6 @@ _OF_WATCH = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir", "check
 _OF_BOTH = ("agree_seconds",)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the environment asks for. mode: of :data:`TARGETS`; prepare, watch: options of these functions."""
-
-    mode: str
-    prepare: Mapping[str, Any] = field(default_factory=dict)
-    watch: Mapping[str, Any] = field(default_factory=dict)
 
 
 def register() -> None:
@@ -97,11 +53,11 @@ def register() -> None:
     from .sglang_hooks import Adapter
 
     adapter = registry.ringfence = Adapter(settings)
-    for target in _REPLAYS:
+    for target in REPLAYS:
         registry.register(target.path, adapter.replay, kinds.AROUND)
     if settings.mode == "fuse":
-        registry.register(_PREPARE.path, adapter.pre_initialize_workspaces, kinds.REPLACE)
-        registry.register(_FUSED.path, adapter.all_reduce_residual_rms_norm, kinds.REPLACE)
+        registry.register(PREPARE.path, adapter.pre_initialize_workspaces, kinds.REPLACE)
+        registry.register(FUSED.path, adapter.all_reduce_residual_rms_norm, kinds.REPLACE)
 
 
 def settings_of(given_by: Mapping[str, str]) -> Settings:

@@ -18,7 +18,7 @@ from ..runtime.groups import group_exists, register_group
 from ..runtime.seams import run_between
 from ..runtime.watch.steps import Watch
 from ..watching import watch
-from .sglang import GROUP, PARALLEL, TESTED, Settings
+from .sglang_targets import GROUP, PARALLEL, TESTED, Settings
 from .targets import resolve, version_of
 
 _log = logging.getLogger(__name__)
