@@ -57,6 +57,10 @@ _ALIKE = {
 }
 
 
+#: A thread of somebody's tracker, as ``nccl#2389``.
+_THREAD = re.compile(r"[\w./-]*#\d+")
+
+
 @dataclass(frozen=True)
 class Fit:
     """A row, and how much of what was asked it says: 1 for the best."""
@@ -68,15 +72,13 @@ class Fit:
 def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Fit, ...]:
     """The rows that fit best, best first; none where no word is known.
 
-    A thread (``V#51513``, ``nccl#2389``) is looked up among the sources instead.
+    A thread (``V#51513``, ``nccl#2389``) is looked up among the sources instead; one that no row has says nothing.
     """
-    if threads := re.findall(r"[\w./-]*#\d+", text):
-        named = [h for h in hazards if any(_names(h, thread) for thread in threads)]
-        if named:
-            return tuple(Fit(hazard, 1.0) for hazard in named)
+    if named := _that_name_a_thread(text, hazards):
+        return tuple(Fit(hazard, 1.0) for hazard in named)
     documents = {h.id: _words_of(h) for h in hazards}
     rare = Counter(word for words in documents.values() for word in words)
-    asked = Counter(words(text))
+    asked = Counter(words(_THREAD.sub(" ", text)))
     scores = {
         h.id: sum(
             documents[h.id].get(word, 0.0) * math.log(1 + len(hazards) / rare[word]) for word in asked if word in rare
@@ -93,10 +95,9 @@ def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Fit, ...]:
 
 def count_fitting(text: str, hazards: Sequence[Hazard] = HAZARDS) -> int:
     """How many rows have a word of the text, or its thread; :func:`search` gives the best of them."""
-    threads = re.findall(r"[\w./-]*#\d+", text)
-    if named := [h for h in hazards if any(_names(h, thread) for thread in threads)]:
+    if named := _that_name_a_thread(text, hazards):
         return len(named)
-    asked = set(words(text))
+    asked = set(words(_THREAD.sub(" ", text)))
     return sum(not asked.isdisjoint(_words_of(h)) for h in hazards)
 
 
@@ -129,6 +130,11 @@ def _words_of(hazard: Hazard) -> dict[str, float]:
             for word in words(str(name).replace("_", " ")):
                 found.setdefault(word, 1.0)
     return found
+
+
+def _that_name_a_thread(text: str, hazards: Sequence[Hazard]) -> list[Hazard]:
+    threads = _THREAD.findall(text)
+    return [h for h in hazards if any(_names(h, thread) for thread in threads)]
 
 
 def _names(hazard: Hazard, thread: str) -> bool:
