@@ -145,9 +145,7 @@ def _gather_form(
     if decline is not None:
         return MoeCandidate(replace(site, decline=decline), None)
     ((ids, num_experts),) = experts.items()
-    match = MoeMatch(
-        scatter, next(iter(scatter.users)), gathers, ids, region, partial, groups[str(name)], num_experts
-    )  # fmt: skip
+    match = MoeMatch(scatter, next(iter(scatter.users)), gathers, ids, region, partial, groups[str(name)], num_experts)
     if match.group.size > 2:  # of two, the one addition is rounded once whoever does it
         site = replace(site, roundings=(Rounding.COMBINE,))
         if strict:
@@ -238,9 +236,7 @@ def _shape_of_site(
     return _closed(scatter, partial, gathers, region)
 
 
-def _closed(
-    scatter: Node, partial: Node, gathers: tuple[Node, ...], region: tuple[Node, ...]
-) -> Decline | None:  # fmt: skip
+def _closed(scatter: Node, partial: Node, gathers: tuple[Node, ...], region: tuple[Node, ...]) -> Decline | None:
     """Why something else than the sum depends on the gathered rows, or the experts do something besides."""
     inside = {*region, scatter}
     if len(scatter.users) != 1 or not calls(next(iter(scatter.users)), c10d.wait_tensor.default):

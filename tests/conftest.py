@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import engine_ops
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-seconds", type=float, default=60.0, help="how long tests/faults/test_soak.py runs")
     parser.addoption("--fuzz-seed", type=int, default=1, help="the first of the programs of tests/fuzz")
     parser.addoption("--fuzz-programs", type=int, default=60, help="how many programs of tests/fuzz, at most")
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[None]:
+    """Ops with the names and schemas of the engines'."""
+    libraries = engine_ops.define()
+    yield
+    for library in libraries:
+        library._destroy()
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from support import save_tiny_model
+
 LAYERS = 2
 PROMPT, NEW = 8, 12
 #: The window is shorter than what is generated, so that it fills and slides.
@@ -34,29 +36,8 @@ EXPERT_PARALLEL = ("gpt_oss",)
 
 
 def save(folder: Path, kind: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=128,
-        max_position_embeddings=128,
-        bos_token_id=2,
-        eos_token_id=None,
-        pad_token_id=0,
-        **ARCHITECTURES[kind],
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # a norm of ones would hide a lost weight
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    model.save_pretrained(folder / kind)
+    tokens = {"max_position_embeddings": 128, "bos_token_id": 2, "eos_token_id": None, "pad_token_id": 0}
+    save_tiny_model(folder / kind, kind, num_hidden_layers=LAYERS, **tokens, **ARCHITECTURES[kind])
 
 
 def load(folder: Path, kind: str) -> Any:

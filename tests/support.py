@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,6 +148,27 @@ def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = 6
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
     assert not errors, "\n".join(errors)
     return results
+
+
+def save_tiny_model(folder: Path, kind: str, **sizes: Any) -> None:
+    """A Hugging Face model of this type with random weights, into ``folder``. sizes: beside or instead of the usual."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    usual: dict[str, Any] = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+        max_position_embeddings=64,
+    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **usual | sizes))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # a norm of ones would hide a lost weight
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model.save_pretrained(folder)
 
 
 def fork_server() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import engine_ops
@@ -25,12 +25,7 @@ H = 16
 Sum = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def engines() -> Iterator[None]:
-    libraries = engine_ops.define()
-    yield
-    for library in libraries:
-        library._destroy()
+pytestmark = pytest.mark.usefixtures("engines")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from support import run_ranks
+from support import run_ranks, save_tiny_model
 
 LAYERS = 2
 SIZES = (1, 4, 8)
@@ -27,27 +27,8 @@ SITES_OUTSIDE_LAYERS = {"gemma2": ["model.embed_tokens"]}
 
 
 def save_models(folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     for kind, extra in ARCHITECTURES.items():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            kind,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=128,
-            max_position_embeddings=64,
-            **extra,
-        )
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if "norm" in name:  # a norm of ones would hide a lost weight
-                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-        model.save_pretrained(folder / kind)
+        save_tiny_model(folder / kind, kind, num_hidden_layers=LAYERS, **extra)
 
 
 def run_models(rank: int, folder: Path) -> dict[str, dict[str, Any]]:

@@ -34,12 +34,7 @@ MODES = tuple(hooked.TARGETS)
 ALL_TARGETS = tuple(dict.fromkeys(t for targets in hooked.TARGETS.values() for t in targets))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def engines() -> Iterator[None]:
-    libraries = engine_ops.define()
-    yield
-    for library in libraries:
-        library._destroy()
+pytestmark = pytest.mark.usefixtures("engines")
 
 
 @pytest.fixture

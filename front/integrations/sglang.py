@@ -22,9 +22,7 @@ from .sglang_targets import FUSED, PREPARE, REPLAYS, TARGETS, TESTED, Settings
 from .targets import moved, resolve, version_of
 
 _MODES = {"1": "fuse", "fuse": "fuse", "guard": "guard"}
-_OF_PREPARE = ("collective", "transport", "size_table", "on_hazard")
-_OF_WATCH = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir", "check_every_step")
-_OF_BOTH = ("agree_seconds",)
+_OF_PREPARE = ("collective", "transport", "size_table", "on_hazard", "agree_seconds")
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +60,14 @@ def register() -> None:
 
 def settings_of(given_by: Mapping[str, str]) -> Settings:
     """What is asked for. Raises :class:`OptionsError`."""
+    from ..keywords import WatchKeywords
     from ..options import Options
     from ..runtime.errors import OptionsError
 
     asked, given = environment.asked_in(given_by, tuple(_MODES))
     mode = _MODES[asked]
-    known = (*_OF_WATCH, *_OF_BOTH, *(_OF_PREPARE if mode == "fuse" else ()))
+    of_watch = tuple(WatchKeywords.__annotations__)
+    known = tuple(dict.fromkeys((*of_watch, *(_OF_PREPARE if mode == "fuse" else ()))))
     if unknown := [name for name in given if name not in known]:
         raise OptionsError(
             f"RINGFENCE_OPTIONS holds {', '.join(unknown)}; with RINGFENCE={mode} it takes {', '.join(known)}"
@@ -75,6 +75,5 @@ def settings_of(given_by: Mapping[str, str]) -> Settings:
     if given.get("on_hazard") == "clean":
         raise OptionsError("on_hazard='clean' rewrites a graph, and SGLang has none; use 'split', 'refuse' or 'raise'")
     Options.parse(given)
-    parts = (tuple(n for n in names if n in given) for names in ((*_OF_PREPARE, *_OF_BOTH), (*_OF_WATCH, *_OF_BOTH)))
-    of_prepare, of_watch = ({name: given[name] for name in names} for names in parts)
-    return Settings(mode, of_prepare, of_watch)
+    prepare, watch = ({name: given[name] for name in names if name in given} for names in (_OF_PREPARE, of_watch))
+    return Settings(mode, prepare, watch)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ...keywords import WatchKeywords
 from ...options import Options
 from ...runtime.errors import OptionsError
 from .. import environment
@@ -15,7 +16,7 @@ MODES = ("pass", "backend", "guard")
 #: In ``additional_config``.
 KEY = "ringfence"
 
-WATCH = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir", "agree_seconds", "check_every_step")
+WATCH = tuple(WatchKeywords.__annotations__)
 PREPARE = ("collective", "transport", "size_table", "max_tokens", "on_hazard", "agree_seconds")
 FIND = ("numerics", "skip_sites", "norm_ops")
 #: Of the backend, these are vLLM's to say, or cannot be written as JSON.
@@ -47,14 +48,7 @@ class Request:
 
     def for_config(self) -> dict[str, Any]:
         """As it stands in ``additional_config``."""
-        return {
-            "mode": self.mode,
-            "options": dict(self.options),
-            "digest": self.digest,
-            "sizes": list(self.sizes),
-            "up_to": self.up_to,
-            "prepared": self.prepared,
-        }
+        return asdict(self) | {"sizes": list(self.sizes)}
 
     @property
     def fuses(self) -> bool:
@@ -98,7 +92,7 @@ def of_config(vllm_config: Any) -> Request | None:
     if isinstance(given, str):
         given = {"mode": given}
     where = f"additional_config['{KEY}']"
-    known = ("mode", "options", "digest", "sizes", "up_to", "prepared")
+    known = [one.name for one in fields(Request)]
     if not isinstance(given, Mapping) or any(key not in known for key in given):
         raise OptionsError(f"{where} is {given!r}; it is a mode, or {{'mode': ..., 'options': {{...}}}}")
     asked = _checked(given.get("mode"), given.get("options", {}), f"{where}['mode']", f"{where}['options']")
