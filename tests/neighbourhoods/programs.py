@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, TypeVar
 
 import torch
-from hypothesis import strategies as st
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Program:
     def __repr__(self) -> str:
         """Only what differs from the plainest program: failures are read by people."""
         blocks = ", ".join(f"Block({_differences(b)})" for b in self.blocks)
-        rest = _differences(dataclasses.replace(self, blocks=Program.blocks))
+        rest = _differences(replace(self, blocks=Program.blocks))
         return f"Program(({blocks},), {rest})"
+
+
+_Value = TypeVar("_Value", Block, Program)
 
 
 def _differences(value: Any) -> str:
@@ -73,7 +76,7 @@ def _differences(value: Any) -> str:
 _VIEWS = ("to_3d", "to_2d", "unsqueeze", "unsqueeze_squeeze", "copy", "clone", "alias", "reshape_back", "rounded")
 
 #: For each field: choices that usually leave a site fusable, choices that usually do not, and how many
-#: times likelier the former are. The first is what Hypothesis shrinks to.
+#: times likelier the former are.
 _BLOCK: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]] = {
     "input": (("fresh", "previous"), (), 1),
     "layout": (("plain", "scaled"), ("transposed", "sliced", "expanded"), 6),
@@ -202,22 +205,41 @@ def _pool(choices: tuple[Sequence[Any], Sequence[Any], int]) -> list[Any]:
     return [*list(usual) * max(1, -(-weight * len(odd) // len(usual))), *odd]
 
 
-def _draw(table: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]]) -> dict[str, st.SearchStrategy[Any]]:
-    return {name: st.sampled_from(_pool(choices)) for name, choices in table.items()}
+def _draw(table: Mapping[str, tuple[Sequence[Any], Sequence[Any], int]], random: Random) -> dict[str, Any]:
+    return {name: random.choice(_pool(choices)) for name, choices in table.items()}
 
 
 _CHAIN_LENGTHS, _READER_COUNTS, _BLOCK_COUNTS = (0, 0, 0, 1, 2), (0, 0, 1, 1, 2, 3), (1, 1, 2, 3)
 
-_chains = st.sampled_from(_CHAIN_LENGTHS).flatmap(lambda n: st.tuples(*[st.sampled_from(_VIEWS)] * n))
 
-_readers = st.sampled_from(_READER_COUNTS).flatmap(
-    lambda n: st.lists(st.sampled_from(_READERS), min_size=n, max_size=n, unique=True).map(tuple)
-)
+def _block(random: Random) -> Block:
+    after, before = (tuple(random.choices(_VIEWS, k=random.choice(_CHAIN_LENGTHS))) for _ in range(2))
+    readers = tuple(random.sample(_READERS, random.choice(_READER_COUNTS)))
+    return Block(after_reduce=after, before_norm=before, readers=readers, **_draw(_BLOCK, random))
 
-blocks = st.builds(Block, after_reduce=_chains, before_norm=_chains, readers=_readers, **_draw(_BLOCK))
 
-programs = st.builds(
-    Program,
-    blocks=st.sampled_from(_BLOCK_COUNTS).flatmap(lambda n: st.tuples(*[blocks] * n)),
-    **_draw(_PROGRAM),
-)
+def draw(random: Random) -> Program:
+    """Each choice for itself, so that few programs meet many pairs of choices."""
+    blocks = tuple(_block(random) for _ in range(random.choice(_BLOCK_COUNTS)))
+    return Program(blocks, **_draw(_PROGRAM, random))
+
+
+def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
+    """Drop blocks and make choices plain while ``fails`` holds, until nothing more can go."""
+    smaller = next((p for p in _smaller(program) if fails(p)), None)
+    return program if smaller is None else shrink(smaller, fails)
+
+
+def _smaller(program: Program) -> Iterator[Program]:
+    for i, block in enumerate(program.blocks):
+        before, after = program.blocks[:i], program.blocks[i + 1 :]
+        if before or after:
+            yield replace(program, blocks=before + after)
+        yield from (replace(program, blocks=(*before, b, *after)) for b in _plainer(block))
+    yield from (p for p in _plainer(program) if p.blocks == program.blocks)
+
+
+def _plainer(value: _Value) -> Iterator[_Value]:
+    for field in dataclasses.fields(value):
+        if getattr(value, field.name) != field.default:
+            yield replace(value, **{field.name: field.default})
