@@ -33,7 +33,7 @@ demo-moe: $(VENV)/.ready
 	$(PYTHON) examples/demo_moe.py
 
 test: $(VENV)/.ready
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # On a machine with a GPU. RINGFENCE_KERNELS: the folder that tests/gpu/build_kernels.py wrote to.
 gpu-test: $(VENV)/.ready

@@ -6,6 +6,7 @@ import engine_ops
 import pytest
 import torch
 import torch.distributed as dist
+from grouping import pytest_collection_modifyitems as pytest_collection_modifyitems
 
 from support import start_fake_group
 
