@@ -328,7 +328,7 @@ def _linked(ranks: Sequence[RankFacts]) -> str:
 
 def _copies(count: int) -> tuple[tuple[bool | None, ...], ...]:
     if count < 2:
-        raise _Absent("there are not two devices")
+        raise _Absent(f"there is nothing to copy between: {'one device' if count else 'no device'}")
     found = try_all(count)
     return tuple(tuple(found.get((of, to)) for to in range(count)) for of in range(count))
 

@@ -240,12 +240,32 @@ def test_copies_that_are_lost_make_a_machine_ill(
         out = capsys.readouterr().out
         assert "linked by: NVSwitch" in out
         assert (
-            "copies between them: LOST 1 to 0 (of 2)" in out and "applies to: copies from device 1 to device 0" in out
+            "copies between devices: LOST 1 to 0 (of 2)" in out and "applies to: copies from device 1 to device 0" in out
             if lost
-            else "copies between them: all 2 arrive" in out and "M51" not in out
+            else "copies between devices: all 2 arrive" in out and "M51" not in out
         )
     assert main(["doctor", "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["copies"] == {"value": None, "why": "not tried: --copies"}
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [
+        (0, "not tried: there is nothing to copy between: no device"),
+        (1, "not tried: there is nothing to copy between: one device"),
+        (2, "not tried: no device reaches another's memory (peer access)"),
+    ],
+)
+def test_copies_that_were_asked_for_and_cannot_be_tried_are_no_fault_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int, says: str
+) -> None:
+    _pretend(monkeypatch, None)
+    monkeypatch.setattr(doctor, "nccl_version", lambda: None)
+    monkeypatch.setattr(doctor, "_devices", lambda: (_made_up().devices.value or ())[:count])
+    monkeypatch.setattr(doctor, "probe", lambda device: FACTS)
+    monkeypatch.setattr(doctor, "try_all", lambda count: {})
+    assert main(["doctor", "--copies"]) == OK
+    assert f"copies between devices: {says}" in capsys.readouterr().out.splitlines()
 
 
 def test_what_may_go_wrong_is_said_with_its_remedy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,5 @@ def test_example(name: str) -> None:
     assert ran.returncode == 0, ran.stderr[-3000:]
     for text in expected:
         assert text in ran.stdout, ran.stdout[-3000:]
+    said = [line for line in ran.stderr.splitlines() if line.startswith("ringfence: rank")]
+    assert all(len(re.findall(r"call 5 of group", line)) == 1 for line in said) and len(said) in (0, 4), said

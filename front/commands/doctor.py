@@ -89,8 +89,8 @@ def as_text(facts: Facts) -> str:
         if facts.links.value is None:
             lines.append(f"NVLinks: {facts.links}")
         lines.append(f"linked by: {facts.topology}")
-        if facts.copies.value is not None or facts.copies.why != NOT_TRIED:
-            lines.append(f"copies between them: {_copies(facts)}")
+    if facts.copies.value is not None or facts.copies.why != NOT_TRIED:
+        lines.append(f"copies between devices: {_copies(facts)}")
     lines += ["", tabulate([(s.name, s.seen) for s in facts.machine], tablefmt="plain", disable_numparse=True)]
     lines += [line for sight in facts.machine for line in _concern(sight)]
     lines += ["", 'collective="auto" would choose']
@@ -133,10 +133,12 @@ def _device_rows(facts: Facts) -> list[dict[str, Any]]:
 
 def _copies(facts: Facts) -> str:
     if facts.copies.value is None:
-        return str(facts.copies)
+        return f"not tried: {facts.copies.why}"
     pairs = [(of, to, arrived) for of, row in enumerate(facts.copies.value) for to, arrived in enumerate(row)]
     lost = [f"{of} to {to}" for of, to, arrived in pairs if arrived is False]
     tried = sum(arrived is not None for *_, arrived in pairs)
+    if not tried:
+        return "not tried: no device reaches another's memory (peer access)"
     return f"LOST {', '.join(lost)} (of {tried})" if lost else f"all {tried} arrive"
 
 

@@ -57,16 +57,14 @@ class Finding:
     remedy: str = ""
 
 
-def where(position: Position) -> str:
-    """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``."""
+def where(position: Position, said: Calls | None = None) -> str:
+    """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``. said: a call that is not repeated."""
     if position.step < 0:
         return "no step yet"
     text = f"step {position.step} of {sizes_text(position.sizes)}" + f" of {position.graph}" * bool(position.graph)
     if position.piece is not None:
         text += f", piece {position.piece} '{position.name}' ({position.kind})"
-    if position.calls:
-        text += ", " + ", ".join(str(c) for c in position.calls)
-    return text
+    return ", ".join([text, *(str(c) for c in position.calls if c != said or c.first != c.last)])
 
 
 def find_culprit(
@@ -224,9 +222,8 @@ def _behind_or_past(
         return Finding(
             culprits,
             tuple(r for r in inside if r not in culprits),
-            f"{ranks_text(culprits)} did not come to call {call.first} of group '{call.group}' "
-            f"({where(positions[rank])} on rank {rank}), in which {ranks_text(inside)} "
-            f"wait{'s' * (len(inside) == 1)}: {did}",
+            f"{ranks_text(culprits)} did not come to {call_text} ({where(positions[rank], call)} on rank {rank}), "
+            f"in which {_wait(inside)}: {did}",
             f"{ranks_text(culprits)} did not come to {call_text}, in which {_wait(inside)}",
         )
     # Of a device only whole steps are known, so this may be a range of calls that a host is still working through.
@@ -247,8 +244,7 @@ def _behind_or_past(
             past,
             inside,
             f"{ranks_text(past)} left out a call of group '{call.group}': {'they have' if len(past) > 1 else 'it has'} "
-            f"completed call {call.last}, in which {ranks_text(inside)} still wait{'s' * (len(inside) == 1)} "
-            f"({where(positions[rank])})",
+            f"completed call {call.last}, in which {_wait(inside, 'still ')} ({where(positions[rank], call)})",
             f"{ranks_text(past)} left out a call of group '{call.group}'; {_wait(inside, 'still ')} in {call}",
         )
     if past:

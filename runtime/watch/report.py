@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import checked
@@ -28,6 +28,11 @@ class Report:
     @property
     def sentence(self) -> str:
         return self.finding.sentence
+
+    @property
+    def brief(self) -> Report:
+        """Without the places, for whoever has just read the whole sentence."""
+        return replace(self, finding=replace(self.finding, sentence=self.finding.short or self.sentence))
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -308,7 +308,7 @@ class Watchdog:
                 time.sleep(0.02)
         self.others.until_read(started)
         last = "" if reaction.on_hang == "abort" else " (its main thread cannot be reached where it waits)"
-        text = f"ringfence: rank {self._rank} ends with exit code {EXIT_CODE}{last}: {self._error(report)}\n"
+        text = f"ringfence: rank {self._rank} ends with exit code {EXIT_CODE}{last}: {self._error(report.brief)}\n"
         bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
         reaction.end(EXIT_CODE)
         self._ended.set()

@@ -485,9 +485,9 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
             processes[rank].join(5)  # its files are closed before it can be waited for
         ending.exit_code = processes[rank].exitcode
         written = Path(folder, f"stderr-{rank}").read_text(errors="replace")
-        said = [line for line in written.splitlines() if "ends with exit code" in line]
-        if not ending.error and said:
-            ending.error, ending.kind = said[-1], "exit"
+        said = [line for line in written.splitlines() if line.startswith(f"ringfence: rank {rank}")]
+        if not ending.error and said and "ends with exit code" in said[-1]:  # in brief, after the whole sentence
+            ending.error, ending.kind = "; ".join(said), "exit"
         ending.seconds = ended.get(rank, time.monotonic()) - (struck if struck is not None else time.monotonic())
     return Outcome(fault, endings)
 

@@ -260,8 +260,8 @@ def test_the_rank_that_did_not_come_is_named(tmp_path: Path, capsys: pytest.Capt
     assert (value["format"], value["ranks"], value["waiting"], value["missing"]) == (1, [1], [0], [])
     assert value["short"] == said[0] and "test_journal.py:" in value["code"]["1"]
     assert value["sentence"] == (
-        "rank 1 did not come to call 3 of group 'tp' (step 1 of sizes (4,), piece 1 'submod_1' (island), "
-        "call 3 of group 'tp' on rank 0), in which rank 0 waits: "
+        "rank 1 did not come to call 3 of group 'tp' (step 1 of sizes (4,), piece 1 'submod_1' (island) "
+        "on rank 0), in which rank 0 waits: "
         "rank 1 is in step 1 of sizes (4,), piece 0 'submod_0' (graph)"
     )
 

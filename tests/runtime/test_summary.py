@@ -54,8 +54,8 @@ def printed(folder: Path) -> str:
 
 def test_a_rank_in_its_own_code_is_shown_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reason = (
-        "hang: rank 1 did not come to call 14 of group 'tp' (step 7 of sizes (8,), piece 3 'submod_3' (island), "
-        "call 14 of group 'tp' on rank 0), in which ranks 0, 2 wait: rank 1 is outside of the model since 2.6 s"
+        "hang: rank 1 did not come to call 14 of group 'tp' (step 7 of sizes (8,), piece 3 'submod_3' (island) "
+        "on rank 0), in which ranks 0, 2 wait: rank 1 is outside of the model since 2.6 s"
     )
     for position in (waits(0), idle(1), waits(2)):
         write(tmp_path, position, 3, reason, code=CODE if position.rank == 1 else None)

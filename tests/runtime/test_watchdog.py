@@ -335,7 +335,12 @@ def test_abort_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
     waits.step(enter=2, leave=1)
     look(both, 0.5)
     assert waits.ended == absent.ended == [EXIT_CODE]
-    assert "ringfence: rank 0 ends with exit code 85: the ranks hang: rank 1 did not come" in capfd.readouterr().err
+    said = capfd.readouterr().err.splitlines()
+    last = next(line for line in said if line.startswith("ringfence: rank 0 ends with"))
+    assert last == (  # in brief: the log has the whole sentence
+        "ringfence: rank 0 ends with exit code 85: the ranks hang: rank 1 did not come to call 1 of group 'tp', in "
+        "which rank 0 waits"
+    )
 
 
 def test_raise_lets_an_idle_main_thread_live_and_refuses_its_next_call() -> None:
