@@ -1,26 +1,28 @@
 """The architectures of transformers that have a tensor-parallel plan, tiny, as one of two ranks: what is fused of each.
 
-    python tests/architectures.py --write        # all of them, into docs/support.md; --check compares without writing
-    python tests/architectures.py llama gemma2   # some, printed
+    python tests/architectures.py --write             # all of them, into docs/support.md; --check compares instead
+    python tests/architectures.py --write --missing   # those that have no row there, as after a run that was stopped
+    python tests/architectures.py llama gemma2        # some, printed
 
-An architecture counts where ``AutoModelForCausalLM`` makes one from its configuration with the sizes below. The ranks
-are fake, as in ``ringfence explain``, so that no other process is needed.
+A row is written as soon as it is found. Each is found in a process of its own, so that one that crashes, or that does
+not end, is a row as well. An architecture counts where ``AutoModelForCausalLM`` makes one from its configuration with
+the sizes below. The ranks are fake, as in ``ringfence explain``, so that no other rank is needed.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import contextlib
 import inspect
 import logging
+import multiprocessing
 import os
-import signal
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ import torch.distributed as dist
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "support.md"
 BEGIN, END = "<!-- architectures -->\n", "<!-- /architectures -->\n"
-SECONDS = 240
+HEAD = "| architecture | fused in layers | why not all |\n|---|---|---|\n"
+SECONDS = 600
 
 #: What a configuration is made small by, where it has the field.
 SMALL: dict[str, Any] = {
@@ -108,73 +111,90 @@ def small(kind: str) -> Any:
 
 
 def row(kind: str) -> Row:
-    """Raises nothing: what goes wrong before ringfence is asked is the reason."""
+    """Raises nothing: what goes wrong is the reason."""
+    ours, its = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_find_row, args=(kind, its), daemon=True)
+    process.start()
+    its.close()
+    stage, until = "does not start", time.monotonic() + SECONDS
+    try:
+        while ours.poll(max(0.0, until - time.monotonic())):
+            said = ours.recv()
+            if isinstance(said, Row):
+                return said
+            stage = said
+        return Row(kind, 0, 0, f"{stage}: no end after {SECONDS} s")
+    except EOFError:
+        process.join()
+        return Row(kind, 0, 0, f"{stage}: the process ends with {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _find_row(kind: str, pipe: Connection) -> None:
+    """In a process of its own: sends each stage, by what its failure is called, and then the row."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import AutoModelForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
 
     import ringfence
 
-    torch._dynamo.reset()
-    stage = "cannot be made this small"
+    said = ""
+
+    def stage(name: str) -> None:
+        nonlocal said
+        said = name
+        pipe.send(name)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    stage("cannot be made this small")
     try:
-        with tempfile.TemporaryDirectory() as folder, _at_most(SECONDS):
+        with tempfile.TemporaryDirectory() as folder:
             AutoModelForCausalLM.from_config(small(kind)).save_pretrained(folder)
-            stage = "transformers cannot shard it"
+            stage("transformers cannot shard it")
             plan = DistributedConfig(tp_plan="auto", tp_size=2)
             model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32)
-            tokens = torch.arange(3, 11)[None]
-            stage = "the sharded model does not run eagerly"
-            with torch.no_grad():
-                model(tokens, use_cache=False)
-            stage = "does not compile"
-            ringfence.compile(model, piece_compiler="eager")
+        tokens = torch.arange(3, 11)[None]
+        stage("the sharded model does not run eagerly")
+        with torch.no_grad():
             model(tokens, use_cache=False)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+        stage("does not compile")
+        ringfence.compile(model, piece_compiler="eager")
+        model(tokens, use_cache=False)
+        found = _row_of(kind, model.ringfence.reports)
+    except Exception as error:
         text = " ".join(str(error).split())[:100].replace("|", "/")
-        return Row(kind, 0, 0, f"{stage}: {type(error).__name__}: {text}")
-    sites = [s for report in model.ringfence.reports for s in report.sites if "layers" in (s.module or "")]
-    reasons = collections.Counter(
-        f"`{s.decline.reason}` at {s.module.rpartition('layers.')[2].partition('.')[2]}" for s in sites if s.decline
+        found = Row(kind, 0, 0, f"{said}: {type(error).__name__}: {text}")
+    pipe.send(found)
+
+
+def _row_of(kind: str, reports: Sequence[Any]) -> Row:
+    sites = [s for report in reports for s in report.sites if "layers" in (s.module or "")]
+    why = list(
+        dict.fromkeys(
+            f"`{s.decline.reason}` at {s.module.rpartition('layers.')[2].partition('.')[2]}" for s in sites if s.decline
+        )
     )
-    why = "; ".join(reasons)
-    graphs = len(model.ringfence.reports)
     if not sites:
-        absent = {note for report in model.ringfence.reports for note in report.notes}
-        why = "; ".join(sorted(absent)) or "no all-reduce in its layers"
-    if graphs > 1:
-        why = "; ".join(filter(None, [why, f"{graphs} graphs"]))
-    return Row(kind, len(sites), sum(s.fused for s in sites), why)
-
-
-@contextlib.contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"no end after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        why = sorted({note for report in reports for note in report.notes}) or ["no all-reduce in its layers"]
+    if len(reports) > 1:
+        why.append(f"{len(reports)} graphs")
+    return Row(kind, len(sites), sum(s.fused for s in sites), "; ".join(why))
 
 
 def rows(kinds: list[str]) -> Iterator[Row]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    import transformers  # noqa: F401  # once, for all processes
+
+    import ringfence.backend  # noqa: F401
 
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        for kind in kinds:
-            one = row(kind)
-            print(one, file=sys.stderr, flush=True)
-            yield one
-    finally:
-        dist.destroy_process_group()
+    torch.set_num_threads(1)
+    for kind in kinds:
+        one = row(kind)
+        print(one, file=sys.stderr, flush=True)
+        yield one
 
 
 def table_of(page: str) -> dict[str, str]:
@@ -183,28 +203,35 @@ def table_of(page: str) -> dict[str, str]:
     return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
 
 
+def write(found: dict[str, str]) -> None:
+    """The page with these rows, and no others."""
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    text = HEAD + "".join(f"{found[kind]}\n" for kind in sorted(found))
+    PAGE.write_text(head + BEGIN + text + END + rest.partition(END)[2])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--missing", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         os.environ.setdefault(name, value)  # transformers reads them
-    torch.set_num_threads(1)
-    found = list(rows(arguments.kinds or architectures()))
-    text = "| architecture | fused in layers | why not all |\n|---|---|---|\n" + "".join(f"{one}\n" for one in found)
-    page = PAGE.read_text()
-    if arguments.write:
-        head, _, rest = page.partition(BEGIN)
-        PAGE.write_text(head + BEGIN + text + END + rest.partition(END)[2])
-    elif arguments.check:
-        there = table_of(page)
-        stale = [one.kind for one in found if there.get(one.kind) != str(one)]
+    known = architectures()
+    there = {kind: line for kind, line in table_of(PAGE.read_text()).items() if kind in known}
+    kinds = [kind for kind in arguments.kinds or known if not (arguments.missing and kind in there)]
+    stale = []
+    for one in rows(kinds):
+        stale += [one.kind] if there.get(one.kind) != str(one) else []
+        there[one.kind] = str(one)
+        if arguments.write:
+            write(there)
+    if arguments.check:
         print(f"differs from docs/support.md: {', '.join(stale)}" if stale else "docs/support.md is what runs")
         return 1 if stale else 0
-    else:
-        print(text, end="")
+    print(HEAD + "".join(f"{there[kind]}\n" for kind in kinds), end="")
     return 0
 
 
