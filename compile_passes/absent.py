@@ -12,6 +12,14 @@ _LOOKS_LIKE_ONE = re.compile(r"all_?reduce", re.IGNORECASE)
 _TORCHS = ("_c10d_functional::", "c10d::", "_dtensor::")
 
 
+#: Where nothing is seen that looks like one.
+GENERAL = (
+    "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
+    "as from a backward hook (ringfence.hugging_face.remove_backward_hooks), or from "
+    "torch.distributed.nn.functional, which Dynamo does not trace: call torch.distributed.all_reduce"
+)
+
+
 def why_no_all_reduce(gm: GraphModule) -> str:
     """A sentence or two about a graph in which :func:`find` finds none."""
     names = {op_names(node)[0]: None for node in gm.graph.nodes if node.op == "call_function"}
@@ -29,8 +37,4 @@ def why_no_all_reduce(gm: GraphModule) -> str:
         )
     if collectives:
         return f"the graph has no all-reduce: its collectives are {', '.join(collectives)}, and none of them is fused"
-    return (
-        "the graph has no all-reduce; if the model has, a graph break came between (TORCH_LOGS=graph_breaks), "
-        "as from a backward hook (ringfence.hugging_face.remove_backward_hooks), or from "
-        "torch.distributed.nn.functional, which Dynamo does not trace: call torch.distributed.all_reduce"
-    )
+    return GENERAL

@@ -153,7 +153,7 @@ class Backend(OneObject):
         ``mode`` and ``options`` are what torch.compile was given beside the backend: an :class:`OptionsError`.
         """
         check_arguments(mode, options)
-        self._use.graphs += 1
+        self._use.begin(gm)
         with self.supervisor.compiling(self._asked):
             return compiled(lambda: self._compile_dynamo_graph(gm, example_inputs))
 
@@ -287,10 +287,10 @@ class Backend(OneObject):
             ),
             runner,
         )
-        return boxed(guarded(runner, outer.barred, device, cut=options.outer_capture))
+        return boxed(guarded(self.looking(runner), outer.barred, device, cut=options.outer_capture))
 
     def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
-        self._account.add(report, runner)
+        self._account.add(self._use.told(report), runner)
 
     def _look_for_named_ops(self, gm: GraphModule) -> None:
         for option, names in self._named_ops.items():

@@ -92,7 +92,9 @@ class CompiledForward:
             if cache is not None and is_fresh(cache):
                 return self._eager(*args, **kwargs)
             with _counts_are_dynamic(cache):
-                return self._compiled(*args, **kwargs)
+                result = self._compiled(*args, **kwargs)
+            self._backend.look_once()
+            return result
 
     def instead_of_compiling(self, compile_config: Any) -> Callable[..., Any]:
         """What ``generate()`` is to call where it would compile the model by itself."""

@@ -5,22 +5,38 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from torch.fx import GraphModule
+
 from .account import Account
-from .compile_passes.report import Reports
+from .compile_passes.report import CompileReport, Reports
 from .runtime.errors import OptionsError
 from .runtime.replay.stats import Stats
+from .unfused import fuses, say_if_nothing_is_fused
 
 
 @dataclass
 class Use:
-    """given: torch.compile was given this backend. graphs: how many it was called with."""
+    """given: torch.compile was given this backend. graphs: how many it was called with. broken: how the last one ends.
+
+    looked: whether anything is fused was looked at.
+    """
 
     given: bool = False
     graphs: int = 0
+    broken: str | None = None
+    looked: bool = False
+
+    def begin(self, gm: GraphModule) -> None:
+        self.graphs += 1
+        self.broken = where_broken(gm)
+
+    def told(self, report: CompileReport) -> CompileReport:
+        return replace(report, notes=(*report.notes, self.broken)) if self.broken is not None else report
 
 
 class OneObject:
@@ -43,6 +59,27 @@ class OneObject:
     def is_called_by_forward(self) -> None:
         """The model's own ``forward`` calls what this compiles, so nothing goes round it."""
         self._unused.detach()
+
+    def look_once(self) -> None:
+        """Say it where nothing is fused; when all graphs of a call are there."""
+        if not self._use.looked:
+            self._use.looked = True
+            say_if_nothing_is_fused(self.reports)
+
+    def looking(self, run: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+        """``run``, of the last report. In its second call all graphs of the first are there."""
+        if fuses(self.reports[-1]) or self._use.looked:
+            return run
+        calls = 0
+
+        def call(*args: Any) -> Sequence[Any]:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                self.look_once()
+            return run(*args)
+
+        return call
 
     @property
     def reports(self) -> Reports:
@@ -75,6 +112,17 @@ def _say_if_unused(use: Use) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+def where_broken(gm: GraphModule) -> str | None:
+    """Of a Dynamo graph that a graph break ends: at what."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    what = str(reason.reason).partition("\n")[0].strip()
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    place = f", at {'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} in {frame.name}" if frame else ""
+    return f"the graph ends where Dynamo breaks it: {what}{place} (TORCH_LOGS=graph_breaks)"
 
 
 def check_arguments(mode: str | None, options: Mapping[str, Any] | None = None) -> None:

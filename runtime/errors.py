@@ -156,6 +156,10 @@ class MovedInputWarning(UserWarning):
     """A parameter or a cache is at another address in every call, so that what was captured is of no use."""
 
 
+class NotFusedWarning(UserWarning):
+    """A model was compiled, and nothing in it is fused."""
+
+
 class CapturesWastedWarning(UserWarning):
     """Calls of one token count have too many other sizes: captures of them are not replayed, and no more are made."""
 

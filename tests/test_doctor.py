@@ -240,7 +240,8 @@ def test_copies_that_are_lost_make_a_machine_ill(
         out = capsys.readouterr().out
         assert "linked by: NVSwitch" in out
         assert (
-            "copies between devices: LOST 1 to 0 (of 2)" in out and "applies to: copies from device 1 to device 0" in out
+            "copies between devices: LOST 1 to 0 (of 2)" in out
+            and "applies to: copies from device 1 to device 0" in out
             if lost
             else "copies between devices: all 2 arrive" in out and "M51" not in out
         )

@@ -58,7 +58,7 @@ class Finding:
 
 
 def where(position: Position, said: Calls | None = None) -> str:
-    """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``. said: a call that is not repeated."""
+    """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``. said: a call not to be repeated."""
     if position.step < 0:
         return "no step yet"
     text = f"step {position.step} of {sizes_text(position.sizes)}" + f" of {position.graph}" * bool(position.graph)
