@@ -28,6 +28,7 @@ class Account:
 
     def __init__(self, on_report: Callable[[CompileReport], None] | None) -> None:
         self.reports = Reports()
+        self.told_that_caches_grow = False
         self._graphs: list[_Followed] = []
         self._on_report = on_report
 
@@ -44,11 +45,12 @@ class Account:
         report = self.reports[index]
         self.reports[index] = replace(report, notes=(*report.notes, text))
 
-    def wasted(self, index: int, text: str) -> None:
-        """No capture was replayed, or, without a text, one is now."""
+    def wasted(self, index: int, text: str) -> bool:
+        """No capture was replayed, or, without a text, one is now. Returns whether the user was told before."""
         if text:
             self.note(index, text)
         self.reports[index] = replace(self.reports[index], wasted=text or None)
+        return self.told_that_caches_grow
 
     def stats(self) -> Stats:
         graphs = []

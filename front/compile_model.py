@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .backend import Backend
-from .hugging_face import HOST_COUNT, counts_on_the_host, is_fresh, remove_backward_hooks
+from .hugging_face import HOST_COUNT, counts_on_the_host, grows, is_fresh, remove_backward_hooks
 from .keywords import OptionKeywords
 from .runtime.errors import ModelError
 
@@ -91,6 +91,8 @@ class CompiledForward:
             cache = kwargs.get(CACHE, by_place)
             if cache is not None and is_fresh(cache):
                 return self._eager(*args, **kwargs)
+            if self._backend.options.capture_sizes and grows(cache):
+                self._backend.cache_grows(cache, self._backend.options.capture_sizes)
             with _counts_are_dynamic(cache):
                 result = self._compiled(*args, **kwargs)
             self._backend.look_once()

@@ -37,6 +37,11 @@ def is_fresh(cache: Any) -> bool:
     return any(map(_is_fresh, _layers(cache)))
 
 
+def grows(cache: Any) -> bool:
+    """Whether a cache is longer after each call, as the one that ``generate()`` makes by default."""
+    return getattr(cache, "is_compileable", None) is False
+
+
 def counts_on_the_host(cache: Any) -> bool:
     """Whether a layer of a static cache counts its tokens in a Python number, as sliding ones do."""
     return any(hasattr(layer, "cumulative_length_int") for layer in _layers(cache))

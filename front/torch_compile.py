@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from .account import Account
 from .compile_passes.report import CompileReport, Reports
-from .runtime.errors import OptionsError
+from .runtime.errors import CapturesWastedWarning, OptionsError
 from .runtime.replay.stats import Stats
 from .unfused import fuses, say_if_nothing_is_fused
 
@@ -80,6 +80,18 @@ class OneObject:
             return run(*args)
 
         return call
+
+    def cache_grows(self, cache: object, capture_sizes: Sequence[int]) -> None:
+        """A call has a cache that is longer in the next one: say once what that makes of captures."""
+        if not self._account.told_that_caches_grow:
+            self._account.told_that_caches_grow = True
+            warnings.warn(
+                f"ringfence: a {type(cache).__name__} grows in every step, so captures of capture_sizes="
+                f"{list(capture_sizes)} are of one step and not replayed: type generate(..., cache_implementation="
+                "'static'), or leave capture_sizes out (ringfence docs generate)",
+                CapturesWastedWarning,
+                stacklevel=3,
+            )
 
     @property
     def reports(self) -> Reports:

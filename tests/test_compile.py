@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import re
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -256,9 +257,9 @@ def test_captures_of_a_cache_that_grows_are_told_once_and_are_no_capture_in_the_
     with pytest.warns(
         CapturesWastedWarning, match=r"no capture of 4 tokens.*'l_cache.shape\[0\]' is.*static"
     ) as caught:
-        for _ in range(12):
+        for step in range(12):
             _, cache = model(rows(4), cache)
-    assert len(caught) == 1
+            assert len(caught) == (step >= 2)  # when it has grown twice by as much
     stats = model.ringfence.stats
     assert (stats.captures, stats.replays, stats.wasted) == (8, 0, 8)
     assert stats.uncaptured == {"too many sizes besides the token count": 4}
@@ -268,6 +269,57 @@ def test_captures_of_a_cache_that_grows_are_told_once_and_are_no_capture_in_the_
     with torch.no_grad():
         model(rows(4), rows(3))  # as the first one: a second request may find them
     assert "capture: simulated" in model.ringfence.reports[0].summary and model.ringfence.stats.wasted == 7
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_sizes_that_are_captured_ahead_are_no_cache_that_grows() -> None:
+    """As a server warms up: each length once, then again."""
+    model = Model()
+    backend = ringfence.Backend(capture_sizes=[4], **SIMULATED)
+    compiled = torch.compile(lambda x, cache: model(x) + cache.sum(0), backend=backend, dynamic=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", CapturesWastedWarning)
+        for n in (20, 40, 60, 20, 40, 60):
+            compiled(rows(4), rows(n))
+    assert (backend.stats.captures, backend.stats.replays) == (3, 3)
+
+
+class GrowingCache:
+    """As transformers' DynamicCache."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+        self.values = rows(3)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_a_cache_that_is_known_to_grow_is_told_in_its_first_call_and_once() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def forward(self, x: Tensor, past_key_values: Any = None) -> Tensor:
+            past_key_values.values = torch.cat([past_key_values.values, x])
+            out: Tensor = self.model(x) + past_key_values.values.sum(0)
+            return out
+
+    def warned(calls: int, **options: Any) -> list[int]:
+        model = ringfence.compile(Growing(), dynamic=True, **SIMULATED, **options)
+        cache, found = GrowingCache(), []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CapturesWastedWarning)
+            for _ in range(calls):
+                model(rows(4), past_key_values=cache)
+                found.append(sum(w.category is CapturesWastedWarning for w in caught))
+        text = next((str(w.message) for w in caught if w.category is CapturesWastedWarning), None)
+        assert text is None or ("a GrowingCache grows" in text and "cache_implementation='static'" in text)
+        return found
+
+    assert warned(12, capture_sizes=[4]) == [1] * 12
+    assert warned(3) == [0] * 3
 
 
 @pytest.mark.usefixtures("fake_group")

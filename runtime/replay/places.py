@@ -35,7 +35,7 @@ from torch import Tensor
 from ..errors import AddressChangedError, CapturesWastedWarning, MovedInputWarning
 from ..watch.journal import sizes_text
 from ..watch.supervision import Supervision
-from .buffers import overlap, span
+from .buffers import merged, overlap, span
 from .entry import Entry, Kept, Key
 from .program import Program, SizeRule
 from .stats import Counts, Uncaptured
@@ -45,6 +45,8 @@ CACHES = 8
 #: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
 #: A size that grows in every step would otherwise fill the memory with graphs that are used once.
 SIZES = 8
+#: Calls of one token count after which a size that grows by as much each time is taken to go on so.
+_GROWTH = 3
 #: How often parameters may move before they are taken to do it by design.
 MOVES = 2
 #: Bytes of an input whose copies in every step are worth a note.
@@ -86,8 +88,8 @@ class _Module:
 class Places:
     """The entries of a runner.
 
-    rule: of the sizes. note, wasted: take what the user should read in the report; wasted, that captures are of no use.
-    counts: where they are counted.
+    rule: of the sizes. note, wasted: take what the user should read in the report; wasted, that captures are of no use,
+    and returns whether the user was told that before. counts: where they are counted.
     """
 
     def __init__(
@@ -95,8 +97,8 @@ class Places:
         program: Program,
         rule: SizeRule,
         supervision: Supervision,
-        note: Callable[[str], None],
-        wasted: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], object],
+        wasted: Callable[[str], object] = lambda text: None,
         counts: Counts | None = None,
     ) -> None:
         self._counts = counts if counts is not None else Counts()
@@ -132,7 +134,7 @@ class Places:
         if not self._written:
             return False
         if self._writes[0] != key[1]:
-            self._writes = key[1], _merged([span(args[i]) for i in self._written])
+            self._writes = key[1], merged([span(args[i]) for i in self._written])
         spans = self._writes[1]
         for i in copied:
             if not isinstance(args[i], Tensor):
@@ -234,18 +236,34 @@ class Places:
         self._met.setdefault(shared, tokens)
         if first:  # counted alike by all ranks; these sizes are among them already
             met = [sizes for sizes, n in self._met.items() if n == tokens]
-            return self._too_many(met) if len(met) > SIZES else How.CAPTURE
+            if len(met) > SIZES:
+                return self._too_many(met)
+            self._look_for_growth(met, tokens)
+            return How.CAPTURE
         alike = [m.sizes for m in self._modules if self._tokens(m.sizes) == tokens and self._same(m, key, args)]
         if len(alike) >= SIZES:
             return self._too_many([*alike, key[0]])
+        self._look_for_growth([*alike, key[0]], tokens)
         return How.CAPTURE if self.lockstep else How.ALONE
 
     def _uncaptured(self, why: Uncaptured) -> How:
         self.why = why
         return How.UNCAPTURED
 
+    def _look_for_growth(self, met: Sequence[tuple[int, ...]], tokens: int) -> None:
+        """A cache that grows shows in the third call: by as much as in the second, and by no more than its tokens."""
+        if len(met) != _GROWTH or self._counts.replayed:
+            return
+        first, second = ([b - a for a, b in zip(*pair, strict=True)] for pair in (met[:2], met[1:]))
+        if first == second and any(first) and all(0 <= by <= tokens for by in first):
+            self._say_sizes(met)
+
     def _too_many(self, met: Sequence[tuple[int, ...]]) -> How:
         """met: sizes of one token count, of which no more are captured."""
+        self._say_sizes(met)
+        return self._uncaptured(Uncaptured.SIZES)
+
+    def _say_sizes(self, met: Sequence[tuple[int, ...]]) -> None:
         grow = [b for i, b in enumerate(self._rule.bindings) if len({s[i] for s in met if len(s) > i}) > 1]
         named = [f"'{self._names[i]}{'' if d is None else f'.shape[{d}]'}'" for i, d in grow]
         tokens = self._tokens(met[0]) if len(met[0]) == len(self._rule.bindings) else None
@@ -259,7 +277,6 @@ class Places:
             "cache_implementation='static'), or leave capture_sizes out",
             wasted=never,
         )
-        return self._uncaptured(Uncaptured.SIZES)
 
     def _tokens(self, sizes: tuple[int, ...]) -> int:
         assert self._rule.tokens is not None
@@ -363,21 +380,10 @@ class Places:
         if about in self._said:
             return
         self._said.add(about)
-        (self._wasted if wasted else self._note)(text)
-        if warns:
+        told = (self._wasted if wasted else self._note)(text)
+        if warns and not told:
             kind = CapturesWastedWarning if about == "sizes" else MovedInputWarning
             warnings.warn(f"ringfence: {text}", kind, stacklevel=2)
-
-
-def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same addresses as spans that do not overlap, in order."""
-    merged: list[tuple[int, int]] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((begin, end))
-    return merged
 
 
 def _mib(*tensors: Tensor) -> str:

@@ -90,8 +90,8 @@ class PiecewiseRunner:
         journal: Journal | None = None,
         supervision: Supervision | None = None,
         collective: str = "",
-        note: Callable[[str], None] = lambda text: None,
-        wasted: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], object] = lambda text: None,
+        wasted: Callable[[str], object] = lambda text: None,
     ) -> None:
         if not isinstance(program, Program) or not isinstance(sizes, SizeRule):
             raise ArgumentError(
