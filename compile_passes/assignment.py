@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ..runtime.collectives.moe_ready import MoeReady
 from ..runtime.collectives.ready import ReadyCollective
 from ..runtime.collectives.workspace import Workspace, workspaces_of
 from ..runtime.groups import Group
@@ -21,13 +22,15 @@ class Assignment:
 
     groups: those of all collectives of the graph, by first use, an order that all ranks have. ready: who carries out
     the fused sites of a group that has some. planned: what they are judged as, where the plan is for another machine
-    than this one. nccl: what the hazard table is asked about a collective that NCCL carries out in a piece.
+    than this one. nccl: what the hazard table is asked about a collective that NCCL carries out in a piece. moe: who
+    carries out the dispatches and combines of a group that has some.
     """
 
     groups: Mapping[str, Group] = field(default_factory=dict)
     ready: Mapping[str, ReadyCollective] = field(default_factory=dict)
     planned: Situation | None = None
     nccl: Situation | None = None
+    moe: Mapping[str, MoeReady] = field(default_factory=dict)
 
     def situation(self, group: str | None) -> Situation | None:
         """What the hazard table is asked about the fused sites of a group; None: nothing, the reference has them."""
@@ -35,14 +38,22 @@ class Assignment:
             return self.planned
         return self.ready[group].situation if group is not None and group in self.ready else None
 
+    def moe_situation(self, group: str | None) -> Situation | None:
+        """The same of the dispatches and combines of a group."""
+        if self.planned is not None:
+            return self.planned if self.planned.collective == Collective.MOE_ALL_TO_ALL else None
+        ready = self.moe.get(group) if group is not None else None
+        return ready.situation if ready is not None and ready.workspace is not None else None
+
     def collective(self, group: str | None) -> str:
         """What the fused sites of a group are judged as."""
         situation = self.situation(group)
         return situation.collective if situation is not None else Collective.REFERENCE
 
-    def capture_failure(self, group: str | None) -> str | None:
-        """Why the collective of a group must not be captured, though it runs."""
-        return self.ready[group].capture_failure if group is not None and group in self.ready else None
+    def capture_failure(self, group: str | None, *, moe: bool = False) -> str | None:
+        """Why the collective of a group must not be captured, though it runs. moe: that of its dispatches."""
+        carrier = (self.moe if moe else self.ready).get(group) if group is not None else None
+        return carrier.capture_failure if carrier is not None else None
 
     def backend(self, group: str | None) -> str | None:
         return self.groups[group].backend if group is not None and group in self.groups else None
@@ -63,7 +74,8 @@ class Assignment:
     @property
     def closed(self) -> bool:
         """Whether a workspace was closed since."""
-        return any(workspace.closed for workspace in self.workspaces)
+        of_moe = (ready.workspace for ready in self.moe.values() if ready.workspace is not None)
+        return any(workspace.closed for workspace in (*self.workspaces, *of_moe))
 
     def check_kernels(self) -> None:
         """Raises :class:`HangError` where a kernel has given up waiting for a peer. Waits for nothing."""
@@ -82,8 +94,10 @@ class Assignment:
         """The same, in a word or two."""
         return ", ".join(self.judged_collectives) or "reference"
 
-    def with_facts(self, facts: Mapping[str | None, frozenset[Fact]]) -> Assignment:
-        """With facts that showed in the cut; those of None are about every group."""
+    def with_facts(
+        self, facts: Mapping[str | None, frozenset[Fact]], of_moe: frozenset[Fact] = frozenset()
+    ) -> Assignment:
+        """With facts that showed in the cut; those of None are about every group. of_moe: about dispatches."""
         everywhere = facts.get(None, frozenset())
 
         def known(situation: Situation, group: str | None) -> Situation:
@@ -92,5 +106,8 @@ class Assignment:
         ready = {g: replace(r, situation=known(r.situation, g)) for g, r in self.ready.items()}
         planned = self.planned
         if planned is not None:
-            planned = replace(planned, facts=planned.facts.union(*facts.values()))
-        return replace(self, ready=ready, planned=planned)
+            planned = replace(planned, facts=planned.facts.union(of_moe, *facts.values()))
+        moe = {
+            g: replace(r, situation=replace(r.situation, facts=r.situation.facts | of_moe)) for g, r in self.moe.items()
+        }
+        return replace(self, ready=ready, planned=planned, moe=moe)

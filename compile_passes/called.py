@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives import ops
-from ..runtime.collectives.moe import MOE_OPS
-from ..runtime.hazards.situation import Collective
 from .fuse import SITE
 from .match import Candidate, Site
 from .op_calls import op_arguments
@@ -44,10 +42,7 @@ def _site(node: Node, index: int) -> Site:
 
 def name_prepared(gm: GraphModule, collectives: Mapping[str, str]) -> int:
     """Let calls that name no collective name that of their group; how many did not."""
-    moe_nodes = [n for n in gm.graph.nodes if calls(n, *MOE_OPS) and n.args[-1] == ops.PREPARED]
-    for node in moe_nodes:  # no workspace serves them yet
-        node.args = (*node.args[:-1], str(Collective.REFERENCE))
     nodes = [n for n in gm.graph.nodes if calls(n, *ops.OPS) and n.args[-1] == ops.PREPARED]
     for node in nodes:
         node.args = (*node.args[:-1], str(collectives.get(str(op_arguments(node)["group"]), "reference")))
-    return len(nodes) + len(moe_nodes)
+    return len(nodes)

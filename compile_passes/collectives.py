@@ -10,6 +10,7 @@ from ..runtime.collectives import ops
 from ..runtime.collectives.epilogue import DTYPES
 from ..runtime.hazards.situation import Collective
 from .judge import Decision, Verdict
+from .moe_calls import calls_of
 from .roles import arguments, bound_arguments, c10d, calls, tensor
 
 #: What of a node's metadata is also true of the op that replaces it: not, for one, what its arguments were.
@@ -17,9 +18,15 @@ _KEPT = ("val", "stack_trace", "nn_module_stack", "custom")
 
 
 def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
-    """Give the sites that are refused to the reference collective; how many."""
+    """Give the sites that are refused to the reference collective; how many.
+
+    A dispatch and a combine go together: where one is refused, all of the group are the reference's.
+    """
     refused = {v.node for v in verdicts if v.decision is Decision.REFUSE}
     nodes = [n for n in gm.graph.nodes if n.name in refused and calls(n, ops.all_reduce, *ops.FUSED)]
+    for of_group in calls_of(gm).values():
+        if not refused.isdisjoint(node.name for node in of_group):
+            nodes += of_group
     for node in nodes:
         node.args = (*node.args[:-1], str(Collective.REFERENCE))
     return len(nodes)

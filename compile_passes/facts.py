@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ..runtime.hazards.situation import Collective, Fact
+from ..runtime.hazards.situation import Fact
 from .assignment import Assignment
 from .fuse import SITE
 from .groups import find_group
@@ -109,11 +109,11 @@ def judge_with_facts(
     while True:
         verdicts = judge(gm, assigned, capture=capture, **options)
         found: dict[str | None, frozenset[Fact]] = {}
-        if assigned.planned is not None and assigned.planned.collective == Collective.MOE_ALL_TO_ALL:
-            found[None] = frozenset(fact for _, fact, _ in misuses(gm))
+        kernels = any(assigned.moe_situation(group) is not None for group in (None, *assigned.moe))
+        of_moe = frozenset(fact for _, fact, _ in misuses(gm)) if kernels else frozenset[Fact]()
         for evidence in facts_of(*split(gm, cut(gm, verdicts))) if capture else ():
             found[evidence.group] = found.get(evidence.group, frozenset()) | {evidence.fact}
-        known = assigned.with_facts(found)
+        known = assigned.with_facts(found, of_moe)
         if known == assigned:
             return verdicts, assigned
         assigned = known

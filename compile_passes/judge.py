@@ -180,17 +180,14 @@ def captures_reference(assigned: Assignment, group: str | None) -> bool:
 
 def _situation(assigned: Assignment, group: str | None, node: Node) -> Situation | None:
     """What the hazard table is asked about a call of ours; None: nothing, the reference has it."""
-    if not is_moe(node):
-        return assigned.situation(group)
-    planned = assigned.planned
-    return planned if planned is not None and planned.collective == Collective.MOE_ALL_TO_ALL else None
+    return assigned.moe_situation(group) if is_moe(node) else assigned.situation(group)
 
 
 def _carrier(assigned: Assignment, group: str | None, node: Node) -> str:
     """Who carries a call of ours out: a dispatch is no all-reduce, and the workspace of one does not serve it."""
     if not is_moe(node):
         return assigned.collective(group)
-    situation = _situation(assigned, group, node)
+    situation = assigned.moe_situation(group)
     return situation.collective if situation is not None else Collective.REFERENCE
 
 
@@ -213,7 +210,7 @@ def _facts(
         op=op,
         backend=assigned.backend(group),
         carrier=_carrier(assigned, group, node) if ours else None,
-        capture_failure=assigned.capture_failure(group) if ours and not is_moe(node) else None,
+        capture_failure=assigned.capture_failure(group, moe=is_moe(node)) if ours else None,
         named_split=op in split_ops or full in split_ops,
         capture=capture,
         collective=known or is_all_reduce(node, all_reduce_ops),

@@ -7,7 +7,7 @@ reads by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
 from ..runtime.collectives import moe
+from ..runtime.collectives.moe_one_sided import MoeSizes
+from ..runtime.collectives.moe_ready import needed
 from ..runtime.errors import RefusedError
 from ..runtime.hazards.situation import Fact
 from .aliases import viewed
@@ -103,3 +105,60 @@ def check_capacities(gm: GraphModule) -> None:
         ids: Any = op_arguments(node)["topk_ids"]
         if free_symbols(capacity) & free_symbols(tensor(ids).shape[0]):
             raise RefusedError(f"the capacity of {label(node)} is {capacity}, this rank's own token count: {_REMEDY}")
+
+
+# -- who carries them out ------------------------------------------------------------------
+
+
+def calls_of(gm: GraphModule) -> dict[str, list[Node]]:
+    """The dispatches and combines of each group, in order."""
+    found: dict[str, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if is_moe(node):
+            found.setdefault(str(op_arguments(node)["group"]), []).append(node)
+    return found
+
+
+def in_pairs(calls_: Sequence[Node]) -> bool:
+    """Whether each dispatch is answered in the same graph."""
+    halves = [is_dispatch(node) for node in calls_]
+    return halves == [True, False] * (len(halves) // 2)
+
+
+def sizes_of(calls_: Sequence[Node], capacities: Sequence[int]) -> MoeSizes | str:
+    """What kernels need to carry out the pairs of one group, or why they cannot be asked for here.
+
+    capacities: what a capacity that is an input may be; of a dispatch that stands for an even gather it is what that
+    had when it was traced, too.
+    """
+    found: MoeSizes | None = None
+    for dispatch, combine in zip(calls_[::2], calls_[1::2], strict=True):
+        given = op_arguments(dispatch)
+        payloads, ids = [tensor(payload) for payload in given["payloads"]], tensor(given["topk_ids"])
+        partial = tensor(op_arguments(combine)["partial"])
+        widths = [t.shape[1] for t in (*payloads, ids, partial)]
+        if not all(isinstance(width, int) for width in widths):
+            return "the width of a row is not known before it is called"
+        capacity = _largest(capacity_of(dispatch), EVEN in dispatch.meta, capacities)
+        if capacity is None:
+            return "the capacity is not known before it is called: give capture_sizes or max_tokens"
+        row = sum(payload.shape[1] * payload.element_size() for payload in payloads)
+        mine = needed(row, ids.shape[1], partial.shape[1] * partial.element_size(), capacity)
+        found = mine if found is None else found | mine
+    return found if found is not None else "there is none"
+
+
+def _largest(capacity: int | torch.SymInt, even: bool, capacities: Sequence[int]) -> int | None:
+    if isinstance(capacity, int):
+        seen = capacity
+    elif even and capacity.node.has_hint():
+        seen = int(capacity.node.hint)
+    else:
+        return max(capacities, default=None)
+    return max(seen, *capacities)  # one workspace for all sizes that come
+
+
+def carried_out_by(calls_: Sequence[Node], collective: str) -> None:
+    """Let all calls of a group name who carries them out."""
+    for node in calls_:
+        node.args = (*node.args[:-1], collective)

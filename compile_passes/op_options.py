@@ -1,4 +1,4 @@
-"""Options that name ops of engines: lists of them, and what their arguments and groups are."""
+"""Values of options: names of engines' ops, what their arguments and groups are, and counts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def strings(key: str, value: object) -> tuple[str, ...]:
     if wrong:
         raise OptionsError(f"{key} holds {wrong[0]!r}, which is not a string")
     return tuple(value)
+
+
+def positive(key: str, value: object) -> int:
+    """A positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionsError(f"{key}={value!r} is not a positive integer")
+    return value
 
 
 def check_op_name(key: str, name: str) -> None:

@@ -61,6 +61,7 @@ from .compile_passes.waits import settle_waits
 from .installed import versions
 from .keywords import OptionKeywords
 from .moe_agree import dispatch_where_agreed
+from .moe_assign import assign_moe
 from .notes import GRAD_MODE, Outcome, notes
 from .options import Options
 from .runtime.errors import HazardError, OptionsError
@@ -201,6 +202,7 @@ class Backend(OneObject):
         absent = why_no_all_reduce(gm) if not candidates and not moe_sites else None
         sizes = self._sizes(gm, candidates, static)
         assigned = assign(candidates, groups, channels, device, options, self.supervisor, self._planned)
+        assigned = assign_moe(gm, assigned, channels, device, options, self.supervisor)
         sites = self._fuse(gm, candidates, assigned)
         written = written_inputs(gm)
         self._seen_ops |= ops_in(gm)

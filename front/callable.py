@@ -165,7 +165,7 @@ def _ready(
     if channels:
         digest = PlanDigest(tuple((name, str(value)) for name, value in parts.items()))
         agree(channels[group.name], digest, what="arguments of ringfence.prepare")
-    _begin_anew(channels.get(group.name), workspaces_of(group.name))
+    begin_anew(channels.get(group.name), workspaces_of(group.name))
     sizes = tuple(sorted({1, options.max_tokens or 1}))  # an engine captures several
     wanted = wanted_by(options, hidden, dtype, sizes)
     ready = ready_for(wanted, group, channels.get(group.name), device, options, supervisor)
@@ -175,7 +175,7 @@ def _ready(
     return ready
 
 
-def _begin_anew(channel: Channel | None, workspaces: Workspaces) -> None:
+def begin_anew(channel: Channel | None, workspaces: Workspaces) -> None:
     """Give back what a failure left behind, on any rank."""
     if channel is None:
         workspaces.invalid = None

@@ -49,6 +49,8 @@ class OptionKeywords(WatchKeywords, total=False):
     max_tokens: int | None
     all_reduce_ops: "Collection[str] | Mapping[str, GroupOf]"
     moe_dispatch: bool
+    moe_collective: Literal["auto", "reference", "moe_all_to_all"]
+    moe_workspace_bytes: int
     experts_ops: Collection[str]
     group_names: Mapping[str, dist.ProcessGroup | str]
     norm_ops: "Collection[str] | Mapping[str, float | NormOp]"

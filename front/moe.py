@@ -7,23 +7,37 @@
 
 They run eagerly and may be traced (``torch.compile`` with any backend). Every rank of the group makes both calls, in
 the same order, with the same capacity; a rank without tokens makes them with none.
+
+    ringfence.moe.prepare(ep_group, capacity=128, top_k=8, hidden=4096, dtype=torch.bfloat16)
+
+before the first of them, on every rank, lets kernels carry them out that know no count and no copy by the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .callable import is_traced
+from .callable import begin_anew, is_traced
+from .compile_passes.op_options import positive
+from .moe_assign import ready_pair
+from .options import Options
+from .runtime.capturing import is_capturing
 from .runtime.collectives import moe
+from .runtime.collectives.moe_ready import DEFAULT_BYTES, MoeReady, MoeWanted, needed
 from .runtime.collectives.moe_reference import first_expert
 from .runtime.collectives.ops import PREPARED
-from .runtime.errors import InputError
-from .runtime.groups import name_of_group, resolve_group
+from .runtime.collectives.workspace import workspaces_of
+from .runtime.errors import InputError, OptionsError, WorkspaceError
+from .runtime.groups import describe_group, device_of_group, name_of_group, resolve_group
+from .runtime.watch.agree import PlanDigest, agree
+from .runtime.watch.supervision import Asked
+from .runtime.watch.supervisor import supervisor_for
 
 
 class Dispatched(NamedTuple):
@@ -90,6 +104,92 @@ def combine(
     into = torch.ops.ringfence.moe_combine_into if traced else moe.combined_into
     into(out, partial, route, name, PREPARED)
     return out
+
+
+@dataclass(frozen=True)
+class MoePrepared:
+    """What :func:`prepare` returns. Equal on all ranks of the group.
+
+    collective: who carries out the calls. why: what was considered, with the reason. capacity: the largest that it
+    takes; calls of a larger one go to the reference, as all do where it is 0. nbytes: of each rank's memory.
+    capture_failure: why its calls may not be captured; None where they may.
+    """
+
+    group: str
+    collective: str
+    why: tuple[str, ...]
+    capacity: int
+    nbytes: int
+    capture_failure: str | None
+
+    def __str__(self) -> str:
+        """A line for a log, and one for each candidate."""
+        serves = f"capacities up to {self.capacity}, {self.nbytes / 2**20:.1f} MiB" if self.capacity else "all calls"
+        first = f"ringfence: group '{self.group}': dispatch and combine by {self.collective}, {serves}"
+        return "\n".join((first, *(f"collective {why}" for why in self.why)))
+
+
+def prepare(
+    group: dist.ProcessGroup | str | None = None,
+    *,
+    capacity: int,
+    top_k: int,
+    hidden: int,
+    dtype: torch.dtype,
+    payload_bytes: int | None = None,
+    collective: Literal["auto", "reference", "moe_all_to_all"] = "auto",
+    workspace_bytes: int = DEFAULT_BYTES,
+    device: torch.device | str | None = None,
+    agree_seconds: float = 600.0,
+) -> MoePrepared:
+    """Choose who carries out the dispatches and combines of a group, make its workspace by vote and test it.
+
+    Every rank must call, before captures, with the same arguments. capacity, top_k: the largest of a call. hidden,
+    dtype: of the rows that are combined. payload_bytes: of one token in all payloads, the ids not among them; None is a
+    row of ``hidden`` and ``top_k`` weights of four bytes. collective: FlashInfer's one-sided kernels are
+    ``"moe_all_to_all"``; ``"auto"`` takes them where they were measured to be faster than NCCL's way.
+    workspace_bytes: of each rank at most; it may lower the capacity. device: of the tensors; the current CUDA device
+    where the group serves one. ``ringfence.close_workspaces(group)`` undoes it.
+
+    Raises :class:`OptionsError`, :class:`GroupError`, :class:`CollectiveUnavailableError`, :class:`RankMismatch` where
+    ranks ask for different things, and :class:`WorkspaceError` inside a capture.
+    """
+    numbers = {"capacity": capacity, "top_k": top_k, "hidden": hidden, "workspace_bytes": workspace_bytes}
+    numbers |= {"payload_bytes": payload_bytes} if payload_bytes is not None else {}
+    for name, value in numbers.items():
+        positive(name, value)
+    if dtype not in moe.DTYPES:
+        raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, moe.DTYPES))}")
+    Options.parse({"moe_collective": collective, "agree_seconds": agree_seconds})
+    name = name_of_group(group)
+    on = torch.device(device) if device is not None else device_of_group(name)
+    if is_capturing(on):
+        raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
+    row = payload_bytes if payload_bytes is not None else hidden * dtype.itemsize + 4 * top_k
+    wanted = MoeWanted(collective, needed(row, top_k, hidden * dtype.itemsize, capacity), workspace_bytes)
+    ready = _ready(wanted, name, on, agree_seconds)
+    workspace = ready.workspace
+    workspaces_of(name).moe_prepared = workspace
+    return MoePrepared(
+        name,
+        ready.collective,
+        tuple(map(str, ready.candidates)),
+        workspace.sizes.capacity if workspace is not None else 0,
+        workspace.kernels.nbytes if workspace is not None else 0,
+        ready.capture_failure,
+    )
+
+
+def _ready(wanted: MoeWanted, name: str, device: torch.device, agree_seconds: float) -> MoeReady:
+    described = describe_group(name, device)
+    asked = Asked({}, agree_seconds=agree_seconds)
+    supervisor = supervisor_for(asked)
+    with supervisor.compiling(asked), supervisor.compilation():
+        channel = supervisor.open([described], device).get(name)
+        if channel is not None:
+            agree(channel, PlanDigest(wanted.parts), what="arguments of ringfence.moe.prepare")
+        begin_anew(channel, workspaces_of(name))
+        return ready_pair(wanted, described, channel, device, supervisor)
 
 
 def local_experts(num_experts: int, group: dist.ProcessGroup | str | None = None) -> range:

@@ -53,6 +53,8 @@ def notes(options: Options, outcome: Outcome) -> Iterator[str]:
     for option, names in outcome.unmatched.items():
         if names:
             yield f"{option} names {', '.join(names)}: no graph so far has such an op"
+    if outcome.device.type == "cuda":
+        yield from _about_moe(outcome.assigned)
     yield from _about_capture(options, outcome)
     if options.outer_capture or outcome.device.type == "cuda":
         yield from _about_outer_capture(outcome.outer)
@@ -71,6 +73,20 @@ def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
     if not fused and (meaningless := _about_fused_sites(options)):
         yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
     yield from dict.fromkeys(note for carrier in outcome.assigned.ready.values() for note in carrier.notes)
+
+
+def _about_moe(assigned: Assignment) -> Iterator[str]:
+    """Who carries out dispatches and combines, and why no other."""
+    for group, ready in assigned.moe.items():
+        serves = ""
+        if ready.workspace is not None:
+            capacity, size = ready.workspace.sizes.capacity, ready.workspace.kernels.nbytes / 2**20
+            serves = f" (capacities up to {capacity}, {size:.1f} MiB; the reference beyond)"
+        why = "; ".join(str(c) for c in ready.candidates if c.why_not is not None)
+        yield (
+            f"dispatches and combines over group '{group}' are carried out by {ready.collective}{serves}"
+            f"{f': {why}' if why else ''}"
+        )
 
 
 def _about_outer_capture(outer: OuterCapture) -> Iterator[str]:

@@ -23,6 +23,7 @@ from .compile_passes.op_options import (
     group_names,
     groups,
     norm_ops,
+    positive,
     registered,
     strings,
 )
@@ -63,13 +64,12 @@ class Options:
     fuse: False leaves every all-reduce as it is; the graph is still split, captured and watched.
     skip_sites: all-reduces, and MoE sites, to leave as they are: paths of their ``nn.Module`` or of one around it
         (``"model.layers.3"``, ``"*.o_proj"``), or their source (``"model.py:120"``), with ``*`` as in file names.
-    collective: who carries out a fused all-reduce. ``"auto"`` takes the best that can run here.
-        The reasons are in the report.
+    collective: who carries out a fused all-reduce. ``"auto"`` takes the best that can run here; the report says why.
     transport: how mnnvl reaches the other ranks: ``"multicast"``, or ``"peer"`` on two GPUs of one node.
         No multicast object is made where ``NCCL_NVLS_ENABLE=0``, ``TORCH_SYMM_MEM_DISABLE_MULTICAST=1``
         or ``NVSHMEM_DISABLE_NVLS=1`` is set on any rank.
-    deterministic: fused sites return the same bits in every run and whatever the token count, or
-        the compilation is refused. Needs ``max_tokens``; a call of more tokens is an error.
+    deterministic: fused sites return the same bits in every run and whatever the token count, or the compilation is
+        refused. Needs ``max_tokens``; a call of more tokens is an error.
     size_table: a file of ``ringfence bench --write-table``, read before the built-in sizes.
     plain_all_reduce: let the collective carry out all-reduces without a norm too, where the size table
         says that it is faster.
@@ -82,8 +82,7 @@ class Options:
         and accepts none that would be declined without it.
     check_parts: compare the cut graph, whose parts write in place, with the functional graph that it was made of, value
         by value, before it is used.
-    max_tokens: the largest token count that a fused kernel's workspace is made for; no capture
-        size may exceed it. The reference collective has no workspace.
+    max_tokens: the largest token count that a fused kernel's workspace is made for; no capture size may exceed it.
     all_reduce_ops: an engine's own all-reduce ops: names of those that take the name of a group, or the list of its
         ranks, as an argument; or a mapping from name to the group of one that takes none (``"world"`` is the default
         group), to a mapping from the engine's names of groups (``{"vllm::all_reduce": {"tp:0": name}}``),
@@ -92,15 +91,17 @@ class Options:
     moe_dispatch: send tokens only to the ranks of their experts: a gather of hidden states, experts' ids and weights,
         the experts of this rank and a reduce-scatter become a dispatch and a combine, where all ranks of the group show
         that to be exact from the graph. Collectives that ``split_ops`` names stay. Not beside ``deterministic``.
-        Not measured on GPUs yet, so it is off.
+    moe_collective: who carries out a dispatch and its combine in one graph. ``"auto"`` takes FlashInfer's one-sided
+        kernels (``"moe_all_to_all"``) where they were measured to be faster, and the reference (NCCL) elsewhere.
+    moe_workspace_bytes: of each rank's memory, what they may take; calls of a larger capacity are the reference's.
     experts_ops: an engine's own kernels of experts, which take each row by itself, and leave out (as zeros) what asks
         for experts of other ranks. Their tensors of tokens are ``[tokens, ...]``.
     group_names: what an engine's names of groups stand for, ``{"tp:0": tp_group}``, where that was not registered
         (:func:`ringfence.register_group`): process groups, or torch's names of them. They hold for the process.
     norm_ops: an engine's own RMSNorm ops, besides those that are known by name: names, or a mapping from name to
         what is added to the weight (1.0 for Gemma's), or to a :class:`ringfence.NormOp`. Without one, they take
-        ``(x, [residual], weight, eps)``, or write ``out``
-        or ``x`` and ``residual`` in place. An op that is only called like one is run on generated inputs first.
+        ``(x, [residual], weight, eps)``, or write ``out`` or ``x`` and ``residual`` in place. An op that is only called
+        like one is run on generated inputs first.
     groups: names of the process groups to fuse over, and to rewrite MoE sites of; None means all.
     graphs: what captures. ``"auto"`` is CUDA graphs on CUDA inputs, and nothing elsewhere. ``"simulated"`` is for
         tests: it keeps the rules of a capture on any device, and is no faster.
@@ -149,6 +150,8 @@ class Options:
     max_tokens: int | None = None
     all_reduce_ops: Mapping[str, GroupOf] = field(default_factory=dict)
     moe_dispatch: bool = False
+    moe_collective: str = "auto"
+    moe_workspace_bytes: int = 512 << 20
     experts_ops: tuple[str, ...] = ()
     group_names: Mapping[str, Any] = field(default_factory=dict)
     norm_ops: Mapping[str, float | NormOp] = field(default_factory=dict)
@@ -304,6 +307,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "norm_ops": norm_ops,
     "journal_dir": _read_journal_dir,
     "size_table": _read_size_table,
+    "moe_workspace_bytes": functools.partial(positive, "moe_workspace_bytes"),
 }
 
 
@@ -383,8 +387,8 @@ def _check_can_be_written(folder: str) -> None:
 
 def _check_sizes(checked: dict[str, Any]) -> None:
     limit = checked.get("max_tokens")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise OptionsError(f"max_tokens={limit!r} is not a positive integer")
+    if limit is not None:
+        positive("max_tokens", limit)
     sizes = checked.get("capture_sizes", ())
     if isinstance(sizes, str) or not isinstance(sizes, Sequence | set | frozenset | range):
         raise OptionsError(f"capture_sizes={sizes!r} is not a list of token counts")

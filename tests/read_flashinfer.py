@@ -117,6 +117,7 @@ def main() -> None:
         print(json.dumps(facts))
         return
     facts["version"] = package.version
+    facts["moe"] = package.moe().__name__
 
     from flashinfer.comm import allreduce, trtllm_ar, trtllm_mnnvl_ar
     from flashinfer.comm import mnnvl as fi_mnnvl

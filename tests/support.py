@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -148,6 +149,33 @@ def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = 6
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
     assert not errors, "\n".join(errors)
     return results
+
+
+class HostDevice:
+    """What a probe reads with, over host memory.
+
+    ``slow``: so many questions until a copy is complete; None: never. It writes only then.
+    """
+
+    def __init__(self, staging: int = 2048, slow: int | None = 0) -> None:
+        self.staging = torch.full((staging // 4,), 7, dtype=torch.int32)
+        self.slow, self.asked, self.copies = slow, 0, 0
+        self.pending: tuple[int, int] | None = None
+
+    def copy(self, address: int, size: int) -> None:
+        assert self.pending is None, "the copy before may still write"
+        assert size <= self.staging.numel() * 4
+        self.pending, self.asked = (address, size), 0
+        self.copies += 1
+
+    def done(self) -> bool:
+        self.asked += 1
+        if self.slow is None or self.asked <= self.slow:
+            return False
+        if self.pending is not None:
+            ctypes.memmove(self.staging.data_ptr(), *self.pending)
+            self.pending = None
+        return True
 
 
 def save_tiny_model(folder: Path, kind: str, **sizes: Any) -> None:

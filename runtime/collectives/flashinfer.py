@@ -7,6 +7,7 @@ the report says why.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from dataclasses import dataclass
 from types import ModuleType
@@ -38,6 +39,27 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "flashinfer.comm.trtllm_ar:trtllm_destroy_ipc_workspace_for_all_reduce_fusion": ("workspace",),
 }
 _PATTERNS = {"kAllReduce": 0, "kARResidualRMSNorm": 1}
+
+#: The same of the MoE all-to-all, without which the all-reduces are as good as before.
+MOE = "flashinfer.comm.trtllm_moe_alltoall"
+MOE_CONTRACT: dict[str, tuple[str, ...]] = {
+    f"{MOE}:get_moe_alltoall_module": (),
+    f"{MOE}:moe_a2a_initialize": ("workspace", "ep_rank", "ep_size", "max_num_tokens"),
+    f"{MOE}:moe_a2a_dispatch": (
+        *("token_selected_experts", "input_payloads", "workspace", "metainfo", "runtime_max_tokens_per_rank"),
+        *("ep_rank", "ep_size", "top_k", "num_experts", "enable_pdl"),
+    ),
+    f"{MOE}:moe_a2a_sanitize_expert_ids": (
+        *("expert_ids", "workspace", "metainfo", "ep_rank", "invalid_expert_id", "enable_pdl"),
+    ),
+    f"{MOE}:moe_a2a_combine": (
+        *("payload", "local_num_tokens", "workspace", "metainfo", "runtime_max_tokens_per_rank", "ep_rank", "ep_size"),
+        *("top_k", "combine_payload_offset", "payload_in_workspace", "output", "enable_pdl"),
+    ),
+    "flashinfer.comm.dlpack_utils:pack_strided_memory": (
+        *("ptr", "segment_size", "segment_stride", "num_segments", "dtype", "dev_id"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -82,8 +104,17 @@ def load() -> FlashInfer | Unavailable:
 
 def contract_breaks(modules: dict[str, ModuleType]) -> list[str]:
     """What :data:`CONTRACT` asks for and these modules do not have."""
+    broken = _breaks(CONTRACT, modules)
+    patterns = getattr(modules["flashinfer.comm.allreduce"], "AllReduceFusionPattern", None)
+    for name, code in _PATTERNS.items():
+        if getattr(patterns, name, None) != code:
+            broken.append(f"AllReduceFusionPattern.{name} is not {code}")
+    return broken
+
+
+def _breaks(contract: dict[str, tuple[str, ...]], modules: dict[str, ModuleType]) -> list[str]:
     broken = []
-    for name, wanted in CONTRACT.items():
+    for name, wanted in contract.items():
         module, _, function = name.partition(":")
         found = getattr(modules[module], function, None)
         if found is None:
@@ -92,10 +123,6 @@ def contract_breaks(modules: dict[str, ModuleType]) -> list[str]:
         have = inspect.signature(found).parameters
         if missing := [p for p in wanted if p not in have]:
             broken.append(f"{name} has no parameter {', '.join(missing)}")
-    patterns = getattr(modules["flashinfer.comm.allreduce"], "AllReduceFusionPattern", None)
-    for name, code in _PATTERNS.items():
-        if getattr(patterns, name, None) != code:
-            broken.append(f"AllReduceFusionPattern.{name} is not {code}")
     return broken
 
 
@@ -105,6 +132,20 @@ class FlashInfer:
 
     version: str
     modules: dict[str, ModuleType]
+
+    def moe(self) -> ModuleType:
+        """The module of the MoE all-to-all. Raises :class:`WorkspaceError` where it is not as it was read."""
+        try:
+            for name in {name.partition(":")[0] for name in MOE_CONTRACT} - {*self.modules}:
+                self.modules[name] = importlib.import_module(name)
+            broken = _breaks(MOE_CONTRACT, self.modules)
+        except Exception as error:  # what it imports may raise what it likes
+            raise WorkspaceError(
+                f"FlashInfer's MoE all-to-all cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        if broken:
+            raise WorkspaceError(f"FlashInfer {self.version} has another MoE all-to-all: {'; '.join(broken)}")
+        return self.modules[MOE]
 
 
 def installed() -> FlashInfer:

@@ -244,15 +244,20 @@ def check_buffer(size: int) -> None:
 
 
 class _DeviceArray:
-    def __init__(self, pointer: int, words: int) -> None:
+    def __init__(self, pointer: int, elements: int, kind: str) -> None:
         self.__cuda_array_interface__ = {
-            "shape": (words,),
-            "typestr": "<i4",
+            "shape": (elements,),
+            "typestr": kind,
             "data": (pointer, False),
             "version": 3,
         }
 
 
 def device_words(pointer: int, words: int) -> Tensor:
-    """Device memory that torch did not allocate, as int32."""
-    return torch.as_tensor(_DeviceArray(pointer, words), device="cuda")
+    """Memory of this device that torch did not allocate, as int32."""
+    return torch.as_tensor(_DeviceArray(pointer, words, "<i4"), device="cuda")
+
+
+def device_bytes(pointer: int, size: int) -> Tensor:
+    """The same, as uint8."""
+    return torch.as_tensor(_DeviceArray(pointer, size, "|u1"), device="cuda")

@@ -22,7 +22,9 @@ rank. result: ``[T, H]``, the sum over the ranks a token went to, taken in float
 A dispatch is answered by one combine before the next dispatch of the group, on every rank. All readers of ``received``
 come before that combine, and nothing may be written into it: it may be memory of a workspace.
 
-``collective`` says who carries the pair out: "reference", or "prepared" in a call that a person wrote.
+``collective`` says who carries the pair out: "reference"; "moe_all_to_all", kernels over the group's workspace; or, in
+a call that a person wrote, "prepared": the kernels where :func:`ringfence.moe.prepare` has made them ready. A pair
+whose capacity is beyond the workspace's is the reference's: that is one number on all ranks, and of both halves.
 """
 
 from __future__ import annotations
@@ -35,13 +37,15 @@ import torch
 from torch import Tensor
 
 from ..capturing import is_capturing
-from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError
+from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError, PoisonedError
 from ..groups import HOST_BACKENDS, describe_group, resolve_group
 from ..hazards.situation import Collective
 from ..seams import run_between
 from . import moe_reference as reference
 from .epilogue import DTYPES
+from .moe_one_sided import MoeSizes, id_bytes, unserved
 from .ops import NOT_CAPTURED, PREPARED
+from .workspace import MoeWorkspace, workspaces_of
 
 #: FlashInfer's kernels carry six, of which the ids are one.
 MOST_PAYLOADS = 5
@@ -129,6 +133,38 @@ def _ranks(group: str) -> int:
     return int(resolve_group(group).size())
 
 
+# -- who carries it out ---------------------------------------------------------------------
+
+
+def _serving(group: str, collective: str, call: MoeSizes, device: torch.device) -> MoeWorkspace | None:
+    """The workspace whose kernels carry a call out; None: the reference does. By what all ranks share.
+
+    Raises :class:`InputError` for a call that the workspace was not made for: its other half cannot know of that.
+    """
+    named = collective.removesuffix(NOT_CAPTURED)
+    if named == Collective.REFERENCE:
+        return None
+    workspaces = workspaces_of(group)
+    if named == PREPARED:
+        found = workspaces.moe_prepared
+        if found is not None and workspaces.invalid is not None:
+            raise PoisonedError(f"{workspaces.invalid}; call ringfence.moe.prepare on every rank, which begins anew")
+    elif named == Collective.MOE_ALL_TO_ALL and workspaces.moe:
+        found = workspaces.moe[-1]
+    else:
+        raise CollectiveUnavailableError(
+            f"collective '{named}' cannot carry out a MoE dispatch or combine in this process; use 'reference', on any "
+            "process group"
+        )
+    if found is None or call.capacity > found.sizes.capacity:
+        return None
+    if device != found.device:
+        raise InputError(f"the tensors are on {device}, and the workspace of group '{group}' is on {found.device}")
+    if why := unserved(found.sizes, call):
+        raise InputError(f"{why}; prepare group '{group}' for the largest call (ringfence.moe.prepare)")
+    return found
+
+
 # -- the ops -----------------------------------------------------------------------------
 
 
@@ -146,40 +182,61 @@ def dispatched(
     ranks = _ranks(group)
     check_dispatch(payloads, topk_ids, capacity, num_experts, empty_id, ranks)
     _no_grad(*payloads)
+    row_bytes = sum(p.shape[1] * p.element_size() for p in payloads) + id_bytes(topk_ids.shape[1])
+    call = MoeSizes(capacity, row_bytes, 0, topk_ids.shape[1])
+    workspace = _serving(group, collective, call, topk_ids.device)
 
     def run(*operands: Tensor) -> tuple[Tensor, ...]:
+        if workspace is not None:
+            rows, ids = workspace.kernels.dispatch(operands[:-1], operands[-1], capacity, num_experts, empty_id)
+            return (*rows, ids, ids.new_empty(operands[-1].shape[0], ranks, dtype=torch.int32))  # the kernels keep it
         received, ids, route = reference.dispatch(
             operands[:-1], operands[-1], capacity, num_experts, empty_id, group, ranks
         )
         return (*received, ids, route)
 
-    *received, ids, route = _carried(run, "dispatch", group, collective, *payloads, topk_ids)
+    *received, ids, route = _carried(run, "dispatch", group, collective, workspace, *payloads, topk_ids)
     return received, ids, route
 
 
 def combined(partial: Tensor, route: Tensor, group: str, collective: str) -> Tensor:
     """``[T, H]``; see above."""
-    check_combine(partial, route, _ranks(group))
+    workspace = _answering(partial, route, group, collective)
     _no_grad(partial)
 
     def run(partial: Tensor, route: Tensor) -> tuple[Tensor, ...]:
-        return (reference.combine(partial, route, group),)
+        if workspace is None:
+            return (reference.combine(partial, route, group),)
+        out = partial.new_empty(route.shape[0], partial.shape[1])
+        workspace.kernels.combine(partial, out)
+        return (out,)
 
-    result: Tensor = _carried(run, "combine", group, collective, partial, route)[0]
+    result: Tensor = _carried(run, "combine", group, collective, workspace, partial, route)[0]
     return result
 
 
 def combined_into(out: Tensor, partial: Tensor, route: Tensor, group: str, collective: str) -> None:
     """:func:`combined`, into memory of the caller's ``[T, H]``."""
-    check_combine(partial, route, _ranks(group))
+    workspace = _answering(partial, route, group, collective)
     check_out(out, partial, route)
     _no_grad(out, partial)
 
     def run(out: Tensor, partial: Tensor, route: Tensor) -> tuple[Tensor, ...]:
-        out.copy_(reference.combine(partial, route, group))
+        if workspace is None:
+            out.copy_(reference.combine(partial, route, group))
+        else:
+            workspace.kernels.combine(partial, out)
         return ()
 
-    _carried(run, "combine", group, collective, out, partial, route)
+    _carried(run, "combine", group, collective, workspace, out, partial, route)
+
+
+def _answering(partial: Tensor, route: Tensor, group: str, collective: str) -> MoeWorkspace | None:
+    """Who has the other half of a combine, once its arguments are found to be right."""
+    ranks = _ranks(group)
+    check_combine(partial, route, ranks)
+    call = MoeSizes(partial.shape[0] // ranks, 0, partial.shape[1] * partial.element_size(), 1)
+    return _serving(group, collective, call, partial.device)
 
 
 def _no_grad(*tensors: Tensor) -> None:
@@ -191,31 +248,35 @@ def _no_grad(*tensors: Tensor) -> None:
 
 
 def _carried(
-    run: Callable[..., tuple[Tensor, ...]], what: str, group: str, collective: str, *operands: Tensor
+    run: Callable[..., tuple[Tensor, ...]],
+    what: str,
+    group: str,
+    collective: str,
+    workspace: MoeWorkspace | None,
+    *operands: Tensor,
 ) -> tuple[Any, ...]:
     """``run(*operands)``, as a capture that somebody else makes allows it.
 
-    Over NCCL it is stream work of equal parts, and captured. What the host carries out runs between two segments of
-    the capture, else it is refused.
+    Kernels keep their epoch on the device, and NCCL's is stream work of equal parts: both are captured. What the host
+    carries out, and kernels that failed when captured, runs between two segments of the capture, else it is refused.
     """
-    named = collective.removesuffix(NOT_CAPTURED)
-    if named not in (Collective.REFERENCE, PREPARED):
-        raise CollectiveUnavailableError(
-            f"collective '{named}' cannot carry out a MoE {what}; use 'reference', on any process group"
-        )
     device = operands[-1].device
-    if named == collective == Collective.REFERENCE or not is_capturing(device):  # its judge has spoken
+    spoken = collective in (Collective.REFERENCE, Collective.MOE_ALL_TO_ALL)  # its judge has
+    if spoken or not is_capturing(device):
         return run(*operands)
-    backend = describe_group(group, device).backend
-    if backend not in HOST_BACKENDS:
+    why = workspace.capture_failure if workspace is not None else None
+    if workspace is None and (backend := describe_group(group, device).backend) in HOST_BACKENDS:
+        why = (
+            f"the collectives of group '{group}' run on the host over {backend}, and a replay would not run them again"
+        )
+    if why is None:
         return run(*operands)
     between = run_between(functools.partial(run), operands, device)
     if between is not None:
         return between
     raise CaptureError(
-        f"a MoE {what} was called inside a capture that must not hold it: the collectives of group '{group}' run on "
-        f"the host over {backend}, and a replay would not run them again. Capture without it, or in segments between "
-        "which it runs (vLLM's and SGLang's breakable graphs)"
+        f"a MoE {what} was called inside a capture that must not hold it: {why}. Capture without it, or in segments "
+        "between which it runs (vLLM's and SGLang's breakable graphs)"
     )
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..groups import ranks_of
 from .buffer_dump import CELL, FLAGS, Cells, describe
 from .kernels import BUFFERS, KernelMemory
-from .workspace import Workspace, workspaces_of
+from .moe_dump import describe_moe
+from .workspace import MOE_WAY, MoeWorkspace, Workspace, workspaces_of
 
 #: For all workspaces of a group together.
 SECONDS = 0.5
@@ -102,20 +103,38 @@ class GroupProbe:
         try:
             self._until = time.monotonic() + self._seconds
             ranks = ranks_of(self._group)
-            found = [self._entry(w, ranks) for w in workspaces_of(self._group).open]
+            workspaces = workspaces_of(self._group)
+            found = [self._entry(w, ranks) for w in workspaces.open] + [
+                self._moe_entry(w, ranks) for w in workspaces.moe
+            ]
             return found or "no workspace is open"
         finally:
             self._lock.release()
 
     def _entry(self, workspace: Workspace, ranks: tuple[int, ...]) -> dict[str, Any]:
-        entry: dict[str, Any] = {"collective": str(workspace.collective), "transport": workspace.transport}
-        if workspace.closed:
+        def look() -> dict[str, Any]:
+            memory = workspace.kernels.memory
+            return self._look(memory, ranks) if memory is not None else {"says": "it keeps nothing to look at"}
+
+        return self._said(str(workspace.collective), workspace.transport, workspace.closed, look)
+
+    def _moe_entry(self, workspace: MoeWorkspace, ranks: tuple[int, ...]) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            memory, count = workspace.kernels.memory, workspace.kernels.ranks
+            (call,) = self._read(memory.flag, 4).tolist()
+            each = (memory.dispatch_flags, memory.combine_flags, memory.received)
+            return describe_moe(memory, call, *(self._read(at, 4 * count).tolist() for at in each), ranks)
+
+        return self._said(*MOE_WAY, workspace.closed, look)
+
+    def _said(
+        self, collective: str, transport: str | None, closed: bool, look: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        entry: dict[str, Any] = {"collective": collective, "transport": transport}
+        if closed:
             return entry | {"says": "the workspace was closed"}
         try:
-            memory = workspace.kernels.memory
-            return entry | (
-                self._look(memory, ranks) if memory is not None else {"says": "it keeps nothing to look at"}
-            )
+            return entry | look()
         except _NoAnswer:
             return entry | {"says": f"the device did not answer within {self._seconds} s"}
         except Exception as error:  # the journal says why, and the other workspaces are still looked at

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -32,6 +33,15 @@ from .workspace import SelfTest, Tested, Workspace, Workspaces, workspaces_of
 #: Token counts of the self-test, beside those that will be captured.
 _TESTED_TOKENS = (1, 4, 32)
 _MOST_TESTED = 8
+
+
+class WantedOfAll(Protocol):
+    """What a collective is wanted for: by what name, and what must be equal on all ranks."""
+
+    @property
+    def collective(self) -> str: ...
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ def prepare(
         if wanted.collective != "auto" or wanted.deterministic:
             raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
         return reference_collective(group.size, str(error), wanted)
-    ranks, notes = _with_copies(channel, device, ranks, wanted, workspaces)
+    ranks, notes = with_copies(channel, device, ranks, wanted, workspaces)
     dtype = str(wanted.dtype).removeprefix("torch.")
     unfit: dict[tuple[str, str | None], str] = {}  # of these sites, and not of the group
     while True:
@@ -207,7 +217,7 @@ def prepare(
 
 
 def facts_of_all(
-    channel: Channel, device: torch.device, wanted: Wanted | None = None, workspaces: Workspaces | None = None
+    channel: Channel, device: torch.device, wanted: WantedOfAll | None = None, workspaces: Workspaces | None = None
 ) -> list[RankFacts]:
     """What every rank knows of itself, by rank; invalid workspaces of the group are given back on the way.
 
@@ -234,8 +244,8 @@ def facts_of_all(
     return [facts for facts, _, _ in answers]
 
 
-def _with_copies(
-    channel: Channel, device: torch.device, ranks: Sequence[RankFacts], wanted: Wanted, workspaces: Workspaces
+def with_copies(
+    channel: Channel, device: torch.device, ranks: Sequence[RankFacts], wanted: WantedOfAll, workspaces: Workspaces
 ) -> tuple[list[RankFacts], tuple[str, ...]]:
     """The facts with what copies between all pairs brought, and notes. Tried once for each group.
 

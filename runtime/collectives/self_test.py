@@ -154,7 +154,7 @@ def _eager(calls: Sequence[_Trial], device: torch.device, channel: Channel) -> t
                 call.run()
             except Exception as error:
                 failures.append(f"eager, payload {payload}: a call raised {type(error).__name__}: {error}")
-        _wait(device, channel)
+        wait_for_device(device, channel)
         failures += _check(sent, f"eager, payload {payload}", digest)
     return next(iter(failures), None), digest.digest()
 
@@ -182,7 +182,7 @@ def _captured(calls: Sequence[_Trial], workspace: Workspace, channel: Channel) -
         if unfilled := _fill(calls, 5000 + 1000 * turn, payload, channel):
             return unfilled, digest.digest()
         graph.replay()
-        _wait(workspace.device, channel)
+        wait_for_device(workspace.device, channel)
         failures += _check(calls, f"replay {turn + 1}, payload {payload}", digest)
     graph.reset()
     return next(iter(failures), None), digest.digest()
@@ -218,7 +218,7 @@ def _voted(channel: Channel, topic: str, failure: str | None, digest: bytes) -> 
     return None if len({d for _, d in answers}) == 1 else "the ranks hold different bits"
 
 
-def _wait(device: torch.device, channel: Channel) -> None:
+def wait_for_device(device: torch.device, channel: Channel) -> None:
     """Wait for the device, and with it for the other ranks, but not for ever."""
     if device.type != "cuda":
         return

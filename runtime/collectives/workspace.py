@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,12 +25,15 @@ from torch import Tensor
 from ..channel import Channel, failures_text
 from ..errors import GroupError, WorkspaceError
 from ..groups import resolve_group
-from ..hazards.situation import Strategy
+from ..hazards.situation import Collective, Situation, Strategy
 from .kernels import Implementation, KernelCall, Kernels
+from .moe_one_sided import MoeSizes, OneSided
 from .peer_copy import Copies
 from .prepared import Prepared
 from .size_table import SizeRow
 
+#: What is tried, for dispatch and combine: who, and over which memory.
+MOE_WAY = (str(Collective.MOE_ALL_TO_ALL), "peer")
 #: How long work that was submitted before a failure may take to end.
 _SECONDS_TO_COME_BACK = 5.0
 
@@ -118,10 +121,34 @@ class Workspace:
         return self._constants[key][:numel]
 
 
-class Creation(NamedTuple):
+@dataclass
+class MoeWorkspace:
+    """Memory and kernels of dispatch and combine. situation: what the hazard table is asked about its calls.
+
+    tested, captures_tested: whether the self-test tried calls, and captured ones; capture_failure: what failed then.
+    """
+
+    kernels: OneSided
+    device: torch.device
+    situation: Situation
+    tested: bool = False
+    captures_tested: bool = False
+    capture_failure: str | None = None
+    closed: bool = False
+
+    @property
+    def sizes(self) -> MoeSizes:
+        """What it serves at most; a call of a larger capacity is the reference's."""
+        return self.kernels.sizes
+
+
+Made = TypeVar("Made", Workspace, MoeWorkspace)
+
+
+class Creation(NamedTuple, Generic[Made]):
     """What came of the vote on a workspace: it, or why not; the same on every rank."""
 
-    workspace: Workspace | None
+    workspace: Made | None
     failure: str | None
 
 
@@ -147,6 +174,10 @@ class Workspaces:
         #: Whose graphs run over them.
         self.users: weakref.WeakSet[User] = weakref.WeakSet()
         self._open: list[Workspace] = []
+        #: Those of dispatch and combine; a call takes the last.
+        self.moe: list[MoeWorkspace] = []
+        #: The one that was prepared for dispatches and combines that name no collective.
+        self.moe_prepared: MoeWorkspace | None = None
 
     def find(self, collective: str | None, device: torch.device, dtype: torch.dtype, size: int) -> Workspace | None:
         """The first one for calls of ``size`` bytes, of whatever collective where none is named."""
@@ -157,8 +188,8 @@ class Workspaces:
         return None
 
     def create(
-        self, channel: Channel, make: Callable[[], Workspace], collective: str, transport: str | None
-    ) -> Creation:
+        self, channel: Channel, make: Callable[[], Made], collective: str, transport: str | None
+    ) -> Creation[Made]:
         """Make one on every rank, or on none. Every rank must call.
 
         Raises :class:`WorkspaceError` inside a capture: its addresses would be baked into a graph
@@ -166,9 +197,9 @@ class Workspaces:
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise WorkspaceError("a workspace would be created inside a capture; compile and call the model before")
-        made: list[Workspace] = []
+        made: list[Made] = []
 
-        def making() -> Workspace:
+        def making() -> Made:
             made.append(make())
             return made[0]
 
@@ -184,7 +215,10 @@ class Workspaces:
             self.failed[collective, transport] = f"its workspace could not be created ({failures_text(failures)})"
             return Creation(None, self.failed[collective, transport])
         assert workspace is not None
-        self._open.append(workspace)
+        if isinstance(workspace, MoeWorkspace):
+            self.moe.append(workspace)
+        else:
+            self._open.append(workspace)
         return Creation(workspace, None)
 
     def invalidate(self, why: str) -> None:
@@ -209,17 +243,21 @@ class Workspaces:
         self.invalid = None
 
     def _wait_for_device(self) -> None:
-        for device in {workspace.device for workspace in self._open if workspace.device.type == "cuda"}:
+        for device in {workspace.device for workspace in self._all if workspace.device.type == "cuda"}:
             waits = threading.Thread(target=torch.cuda.synchronize, args=(device,), daemon=True)
             waits.start()
             waits.join(_SECONDS_TO_COME_BACK)  # for all streams: a kernel may poll on any of them
             if waits.is_alive():
                 raise WorkspaceError(f"{device} does not come back; end the process")
 
-    def retire(self, workspace: Workspace, channel: Channel, reason: str) -> None:
+    def retire(self, workspace: Workspace | MoeWorkspace, channel: Channel, reason: str) -> None:
         """Close one that failed its test, and do not make another. Every rank must call."""
-        self.failed[workspace.collective, workspace.transport] = reason
-        self._open.remove(workspace)
+        if isinstance(workspace, MoeWorkspace):
+            self.failed[MOE_WAY] = reason
+            self.moe.remove(workspace)
+        else:
+            self.failed[workspace.collective, workspace.transport] = reason
+            self._open.remove(workspace)
         workspace.closed = True
         channel.barrier("workspace retired")
         workspace.kernels.close()
@@ -227,15 +265,21 @@ class Workspaces:
     def close(self) -> None:
         """Close all. Captured graphs over them can no longer be replayed. Every rank must close, outside of calls."""
         self.prepared.clear()
+        self.moe_prepared = None
         self.failed.clear()  # also where nothing came of any: whoever closes wants another try
-        if not self._open:
+        if not self._all:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        while self._open:
-            workspace = self._open.pop()
+        for workspace in self._all:
             workspace.closed = True
             workspace.kernels.close()
+        self._open.clear()
+        self.moe.clear()
+
+    @property
+    def _all(self) -> tuple[Workspace | MoeWorkspace, ...]:
+        return (*self._open, *self.moe)
 
     @property
     def open(self) -> tuple[Workspace, ...]:

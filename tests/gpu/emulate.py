@@ -31,7 +31,7 @@ from torch import Tensor
 
 RANKS = 2
 EPSILON = 1e-6
-LIBRARIES = {"mnnvl": "trtllm_mnnvl_comm.so", "trtllm": "trtllm_comm.so"}
+LIBRARIES = {"mnnvl": "trtllm_mnnvl_comm.so", "trtllm": "trtllm_comm.so", "moe": "mnnvl_moe_alltoall.so"}
 
 #: By release: how many optional arguments (weight bias, quantisation) follow the fifteen that all releases have.
 MNNVL_OPTIONAL_ARGUMENTS = {"0.6.10.post1": 0, "0.6.13": 6, "0.6.18.post1": 6}
@@ -58,7 +58,7 @@ def missing(release: str, collective: str) -> str | None:
         return "RINGFENCE_KERNELS is not set: build kernels with tests/gpu/build_kernels.py and name the folder in it"
     library = Path(folder) / release / LIBRARIES[collective]
     if not library.is_file():
-        option = " --trtllm" if collective == "trtllm" else ""
+        option = f" --modules {library.stem}"
         return f"{library} is not there: tests/gpu/build_kernels.py {release} --into {folder}{option}"
     return None
 

@@ -58,7 +58,7 @@ def make_probe(memory: KernelMemory) -> module.GroupProbe:
     """Of that memory. What is patched stays so: the process is the test's."""
     kernels = SimpleNamespace(memory=memory)
     workspace = SimpleNamespace(collective="emulated", transport="emulated", closed=False, kernels=kernels)
-    mock.patch.object(module, "workspaces_of", lambda name: SimpleNamespace(open=(workspace,))).start()
+    mock.patch.object(module, "workspaces_of", lambda name: SimpleNamespace(open=(workspace,), moe=())).start()
     mock.patch.object(module, "ranks_of", lambda name: (0, 1)).start()
     return module.GroupProbe("emulated", module.CudaReader(torch.device("cuda", torch.cuda.current_device())))
 

@@ -54,7 +54,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.delenv("RINGFENCE_KERNELS", raising=False)
     assert "RINGFENCE_KERNELS is not set" in (emulate.missing("0.6.13", "mnnvl") or "")
     monkeypatch.setenv("RINGFENCE_KERNELS", str(tmp_path))
-    assert "--trtllm" in (emulate.missing("0.6.18.post1", "trtllm") or "")
+    assert "--modules trtllm_comm" in (emulate.missing("0.6.18.post1", "trtllm") or "")
     (tmp_path / "0.6.13").mkdir()
     (tmp_path / "0.6.13" / "trtllm_mnnvl_comm.so").touch()
     assert emulate.missing("0.6.13", "mnnvl") is None

@@ -582,6 +582,10 @@ def test_the_real_package_is_a_release_that_was_read(real: dict[str, Any]) -> No
     assert adapter.in_range(real["version"], low, high)
 
 
+def test_the_real_moe_all_to_all_is_as_it_was_read(real: dict[str, Any]) -> None:
+    assert real["moe"] == adapter.MOE
+
+
 def test_the_real_mnnvl_kernel_takes_its_arguments_in_this_order(real: dict[str, Any]) -> None:
     assert real["mnnvl parameters"][: len(MNNVL_PARAMETERS)] == MNNVL_PARAMETERS
 

@@ -23,35 +23,11 @@ from ringfence.runtime.collectives.probe import GroupProbe, make_probe
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import Workspace, Workspaces, workspaces_of
 from ringfence.runtime.hazards.situation import Collective, Strategy
-from support import run_threaded
+from support import HostDevice, run_threaded
 
 ONE = Strategy.ONE_SHOT
 TRTLLM, MNNVL = Collective.TRTLLM, Collective.MNNVL
 ROW = 1024
-
-
-class HostDevice:
-    """``slow``: so many questions until a copy is complete; None: never. It writes only then."""
-
-    def __init__(self, staging: int = 2048, slow: int | None = 0) -> None:
-        self.staging = torch.full((staging // 4,), 7, dtype=torch.int32)
-        self.slow, self.asked, self.copies = slow, 0, 0
-        self.pending: tuple[int, int] | None = None
-
-    def copy(self, address: int, size: int) -> None:
-        assert self.pending is None, "the copy before may still write"
-        assert size <= self.staging.numel() * 4
-        self.pending, self.asked = (address, size), 0
-        self.copies += 1
-
-    def done(self) -> bool:
-        self.asked += 1
-        if self.slow is None or self.asked <= self.slow:
-            return False
-        if self.pending is not None:
-            ctypes.memmove(self.staging.data_ptr(), *self.pending)
-            self.pending = None
-        return True
 
 
 class Held:
