@@ -32,6 +32,8 @@ from .compile_passes.split import SplitPlan
 from .fake_model import CONTEXT, FakeModel, ModelCall, fake_model, read_config
 from .layers import Folding
 from .machines import Planned, planned
+from .options import Options
+from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.errors import OptionsError, RingfenceError, TargetError
 from .runtime.replay.runner import PiecewiseRunner
 from .unfold import Unfolding
@@ -44,19 +46,72 @@ _SIMULATED = {"piece_compiler": "eager", "graphs": "simulated"}
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+#: Options of the choice among collectives: without a GPU none is made.
+_OF_CHOICE = ("transport", "size_table", "deterministic")
+
+#: Options that show when a model runs.
+_OF_RUNS = (
+    "plain_all_reduce",
+    "static_outputs",
+    "on_hang",
+    "kernel_wait_seconds",
+    "step_seconds",
+    "warm_up_seconds",
+    "agree_seconds",
+    "check_every_step",
+    "on_capture_failure",
+    "journal_dir",
+)
+
 
 @dataclass(frozen=True)
 class AskedAs:
-    """What a plan is to be judged as; nothing is asked where all but ``tp`` are None."""
+    """What a plan is to be judged as; nothing is asked where all but ``tp`` are None.
+
+    transport, size_table, deterministic: the options of the choice among collectives, which is made on a GPU.
+    """
 
     tp: int
     collective: str | None = None
     flashinfer: str | None = None
     gpu: str | None = None
+    transport: str = "auto"
+    size_table: str | None = None
+    deterministic: bool = False
+
+    def with_options(self, options: Mapping[str, Any]) -> AskedAs:
+        """And as the backend's options ask. Raises :class:`OptionsError`."""
+        given = Options.parse({**_SIMULATED, **options})
+        wanted = given.collective if given.collective != "auto" else None
+        if wanted is not None and self.collective not in (None, wanted):
+            raise OptionsError(f"--collective {self.collective}, and --option collective={wanted}: give one of them")
+        if self.gpu is None:
+            return replace(self, collective=self.collective or wanted)
+        return replace(
+            self,
+            collective=self.collective or wanted,
+            transport=given.transport,
+            size_table=given.size_table,
+            deterministic=given.deterministic,
+        )
 
     def planned(self, dtype: str, unfit: Mapping[tuple[str, str | None], str] | None = None) -> Planned:
         """unfit: collectives that do not take this model, and why."""
-        return planned(self.tp, self.collective, self.flashinfer, self.gpu, dtype, unfit)
+        table = read_table(self.size_table) if self.size_table is not None else ()
+        by: dict[str, Any] = {
+            "transport": self.transport,
+            "deterministic": self.deterministic,
+            "table": (*table, *TABLE),
+        }
+        return planned(self.tp, self.collective, self.flashinfer, self.gpu, dtype, unfit, by)
+
+    def idle(self, options: Mapping[str, Any]) -> str | None:
+        """A note about given options on which nothing of a plan depends."""
+        given = Options.parse({**_SIMULATED, **options}).given()
+        without_gpu = [name for name in _OF_CHOICE if name in given and self.gpu is None]
+        names = without_gpu + [name for name in _OF_RUNS if name in given]
+        with_gpu = f"; with --gpu: {', '.join(without_gpu)}" if without_gpu else ""
+        return f"nothing in a plan depends on these options: {', '.join(names)}{with_gpu}" if names else None
 
 
 @dataclass(frozen=True)
@@ -193,6 +248,7 @@ def _judged(
     runs: bool,
 ) -> CompileReport:
     """The report; once more where the kernels that were chosen do not take the model's hidden size."""
+    asked = asked.with_options(options)
     machine = asked.planned(dtype)
     report = _compiled(model, args, kwargs, _Compiler(machine, folding, options, runs=runs))
     most = max((site.hidden_size or 0 for site in report.fused), default=0)
@@ -200,7 +256,10 @@ def _judged(
     while unmet := machine.unmet(most, dtype):
         unfit |= unmet
         machine = asked.planned(dtype, unfit)
-    return _compiled(model, args, kwargs, _Compiler(machine, folding, options, runs=runs)) if unfit else report
+    if unfit:
+        report = _compiled(model, args, kwargs, _Compiler(machine, folding, options, runs=runs))
+    idle = asked.idle(options)
+    return replace(report, notes=(*report.notes, idle)) if idle is not None else report
 
 
 def _compiled(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Backend) -> CompileReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -132,11 +133,13 @@ def planned(
     gpu: str | None,
     dtype: str,
     unfit: Mapping[tuple[str, str | None], str] | None = None,
+    by: Mapping[str, Any] | None = None,
 ) -> Planned:
     """What a plan is judged as. Without a collective, the one that "auto" would choose on the GPUs that are named.
 
-    unfit: what is passed over for a reason of the model, by collective and transport. flashinfer: where it is None, the
-    newest release that was read, if a GPU is named; otherwise any release. Raises :class:`OptionsError`, and
+    unfit: what is passed over for a reason of the model, by collective and transport. by: what else :func:`choose`
+    takes, as ``transport``. flashinfer: where it is None, the newest release that was read, if a GPU is named;
+    otherwise any release. Raises :class:`OptionsError`, and
     :class:`CollectiveUnavailableError` for a collective that is not to be had there.
     """
     if flashinfer is not None and collective is None and gpu is None:
@@ -149,7 +152,7 @@ def planned(
     ranks = machine.ranks(world_size, flashinfer or NEWEST_READ)
     where = f"{world_size} {machine.name} over {machine.linked}"
     try:
-        choice = choose(ranks, wanted=collective or "auto", dtype=dtype, failed=unfit)
+        choice = choose(ranks, wanted=collective or "auto", dtype=dtype, failed=unfit, **(by or {}))
     except CollectiveUnavailableError as error:
         if collective is None or not _has_kernels(collective):
             raise

@@ -189,6 +189,34 @@ def test_a_hidden_size_that_kernels_do_not_take_passes_them_over() -> None:
     assert not dist.is_initialized()
 
 
+def test_options_of_who_carries_out_the_sites_are_honoured() -> None:
+    def asked(gpu: str | None = "h200", **options: Any) -> AskedAs:
+        return AskedAs(2, gpu=gpu).with_options(options)
+
+    assert asked(None, collective="mnnvl").planned("bfloat16") == AskedAs(2, "mnnvl").planned("bfloat16")
+    assert asked(collective="trtllm").planned("bfloat16") == AskedAs(2, "trtllm", gpu="h200").planned("bfloat16")
+    assert str(asked(collective="reference").planned("bfloat16").named) == "reference on 2 H200 over an NVSwitch"
+    assert not any("multicast" in why for why in asked(transport="peer").planned("bfloat16").candidates)
+    with pytest.raises(ringfence.CollectiveUnavailableError, match="deterministic=True cannot be had"):
+        AskedAs(8, gpu="h200").with_options({"deterministic": True, "max_tokens": 8}).planned("bfloat16")
+    assert asked().with_options({}) == AskedAs(2, gpu="h200")
+    with pytest.raises(ringfence.OptionsError, match="collective mnnvl, and --option collective=trtllm: give one"):
+        AskedAs(2, "mnnvl").with_options({"collective": "trtllm"})
+    with pytest.raises(ringfence.OptionsError, match="is not one of"):
+        asked(collective="nccl")
+
+
+def test_options_on_which_nothing_depends_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(gemma(1).to_dict()))
+    given = [f"--option={pair}" for pair in ("collective=mnnvl", "transport=peer", "on_hang=abort", "verify=True")]
+    assert main(["explain", str(tmp_path), "--tp", "2", "--flashinfer", "0.7.2", *given]) == 0
+    out = capsys.readouterr().out
+    assert ", judged as mnnvl of FlashInfer 0.7.2; " in out
+    idle = "note: nothing in a plan depends on these options: transport, on_hang; with --gpu: transport"
+    assert idle in out.splitlines()
+    assert AskedAs(2, gpu="h200").idle({"transport": "peer", "capture_sizes": [1]}) is None
+
+
 def test_from_python_a_config_or_a_folder(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 

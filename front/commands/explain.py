@@ -107,7 +107,7 @@ def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[E
         from ..fake_model import CONTEXT, ModelCall, read_config
         from .targets import load_function
 
-    asked = AskedAs(arguments.tp, arguments.collective, arguments.flashinfer, arguments.gpu)
+    asked = AskedAs(arguments.tp, arguments.collective, arguments.flashinfer, arguments.gpu).with_options(options)
     asked.planned(arguments.dtype or "bfloat16")  # what is wrong with it is said at once
     if arguments.flashinfer is not None:
         say_if_unread(arguments.flashinfer)
