@@ -9,7 +9,7 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from .backend import Backend
 from .hugging_face import HOST_COUNT, counts_on_the_host, grows, is_fresh, remove_backward_hooks
 from .keywords import OptionKeywords
+from .options import Options
 from .runtime.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def compile(
         model.get_compiled_call = forward.instead_of_compiling  # type: ignore[assignment]
         done.append("generate() uses it")
     if backend.options.capture_sizes:
-        done.append(f"captures {_listed(backend.options.capture_sizes)} tokens")
+        done.append(_captures(model, backend.options))
     _say(f"ringfence: {type(model).__name__}.forward is compiled in place: {'; '.join(done)}")
     return model
 
@@ -185,8 +186,13 @@ def _implements_forward(model: nn.Module) -> bool:
     return getattr(type(model).forward, "__name__", "") != "_forward_unimplemented" or "forward" in vars(model)
 
 
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes)) if len(sizes) <= 8 else f"{len(sizes)} counts, {sizes[0]} to {sizes[-1]}"
+def _captures(model: nn.Module, options: Options) -> str:
+    devices = sorted({parameter.device.type for parameter in model.parameters()})
+    if options.graphs == "auto" and devices and "cuda" not in devices:
+        return f"captures nothing, because {devices[0]} has no CUDA graphs (graphs='simulated' shows it)"
+    sizes = options.capture_sizes
+    listed = ", ".join(map(str, sizes)) if len(sizes) <= 8 else f"{len(sizes)} counts, {sizes[0]} to {sizes[-1]}"
+    return f"captures {listed} token{'' if sizes == (1,) else 's'}"
 
 
 def _say(text: str) -> None:

@@ -162,6 +162,10 @@ def _find_row(kind: str, pipe: Connection) -> None:
         said = name
         pipe.send(name)
 
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}  # transformers reads them
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # one that is not small after all takes nobody else down
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     stage("cannot be made this small")
@@ -210,9 +214,6 @@ def rows(kinds: list[str]) -> Iterator[Row]:
 
     import ringfence.backend  # noqa: F401
 
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     for kind in kinds:
         one = row(kind)
         print(one, file=sys.stderr, flush=True)
@@ -239,8 +240,6 @@ def main() -> int:
     parser.add_argument("--missing", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
-        os.environ.setdefault(name, value)  # transformers reads them
     known = architectures()
     there = {kind: line for kind, line in table_of(PAGE.read_text()).items() if kind in known}
     kinds = [kind for kind in arguments.kinds or known if not (arguments.missing and kind in there)]

@@ -43,6 +43,21 @@ def test_compile_does_what_has_to_be_known_and_says_so_in_one_line(capsys: pytes
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"capture_sizes": [1]}, "captures nothing, because cpu has no CUDA graphs (graphs='simulated' shows it)"),
+        ({"capture_sizes": [1], "graphs": "simulated"}, "captures 1 token"),
+        ({"capture_sizes": range(1, 10), "graphs": "simulated"}, "captures 9 counts, 1 to 9 tokens"),
+    ],
+)
+def test_the_line_says_what_is_captured_here(
+    capsys: pytest.CaptureFixture[str], options: dict[str, Any], says: str
+) -> None:
+    ringfence.compile(nn.Linear(2, 2), **options)
+    assert capsys.readouterr().err.splitlines()[0].endswith(f"; {says}")
+
+
 class Wrong(nn.Module):
     pass
 

@@ -5,6 +5,8 @@ A comment stands before each block:
     <!-- exit: 0 -->            every command in it is run in a copy of the tree, and the last one ends so
     <!-- last: TEXT -->         the same, with 0, and the last line that it prints
     <!-- CI: make demo -->      .ci/run runs it, so it is not run a second time
+    <!-- file: FILE -->         a program, whole; a command in the block behind it runs it
+    <!-- model: FOLDER -->      every command is run, with 0, beside a small Hugging Face model in that folder
     <!-- from: FILE -->         lines of a program that test_examples.py runs
     <!-- GPU --> <!-- yours --> <!-- example --> <!-- picture: ... -->      needs a GPU, or what only the reader has
 """
@@ -22,6 +24,8 @@ from pathlib import Path
 
 import pytest
 from test_examples import RUNS
+
+from support import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RUN = {"GPU", "yours", "example", "picture"}
@@ -76,28 +80,57 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_block_says_what_becomes_of_it() -> None:
     kinds = [block.kind for block in BLOCKS]
-    assert set(kinds) <= NOT_RUN | {"exit", "last", "CI", "from"}, kinds
-    assert kinds.count("exit") >= 4 and "last" in kinds and kinds.count("from") >= 4
+    assert set(kinds) <= NOT_RUN | {"exit", "last", "CI", "from", "file", "model"}, kinds
+    assert kinds.count("exit") >= 4 and "last" in kinds and kinds.count("from") >= 2
+
+
+def run(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=clone,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.kind in ("exit", "last")], ids=lambda b: b.text[:40])
 def test_commands_do_what_they_are_said_to(block: Block, clone: Path) -> None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     code = int(block.said) if block.kind == "exit" else 0
     commands = block.text.splitlines()
     for i, command in enumerate(commands):
-        ran = subprocess.run(
-            ["bash", "-c", command],
-            cwd=clone,
-            env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+        ran = run(command, clone)
         assert ran.returncode == (code if i == len(commands) - 1 else 0), (command, ran.stdout[-500:], ran.stderr)
         assert ran.stdout.strip(), command
         if block.kind == "last":
             assert ran.stdout.splitlines()[-1] == block.said
+
+
+def save_model_and_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    save_tiny_model(folder, "llama", num_hidden_layers=2, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    words = ["?", "The", "hobbit", "looked", "into", "the", *map(str, range(120))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_a_whole_program_runs_as_it_is_copied(clone: Path) -> None:
+    programs = [b for b in BLOCKS if b.kind == "file"]
+    commands = [b for b in BLOCKS if b.kind == "model"]
+    assert len(programs) == len(commands) == 1
+    save_model_and_tokenizer(clone / commands[0].said)
+    (clone / programs[0].said).write_text(programs[0].text)
+    (command,) = commands[0].text.splitlines()
+    ran = run(command, clone)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.startswith("The hobbit looked into the ") and "captures" in ran.stdout, ran.stdout
+    assert "Warning" not in ran.stderr, ran.stderr
 
 
 def test_what_ci_runs_is_not_run_twice() -> None:
