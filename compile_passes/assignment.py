@@ -6,14 +6,36 @@ the model about the calls of each group, ranks compare it, the report prints it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from ..runtime.collectives.kernels import KernelCall
 from ..runtime.collectives.moe_ready import MoeReady
 from ..runtime.collectives.ready import ReadyCollective
 from ..runtime.collectives.workspace import Workspace, workspaces_of
 from ..runtime.groups import Group
-from ..runtime.hazards.situation import Collective, Fact, Situation
+from ..runtime.hazards.situation import Collective, Fact, Situation, Strategy
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At which token counts kernels win at a sum. why: what says so."""
+
+    counts: tuple[range, ...]
+    why: str
+
+    @property
+    def most(self) -> int:
+        """The largest of them; 0: there is none."""
+        return self.counts[-1][-1] if self.counts else 0
+
+    @staticmethod
+    def of(counts: Sequence[range], collective: str, shape: str) -> Limit:
+        """Of kernels that win somewhere."""
+        texts = [f"up to {c[-1]}" if c.start == 1 else f"from {c.start} to {c[-1]}" for c in counts]
+        return Limit(tuple(counts), f"{collective} wins {' and '.join(texts)} tokens of {shape}")
 
 
 @dataclass(frozen=True)
@@ -23,7 +45,8 @@ class Assignment:
     groups: those of all collectives of the graph, by first use, an order that all ranks have. ready: who carries out
     the fused sites of a group that has some. planned: what they are judged as, where the plan is for another machine
     than this one. nccl: what the hazard table is asked about a collective that NCCL carries out in a piece. moe: who
-    carries out the dispatches and combines of a group that has some.
+    carries out the dispatches and combines of a group that has some. left: groups whose sites are no faster by the
+    reference than left alone, as no kernel was to be had; why.
     """
 
     groups: Mapping[str, Group] = field(default_factory=dict)
@@ -31,6 +54,25 @@ class Assignment:
     planned: Situation | None = None
     nccl: Situation | None = None
     moe: Mapping[str, MoeReady] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    def limit(self, group: str | None, hidden: int, dtype: torch.dtype, *, alone: bool = False) -> Limit | None:
+        """At which token counts kernels win at sums of this shape; None: whoever carries them out does at any size.
+
+        alone: an all-reduce without a norm.
+        """
+        if group in self.left:
+            return Limit((), self.left[group])
+        workspace = self.ready[group].workspace if group is not None and group in self.ready else None
+        if workspace is None:
+            return None
+        shape = f"{hidden} {str(dtype).removeprefix('torch.')}"
+        if counts := workspace.served(hidden, dtype, alone=alone):
+            return Limit.of(counts, workspace.collective, shape)
+        call = KernelCall(1, hidden, dtype, workspace.world_size, Strategy.ONE_SHOT)
+        unmet = workspace.implementation.unmet(call)
+        why = f": {unmet.message}" if unmet is not None else ""
+        return Limit((), f"{workspace.collective} does not serve {shape} here{why}")
 
     def situation(self, group: str | None) -> Situation | None:
         """What the hazard table is asked about the fused sites of a group; None: nothing, the reference has them."""
@@ -93,6 +135,10 @@ class Assignment:
     def judged(self) -> str:
         """The same, in a word or two."""
         return ", ".join(self.judged_collectives) or "reference"
+
+    def of(self, groups: Collection[str]) -> Assignment:
+        """Without the workspaces of other groups than these, in which the graph has no call of theirs."""
+        return replace(self, ready={g: r for g, r in self.ready.items() if g in groups or r.workspace is None})
 
     def with_facts(
         self, facts: Mapping[str | None, frozenset[Fact]], of_moe: frozenset[Fact] = frozenset()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+import torch
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives import ops
@@ -32,11 +33,19 @@ def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
     return len(nodes)
 
 
-def replace_plain_all_reduces(gm: GraphModule, group: str, collective: str, keep: Collection[str] = ()) -> list[str]:
+def replace_plain_all_reduces(
+    gm: GraphModule,
+    group: str,
+    collective: str,
+    keep: Collection[str] = (),
+    *,
+    worth: Callable[[torch.Tensor], bool] = lambda value: True,
+) -> list[str]:
     """Let ``collective`` carry out the sums over ``group`` that no norm was fused with; the new nodes' names.
 
     The op falls back to torch's own all-reduce for sizes where that is faster
-    (:class:`~ringfence.runtime.collectives.size_table.SizeRow`). ``keep`` names nodes to leave alone.
+    (:class:`~ringfence.runtime.collectives.size_table.SizeRow`). ``keep`` names nodes to leave alone;
+    ``worth``: whether the collective wins at what is summed, in this graph.
     """
     replaced = []
     for wait in gm.graph.find_nodes(op="call_function", target=c10d.wait_tensor.default):
@@ -44,6 +53,8 @@ def replace_plain_all_reduces(gm: GraphModule, group: str, collective: str, keep
         if not isinstance(start, Node) or start.name in keep or not _is_sum_over(start, group):
             continue
         if len(start.users) != 1:  # somebody else looks at the unfinished sum
+            continue
+        if not worth(tensor(start)):
             continue
         with gm.graph.inserting_before(wait):
             node = gm.graph.call_function(ops.all_reduce, (arguments(start)[0], group, collective))
@@ -56,6 +67,12 @@ def replace_plain_all_reduces(gm: GraphModule, group: str, collective: str, keep
         gm.graph.lint()
         gm.recompile()
     return replaced
+
+
+def carried_groups(gm: GraphModule) -> set[str]:
+    """The groups over which the graph calls an op of ours that names another collective than the reference."""
+    nodes = (n for n in gm.graph.nodes if calls(n, *ops.OPS))
+    return {str(n.args[-2]) for n in nodes if n.args[-1] != str(Collective.REFERENCE)}
 
 
 def _is_sum_over(node: Node, group: str) -> bool:

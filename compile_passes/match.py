@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch.fx import Node
@@ -22,6 +22,7 @@ class Site:
     is fused. ``dtype`` is the activation dtype; ``hidden_size`` the length of the
     normalised dimension. ``source`` is ``file:line`` of the user's code, ``module``
     the path of the ``nn.Module``. ``merged_into``: the site whose fused op carries out this one too.
+    ``most_tokens``: up to how many tokens kernels serve it; None where nothing sets a limit.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Site:
     module: str | None
     roundings: tuple[Rounding, ...] = ()
     merged_into: int | None = None
+    most_tokens: int | None = None
 
     @property
     def fused(self) -> bool:
@@ -113,3 +115,8 @@ class Candidate:
     @property
     def fuses(self) -> bool:
         return self.match is not None or self.called
+
+    def declined(self, why: Decline) -> Candidate:
+        """The same all-reduce, left as it is."""
+        site = replace(self.site, kind=None, decline=why, eps=None, has_residual=False, roundings=(), merged_into=None)
+        return Candidate(site, None)

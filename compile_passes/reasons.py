@@ -58,6 +58,9 @@ class Reason(StrEnum):
     COLLECTIVE_BETWEEN = "collective_between"
     EXPERTS_NOT_ROW_WISE = "experts_not_row_wise"
     OTHER_RANK = "declined_on_another_rank"
+    # the machine
+    BEYOND_TABLE = "beyond_table"
+    NO_KERNEL = "no_kernel"
     # policy
     SWITCHED_OFF = "switched_off"
     ROUNDING_DIFFERS = "rounding_differs"

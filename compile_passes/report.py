@@ -35,8 +35,8 @@ class GroupCollective:
     """Who carries out the fused sites of a process group, and why.
 
     ``candidates`` say of each collective that was considered why it was not taken. ``fused_bytes``: the largest
-    input, in bytes on one rank, that its kernels serve; above it the fused sites run on the reference collective. None:
-    it serves every size.
+    input, in bytes on one rank, that its kernels serve; what is larger is left to the piece compiler. None: it serves
+    every size.
     """
 
     group: str
@@ -150,13 +150,17 @@ class CompileReport:
         return tuple(self._limit(c, c.fused_bytes) for c in self.collectives if c.fused_bytes is not None)
 
     def _limit(self, carrier: GroupCollective, most: int) -> str:
-        mine = [s for s in self.fused if s.group == carrier.group and s.hidden_size is not None]
-        shapes = {(s.hidden_size, s.dtype): None for s in mine}
-        tokens = [f"{most // ((h or 1) * getattr(torch, d).itemsize)} tokens of {h} {d}" for h, d in shapes]
+        mine = [s for s in self.sites if s.group == carrier.group and (s.fused or s.most_tokens)]
+        shapes = {(s.hidden_size or 1, s.dtype): s.most_tokens for s in mine}
+        counts = {(h, d): n or most // (h * getattr(torch, d).itemsize) for (h, d), n in shapes.items()}
+        tokens = [f"{n} tokens of {h} {d}" for (h, d), n in counts.items()]
         size = f"{most / 2**20:g} MiB" if most >= 2**20 else f"{most / 2**10:g} KiB"
-        serves = f"{carrier.collective} serves fused sites of up to {size} on a rank ({', '.join(tokens)})"
+        of = f" ({', '.join(tokens)})" if tokens else ""
         over = f" over group '{carrier.group}'" if len(self.collectives) > 1 else ""
-        return f"{serves}{over}, and larger ones run on the reference collective"
+        larger = "are left to the piece compiler, in a graph of their own"
+        if self.options.get("deterministic"):
+            larger = "are refused"
+        return f"{carrier.collective} serves fused sites of up to {size} on a rank{of}{over}, and larger ones {larger}"
 
     def __str__(self) -> str:
         return self.text(terminal_width())
@@ -275,6 +279,7 @@ def _site(site: Site) -> dict[str, Any]:
         "module": site.module,
         "roundings": [r.name.lower() for r in site.roundings],
         "merged_into": site.merged_into,
+        "most_tokens": site.most_tokens,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from .match import Candidate, Site
@@ -26,7 +25,9 @@ def switch_off(candidates: Sequence[Candidate], *, fuse: bool, skip_sites: Colle
     for site in (c.site for c in candidates):
         if site.merged_into in off:
             off.setdefault(site.index, f"switched off with site {site.merged_into}, which is part of the same sum")
-    return [_declined(c, off[c.site.index]) if c.site.index in off else c for c in candidates]
+    return [
+        c.declined(Decline(Reason.SWITCHED_OFF, off[c.site.index])) if c.site.index in off else c for c in candidates
+    ]
 
 
 def names_site(pattern: str, site: Site | MoeSite) -> bool:
@@ -38,9 +39,3 @@ def names_site(pattern: str, site: Site | MoeSite) -> bool:
     if fnmatchcase(module, pattern) or fnmatchcase(module, f"{pattern}.*"):
         return True
     return fnmatchcase(source, pattern) or fnmatchcase(source, f"*[/\\\\]{pattern}")
-
-
-def _declined(candidate: Candidate, message: str) -> Candidate:
-    off = Decline(Reason.SWITCHED_OFF, message)
-    site = replace(candidate.site, kind=None, decline=off, eps=None, has_residual=False, roundings=(), merged_into=None)
-    return Candidate(site, None)

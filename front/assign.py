@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +13,16 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .compile_passes.assignment import Assignment
+from .compile_passes.called import name_prepared
+from .compile_passes.collectives import replace_plain_all_reduces
+from .compile_passes.fuse import fuse
+from .compile_passes.groups import collectives_of
 from .compile_passes.judge import Decision, Verdict, judge
 from .compile_passes.match import Candidate, Site
+from .compile_passes.op_calls import op_names
 from .compile_passes.outer import OuterCapture, outer_capture
+from .compile_passes.ranges import is_within
+from .compile_passes.reasons import Reason
 from .compile_passes.report import GroupCollective
 from .options import Options
 from .runtime.channel import Channel, ranks_text
@@ -46,6 +54,7 @@ def assign(
     made ready here. Raises what :func:`prepare` raises.
     """
     ready: dict[str, ReadyCollective] = {}
+    left: dict[str, str] = {}
     for name, group in groups.items():
         sites = [c.site for c in candidates if c.fuses and c.site.group == name]
         if not any(c.site.group == name for c in candidates) or not (options.fuse or sites):
@@ -58,12 +67,40 @@ def assign(
             missing = _without_sites(channels[name], len(sites))
             if missing is None and sites:
                 ready[name] = _prepare(_wanted(sites, summed, options), group, channels[name], device, supervisor)
+                if ready[name].workspace is None and options.collective == "auto":
+                    left[name] = f"no kernels are to be had over group '{name}'"
                 continue
         if sites:
             _check_not_insisted(options, group, planned, missing)
             wanted = _wanted(sites, summed, options) if planned is None else None
             ready[name] = reference_collective(group.size, missing, wanted)
-    return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned))
+            if planned is None and options.collective == "auto" and device.type == "cuda":
+                left[name] = f"no kernels are to be had over group '{name}': {missing}"
+    return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned), left)
+
+
+def name_collectives(
+    gm: GraphModule, candidates: Sequence[Candidate], assigned: Assignment, options: Options
+) -> list[Site]:
+    """Fuse, and say in the graph who carries out fused sites, and plain all-reduces where that was asked for."""
+    sites = fuse(gm, candidates, collectives=assigned.names)
+    name_prepared(gm, assigned.names)
+    if not options.plain_all_reduce:
+        return sites
+    keep = {s.node for s in sites if s.decline is not None and s.decline.reason is Reason.SWITCHED_OFF}
+    keep |= {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(options.split_ops)}
+    for group, carrier in assigned.ready.items():
+        if carrier.workspace is not None:
+            worth = functools.partial(_plain_is_worth, assigned, group, options.deterministic)
+            replace_plain_all_reduces(gm, group, str(carrier.collective), keep, worth=worth)
+    return sites
+
+
+def _plain_is_worth(assigned: Assignment, group: str, deterministic: bool, value: torch.Tensor) -> bool:
+    """Whether the kernels of a group win at a sum of this graph without a norm, or its op has to look at each call."""
+    hidden = value.shape[-1]
+    limit = assigned.limit(group, hidden, value.dtype, alone=True) if isinstance(hidden, int) else None
+    return deterministic or limit is None or is_within(value, limit.counts, group, assigned.groups) is not False
 
 
 def ready_for(

@@ -1,7 +1,7 @@
 """The backend: the journey of a graph, one line per stage.
 
-Dynamo graph -> AOT -> repeats, waits -> find -> assign (who carries it out) -> fuse -> judge, clean -> in place ->
-split -> prove -> agree -> lower -> run
+Dynamo graph -> AOT -> repeats, waits -> find -> assign (who carries it out) -> ranges -> fuse -> judge, clean ->
+in place -> split -> prove -> agree -> lower -> run
 """
 
 from __future__ import annotations
@@ -18,34 +18,32 @@ from torch.fx import GraphModule
 
 from .account import Account
 from .aot import boxed, compiled, inductor_decompositions
-from .assign import assign, check_deterministic, described, graphs_for, judge_outer
+from .assign import assign, check_deterministic, described, graphs_for, judge_outer, name_collectives
 from .compile_passes.absent import why_no_all_reduce
 from .compile_passes.aliases import read_by_place
-from .compile_passes.assignment import Assignment
-from .compile_passes.called import called_sites, name_prepared
+from .compile_passes.assignment import Assignment, Limit
+from .compile_passes.called import called_sites
 from .compile_passes.clean import clean_payload
-from .compile_passes.collectives import refuse_sites, replace_plain_all_reduces
+from .compile_passes.collectives import carried_groups, refuse_sites
 from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import judge_with_facts
 from .compile_passes.find import find
 from .compile_passes.functional import return_inputs_themselves, written_inputs
-from .compile_passes.fuse import fuse
 from .compile_passes.graph_inputs import check_not_empty, needs_grad, specialise_floats, static_inputs
-from .compile_passes.groups import collectives_of, describe_groups, groups_of
+from .compile_passes.groups import describe_groups, groups_of
 from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
 from .compile_passes.named_ops import check_not_decomposed, ops_in
 from .compile_passes.norm_ops import norm_ops_of
-from .compile_passes.op_calls import op_names
 from .compile_passes.outer import OuterCapture
 from .compile_passes.parts import cut
 from .compile_passes.prove import PlanVerdict, prove
 from .compile_passes.provenance import input_names, inputs_of_modules, name_inputs, served
-from .compile_passes.reasons import Reason
+from .compile_passes.ranges import Ranged, leave_beyond
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport
 from .compile_passes.returned_numbers import take_returned_numbers
@@ -203,7 +201,9 @@ class Backend(OneObject):
         sizes = self._sizes(gm, candidates, static)
         assigned = assign(candidates, groups, channels, device, options, self.supervisor, self._planned)
         assigned = assign_moe(gm, assigned, channels, device, options, self.supervisor)
-        sites = self._fuse(gm, candidates, assigned)
+        ranged = self._leave_beyond(candidates, assigned)
+        sites = self._fuse(gm, ranged.candidates, assigned)
+        carriers, assigned = described(assigned), assigned.of(carried_groups(gm))
         written = written_inputs(gm)
         self._seen_ops |= ops_in(gm)
         dump_graph("fused", gm)
@@ -279,8 +279,8 @@ class Backend(OneObject):
                 options=options.as_dict(),
                 versions=self._versions,
                 graphs=graphs.name if graphs is not None else None,
-                collectives=described(assigned),
-                notes=tuple(notes(options, outcome)),
+                collectives=carriers,
+                notes=(*ranged.notes, *notes(options, outcome)),
                 plan=proof,
                 judged_as=str(self._planned) if self._planned is not None else None,
                 captured=captured,
@@ -319,22 +319,20 @@ class Backend(OneObject):
 
     def _sizes(self, gm: GraphModule, candidates: Sequence[Candidate], static: frozenset[int]) -> SizeRule:
         sizes = size_rule(gm, candidates, static)
-        fuses = any(c.fuses for c in candidates)
-        if self.options.deterministic and fuses and sizes.tokens is None:
+        if self.options.deterministic and sizes.tokens is None and any(c.fuses for c in candidates):
             raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
         return sizes
 
+    def _limit(self, assigned: Assignment, site: Site) -> Limit | None:
+        return assigned.limit(site.group, site.hidden_size or 0, getattr(torch, site.dtype))
+
+    def _leave_beyond(self, candidates: Sequence[Candidate], assigned: Assignment) -> Ranged:
+        if self.options.deterministic:  # every call is within the limit, or refused
+            return Ranged(list(candidates))
+        return leave_beyond(candidates, functools.partial(self._limit, assigned), assigned.groups)
+
     def _fuse(self, gm: GraphModule, candidates: Sequence[Candidate], assigned: Assignment) -> list[Site]:
-        """Name the collectives in the graph: for fused sites, and for plain all-reduces where that was asked for."""
-        sites = fuse(gm, candidates, collectives=assigned.names)
-        name_prepared(gm, assigned.names)
-        if self.options.plain_all_reduce:
-            keep = {s.node for s in sites if s.decline is not None and s.decline.reason is Reason.SWITCHED_OFF}
-            keep |= {n.name for n in collectives_of(gm) if not set(op_names(n)).isdisjoint(self.options.split_ops)}
-            for group, carrier in assigned.ready.items():
-                if carrier.workspace is not None:
-                    replace_plain_all_reduces(gm, group, str(carrier.collective), keep)
-        return sites
+        return name_collectives(gm, candidates, assigned, self.options)
 
     def _judge(
         self, gm: GraphModule, assigned: Assignment, sites: Sequence[Site], capture: bool

@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from .aot import boxed
 from .backend import Backend
-from .compile_passes.assignment import Assignment
+from .compile_passes.assignment import Assignment, Limit
 from .compile_passes.judge import Verdict
 from .compile_passes.match import Site
 from .compile_passes.prove import PlanVerdict
@@ -145,6 +145,9 @@ class _Compiler(Backend):
     def _compile(self, *args: Any) -> Callable[..., Any]:
         compiled = super()._compile(*args)
         return compiled if self._runs else boxed(_not_run)
+
+    def _limit(self, assigned: Assignment, site: Site) -> Limit | None:
+        return self._machine.limit(site)
 
     def _fuse(self, *args: Any) -> list[Site]:
         sites = super()._fuse(*args)

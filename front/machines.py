@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .compile_passes.assignment import Limit
+from .compile_passes.match import Site
 from .compile_passes.report import CompileReport, GroupCollective
 from .runtime.collectives import table
 from .runtime.collectives.choice import choose
@@ -77,7 +79,7 @@ class Planned:
     """What sites are judged as.
 
     where: the machine that was named. candidates, row, chosen: what was considered on it, and what was chosen with its
-    sizes. why_not: why what was asked for cannot be had there; it is judged all the same.
+    sizes. why_not: why what was asked for cannot be had there; it is judged all the same. left: why no site is fused.
     """
 
     situation: Situation
@@ -86,6 +88,24 @@ class Planned:
     row: SizeRow | None = None
     chosen: Implementation | None = None
     why_not: str | None = None
+    left: str | None = None
+
+    @property
+    def largest(self) -> int | None:
+        """Bytes of the largest fused call there, by the strategies that the release carries out right; None: any."""
+        if self.row is None or self.chosen is None:
+            return None
+        ways = {*self.chosen.strategies} & {*self.chosen.safe(self.situation.flashinfer)}
+        return self.row.fused if Strategy.TWO_SHOT in ways else self.row.one_shot
+
+    def limit(self, site: Site) -> Limit | None:
+        """Up to how many tokens a site would be fused there."""
+        if self.left is not None:
+            return Limit((), self.left)
+        if self.largest is None or not site.hidden_size:
+            return None
+        most = self.largest // (site.hidden_size * getattr(torch, site.dtype).itemsize)
+        return Limit.of([range(1, most + 1)], str(self.situation.collective), f"{site.hidden_size} {site.dtype}")
 
     def unmet(self, hidden: int, dtype: str) -> dict[tuple[str, str | None], str]:
         """Why the kernels that were chosen do not take rows of this size, by collective and transport."""
@@ -107,9 +127,8 @@ class Planned:
 
     def told(self, report: CompileReport) -> CompileReport:
         """A report of what was judged so, which nothing of this machine is part of."""
-        largest = self.row.fused if self.row is not None else None
         carriers = tuple(
-            GroupCollective(carrier.group, str(self.situation.collective), self.candidates, largest)
+            GroupCollective(carrier.group, str(self.situation.collective), self.candidates, self.largest)
             for carrier in report.collectives
         )
         notes = (*report.notes, self.why_not) if self.why_not is not None else report.notes
@@ -160,7 +179,9 @@ def planned(
         situation = Situation(collective, ranks[0].flashinfer, world_size, capability=machine.capability, dtype=dtype)
         return Planned(situation, where, why_not=str(error))
     situation = situation_of(choice, ranks, dtype=dtype)
-    return Planned(situation, where, choice.reasons, choice.row, choice.implementation)
+    nothing = collective is None and choice.row is None
+    left = f"no kernels are to be had on {where}" if nothing else None
+    return Planned(situation, where, choice.reasons, choice.row, choice.implementation, left=left)
 
 
 def _unsupported(flashinfer: str) -> str | None:

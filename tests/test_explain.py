@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ringfence
 from ringfence.cli import main
 from ringfence.commands.terminal import USAGE
+from ringfence.compile_passes.assignment import Limit
+from ringfence.compile_passes.match import Site
 from ringfence.explaining import AskedAs, explain_config
 from ringfence.fake_model import ModelCall
 from ringfence.layers import fold, record_layers
@@ -168,7 +170,14 @@ def test_a_gpu_is_asked_what_auto_would_choose() -> None:
     assert two.named == "mnnvl of FlashInfer 0.7.2.post1 on 2 H200 over an NVSwitch"
     assert eight.named == "trtllm of FlashInfer 0.7.0 on 8 H200 over an NVSwitch"
     assert eight.candidates[-1] == "trtllm/peer: chosen" and eight.situation.capability == (9, 0)
-    assert planned(4, None, None, "l40s", "bfloat16").situation.collective == "reference"
+    none = planned(4, None, None, "l40s", "bfloat16")
+    site = Site(0, "n", "all_reduce_rms_norm", None, "0", "bfloat16", 8192, 1e-6, False, None, None)
+    assert none.situation.collective == "reference" and none.limit(site) == Limit(
+        (), "no kernels are to be had on 4 L40S over PCIe"
+    )
+    limits = {flashinfer: planned(2, "trtllm", flashinfer, "h200", "bfloat16") for flashinfer in ("0.7.0", "0.7.2")}
+    assert [p.limit(site).most for p in limits.values()] == [512, 2048], "two-shot is used from 0.7.2 on"
+    assert planned(2, "trtllm", None, None, "bfloat16").limit(site) is None
     assert "is not supported" in planned(2, None, "0.6.10", "h200", "bfloat16").candidates[0]
     insisted = planned(8, "mnnvl", "0.6.10", "h200", "bfloat16")
     assert insisted.situation.collective == "mnnvl" and "cannot be had" in str(insisted.why_not)

@@ -12,6 +12,8 @@ one. A captured graph that finds its workspace ``closed`` holds addresses of mem
 
 from __future__ import annotations
 
+import bisect
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -99,6 +101,30 @@ class Workspace:
         worth = tokens * hidden * dtype.itemsize <= self.row.all_reduce
         return self.strategy(tokens, hidden, dtype) if worth else None
 
+    def served(self, hidden: int, dtype: torch.dtype, *, alone: bool = False) -> tuple[range, ...]:
+        """The token counts that it serves, in order; alone: of an all-reduce without a norm.
+
+        Within a strategy, what is required of a call holds from some token count on, and its memory up to another.
+        """
+        found: list[range] = []
+        first = 1
+        for strategy, size in ((Strategy.ONE_SHOT, self.row.one_shot), (Strategy.TWO_SHOT, self.row.fused)):
+            worth = min(size, self.row.all_reduce) if alone else size
+            counts = range(first, min(worth, self.capacity) // (hidden * dtype.itemsize) + 1)
+            first = max(first, size // (hidden * dtype.itemsize) + 1)
+            calls = functools.partial(
+                KernelCall, hidden=hidden, dtype=dtype, world_size=self.world_size, strategy=strategy
+            )
+            if dtype not in self.passed or strategy not in self.kernels.strategies:
+                continue
+            counts = counts[_first(counts, lambda n, of=calls: self.implementation.unmet(of(n)) is None) :]
+            counts = counts[: _first(counts, lambda n, of=calls: not self.kernels.holds(of(n)))]
+            if found and counts and found[-1].stop == counts.start:
+                found[-1] = range(found[-1].start, counts.stop)
+            elif counts:
+                found.append(counts)
+        return tuple(found)
+
     def _serves(self, tokens: int, hidden: int, dtype: torch.dtype, strategy: Strategy) -> bool:
         call = KernelCall(tokens, hidden, dtype, self.world_size, strategy)
         return (
@@ -143,6 +169,11 @@ class MoeWorkspace:
 
 
 Made = TypeVar("Made", Workspace, MoeWorkspace)
+
+
+def _first(counts: range, holds: Callable[..., bool]) -> int:
+    """How many of them come before what ``holds`` of all others."""
+    return bisect.bisect_left(counts, True, key=holds)
 
 
 class Creation(NamedTuple, Generic[Made]):

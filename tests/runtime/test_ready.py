@@ -87,8 +87,9 @@ def _serve(rank: int, options: dict[str, Any], fault: dict[str, Any], sizes: lis
             else:
                 with pytest.raises(WorkspaceReplacedError, match=r"torch\._dynamo\.reset"):
                     compiled(x)
-    (report,) = backend.reports
+    report = backend.reports[0]
     return {
+        "reports": [r.to_dict() for r in backend.reports],
         "collective": report.collective,
         "candidates": list(report.candidates),
         "text": str(report),
@@ -117,9 +118,13 @@ def test_auto_takes_what_is_first_and_serves_what_the_table_says(piece_compiler:
         assert result["made"] == [("mnnvl/peer", 64, H)]
         assert result["fused_bytes"] == 64 * H * 4
         assert (
-            f"mnnvl serves fused sites of up to 64 KiB on a rank (64 tokens of {H} float32), and larger"
-            in result["text"]
+            f"mnnvl serves fused sites of up to 64 KiB on a rank (64 tokens of {H} float32), and larger ones are left "
+            "to the piece compiler, in a graph of their own" in result["text"]
         )
+        fused, left = (report["sites"] for report in result["reports"])
+        assert [(s["reason"], s["most_tokens"]) for s in fused] == [(None, 64), (None, 64), ("escapes_graph", None)]
+        assert [s["reason"] for s in left] == ["beyond_table", "beyond_table", "escapes_graph"]
+        assert not [v for v in result["reports"][1]["verdicts"] if v["op"].startswith("ringfence")]
         assert [c for c in result["served"] if c[1] == "all_reduce"], "the all-reduce without a norm"
         assert {c[2][0] for c in result["served"]} == {4, 2}
         assert result["closed"] == [True]
@@ -147,6 +152,9 @@ def test_where_nothing_works_the_reference_does() -> None:
         assert result["collective"] == "reference" and result["candidates"][-1] == "reference: chosen"
         passed_over = [c.partition(":")[0] for c in result["candidates"][:-1]]
         assert passed_over == ["mnnvl/multicast", "mnnvl/peer", "trtllm/peer", "ringfence/peer"]
+        sites = result["reports"][0]["sites"]
+        assert [s["reason"] for s in sites] == ["no_kernel", "no_kernel", "escapes_graph"], "slower than not fusing"
+        assert "no kernels are to be had over group '0'; all-reduce, add and norm are left to" in sites[0]["message"]
         assert all(result["closed"])
 
 

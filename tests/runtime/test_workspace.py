@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
@@ -93,6 +94,19 @@ def test_what_a_workspace_does_not_serve() -> None:
     assert one_shot.strategy(8, 256, torch.bfloat16) is ONE and one_shot.strategy(9, 256, torch.bfloat16) is None
     assert workspace().strategy(4, 260, torch.bfloat16) is None, "no whole warps"
     assert workspace(world_size=16, row=ROW).strategy(16, 256, torch.bfloat16) is None, "two-shot of too few tokens"
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"capacity": 12 * 512}, {"kernels": Kernels((ONE,))}, {"world_size": 12}, {"world_size": 16}, {"passed": set()},
+    {"row": dataclasses.replace(ROW, one_shot=0)}, {"row": dataclasses.replace(ROW, fused=ROW.one_shot)},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("hidden", [256, 260, 512])
+def test_the_counts_that_are_served_are_those_of_each_call(given: dict[str, Any], alone: bool, hidden: int) -> None:
+    one = workspace(**given)
+    how = one.all_reduce_strategy if alone else one.strategy
+    told = [n for counts in one.served(hidden, torch.bfloat16, alone=alone) for n in counts]
+    assert told == [n for n in range(1, 40) if how(n, hidden, torch.bfloat16) is not None]
 
 
 def test_an_all_reduce_alone_has_a_border_of_its_own() -> None:
