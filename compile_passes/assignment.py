@@ -116,8 +116,8 @@ class Assignment:
     @property
     def closed(self) -> bool:
         """Whether a workspace was closed since."""
-        of_moe = (ready.workspace for ready in self.moe.values() if ready.workspace is not None)
-        return any(workspace.closed for workspace in (*self.workspaces, *of_moe))
+        of_moe = [ready.workspace for ready in self.moe.values() if ready.workspace is not None]
+        return any(w.closed for w in self.workspaces) or any(w.closed for w in of_moe)
 
     def check_kernels(self) -> None:
         """Raises :class:`HangError` where a kernel has given up waiting for a peer. Waits for nothing."""

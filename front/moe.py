@@ -29,6 +29,7 @@ from .moe_assign import ready_pair
 from .options import Options
 from .runtime.capturing import is_capturing
 from .runtime.collectives import moe
+from .runtime.collectives.epilogue import DTYPES
 from .runtime.collectives.moe_ready import DEFAULT_BYTES, MoeReady, MoeWanted, needed
 from .runtime.collectives.moe_reference import first_expert
 from .runtime.collectives.ops import PREPARED
@@ -158,8 +159,8 @@ def prepare(
     numbers |= {"payload_bytes": payload_bytes} if payload_bytes is not None else {}
     for name, value in numbers.items():
         positive(name, value)
-    if dtype not in moe.DTYPES:
-        raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, moe.DTYPES))}")
+    if dtype not in DTYPES:
+        raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, DTYPES))}")
     Options.parse({"moe_collective": collective, "agree_seconds": agree_seconds})
     name = name_of_group(group)
     on = torch.device(device) if device is not None else device_of_group(name)

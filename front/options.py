@@ -110,8 +110,8 @@ class Options:
     on_hazard: what follows where a known mechanism (``ringfence hazards``) applies to a fused site.
         ``"split"`` runs it between pieces if that avoids the mechanism, and by the reference
         collective if not; ``"refuse"`` is always the reference collective; ``"raise"`` is an error;
-        ``"clean"`` flushes the words that a faulty receiver waits for, where that helps (one-shot).
-        With the releases that run, M34, M37 and M49 make it act; the others are prevented (``ringfence docs hazards``).
+        ``"clean"`` flushes the words that a faulty receiver waits for, where that helps (one-shot). With the releases
+        that run, M34, M37, M49 and M69 make it act; the others are prevented (``ringfence docs hazards``).
     profile: ``"causes"`` decides by the hazard table; ``"conservative"`` as serving engines do, by name: a graph with
         calls over mnnvl is not captured at all, neither the calls nor what lies between them.
     outer_capture: the caller captures the model in graphs of its own, so ``capture_sizes`` is empty. The graph is cut

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from .compile_passes.absent import GENERAL
+from .compile_passes.match import Site
+from .compile_passes.moe_sites import MoeSite
 from .compile_passes.reasons import Reason
 from .compile_passes.report import CompileReport
 from .notes import GRAD_MODE
@@ -22,14 +24,16 @@ _MORE = "reports[0] of the Backend (model.ringfence) says more"
 
 
 def fuses(report: CompileReport) -> bool:
-    return bool(report.fused) or any(site.rewritten for site in report.moe_sites)
+    calls = any(verdict.op.startswith("ringfence::moe_") for verdict in report.verdicts)  # a model's own
+    return bool(report.fused) or any(site.rewritten for site in report.moe_sites) or calls
 
 
 def why_nothing_is_fused(reports: Sequence[CompileReport], ranks: int) -> str | None:
     """A sentence with its remedy; None where something is fused, or nothing was asked for. ranks: of the job."""
     if any(fuses(report) or GRAD_MODE in report.notes for report in reports):  # grad mode has a warning of its own
         return None
-    declines = [site.decline for report in reports for site in (*report.sites, *report.moe_sites) if site.decline]
+    sites: list[Site | MoeSite] = [site for report in reports for site in (*report.sites, *report.moe_sites)]
+    declines = [site.decline for site in sites if site.decline]
     if any(decline.reason is Reason.SWITCHED_OFF for decline in declines):
         return None
     if declines:

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ringfence.compile_passes import Site, find, fuse
 from ringfence.compile_passes import judge as judging
 from ringfence.compile_passes.assignment import Assignment
+from ringfence.runtime.collectives.moe_ready import MoeReady
 from ringfence.runtime.collectives.ready import ReadyCollective
 from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Situation
@@ -88,12 +89,17 @@ def assigned(
     *,
     capture_failure: str | None = None,
     nccl: Situation | None = None,
+    moe: Situation | None = None,
 ) -> Assignment:
-    """Groups by name and backend, whose fused sites are carried out as ``situation`` says; by the reference without."""
+    """Groups by name and backend, whose fused sites are carried out as ``situation`` says; by the reference without.
+
+    moe: the same of dispatches and combines.
+    """
     groups = {name: Group(name, backend, 2, 0) for name, backend in backends.items()}
     names = groups if situation is not None else ()
     ready = {n: ReadyCollective(situation.collective, situation, capture_failure=capture_failure) for n in names}  # type: ignore[union-attr]
-    return Assignment(groups, ready, nccl=nccl)
+    pairs = {n: MoeReady(str(moe.collective), moe, workspace=cast(Any, object())) for n in groups} if moe else {}
+    return Assignment(groups, ready, nccl=nccl, moe=pairs)
 
 
 def judge(
@@ -103,10 +109,12 @@ def judge(
     situation: Situation | None = None,
     capture_failure: str | None = None,
     nccl: Situation | None = None,
+    moe: Situation | None = None,
     **options: Any,
 ) -> list[judging.Verdict]:
     """The verdicts of a graph on :func:`assigned` groups."""
-    return judging.judge(gm, assigned(backends, situation, capture_failure=capture_failure, nccl=nccl), **options)
+    groups = assigned(backends, situation, capture_failure=capture_failure, nccl=nccl, moe=moe)
+    return judging.judge(gm, groups, **options)
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

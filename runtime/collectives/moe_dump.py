@@ -30,23 +30,24 @@ def describe_moe(
     dispatch. ranks: the global rank of each rank of the group.
     """
     half = "dispatch" if call % 2 else "combine"
-    flags, others = (dispatch_flags, combine_flags) if call % 2 else (combine_flags, dispatch_flags)
+    flags, of_next = (dispatch_flags, combine_flags) if call % 2 else (combine_flags, dispatch_flags)
     silent = [r for r in range(memory.world_size) if call and flags[r] != call]
-    ahead = [r for r in range(memory.world_size) if others[r] == call + 1]
+    ahead = [r for r in range(memory.world_size) if of_next[r] == call + 1]
     words = {
         "call": call,
         "dispatch_flags": list(dispatch_flags),
         "combine_flags": list(combine_flags),
         "received": list(received),
     }
-    value = {"words": words, "silent": [ranks[r] for r in silent if r != memory.rank]}
+    others = [ranks[r] for r in silent if r != memory.rank]
+    value: dict[str, Any] = {"words": words, "silent": others}
     if not call:
         return value | {"says": "no dispatch has begun on this rank"}
     pair = f"{half} {(call + 1) // 2}"
     if any(flags[r] > call for r in silent):
         says = f"{pair} and a flag of {max(flags)}: the ranks' calls are not in step"
-    elif value["silent"]:
-        says = f"{pair} waits: {_named(value['silent'])} not come to it"
+    elif others:
+        says = f"{pair} waits: {_named(others)} not come to it"
     elif silent:
         says = f"{pair} has not sent everything yet"
     else:

@@ -184,11 +184,14 @@ def _tested(workspaces: Workspaces, workspace: MoeWorkspace, channel: Channel, w
 
 def situation_of(ranks: Sequence[RankFacts], *, part_of_world: bool = False) -> Situation:
     """The calls in the words of the hazard table. PDL is off, ranks agree on the capacity, and the memory is ours."""
+    facts = {Fact.GROUP_IS_NOT_WORLD} if part_of_world else set()
+    if topology_of(ranks) in (Topology.PARTIAL, Topology.PCIE):
+        facts.add(Fact.NOT_ALL_NVLINK)
     return Situation(
         Collective.MOE_ALL_TO_ALL,
         ranks[0].flashinfer,
         len(ranks),
         nodes=len({facts.host for facts in ranks}),
         capability=ranks[0].capability,
-        facts=frozenset({Fact.GROUP_IS_NOT_WORLD} if part_of_world else ()),
+        facts=frozenset(facts),
     )

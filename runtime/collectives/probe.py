@@ -122,8 +122,9 @@ class GroupProbe:
         def look() -> dict[str, Any]:
             memory, count = workspace.kernels.memory, workspace.kernels.ranks
             (call,) = self._read(memory.flag, 4).tolist()
-            each = (memory.dispatch_flags, memory.combine_flags, memory.received)
-            return describe_moe(memory, call, *(self._read(at, 4 * count).tolist() for at in each), ranks)
+            of_ranks = (memory.dispatch_flags, memory.combine_flags, memory.received)
+            dispatched, combined, received = (self._read(at, 4 * count).tolist() for at in of_ranks)
+            return describe_moe(memory, call, dispatched, combined, received, ranks)
 
         return self._said(*MOE_WAY, workspace.closed, look)
 

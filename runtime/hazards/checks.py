@@ -6,6 +6,14 @@ from .hazard import Check
 
 RELEASES = Check("runtime/collectives/flashinfer.py::load", "FlashInfer before 0.6.18 is not used")
 NOT_OURS = Check("runtime/collectives/choice.py::choose", "no plan is given to this collective")
+MOE_LAUNCH = Check(
+    "runtime/collectives/moe_one_sided.py::OneSided",
+    "launched without PDL and without a mask; ids are padded to a number that was compiled, payloads go by alignment",
+)
+MOE_MEMORY = Check(
+    "runtime/collectives/moe_one_sided.py::create",
+    "the combine region is at one offset for all calls, and ranks meet after initialisation",
+)
 SAME_MACHINES = Check(
     "runtime/collectives/rank_facts.py::differ", "ranks that differ in it get the reference collective"
 )

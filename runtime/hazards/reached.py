@@ -14,6 +14,7 @@ REACHED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
     "M37": {
         "mnnvl": {"split": "REFUSE", "refuse": "REFUSE", "raise": "HazardError", "clean": "REFUSE"},
+        "moe_all_to_all": {"split": "REFUSE", "refuse": "REFUSE", "raise": "HazardError", "clean": "REFUSE"},
         "trtllm": {"split": "REFUSE", "refuse": "REFUSE", "raise": "HazardError", "clean": "REFUSE"},
     },
     "M44": {
@@ -38,5 +39,8 @@ REACHED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
     "M55": {
         "nccl": {"split": "IN_GRAPH", "refuse": "IN_GRAPH", "raise": "IN_GRAPH", "clean": "IN_GRAPH"},
+    },
+    "M69": {
+        "moe_all_to_all": {"split": "REFUSE", "refuse": "REFUSE", "raise": "HazardError", "clean": "REFUSE"},
     },
 }

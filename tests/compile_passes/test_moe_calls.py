@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -121,6 +122,15 @@ def test_over_gloo_they_run_between_pieces_and_over_nccl_in_one(fn: Callable[...
     served = Situation(Collective.MNNVL, "0.7.2")  # the group's all-reduces have a workspace, which is none of theirs
     verdicts = judge(gm, backends={"world": "gloo"}, situation=served, capture=True)
     assert {v.rule for v in verdicts} == {"host_collective"}
+
+
+def test_a_model_that_calls_them_is_not_told_that_nothing_is_fused() -> None:
+    torch._dynamo.reset()
+    backend = ringfence.Backend(piece_compiler="eager")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", ringfence.NotFusedWarning)
+        torch.compile(layer, backend=backend)(torch.randn(5, H), torch.randint(0, E, (5, 2)), 8)
+    assert not any("no all-reduce" in note for note in backend.reports[0].notes), backend.reports[0].notes
 
 
 def outliving(x: Tensor, ids: Tensor) -> Tensor:

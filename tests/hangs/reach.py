@@ -28,12 +28,15 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from unsafe_ops import unregistered, with_host_epoch
 
+import ringfence
 from ringfence.compile_passes.facts import facts_of
 from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict
+from ringfence.compile_passes.moe_calls import is_moe, misuses
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import split
+from ringfence.runtime.collectives import moe_one_sided, moe_ready
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.flashinfer import SUPPORTED
 from ringfence.runtime.collectives.links import Links
@@ -124,6 +127,43 @@ def judged_situations(chosen: Iterable[Situation]) -> tuple[set[Situation], set[
     return sites, nccl
 
 
+def moe_situations() -> set[Situation]:
+    """What the judge is told of dispatches and combines, with what it finds in graphs of careless people."""
+    facts: set[Fact] = set()
+    for fn in (outliving, unanswered, in_turn):
+        gm = aot_graph(fn, torch.randn(4, H), torch.zeros(4, 2, dtype=torch.int64))
+        if fn is in_turn:
+            next(n for n in gm.graph.nodes if is_moe(n)).meta["custom"] = {"stream": 1}
+        facts |= {fact for _, fact, _ in misuses(gm)}
+    found = set()
+    for ranks, part, capture in itertools.product(worlds(), (True, False), (True, False)):
+        if moe_one_sided.unfit(ranks) is None:
+            mine = replace(moe_ready.situation_of(ranks, part_of_world=part), capture=capture)
+            found |= {mine, *(replace(mine, facts=mine.facts | {fact}) for fact in facts)}
+    return found
+
+
+def pair(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What a combine returns, and what it was given."""
+    sent = ringfence.moe.dispatch([x], ids, capacity=8, num_experts=4)
+    return ringfence.moe.combine(sent.payloads[0], sent.route), sent.payloads[0]
+
+
+def outliving(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return pair(x, ids)
+
+
+def in_turn(x: Tensor, ids: Tensor) -> Tensor:
+    return pair(pair(x, ids)[0], ids)[0]
+
+
+def unanswered(x: Tensor, ids: Tensor) -> Tensor:
+    first, second = (ringfence.moe.dispatch([y], ids, capacity=8, num_experts=4) for y in (x, x.sin()))
+    return ringfence.moe.combine(first.payloads[0], first.route) + ringfence.moe.combine(
+        second.payloads[0], second.route
+    )
+
+
 # -- facts of a plan ---------------------------------------------------------------------
 
 
@@ -189,7 +229,7 @@ def outcome(gm: GraphModule, row: Hazard, on_hazard: str, **situation: Any) -> s
     """What the judge makes of this row alone."""
     with instead_of(applicable, lambda _: (row,)):
         try:
-            verdict, *_ = judge(gm, backends={"0": "nccl"}, on_hazard=on_hazard, **situation)
+            verdict, *_ = judge(gm, backends={"0": "nccl", "world": "nccl"}, on_hazard=on_hazard, **situation)
         except HazardError as error:
             return type(error).__name__
     return f"{verdict.decision}, cleaned" if verdict.clean else str(verdict.decision)
@@ -206,7 +246,8 @@ def reached() -> Reached:
         for row in applicable(situation):
             if row.decides is Action.REFUSE:
                 table[row.id].setdefault(situation.collective, {})["choice"] = "passed over"
-    for kind, situations in (("situation", sites), ("nccl", nccl)):
+    moe = aot_graph(in_turn, torch.randn(4, H), torch.zeros(4, 2, dtype=torch.int64))
+    for kind, situations in (("situation", sites), ("nccl", nccl), ("moe", moe_situations())):
         tried = set()
         for situation in sorted(situations, key=repr):
             for row in applicable(situation):
@@ -215,7 +256,7 @@ def reached() -> Reached:
                     continue
                 tried.add(key)
                 outcomes = table[row.id].setdefault(situation.collective, {})
-                gm = layers[str(situation.dtype)] if kind == "situation" else plain
+                gm = layers[str(situation.dtype)] if kind == "situation" else {"nccl": plain, "moe": moe}[kind]
                 for option in ON_HAZARD:
                     new = outcome(gm, row, option, capture=situation.capture, **{kind: situation})
                     outcomes[option] = " or ".join(sorted({new, *outcomes.get(option, new).split(" or ")}))

@@ -43,19 +43,23 @@ def test_every_fact_of_a_cut_is_looked_for_in_a_graph_that_has_it() -> None:
 
 
 @functools.cache
-def _chosen() -> tuple[frozenset[str], frozenset[Fact]]:
+def _chosen() -> dict[str, set[Fact]]:
     """Whom the product gives a call to, and the facts that it can say of that."""
-    situations = set().union(*reach.judged_situations(reach.chosen_situations()[0]))
-    return frozenset(s.collective for s in situations), frozenset().union(*(s.facts for s in situations))
+    situations = set().union(*reach.judged_situations(reach.chosen_situations()[0]), reach.moe_situations())
+    found: dict[str, set[Fact]] = {}
+    for situation in situations:
+        found.setdefault(situation.collective, set()).update(situation.facts)
+    return found
 
 
 def _out_of_reach(when: When, by: Check | None) -> bool:
     """Whether this reason keeps this condition from holding, as far as data can tell."""
-    collectives, facts = _chosen()
+    chosen = {name: facts for name, facts in _chosen().items() if not when.collectives or name in when.collectives}
+    facts = set[Fact]().union(*chosen.values())
     if by is checks.RELEASES:
         return when.high is not None and parse_version(when.high) <= parse_version(SUPPORTED[0])
     if by is checks.NOT_OURS:
-        return bool(when.collectives) and not collectives & set(when.collectives)
+        return not chosen
     return bool(set(when.facts) - facts) or when.multicast is False or when.multi_node is True
 
 

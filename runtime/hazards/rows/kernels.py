@@ -168,7 +168,7 @@ ROWS: tuple[Hazard, ...] = (
         source="TRT#14066, FI#3697",
         certainty=Certainty.OPEN,
         not_shown="the mechanism is not known, so there is nothing to model",
-        prevented_by=checks.NOT_OURS,
+        prevented_by=checks.MOE_LAUNCH,
     ),
     Hazard(
         id="M20",

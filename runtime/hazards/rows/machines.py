@@ -19,7 +19,7 @@ ROWS: tuple[Hazard, ...] = (
         source="FI#3371, TRT#14550; related: FI#4139, FI#3210, FI#4183",
         certainty=Certainty.OPEN,
         shown_by="tests/hangs/test_moe.py::test_m45_flags_in_private_memory_are_seen_by_nobody",
-        prevented_by=checks.NOT_OURS,
+        prevented_by=checks.RELEASES,
     ),
     Hazard(
         id="M46",

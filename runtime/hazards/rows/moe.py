@@ -41,7 +41,7 @@ ROWS: tuple[Hazard, ...] = (
         "in 80 calls on two H200s",
         certainty=Certainty.INFERRED,
         shown_by="tests/hangs/test_moe_planes.py::test_m63_a_larger_dispatch_overwrites_what_a_slow_rank_combines",
-        prevented_by=checks.NOT_OURS,
+        prevented_by=checks.MOE_MEMORY,
     ),
     Hazard(
         id="M64",
@@ -56,7 +56,7 @@ ROWS: tuple[Hazard, ...] = (
         source="read in FlashInfer 0.7.2 (trtllm_moe_alltoall.py), which has the barrier",
         certainty=Certainty.CERTAIN,
         shown_by="tests/hangs/test_moe_planes.py::test_m64_without_a_barrier_a_first_flag_is_wiped",
-        prevented_by=checks.NOT_OURS,
+        prevented_by=checks.MOE_MEMORY,
     ),
     Hazard(
         id="M65",
@@ -88,7 +88,7 @@ ROWS: tuple[Hazard, ...] = (
         source="seen with FlashInfer 0.6.18.post1 without a GPU",
         certainty=Certainty.CERTAIN,
         not_shown="needs the library",
-        prevented_by=checks.NOT_OURS,
+        prevented_by=checks.MOE_LAUNCH,
     ),
     Hazard(
         id="M67",
@@ -103,7 +103,7 @@ ROWS: tuple[Hazard, ...] = (
         source="TRT#10539; read in FlashInfer 0.6.18.post1 and 0.7.2",
         certainty=Certainty.CERTAIN,
         not_shown="needs the library",
-        prevented_by=checks.NOT_OURS,
+        prevented_by=checks.MOE_LAUNCH,
     ),
     Hazard(
         id="M68",
@@ -139,6 +139,5 @@ ROWS: tuple[Hazard, ...] = (
         source="read in FlashInfer's source; Inductor was seen to write into memory that an op returned",
         certainty=Certainty.CERTAIN,
         shown_by="tests/compile_passes/test_moe_calls.py::test_m69_rows_that_outlive_their_combine_and_unanswered_dispatches",
-        prevented_by=checks.NOT_OURS,
     ),
 )

@@ -91,7 +91,7 @@ ROWS: tuple[Hazard, ...] = (
         source="read in FlashInfer 0.7.2 (trtllm_moe_alltoall.py); V#39942, V#30112, kvcache-ai/Mooncake#3963",
         certainty=Certainty.CERTAIN,
         not_shown="the model has no mask that changes between rounds",
-        prevented_by=checks.NOT_OURS,
+        prevented_by=checks.MOE_LAUNCH,
     ),
     Hazard(
         id="M60",
