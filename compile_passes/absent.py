@@ -6,6 +6,7 @@ import re
 
 from torch.fx import GraphModule
 
+from .moe_calls import is_moe
 from .op_calls import op_names
 
 _LOOKS_LIKE_ONE = re.compile(r"all_?reduce", re.IGNORECASE)
@@ -20,8 +21,10 @@ GENERAL = (
 )
 
 
-def why_no_all_reduce(gm: GraphModule) -> str:
-    """A sentence or two about a graph in which :func:`find` finds none."""
+def why_no_all_reduce(gm: GraphModule) -> str | None:
+    """A sentence or two about a graph in which :func:`find` finds none; None where it dispatches tokens instead."""
+    if any(is_moe(node) for node in gm.graph.nodes):
+        return None
     names = {op_names(node)[0]: None for node in gm.graph.nodes if node.op == "call_function"}
     likely = [n for n in names if "::" in n and not n.startswith(_TORCHS) and _LOOKS_LIKE_ONE.search(n.split("::")[1])]
     if likely:

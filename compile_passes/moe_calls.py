@@ -155,7 +155,7 @@ def _largest(capacity: int | torch.SymInt, even: bool, capacities: Sequence[int]
         seen = int(capacity.node.hint)
     else:
         return max(capacities, default=None)
-    return max(seen, *capacities)  # one workspace for all sizes that come
+    return max((seen, *capacities))  # one workspace for all sizes that come
 
 
 def carried_out_by(calls_: Sequence[Node], collective: str) -> None:

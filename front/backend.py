@@ -37,7 +37,6 @@ from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
 from .compile_passes.match import Candidate, Site
-from .compile_passes.moe_calls import calls_of
 from .compile_passes.named_ops import check_not_decomposed, ops_in
 from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.outer import OuterCapture
@@ -198,7 +197,7 @@ class Backend(OneObject):
             settle_waits(gm)
         moe_sites = dispatch_where_agreed(gm, groups, channels, device, options)
         candidates = self._find(gm, device)
-        absent = why_no_all_reduce(gm) if not candidates and not moe_sites and not calls_of(gm) else None
+        absent = why_no_all_reduce(gm) if not candidates and not moe_sites else None
         sizes = self._sizes(gm, candidates, static)
         assigned = assign(candidates, groups, channels, device, options, self.supervisor, self._planned)
         assigned = assign_moe(gm, assigned, channels, device, options, self.supervisor)
