@@ -9,9 +9,10 @@ from torch.fx import GraphModule, Node
 
 from ..runtime.collectives import ops
 from ..runtime.collectives.epilogue import DTYPES
+from ..runtime.errors import RefusedError
 from ..runtime.hazards.situation import Collective
 from .judge import Decision, Verdict
-from .moe_calls import calls_of
+from .moe_calls import calls_of, in_pairs
 from .roles import arguments, bound_arguments, c10d, calls, tensor
 
 #: What of a node's metadata is also true of the op that replaces it: not, for one, what its arguments were.
@@ -21,13 +22,21 @@ _KEPT = ("val", "stack_trace", "nn_module_stack", "custom")
 def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
     """Give the sites that are refused to the reference collective; how many.
 
-    A dispatch and a combine go together: where one is refused, all of the group are the reference's.
+    A dispatch and a combine go together: where one is refused, all of the group are the reference's. Raises
+    :class:`RefusedError` where the other half is not in this graph.
     """
     refused = {v.node for v in verdicts if v.decision is Decision.REFUSE}
     nodes = [n for n in gm.graph.nodes if n.name in refused and calls(n, ops.all_reduce, *ops.FUSED)]
-    for of_group in calls_of(gm).values():
-        if not refused.isdisjoint(node.name for node in of_group):
-            nodes += of_group
+    for group, of_group in calls_of(gm).items():
+        if refused.isdisjoint(node.name for node in of_group):
+            continue
+        if not in_pairs(of_group):
+            why = next(v.message for v in verdicts if v.node in refused and v.group == group)
+            raise RefusedError(
+                f"the other half of a dispatch or combine over group '{group}' is not in this graph, so the reference "
+                f"cannot have this one alone: {why} Compile both halves as one graph"
+            )
+        nodes += of_group
     for node in nodes:
         node.args = (*node.args[:-1], str(Collective.REFERENCE))
     return len(nodes)

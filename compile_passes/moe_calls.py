@@ -75,7 +75,7 @@ def misuses(gm: GraphModule) -> Iterator[tuple[Node, Fact, str]]:
         end = place[later[0]] if later else len(nodes)
         rows = _rows_of(node)
         for reader in (r for row in rows for r in row.users if r not in rows):
-            if place[reader] > end or reader.op == "output":
+            if place[reader] > end or (reader.op == "output" and later):
                 yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} reads rows of {label(node)} after their combine"
             elif any(written in rows for written in written_arguments(reader)):
                 yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} writes into rows of {label(node)}"

@@ -1,0 +1,86 @@
+"""Who carries out dispatches and combines: chosen, made and tested by all ranks, two over gloo; kernels that count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import moe_ready_ranks
+import pytest
+
+from support import run_ranks
+
+KERNELS = "moe_all_to_all"
+PAIR = [("dispatch", 8), ("combine", 8)] * 2
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(2, moe_ready_ranks.all_of_it, timeout=300)
+
+
+def test_what_was_prepared_carries_out_calls_up_to_its_capacity(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        said = found["prepared"]
+        assert (said.collective, said.capacity, said.capture_failure) == (KERNELS, 12, None)
+        assert said.why == (f"{KERNELS}/peer: chosen",) and "capacities up to 12, 1.0 MiB" in str(said)
+        assert found["calls"] == PAIR, "27 is beyond it: both halves are the reference's"
+
+
+def test_a_workspace_serves_what_it_covers_and_is_joined_by_a_larger_one(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["again"].capacity == 12 and found["larger"].capacity == 12
+        assert found["made"] == [2, 2] and found["closed"] == ([], None, [True, True])
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("wrong", "its self-test failed: rank 1: combine of"),
+        ("broken", "its workspace could not be created (rank 1: no memory left)"),
+        ("unlike", "ranks differ in capability"),
+        ("nodes", "the ranks are on several nodes"),
+        ("not measured", "not measured on 2 GPUs of SM89; moe_collective='moe_all_to_all' forces it"),
+        ("unlinked", "measured on 2 GPUs of SM90"),
+    ],
+)
+def test_what_speaks_against_kernels_on_one_rank_does_on_all(
+    ranks: list[dict[str, Any]], fault: str, reason: str
+) -> None:
+    for found in ranks:
+        collective, capacity, why, made = found[fault]
+        assert (collective, capacity) == ("reference", 0) and reason in why, why
+        forced = found[f"{fault}, forced"]
+        if fault in ("not measured", "unlinked"):
+            assert made == 0 and forced == f"nothing; {KERNELS}"
+        else:
+            assert forced.startswith("CollectiveUnavailableError: moe_collective=") and reason in forced
+
+
+def test_what_is_asked_for_is_the_same_on_all_ranks_and_fits(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["other capacity"].startswith("RankMismatch: ") and "capacity" in found["other capacity"]
+        capacity, none = found["small budget"]
+        assert 0 < capacity < 12 and "reference" in none
+        assert "reference" in found["large top_k"]
+
+
+def test_a_graph_is_carried_out_by_kernels_or_by_the_reference_alone(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        excess, calls, sizes, _ = found["auto"]
+        assert max(excess) <= 1.0 and calls == [[("dispatch", 6), ("combine", 6)] * 2]
+        assert sizes == ["MoeSizes(capacity=6, row_bytes=76, combine_bytes=64, top_k=2)"]
+        excess, calls, _, _ = found["reference"]
+        assert max(excess) <= 1.0 and calls == []
+
+
+def test_another_capacity_on_a_rank_is_told_before_anything_is_sent(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        said, made = found["disagreeing"]
+        assert said.startswith("RankMismatch: ") and "capacity" in said and made == 0
+
+
+def test_halves_in_different_graphs_are_carried_out_alike(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["two graphs, kernels"] == (True, [[("dispatch", 12), ("combine", 12)]])
+        assert found["two graphs, reference"] == (True, [])
+        assert found["unanswered"].startswith("RefusedError: the other half") and "M69" in found["unanswered"]
