@@ -29,7 +29,7 @@ from .compile_passes.match import Site
 from .compile_passes.prove import PlanVerdict
 from .compile_passes.report import CompileReport
 from .compile_passes.split import SplitPlan
-from .fake_model import CONTEXT, FakeModel, ModelCall, fake_model, read_config
+from .fake_model import CONTEXT, FakeModel, ModelCall, fake_model, quantised_by, read_config
 from .layers import Folding
 from .machines import Planned, planned
 from .options import Options
@@ -223,6 +223,12 @@ def _explained_fake(
     with model.mode:
         report = _judged(model.model, args, kwargs, asked, dtype, folded, options, runs=False)
     notes = list(folding_notes(folding))
+    if (method := quantised_by(model.model.config)) is not None:
+        notes.append(
+            f"quantization_config ({method}) is not applied: a quantised layer is made of its weights and its kernels, "
+            f"so every layer is the plain one in {dtype} here. What follows the all-reduces is the same; transformers "
+            "may shard a quantised model by another plan, and its kernels may break the graph (ringfence docs generate)"
+        )
     if model.hooked:
         notes.append(
             f"without the backward hooks of {len(model.hooked)} modules ({model.hooked[0]}, ...), which break the "

@@ -141,6 +141,16 @@ def fake_model(config: Any, tp: int, dtype: torch.dtype, *, expert_parallel: boo
     return FakeModel(model, mode, tuple(remove_backward_hooks(model)))
 
 
+def quantised_by(config: Any) -> str | None:
+    """The method of a config's ``quantization_config``, as ``fp8``; None where it has none."""
+    for one in (config, config.get_text_config(decoder=True)):
+        given = getattr(one, "quantization_config", None)
+        if given:
+            method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", None)
+            return str(getattr(method, "value", method) or "of no method")
+    return None
+
+
 def _transformers() -> Any:
     try:
         import transformers

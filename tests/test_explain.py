@@ -244,6 +244,16 @@ def test_from_python_a_config_or_a_folder(tmp_path: Path) -> None:
         ringfence.explain(config, tp=2, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_a_quantised_config_is_explained_without_it_and_that_is_said(tmp_path: Path, method: str) -> None:
+    content = gemma(1).to_dict() | {"quantization_config": {"quant_method": method, "weight_block_size": [128, 128]}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    report = ringfence.explain(tmp_path, tp=2)
+    assert len(report.fused) == 2
+    (note,) = [note for note in report.notes if "quantization_config" in note]
+    assert note.startswith(f"quantization_config ({method}) is not applied") and "bfloat16" in note
+
+
 # -- the command, as a user starts it -------------------------------------------------------------------
 
 
