@@ -14,9 +14,21 @@ from dataclasses import dataclass
 from .compile_passes.judge import Decision
 from .compile_passes.match import Site
 from .compile_passes.report import CompileReport
-from .runtime.drawing import ALARM, ALARM_FILL, FAINT, INK, PAPER, Drawing, lines_of
+from .runtime.drawing import (
+    ALARM,
+    ALARM_FILL,
+    CALL,
+    FAINT,
+    FRAME,
+    INK,
+    ISLAND,
+    LEFT,
+    PAPER,
+    PIECE,
+    Drawing,
+    lines_of,
+)
 
-_FUSED, _DECLINED, _ISLAND, _PIECE, _FRAME = "#8fb1e3", "#f3d9a4", "#cfd3dc", "#dbe6f6", "#b9c0cf"
 _WIDTH, _MARGIN, _SIDE, _ROW = 980.0, 16.0, 250.0, 26.0
 
 _LAYER = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)(?:\.(?P<rest>.*))?$")
@@ -146,22 +158,22 @@ def svg(report: CompileReport, about: str) -> str:
         y = drawing.paragraph(_MARGIN, y + 4, _WIDTH - 2 * _MARGIN, f"{number}  {sentence}", size=11)
     for note in _sentences(report):
         y = drawing.paragraph(_MARGIN, y + 4, _WIDTH - 2 * _MARGIN, note, size=11, fill=FAINT)
-    y = drawing.legend(_MARGIN, y, _LEGEND)
+    y = drawing.legend(_MARGIN, y, [entry for entry in _LEGEND if entry[0] in drawing.fills])
     return drawing.svg(y + 12)
 
 
 _LEGEND = [
-    (_FUSED, "", "all-reduce fused with its norm"),
-    (_DECLINED, "", "all-reduce left as it is"),
+    (CALL, "", "all-reduce fused with its norm"),
+    (LEFT, "", "all-reduce left as it is"),
     (ALARM_FILL, ALARM, "refused: the reference carries it out"),
-    (_PIECE, "", "piece"),
-    (_ISLAND, "", "island"),
+    (PIECE, "", "piece"),
+    (ISLAND, "", "island"),
 ]
 
 
 def _draw(drawing: Drawing, block: LayerBlock, y: float, whys: dict[str, int]) -> float:
     height = max(_ROW * len(block.rows) + 8, 48)
-    drawing.box(_MARGIN, y, _WIDTH - 2 * _MARGIN, height, PAPER, stroke=_FRAME, round_=4)
+    drawing.box(_MARGIN, y, _WIDTH - 2 * _MARGIN, height, PAPER, stroke=FRAME, round_=4)
     title = lines_of(block.title, _SIDE - 20, 12)[:2]
     for i, line in enumerate(title):
         drawing.words(_MARGIN + 10, y + 20 + 15 * i, line, bold=True)
@@ -175,7 +187,7 @@ def _draw(drawing: Drawing, block: LayerBlock, y: float, whys: dict[str, int]) -
 
 def _draw_row(drawing: Drawing, row: SiteRow, y: float, whys: dict[str, int]) -> None:
     left, right = _MARGIN + _SIDE, _WIDTH - _MARGIN - 8
-    fill = ALARM_FILL if "refused" in row.outcome else _DECLINED if row.outcome.startswith("declined") else _FUSED
+    fill = ALARM_FILL if "refused" in row.outcome else LEFT if row.outcome.startswith("declined") else CALL
     stroke = ALARM if fill == ALARM_FILL else ""
     drawing.words(left, y + 16, row.where[-34:], size=11)
     bar = left + 240
@@ -183,7 +195,7 @@ def _draw_row(drawing: Drawing, row: SiteRow, y: float, whys: dict[str, int]) ->
     drawing.words(bar + 8, y + 16, row.what, size=11)
     part = bar + 218
     if row.part:
-        drawing.box(part, y + 3, 52, _ROW - 8, _ISLAND if row.part == "island" else _PIECE, round_=3)
+        drawing.box(part, y + 3, 52, _ROW - 8, ISLAND if row.part == "island" else PIECE, round_=3)
         drawing.words(part + 26, y + 16, row.part, size=10, anchor="middle")
     text = row.outcome
     if row.why:
@@ -205,7 +217,7 @@ def _parts(drawing: Drawing, report: CompileReport, y: float) -> float:
     for piece in report.pieces:
         wide = width * piece.nodes / max(total, 1)
         about = f"{piece.name}: {'island' if piece.island else 'piece'}, {piece.nodes} ops {', '.join(piece.ops)}"
-        drawing.box(x, y + 4, wide, 16, _ISLAND if piece.island else _PIECE, stroke=PAPER, about=about)
+        drawing.box(x, y + 4, wide, 16, ISLAND if piece.island else PIECE, stroke=PAPER, about=about)
         x += wide
     return y + 26
 

@@ -1,4 +1,6 @@
-"""Drawing: what both pictures are made of, as SVG: boxes, lines, words that wrap, a legend. On white, everywhere.
+"""Drawing: what the pictures are made of, as SVG: boxes, lines, words that wrap, a legend.
+
+On white; where the page around it is dark and whoever draws it knows media queries, on dark.
 
 And the lines of both texts, for a terminal.
 """
@@ -12,8 +14,28 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 #: Colours, by what they mean.
-INK, FAINT, PAPER = "#1f2430", "#697086", "#ffffff"
+INK, FAINT, PAPER, FRAME, HAIR = "#1f2430", "#697086", "#ffffff", "#b9c0cf", "#d3d8e2"
 ALARM, ALARM_FILL = "#b00020", "#ffd9de"
+#: A part that is captured, what is in it; a part that runs eagerly; what was left as it is; a step of a rank.
+PIECE, CALL, ISLAND, LEFT = "#dbe6f6", "#8fb1e3", "#b0b8c8", "#f3d9a4"
+STEP, STEP_FRAME = "#eef3fb", "#9fb4d6"
+
+#: The same on dark.
+DARK = {
+    INK: "#e6edf3",
+    FAINT: "#9aa4b2",
+    PAPER: "#0d1117",
+    FRAME: "#3d444d",
+    HAIR: "#2a313c",
+    ALARM: "#ff7b85",
+    ALARM_FILL: "#4d1820",
+    PIECE: "#1d3557",
+    CALL: "#2f5f9e",
+    ISLAND: "#59616f",
+    LEFT: "#6e5010",
+    STEP: "#16243a",
+    STEP_FRAME: "#4a6692",
+}
 
 #: The width of a letter, by the height of the font. Wider than most are, so that words stay where they belong.
 _LETTER = 0.58
@@ -27,10 +49,13 @@ class Drawing:
 
     def __init__(self, width: float) -> None:
         self.width = width
+        self.fills: set[str] = set()  # of the boxes so far
         self._root = Element(
             "svg",
             {"xmlns": "http://www.w3.org/2000/svg", "font-family": "Helvetica, Arial, DejaVu Sans, sans-serif"},
         )
+        dark = (f'[fill="{on}"]{{fill:{to}}}[stroke="{on}"]{{stroke:{to}}}' for on, to in DARK.items())
+        ElementTree.SubElement(self._root, "style").text = f"@media(prefers-color-scheme:dark){{{''.join(dark)}}}"
         self._paper = self.box(0, 0, width, 0, PAPER)
 
     def box(
@@ -38,6 +63,7 @@ class Drawing:
         about: str = "", round_: float = 0,
     ) -> Element:  # fmt: skip
         """about: what is shown where somebody points at it."""
+        self.fills.add(fill)
         attributes = {"x": _n(x), "y": _n(y), "width": _n(max(width, 0.5)), "height": _n(height), "fill": fill}
         attributes |= {"stroke": stroke} if stroke else {}
         attributes |= {"stroke-dasharray": dash} if dash else {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..drawing import ALARM, ALARM_FILL, FAINT, Drawing, lines_of, wrapped
+from ..drawing import ALARM, ALARM_FILL, FAINT, HAIR, STEP, STEP_FRAME, Drawing, lines_of, wrapped
 from ..errors import TraceError
 from .explore import Event, ModelFailure, Result
 
@@ -69,9 +69,9 @@ def svg(result: Result[Any], notes: Sequence[str] = ()) -> str:
     bottom = y + sum(_box_height(lines) + _BETWEEN for lines in steps)
     for rank, x in columns.items():
         drawing.words(x + 8, y - 10, f"rank {rank}", size=13, bold=True)
-        drawing.line((x, y - 8), (x, bottom), colour="#c5cad6")
+        drawing.line((x, y - 8), (x, bottom), colour=HAIR)
     for step, (event, lines) in enumerate(zip(result.trace, steps, strict=True), start=1):
-        fill, stroke = (ALARM_FILL, ALARM) if event.failure is not None else ("#eef3fb", "#9fb4d6")
+        fill, stroke = (ALARM_FILL, ALARM) if event.failure is not None else (STEP, STEP_FRAME)
         x, height = columns[event.rank], _box_height(lines)
         drawing.words(16, y + 18, str(step), size=11, fill=FAINT)
         drawing.box(x, y, column - 12, height, fill, stroke=stroke, round_=4, about=_sentence(event))
@@ -83,7 +83,7 @@ def svg(result: Result[Any], notes: Sequence[str] = ()) -> str:
         y = drawing.paragraph(16, y + 4, drawing.width - 32, note)
     if ranks:
         failing = [(ALARM_FILL, ALARM, "the step that fails")] if any(e.failure for e in result.trace) else []
-        y = drawing.legend(16, y, [("#eef3fb", "#9fb4d6", "a step of a rank; time runs down"), *failing])
+        y = drawing.legend(16, y, [(STEP, STEP_FRAME, "a step of a rank; time runs down"), *failing])
     return drawing.svg(y + 12)
 
 

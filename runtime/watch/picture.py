@@ -10,13 +10,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..drawing import ALARM, ALARM_FILL, FAINT, INK, PAPER, Drawing, lines_of, width_of
+from ..drawing import ALARM, ALARM_FILL, CALL, FAINT, HAIR, INK, ISLAND, PAPER, PIECE, Drawing, lines_of, width_of
 from .journals import Mark, Merged, RankJournal
 from .position import Position, sizes_text
 from .summary import answer, call_text, no_file, ranks_of, several_groups, where
 
 _DRAWN_STEPS = 4
-_PIECE, _CALLS, _ISLAND = "#dbe6f6", "#8fb1e3", "#cfd3dc"
 _WIDTH, _LEFT, _RIGHT = 1100.0, 150.0, 60.0
 _ROW, _BAR = 64.0, 24.0
 #: Of the width for time, what the steps take where ranks wait after them; and where the rest begins.
@@ -128,7 +127,7 @@ class _Row:
     def draw(self) -> None:
         colour = ALARM if self._blamed else INK
         self._drawing.words(16, self._y + 17, f"rank {self._rank}", size=13, bold=self._blamed, fill=colour)
-        self._drawing.line((_LEFT, self._y + _BAR), (self._right, self._y + _BAR), colour="#e3e6ec")
+        self._drawing.line((_LEFT, self._y + _BAR), (self._right, self._y + _BAR), colour=HAIR)
         if self._journal is None:
             self._gap(_LEFT, no_file(self._merged, self._rank))
             return
@@ -143,7 +142,7 @@ class _Row:
         self._calls(labels)
 
     def _bar(self, mark: Mark, end: float) -> None:
-        fill = _CALLS if mark.calls else _ISLAND if mark.kind == "island" else _PIECE
+        fill = CALL if mark.calls else ISLAND if mark.kind == "island" else PIECE
         x = self._scale.x(mark.entered, self._rank)
         self._drawing.box(x, self._y, end - x, _BAR, fill, about=_about(mark))
 
@@ -261,9 +260,9 @@ def _who_waits(drawing: Drawing, merged: Merged, rows: Mapping[int, float]) -> N
 
 def _legend(drawing: Drawing, merged: Merged, scale: _Scale, y: float) -> float:
     entries = [
-        (_PIECE, "", "piece"),
-        (_CALLS, "", "with collective calls; their numbers below"),
-        (_ISLAND, "", "island"),
+        (PIECE, "", "piece"),
+        (CALL, "", "with collective calls; their numbers below"),
+        (ISLAND, "", "island"),
     ]
     if scale.stands:
         entries += [(ALARM_FILL, "", "not complete"), (PAPER, FAINT, "nothing was written down")]
