@@ -16,10 +16,11 @@ from ringfence import doctor
 from ringfence.cli import main
 from ringfence.commands.doctor import as_dict, as_text
 from ringfence.commands.terminal import FAILED, OK, USAGE
-from ringfence.doctor import DeviceLinks, Facts, Found, Gpu, advise, gather, hazards_of_version
+from ringfence.doctor import DeviceLinks, Facts, Found, Gpu, KnownHazard, advise, gather, hazards_of_version
 from ringfence.runtime.collectives import rank_facts
 from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.opt_outs import MULTICAST_OPT_OUTS
+from ringfence.runtime.hazards.hazard import Action
 from ringfence.runtime.hazards.situation import Collective
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
@@ -173,6 +174,18 @@ def test_devices_and_links_are_shown() -> None:
     }
     text = as_text(replace(facts, links=Found(None, "no pynvml")))
     assert "NVLinks: unknown (no pynvml)" in text and "peer" in text and "to 1" in text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_lines_fit_the_terminal(width: int) -> None:
+    hazard = KnownHazard("M1", "x " * 90, Action.SPLIT, True, "y " * 90, ("z " * 90,))
+    facts = replace(gather(), driver=Found[str](None, "word " * 40), hazards=(hazard,))
+    plain, fitted = as_text(facts), as_text(facts, width)
+    assert max(map(len, plain.splitlines())) > 160 and max(map(len, fitted.splitlines())) <= width
+    assert plain.split() == fitted.split(), "nothing is lost"
+    driver, *rest = [line for line in fitted.splitlines() if "word" in line]
+    assert driver.startswith("driver  ") and rest
+    assert all(line.startswith(" " * driver.index("unknown")) for line in rest)
 
 
 def test_a_device_that_fails_to_answer_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

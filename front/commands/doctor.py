@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +53,12 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
+    from ..compile_passes.report_text import terminal_width
     from ..doctor import gather
 
     with stage("looking at this machine"):
         facts = gather(copies=arguments.copies, journals=arguments.journal_dir, dtype=arguments.dtype)
-    text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts)
+    text = json.dumps(as_dict(facts), indent=2) if arguments.json else as_text(facts, terminal_width())
     return text, OK if facts.healthy else FAILED
 
 
@@ -63,8 +67,8 @@ def as_dict(facts: Facts) -> dict[str, Any]:
     return {"schema": SCHEMA, "healthy": facts.healthy} | dataclasses.asdict(facts)
 
 
-def as_text(facts: Facts) -> str:
-    """For a terminal."""
+def as_text(facts: Facts, width: int | None = None) -> str:
+    """For a terminal. width: of its lines, but for the table of devices; None breaks none."""
     from tabulate import tabulate
 
     unusable = (
@@ -75,13 +79,13 @@ def as_text(facts: Facts) -> str:
         ("ringfence", facts.ringfence),
         ("python", facts.python),
         ("torch", facts.torch),
-        ("CUDA of torch", facts.cuda),
-        ("NCCL", facts.nccl),
+        ("CUDA of torch", facts.cuda.value or f"none ({facts.cuda.why})"),
+        ("NCCL", str(facts.nccl).replace("unknown (this torch is built", "none (this torch is built")),
         ("FlashInfer", f"{facts.flashinfer}{unusable}" if facts.flashinfer.value else facts.flashinfer_unusable),
         ("driver", facts.driver),
         ("multicast", f"turned off by {turned_off}" if turned_off else "no variable turns it off"),
     ]
-    lines = [tabulate(versions, tablefmt="plain", disable_numparse=True), ""]
+    lines = [*_pairs(versions), ""]
     if facts.devices.value is None:
         lines.append(f"devices: none ({facts.devices.why})")
     else:
@@ -91,7 +95,7 @@ def as_text(facts: Facts) -> str:
         lines.append(f"linked by: {facts.topology}")
     if facts.copies.value is not None or facts.copies.why != NOT_TRIED:
         lines.append(f"copies between devices: {_copies(facts)}")
-    lines += ["", tabulate([(s.name, s.seen) for s in facts.machine], tablefmt="plain", disable_numparse=True)]
+    lines += ["", *_pairs([(s.name, s.seen) for s in facts.machine])]
     lines += [line for sight in facts.machine for line in _concern(sight)]
     lines += ["", 'collective="auto" would choose']
     for advice in facts.advice:
@@ -104,7 +108,24 @@ def as_text(facts: Facts) -> str:
         for hazard in found:
             lines.append(f"  {hazard.id} {hazard.title} ({hazard.decides})")
             lines += [f"    applies to: {'; '.join(hazard.applies_to)}", f"    remedy: {hazard.remedy}"]
-    return "\n".join(lines)
+    return "\n".join(part for line in lines for part in _broken(line, width))
+
+
+def _pairs(pairs: Sequence[tuple[str, object]]) -> list[str]:
+    """Names, and what is said of each, in two columns."""
+    widest = max(len(name) for name, _ in pairs)
+    return [f"{name:{widest}}  {said}" for name, said in pairs]
+
+
+def _broken(line: str, width: int | None) -> list[str]:
+    """What does not fit goes on below the second column, or below what it belongs to. A table is left as it is."""
+    if width is None or len(line) <= width or "\n" in line:
+        return [line]
+    begin = re.match(r"\S+(?: \S+)* {2,}|(?: *)", line)
+    indent = begin.end() if begin is not None else 0
+    indent += 4 if line[:indent].isspace() or not indent else 0
+    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return wrap.wrap(line)
 
 
 def _device_rows(facts: Facts) -> list[dict[str, Any]]:
