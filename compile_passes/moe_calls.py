@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 
@@ -18,12 +19,13 @@ from ..runtime.collectives import moe
 from ..runtime.collectives.moe_one_sided import MoeSizes
 from ..runtime.collectives.moe_ready import needed
 from ..runtime.errors import RefusedError
-from ..runtime.hazards.situation import Fact
+from ..runtime.hazards.situation import Collective, Fact
 from .aliases import viewed
 from .host import stream_of
+from .moe_sites import MoeMatch
 from .op_calls import nodes_of, op_arguments, op_names, written_arguments
 from .provenance import label
-from .roles import tensor
+from .roles import arguments, tensor
 
 #: Key of ``node.meta`` of a dispatch whose capacity is the same on all ranks because a gather of it would be even.
 EVEN = "ringfence_even"
@@ -131,15 +133,30 @@ def sizes_of(calls_: Sequence[Node], capacities: Sequence[int]) -> MoeSizes | st
     capacities: what a capacity that is an input may be; of a dispatch that stands for an even gather it is what that
     had when it was traced, too.
     """
-    found: MoeSizes | None = None
+    pairs = []
     for dispatch, combine in zip(calls_[::2], calls_[1::2], strict=True):
         given = op_arguments(dispatch)
         payloads, ids = [tensor(payload) for payload in given["payloads"]], tensor(given["topk_ids"])
         partial = tensor(op_arguments(combine)["partial"])
-        widths = [t.shape[1] for t in (*payloads, ids, partial)]
-        if not all(isinstance(width, int) for width in widths):
+        pairs.append((payloads, ids, partial, _largest(capacity_of(dispatch), EVEN in dispatch.meta, capacities)))
+    return _together(pairs)
+
+
+def sizes_of_sites(matches: Sequence[MoeMatch], capacities: Sequence[int]) -> MoeSizes | str:
+    """The same of sites before they are rewritten, of one group."""
+    pairs = []
+    for match in matches:
+        given = [tensor(arguments(arguments(wait)[0])[0]) for wait in (*match.payloads, match.ids)]
+        pairs.append((given[:-1], given[-1], tensor(match.partial), _largest(given[-1].shape[0], True, capacities)))
+    return _together(pairs)
+
+
+def _together(pairs: Sequence[tuple[Sequence[Tensor], Tensor, Tensor, int | None]]) -> MoeSizes | str:
+    """What serves all of them: payloads, ids, what is combined, and the capacity where it is known."""
+    found: MoeSizes | None = None
+    for payloads, ids, partial, capacity in pairs:
+        if not all(isinstance(t.shape[1], int) for t in (*payloads, ids, partial)):
             return "the width of a row is not known before it is called"
-        capacity = _largest(capacity_of(dispatch), EVEN in dispatch.meta, capacities)
         if capacity is None:
             return "the capacity is not known before it is called: give capture_sizes or max_tokens"
         row = sum(payload.shape[1] * payload.element_size() for payload in payloads)
@@ -159,6 +176,33 @@ def _largest(capacity: int | torch.SymInt, even: bool, capacities: Sequence[int]
 
 
 def carried_out_by(calls_: Sequence[Node], collective: str) -> None:
-    """Let all calls of a group name who carries them out."""
+    """Let all calls of a group name who carries them out.
+
+    Kernels take ids of four bytes. Where ids are a graph's own choice, of experts that there are, it is made there, so
+    that it is part of what is computed before and after.
+    """
     for node in calls_:
-        node.args = (*node.args[:-1], collective)
+        known = EVEN in node.meta and collective == Collective.MOE_ALL_TO_ALL
+        if known:
+            _narrow_ids(node)
+        node.args = (*node.args[:-1], f"{collective}{moe.KNOWN_IDS if known else ''}")
+
+
+def _narrow_ids(dispatch: Node) -> None:
+    payloads, ids, *others = dispatch.args
+    assert isinstance(ids, Node)
+    wide, graph, convert = tensor(ids).dtype, dispatch.graph, torch.ops.prims.convert_element_type.default
+    if wide == torch.int32:
+        return
+    with graph.inserting_before(dispatch):
+        narrow = graph.call_function(convert, (ids, torch.int32))
+    narrow.meta = {**ids.meta, "val": tensor(ids).to(torch.int32)}
+    dispatch.args = (payloads, narrow, *others)
+    rows, received, route = dispatch.meta["val"]
+    dispatch.meta["val"] = (rows, received.to(torch.int32), route)
+    for item in [n for n in dispatch.users if n.args[1] == 1]:
+        with graph.inserting_after(item):
+            back = graph.call_function(convert, (item, wide))
+        back.meta = dict(item.meta)
+        item.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)  # type: ignore[misc]
+        item.meta["val"] = tensor(item).to(torch.int32)

@@ -195,7 +195,7 @@ class Backend(OneObject):
         numbers = take_returned_numbers(gm)
         if options.capture_sizes:
             settle_waits(gm)
-        moe_sites = dispatch_where_agreed(gm, groups, channels, device, options)
+        moe_sites = dispatch_where_agreed(gm, groups, channels, device, options, self.supervisor)
         candidates = self._find(gm, device)
         absent = why_no_all_reduce(gm) if not candidates and not moe_sites else None
         sizes = self._sizes(gm, candidates, static)

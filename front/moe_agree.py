@@ -15,9 +15,11 @@ from .compile_passes.groups import groups_of
 from .compile_passes.moe_choice import agreed, said_of
 from .compile_passes.moe_rewrite import dispatch_experts
 from .compile_passes.moe_sites import MoeCandidate, MoeSite
+from .moe_assign import where_faster
 from .options import Options
 from .runtime.channel import Channel
 from .runtime.groups import Group, same_groups
+from .runtime.watch.supervisor import Supervisor
 
 
 def dispatch_where_agreed(
@@ -26,16 +28,20 @@ def dispatch_where_agreed(
     channels: Mapping[str, Channel],
     device: torch.device,
     options: Options,
+    supervisor: Supervisor | None = None,
 ) -> list[MoeSite]:
     """Rewrite the MoE sites of a graph as options say, where all ranks of a site's group do; the sites, in order.
 
     channels: by group, where there is somebody to talk to; each has one exchange, also of ranks that see no site.
+    supervisor: of whoever makes kernels ready; without one, nobody asks whether there are any.
     """
 
     def agree(candidates: list[MoeCandidate]) -> list[MoeCandidate]:
         for group, channel in channels.items():
             answers = channel.exchange("experts to dispatch", said_of(gm, candidates, group))
             candidates = agreed(gm, candidates, group, dict(zip(channel.ranks, answers, strict=True)))
+            if supervisor is not None:
+                candidates = where_faster(candidates, groups[group], channel, device, options, supervisor)
         return candidates
 
     return dispatch_experts(

@@ -11,9 +11,13 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .compile_passes.assignment import Assignment
-from .compile_passes.moe_calls import calls_of, carried_out_by, in_pairs, sizes_of
+from .compile_passes.moe_calls import calls_of, carried_out_by, in_pairs, sizes_of, sizes_of_sites
+from .compile_passes.moe_sites import MoeCandidate
+from .compile_passes.reasons import Decline, Reason
+from .compile_passes.roles import arguments, tensor
 from .options import Options
 from .runtime.channel import Channel
+from .runtime.collectives.moe_one_sided import MoeSizes
 from .runtime.collectives.moe_ready import (
     MOE,
     REFERENCE,
@@ -55,11 +59,50 @@ def assign_moe(
         if isinstance(sizes, str) or assigned.planned is not None:
             found[name] = _without_kernels(options.moe_collective, group, sizes if isinstance(sizes, str) else None)
         else:
-            capture = bool(options.capture_sizes) or options.outer_capture
-            wanted = MoeWanted(options.moe_collective, sizes, options.moe_workspace_bytes, capture)
-            found[name] = ready_pair(wanted, group, channels.get(name), device, supervisor)
+            found[name] = ready_pair(_wanted(sizes, options), group, channels.get(name), device, supervisor)
         carried_out_by(calls, found[name].collective)
     return replace(assigned, moe=found)
+
+
+def where_faster(
+    candidates: list[MoeCandidate],
+    group: Group,
+    channel: Channel,
+    device: torch.device,
+    options: Options,
+    supervisor: Supervisor,
+) -> list[MoeCandidate]:
+    """The candidates; those of a group of GPUs that no kernels would carry out stay gathers, unless options insist.
+
+    The reference sends no less than a gather and a reduce-scatter do. Every rank must call, with the same sites.
+    """
+    mine = [c for c in candidates if c.match is not None and c.site.group == group.name]
+    if not mine or options.moe_collective != "auto" or why_reference_only(group, device) is not None:
+        return candidates
+    sizes, largest, why = sizes_of_sites([c.match for c in mine if c.match is not None], _capacities(options)), 0, ""
+    if isinstance(sizes, MoeSizes):
+        ready = ready_pair(_wanted(sizes, options), group, channel, device, supervisor)
+        largest = ready.workspace.sizes.capacity if ready.workspace is not None else 0
+        why = next((c.why_not for c in ready.candidates if c.why_not is not None), "")
+    no_kernel = Decline(Reason.NO_KERNEL, f"no kernels carry out a dispatch here: {why or sizes}")
+    beyond = Decline(
+        Reason.BEYOND_TABLE, f"more than the {largest} tokens that kernels were measured or have memory for"
+    )
+
+    def decided(candidate: MoeCandidate) -> MoeCandidate:
+        if candidate not in mine or candidate.match is None:
+            return candidate
+        tokens = tensor(arguments(arguments(candidate.match.ids)[0])[0]).shape[0]
+        if isinstance(tokens, int) and tokens > largest > 0:
+            return candidate.declined(beyond)
+        return candidate if largest else candidate.declined(no_kernel)
+
+    return [decided(candidate) for candidate in candidates]
+
+
+def _wanted(sizes: MoeSizes, options: Options) -> MoeWanted:
+    capture = bool(options.capture_sizes) or options.outer_capture
+    return MoeWanted(options.moe_collective, sizes, options.moe_workspace_bytes, capture)
 
 
 def _capacities(options: Options) -> tuple[int, ...]:

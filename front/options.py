@@ -92,7 +92,7 @@ class Options:
         the experts of this rank and a reduce-scatter become a dispatch and a combine, where all ranks of the group show
         that to be exact from the graph. Collectives that ``split_ops`` names stay. Not beside ``deterministic``.
     moe_collective: who carries out a dispatch and its combine in one graph. ``"auto"`` takes FlashInfer's one-sided
-        kernels (``"moe_all_to_all"``) where they were measured to be faster, and the reference (NCCL) elsewhere.
+        kernels (``"moe_all_to_all"``) where they were measured to be faster; elsewhere on GPUs gathers stay gathers.
     moe_workspace_bytes: of each rank's memory, what they may take; calls of a larger capacity are the reference's.
     experts_ops: an engine's own kernels of experts, which take each row by itself, and leave out (as zeros) what asks
         for experts of other ranks. Their tensors of tokens are ``[tokens, ...]``.

@@ -33,12 +33,21 @@ class Pair:
         self.sizes = replace(sizes, top_k=compiled_top_k(sizes.top_k) or 0)
         self.memory = MoeMemory(self.rank, self.ranks, 0, 0, 0, 0)
         self.calls: list[tuple[str, int]] = []
+        self.kinds: list[tuple[str, bool]] = []
         self._wrong = wrong
 
     def dispatch(
-        self, payloads: list[Tensor], ids: Tensor, capacity: int, num_experts: int, empty_id: int
+        self,
+        payloads: list[Tensor],
+        ids: Tensor,
+        capacity: int,
+        num_experts: int,
+        empty_id: int,
+        *,
+        known: bool = False,
     ) -> tuple[list[Tensor], Tensor]:
         self.calls.append(("dispatch", capacity))
+        self.kinds.append((str(ids.dtype).removeprefix("torch."), known))
         rows, got, self._route = moe_reference.dispatch(
             payloads, ids, capacity, num_experts, empty_id, "world", self.ranks
         )
@@ -138,14 +147,22 @@ def refused_on_all(rank: int) -> dict[str, Any]:
 def compiled(rank: int) -> dict[str, Any]:
     """A graph that is rewritten, and what the kernels were called with; options that keep it from them."""
     found: dict[str, Any] = {}
-    for name, options in {"auto": {}, "reference": {"moe_collective": "reference"}}.items():
-        with on_gpus() as made:
+    cases: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "auto": ({}, {}),
+        "reference": ({"moe_collective": "reference"}, {}),
+        "site, not measured": ({}, {"facts": replace(FACTS, capability=(8, 9))}),
+        "site, small": ({"moe_workspace_bytes": 10_400}, {}),
+    }
+    for name, (options, machine) in cases.items():
+        with on_gpus(**machine) as made:
             layer = moe_graphs.Layer("batched", rank, 2)
             backend = ringfence.Backend(moe_dispatch=True, piece_compiler="eager", agree_seconds=60, **options)
             call = torch.compile(layer, backend=backend, fullgraph=True)
             excess = [layer.excess(call(*args), *args) for args in moe_ranks.steps(rank, moe_graphs.given)[:2]]
-            calls = [pair.calls[-4:] for pair in made]
-            found[name] = excess, calls, [str(pair.sizes) for pair in made], list(backend.reports[0].notes)
+            calls = [(pair.calls[-4:], pair.kinds[-1:]) for pair in made]
+            (site,) = backend.reports[0].moe_sites
+            found[name] = excess, calls, [str(pair.sizes) for pair in made], str(site.decline and site.decline.reason)
+            found[f"{name}, why"] = site.message
     return found
 
 

@@ -66,11 +66,22 @@ def test_what_is_asked_for_is_the_same_on_all_ranks_and_fits(ranks: list[dict[st
 
 def test_a_graph_is_carried_out_by_kernels_or_by_the_reference_alone(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
-        excess, calls, sizes, _ = found["auto"]
-        assert max(excess) <= 1.0 and calls == [[("dispatch", 6), ("combine", 6)] * 2]
+        excess, ((calls, kinds),), sizes, declined = found["auto"]
+        assert max(excess) <= 1.0 and calls == [("dispatch", 6), ("combine", 6)] * 2 and declined == "None"
+        assert kinds == [("int32", True)], "ids are narrowed in the graph, which shows that they are experts'"
         assert sizes == ["MoeSizes(capacity=6, row_bytes=76, combine_bytes=64, top_k=2)"]
-        excess, calls, _, _ = found["reference"]
-        assert max(excess) <= 1.0 and calls == []
+        excess, calls, _, declined = found["reference"]
+        assert max(excess) <= 1.0 and calls == [] and declined == "None"
+
+
+def test_a_site_that_no_kernel_is_faster_at_stays_a_gather(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        for case, reason, why in (
+            ("site, not measured", "no_kernel", "not measured on 2 GPUs of SM89"),
+            ("site, small", "beyond_table", "more than the 2 tokens"),
+        ):
+            excess, *_, declined = found[case]
+            assert max(excess) <= 2.0 and declined == reason and why in found[f"{case}, why"], found[f"{case}, why"]
 
 
 def test_another_capacity_on_a_rank_is_told_before_anything_is_sent(ranks: list[dict[str, Any]]) -> None:

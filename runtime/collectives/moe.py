@@ -44,9 +44,11 @@ from ..seams import run_between
 from . import moe_reference as reference
 from .epilogue import DTYPES
 from .moe_one_sided import MoeSizes, id_bytes, unserved
-from .ops import NOT_CAPTURED, PREPARED
+from .ops import PREPARED
 from .workspace import MoeWorkspace, workspaces_of
 
+#: Behind the name of a dispatch's collective: each id is an expert's, as the graph shows, so nobody need clamp it.
+KNOWN_IDS = ", known ids"
 #: FlashInfer's kernels carry six, of which the ids are one.
 MOST_PAYLOADS = 5
 _IDS = (torch.int32, torch.int64)
@@ -141,7 +143,7 @@ def _serving(group: str, collective: str, call: MoeSizes, device: torch.device) 
 
     Raises :class:`InputError` for a call that the workspace was not made for: its other half cannot know of that.
     """
-    named = collective.removesuffix(NOT_CAPTURED)
+    named = collective.removesuffix(KNOWN_IDS)
     if named == Collective.REFERENCE:
         return None
     workspaces = workspaces_of(group)
@@ -188,7 +190,9 @@ def dispatched(
 
     def run(*operands: Tensor) -> tuple[Tensor, ...]:
         if workspace is not None:
-            rows, ids = workspace.kernels.dispatch(operands[:-1], operands[-1], capacity, num_experts, empty_id)
+            rows, ids = workspace.kernels.dispatch(
+                operands[:-1], operands[-1], capacity, num_experts, empty_id, known=collective.endswith(KNOWN_IDS)
+            )
             return (*rows, ids, ids.new_empty(operands[-1].shape[0], ranks, dtype=torch.int32))  # the kernels keep it
         received, ids, route = reference.dispatch(
             operands[:-1], operands[-1], capacity, num_experts, empty_id, group, ranks
@@ -261,7 +265,7 @@ def _carried(
     carries out, and kernels that failed when captured, runs between two segments of the capture, else it is refused.
     """
     device = operands[-1].device
-    spoken = collective in (Collective.REFERENCE, Collective.MOE_ALL_TO_ALL)  # its judge has
+    spoken = collective.removesuffix(KNOWN_IDS) in (Collective.REFERENCE, Collective.MOE_ALL_TO_ALL)  # its judge has
     if spoken or not is_capturing(device):
         return run(*operands)
     why = workspace.capture_failure if workspace is not None else None

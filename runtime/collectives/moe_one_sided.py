@@ -231,17 +231,25 @@ class OneSided:
         return MoeMemory(self.rank, self.ranks, at["FLAG_VAL"], *flags, at["RECV_COUNTERS"])
 
     def dispatch(
-        self, payloads: Sequence[Tensor], ids: Tensor, capacity: int, num_experts: int, empty_id: int
+        self,
+        payloads: Sequence[Tensor],
+        ids: Tensor,
+        capacity: int,
+        num_experts: int,
+        empty_id: int,
+        *,
+        known: bool = False,
     ) -> tuple[list[Tensor], Tensor]:
         """``(received, ids)`` as :mod:`.moe` describes them, in the workspace's memory: the next dispatch writes there.
 
         ids: int32 or int64 ``[T, k]``. An id of no expert goes to the rank of the nearest one, which does not know it.
+        known: there is none such.
         """
         sent = [*(_readable(p.contiguous()) for p in payloads), _readable(ids.to(torch.int32).contiguous())]
         widths = [t.shape[1] * t.element_size() for t in sent]
         order = sorted(range(len(sent)), key=lambda i: -_alignment(widths[i]))  # or a row is misaligned (hazard M67)
         self._api.moe_a2a_dispatch(
-            self._targets(sent[-1], num_experts),
+            self._targets(sent[-1], num_experts, known),
             [sent[i].view(torch.uint8) for i in order],
             self._workspace,
             self._meta,
@@ -263,10 +271,10 @@ class OneSided:
         )
         return [received[i] for i in range(len(payloads))], got if got.dtype == ids.dtype else got.to(ids.dtype)
 
-    def _targets(self, ids: Tensor, num_experts: int) -> Tensor:
+    def _targets(self, ids: Tensor, num_experts: int, known: bool) -> Tensor:
         """The ids that decide where a token goes: of experts that there are, as many as kernels were compiled for."""
         more = self.sizes.top_k - ids.shape[1]
-        inside = ids.clamp(0, num_experts - 1)  # others would be written beyond the counters (hazard M65)
+        inside = ids if known else ids.clamp(0, num_experts - 1)  # or counts are beyond the counters (hazard M65)
         return inside if not more else torch.cat((inside, inside[:, :1].expand(-1, more)), dim=1)  # once to a rank
 
     def combine(self, partial: Tensor, out: Tensor) -> None:
