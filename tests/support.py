@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -208,9 +210,12 @@ def save_tiny_model(folder: Path, kind: str, **sizes: Any) -> None:
 
 
 def fork_server() -> Any:
-    """Processes that start with torch already imported, and with the environment of the server's first use."""
+    """Processes that start with torch imported and warm, and with the environment of the server's first use."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "ringfence.backend", "torch._inductor.compile_fx"])
+    context.set_forkserver_preload(["ringfence.backend", "torch._inductor.compile_fx", "warm_compiler"])
+    here = str(Path(__file__).parent)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])):
+        multiprocessing.forkserver.ensure_running()  # Python 3.11 does not tell it sys.path before it imports
     return context
 
 

@@ -12,7 +12,9 @@ import torch
 from support import run_ranks, save_tiny_model
 
 LAYERS = 2
-SIZES = (1, 4, 8)
+#: Of Llama also the graph of one token, which Dynamo makes beside that of any; test_generate.py has it of others.
+SIZES = {"llama": (1, 4, 8)}
+USUAL_SIZES = (2, 4, 8)
 STEPS = 10
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -44,13 +46,14 @@ def run_models(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
         plan = DistributedConfig(tp_plan="auto", tp_size=2)
         model = AutoModelForCausalLM.from_pretrained(folder / kind, distributed_config=plan, dtype=torch.float32)
         hooked = remove_backward_hooks(model)
-        backend = ringfence.Backend(capture_sizes=SIZES, graphs="simulated", piece_compiler="eager", verify=True)
+        sizes = SIZES.get(kind, USUAL_SIZES)
+        backend = ringfence.Backend(capture_sizes=sizes, graphs="simulated", piece_compiler="eager", verify=True)
         compiled = torch.compile(model.eval(), backend=backend, fullgraph=True, dynamic=True)
         generator = torch.Generator().manual_seed(1)
         worst = 0.0
         with torch.no_grad():
             for step in range(STEPS):
-                tokens = torch.randint(0, 128, (1, SIZES[step % len(SIZES)]), generator=generator)
+                tokens = torch.randint(0, 128, (1, sizes[step % len(sizes)]), generator=generator)
                 expected = model(tokens, use_cache=False).logits
                 actual = compiled(tokens, use_cache=False).logits
                 worst = max(worst, ((actual - expected).abs().max() / expected.abs().max()).item())
@@ -73,7 +76,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 @pytest.mark.xdist_group("hugging_face")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_all_reduce_of_a_layer_is_fused(results: dict[str, dict[str, Any]], kind: str) -> None:
-    assert results[kind]["reports"]
+    assert len(results[kind]["reports"]) == (2 if 1 in SIZES.get(kind, USUAL_SIZES) else 1)
     for report in results[kind]["reports"]:
         inside = [s for s in report["sites"] if s["module"].startswith("model.layers.")]
         assert len(inside) == 2 * LAYERS and all(s["fused"] and s["source"] for s in inside)
