@@ -231,16 +231,18 @@ class Channel:
     def _collect(self, key: str, topic: str, seconds: float) -> list[tuple[str, Any]]:
         answers: dict[int, tuple[str, Any]] = {}
         patience = Patience(topic, seconds, self.ranks[self.rank], lambda: self.interrupt(), lambda: self.about)
+        again = False
         while True:
-            for rank in range(self.size):
-                if rank not in answers and self._has_answered(key, rank):
+            for rank in range(self.size):  # who has answered may have left since
+                if (again or rank not in answers) and self._has_answered(key, rank):
                     answers[rank] = self._answer_of(key, rank)
                     if isinstance(left := answers[rank][1], _Left):
                         raise RankLeftError(self._catch_up() or left.sentence)
             if len(answers) == self.size:
                 return [answers[rank] for rank in range(self.size)]
             missing = [rank for rank in range(self.size) if rank not in answers]
-            if patience.looks() and self._has_passed(key, missing) and (sentence := self._catch_up()):
+            again = patience.looks()
+            if again and self._has_passed(key, missing) and (sentence := self._catch_up()):
                 raise RankLeftError(sentence)
             patience.wait(tuple(self.ranks[rank] for rank in missing))
 

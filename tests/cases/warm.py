@@ -1,8 +1,7 @@
-"""Models whose pieces know one of two sizes that a guard ties together; a start: ``python warm.py RANK WORLD PORT``."""
+"""Models whose pieces know one of two sizes that a guard ties together, compiled by Inductor on a rank."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -48,10 +47,8 @@ class Joined(Decoder):
         return x[: given["caches"][0].shape[0]]
 
 
-def main() -> None:
-    rank, world_size, port = map(int, sys.argv[1:])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+def hits_and_misses(rank: int) -> tuple[int, int]:
+    """Of Inductor's cache, in a process that has compiled nothing by it before."""
     for kind, tokens in ((Decoder, [1]), (Joined, [7, 9])):
         torch._dynamo.reset()
         model = kind(rank).eval()
@@ -66,8 +63,4 @@ def main() -> None:
                 torch.testing.assert_close(compiled(x, caches=caches), model(x, caches=caches), rtol=1e-4, atol=1e-4)
         assert backend.reports[-1].fused
     counters = torch._dynamo.utils.counters["inductor"]
-    print(f"RIGHT hits {counters['fxgraph_cache_hit']} misses {counters['fxgraph_cache_miss']}")
-
-
-if __name__ == "__main__":
-    main()
+    return counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]

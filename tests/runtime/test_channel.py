@@ -108,12 +108,16 @@ def test_an_attempt_that_meets_something_else_waits_for_nobody() -> None:
 
 
 def test_a_hang_inside_an_attempt_is_no_failure_of_the_action() -> None:
-    def body(rank: int) -> str:
+    """Whether it is seen before or after the others have read that rank's answer."""
+
+    def body(rank: int, late: float) -> str:
+        begun = time.monotonic()
+
         def interrupt() -> None:
-            if rank == 0:
+            if rank == 0 and time.monotonic() > begun + late:
                 raise HangError("the ranks hang", (2,))
 
-        channel = open_channel(dist.group.WORLD.group_name, seconds=60, interrupt=interrupt)
+        channel = open_channel(dist.group.WORLD.group_name, seconds=20, interrupt=interrupt)
         if rank == 2:
             time.sleep(1)
             return ""
@@ -121,8 +125,9 @@ def test_a_hang_inside_an_attempt_is_no_failure_of_the_action() -> None:
             channel.attempt("create", lambda: "made")
         return f"{type(caught.value).__name__}: {caught.value}"
 
-    said = run_threaded(3, body)
-    assert said[:2] == ["HangError: the ranks hang", "RankLeftError: rank 0 left 'create': the ranks hang"]
+    for late in (-1.0, 0.5):
+        said = run_threaded(3, lambda rank, late=late: body(rank, late))
+        assert said[:2] == ["HangError: the ranks hang", "RankLeftError: rank 0 left 'create': the ranks hang"]
 
 
 def test_ranks_are_called_what_they_are_in_the_world() -> None:
