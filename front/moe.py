@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,13 +29,14 @@ from .compile_passes.op_options import positive
 from .moe_assign import ready_pair
 from .options import Options
 from .runtime.capturing import is_capturing
+from .runtime.channel import Channel, first_difference
 from .runtime.collectives import moe
 from .runtime.collectives.epilogue import DTYPES
 from .runtime.collectives.moe_ready import DEFAULT_BYTES, MoeReady, MoeWanted, needed
 from .runtime.collectives.moe_reference import first_expert
 from .runtime.collectives.ops import PREPARED
 from .runtime.collectives.workspace import workspaces_of
-from .runtime.errors import InputError, OptionsError, WorkspaceError
+from .runtime.errors import InputError, OptionsError, RankMismatch, WorkspaceError
 from .runtime.groups import describe_group, device_of_group, name_of_group, resolve_group
 from .runtime.watch.agree import PlanDigest, agree
 from .runtime.watch.supervision import Asked
@@ -69,9 +71,10 @@ def dispatch(
     ``[T, top_k]``, int32 or int64, numbers among the ``num_experts`` of all ranks, which lie on the ranks in contiguous
     blocks (:func:`local_experts`). A row that is only padding has an expert of this rank and a weight of 0.
     T: this rank's tokens, 0 to ``capacity``. capacity: **the same on all ranks**, from 1 on; no number of a rank's own.
-    Nobody compares it in an eager call, or in another compiler's graph: ranks that differ get garbage, or wait for
-    ever. In a graph of ringfence's, ranks compare a constant when they agree on the graph, and an int among the inputs
-    before each capture and, with ``check_every_step``, before each step (hazard M62).
+    In an eager call nobody compares it without :func:`prepare` and ``check_every_call``, nor in another compiler's
+    graph: ranks that differ get garbage, or wait for ever. In a graph of ringfence's, ranks compare a constant when
+    they agree on the graph, and an int among the inputs before each capture and, with ``check_every_step``, before each
+    step (hazard M62).
     empty_id: what the ids of a row that nobody sent are; -1, or an expert of another rank where experts mask theirs.
     group: a process group, or its name; None is the default group.
 
@@ -141,6 +144,7 @@ def prepare(
     collective: Literal["auto", "reference", "moe_all_to_all"] = "auto",
     workspace_bytes: int = DEFAULT_BYTES,
     device: torch.device | str | None = None,
+    check_every_call: bool = False,
     agree_seconds: float = 600.0,
 ) -> MoePrepared:
     """Choose who carries out the dispatches and combines of a group, make its workspace by vote and test it.
@@ -150,7 +154,9 @@ def prepare(
     row of ``hidden`` and ``top_k`` weights of four bytes. collective: FlashInfer's one-sided kernels are
     ``"moe_all_to_all"``; ``"auto"`` takes them where they were measured to be faster than NCCL's way.
     workspace_bytes: of each rank at most; it may lower the capacity. device: of the tensors; the current CUDA device
-    where the group serves one. ``ringfence.close_workspaces(group)`` undoes it.
+    where the group serves one. check_every_call: ranks compare the capacity, widths and experts of each eager dispatch
+    before anything is sent, and raise :class:`RankMismatch` where they differ (hazard M62): slow, and a rank that does
+    not come is waited for. ``ringfence.close_workspaces(group)`` undoes it.
 
     Raises :class:`OptionsError`, :class:`GroupError`, :class:`CollectiveUnavailableError`, :class:`RankMismatch` where
     ranks ask for different things, and :class:`WorkspaceError` inside a capture.
@@ -161,16 +167,17 @@ def prepare(
         positive(name, value)
     if dtype not in DTYPES:
         raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, DTYPES))}")
-    Options.parse({"moe_collective": collective, "agree_seconds": agree_seconds})
+    Options.parse({"moe_collective": collective, "agree_seconds": agree_seconds, "check_every_step": check_every_call})
     name = name_of_group(group)
     on = torch.device(device) if device is not None else device_of_group(name)
     if is_capturing(on):
         raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
     row = payload_bytes if payload_bytes is not None else hidden * dtype.itemsize + 4 * top_k
     wanted = MoeWanted(collective, needed(row, top_k, hidden * dtype.itemsize, capacity), workspace_bytes)
-    ready = _ready(wanted, name, on, agree_seconds)
-    workspace = ready.workspace
-    workspaces_of(name).moe_prepared = workspace
+    ready, channel = _ready(wanted, name, on, agree_seconds, check_every_call)
+    workspace, found = ready.workspace, workspaces_of(name)
+    found.moe_prepared = workspace
+    found.moe_compared = partial(_compared, channel) if check_every_call and channel is not None else None
     return MoePrepared(
         name,
         ready.collective,
@@ -181,16 +188,27 @@ def prepare(
     )
 
 
-def _ready(wanted: MoeWanted, name: str, device: torch.device, agree_seconds: float) -> MoeReady:
+def _compared(channel: Channel, call: tuple[tuple[str, str], ...]) -> None:
+    calls = channel.exchange("a MoE dispatch", call)
+    if len(set(calls)) > 1:
+        raise RankMismatch(
+            f"the ranks call a dispatch differently: {first_difference(calls, channel.ranks)}; nothing was sent"
+        )
+
+
+def _ready(
+    wanted: MoeWanted, name: str, device: torch.device, agree_seconds: float, check_every_call: bool
+) -> tuple[MoeReady, Channel | None]:
     described = describe_group(name, device)
     asked = Asked({}, agree_seconds=agree_seconds)
     supervisor = supervisor_for(asked)
     with supervisor.compiling(asked), supervisor.compilation():
         channel = supervisor.open([described], device).get(name)
         if channel is not None:
-            agree(channel, PlanDigest(wanted.parts), what="arguments of ringfence.moe.prepare")
+            parts = (*wanted.parts, ("check_every_call", str(check_every_call)))
+            agree(channel, PlanDigest(parts), what="arguments of ringfence.moe.prepare")
         begin_anew(channel, workspaces_of(name))
-        return ready_pair(wanted, described, channel, device, supervisor)
+        return ready_pair(wanted, described, channel, device, supervisor), channel
 
 
 def local_experts(num_experts: int, group: dist.ProcessGroup | str | None = None) -> range:

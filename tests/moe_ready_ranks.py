@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -101,7 +102,7 @@ def raised(call: Callable[[], object]) -> str:
 def all_of_it(rank: int) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     found: dict[str, Any] = {}
-    for part in (prepared, refused_on_all, compiled, disagreeing, in_two_graphs):
+    for part in (prepared, refused_on_all, compiled, disagreeing, compared, in_two_graphs):
         found |= part(rank)
     return found
 
@@ -178,6 +179,27 @@ def disagreeing(rank: int) -> dict[str, Any]:
         call = torch.compile(own, backend=backend, fullgraph=True)
         said = raised(lambda: call(torch.randn(3, 16), torch.zeros(3, 2, dtype=torch.int64)))
     return {"disagreeing": (said, len(made))}
+
+
+def compared(rank: int) -> dict[str, Any]:
+    """Eager dispatches that are compared first: by kernels, and by the reference."""
+    found: dict[str, Any] = {}
+    for name in ("moe_all_to_all", "reference"):
+        with on_gpus() as made:
+            prepare(collective=name, check_every_call=True)
+            moe_ranks.check_one(rank, 2, None, (5, 7), 3, 7, "uniform", torch.float32, 3)
+            before = sum(len(pair.calls) for pair in made)
+
+            def call(capacity: int, k: int, experts: int) -> Any:
+                ids = torch.zeros(3, k, dtype=torch.int64)
+                return ringfence.moe.dispatch([torch.randn(3, 16)], ids, capacity=capacity, num_experts=experts)
+
+            wrong = ((4 + rank, 2, 4), (4, 1 + 5 * rank, 6), (4, 2, 4 + rank))
+            said = [raised(partial(call, *numbers)) for numbers in wrong]
+            found[f"compared, {name}"] = said, sum(len(pair.calls) for pair in made) - before
+            said = [raised(lambda: prepare(check_every_call=bool(rank)))]
+            found["compared by one"] = said[0]
+    return found
 
 
 def in_two_graphs(rank: int) -> dict[str, Any]:

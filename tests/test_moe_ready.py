@@ -90,6 +90,16 @@ def test_another_capacity_on_a_rank_is_told_before_anything_is_sent(ranks: list[
         assert said.startswith("RankMismatch: ") and "capacity" in said and made == 0
 
 
+@pytest.mark.parametrize("collective", [KERNELS, "reference"])
+def test_eager_dispatches_are_compared_where_that_was_asked_for(ranks: list[dict[str, Any]], collective: str) -> None:
+    for found in ranks:
+        said, sent = found[f"compared, {collective}"]
+        assert sent == 0, "nothing is sent"
+        for text, what in zip(said, ("capacity", "row_bytes", "num_experts"), strict=True):
+            assert text.startswith("RankMismatch: the ranks call a dispatch differently") and what in text, text
+        assert found["compared by one"].startswith("RankMismatch: ")
+
+
 def test_halves_in_different_graphs_are_carried_out_alike(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["two graphs, kernels"] == (True, [[("dispatch", 12), ("combine", 12)]])

@@ -186,6 +186,9 @@ def dispatched(
     _no_grad(*payloads)
     row_bytes = sum(p.shape[1] * p.element_size() for p in payloads) + id_bytes(topk_ids.shape[1])
     call = MoeSizes(capacity, row_bytes, 0, topk_ids.shape[1])
+    compared = workspaces_of(group).moe_compared if collective == PREPARED else None
+    if compared is not None and not is_capturing(topk_ids.device):  # before a rank refuses it alone
+        compared((*call.parts, ("num_experts", str(num_experts))))
     workspace = _serving(group, collective, call, topk_ids.device)
 
     def run(*operands: Tensor) -> tuple[Tensor, ...]:

@@ -209,6 +209,8 @@ class Workspaces:
         self.moe: list[MoeWorkspace] = []
         #: The one that was prepared for dispatches and combines that name no collective.
         self.moe_prepared: MoeWorkspace | None = None
+        #: Compares the numbers of a dispatch, with their names, among the ranks, where that was asked for.
+        self.moe_compared: Callable[[tuple[tuple[str, str], ...]], None] | None = None
 
     def find(self, collective: str | None, device: torch.device, dtype: torch.dtype, size: int) -> Workspace | None:
         """The first one for calls of ``size`` bytes, of whatever collective where none is named."""
@@ -296,7 +298,7 @@ class Workspaces:
     def close(self) -> None:
         """Close all. Captured graphs over them can no longer be replayed. Every rank must close, outside of calls."""
         self.prepared.clear()
-        self.moe_prepared = None
+        self.moe_prepared, self.moe_compared = None, None
         self.failed.clear()  # also where nothing came of any: whoever closes wants another try
         if not self._all:
             return

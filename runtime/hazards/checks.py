@@ -44,7 +44,8 @@ NOT_EMPTY = Check("compile_passes/graph_inputs.py::check_not_empty", "a graph th
 CAPACITY = Check(
     "compile_passes/moe_calls.py::check_capacities",
     "in a graph of ringfence's: a rank's own count, or one read from data, is refused; a constant is compared, and an "
-    "int input before each capture, and each step with check_every_step; an eager call is the caller's to get right",
+    "int input before each capture, and each step with check_every_step; eager calls are, where prepare was told so "
+    "(check_every_call)",
 )
 ROUTING = Check("runtime/collectives/moe.py::check_dispatch", "token counts, widths and, on the host, ids are checked")
 AGREEMENT = Check(
