@@ -21,7 +21,7 @@ from .judge import Decision, Verdict
 from .match import Site
 from .moe_sites import MoeSite
 from .prove import PlanVerdict
-from .report_text import lines, parts_table, ranges, short, sites_table, table, terminal_width
+from .report_text import lines, moe_sites_table, parts_table, ranges, sites_table, terminal_width
 from .split import Piece
 
 SCHEMA = 1
@@ -177,7 +177,9 @@ class CompileReport:
             said = _grouped((s.index, s.message) for s in self.sites)
             tables += lines((f"site {i}: {text}" for i, text in said), width)
         if self.moe_sites:
-            tables += _moe_table(self.moe_sites, width)
+            tables.append(moe_sites_table(self.moe_sites, width))
+            said = _grouped((s.index, s.message) for s in self.moe_sites)
+            tables += lines((f"MoE site {i}: {text}" for i, text in said), width)
         if len(self.pieces) > 1:
             tables.append(parts_table(self.pieces, width))
         return "\n".join([*tables, *lines(self._why(), width)])
@@ -291,26 +293,6 @@ def _moe_site(site: MoeSite) -> dict[str, Any]:
         "message": site.message,
         "roundings": [r.name.lower() for r in site.roundings],
     }
-
-
-def _moe_table(sites: Sequence[MoeSite], width: int | None) -> list[str]:
-    headers = ("MoE site", "outcome", "group", "dtype", "hidden", "experts", "payloads", "module", "source")
-    rows = [
-        (
-            str(s.index),
-            "dispatch and combine" if s.decline is None else str(s.decline.reason),
-            s.group or "",
-            s.dtype,
-            str(s.hidden_size) if s.hidden_size is not None else "",
-            str(s.num_experts) if s.num_experts is not None else "",
-            str(s.payloads),
-            s.module or "",
-            short(s.source),
-        )
-        for s in sites
-    ]
-    said = (f"MoE site {i}: {text}" for i, text in _grouped((s.index, s.message) for s in sites))
-    return [table(headers, rows, width, cut=("module", "source")), *lines(said, width)]
 
 
 def _plain(value: Piece | Verdict | PlanVerdict | GroupCollective) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from .match import Site
+from .moe_sites import MoeSite
 from .split import Piece
 
 _LAYER = re.compile(r"(?P<before>(?:.*?\.)?)(?P<number>\d+)(?P<after>(?:\..*)?)")
@@ -18,6 +20,7 @@ _NARROW = 12
 _PERIOD = 8
 
 Row = tuple[str, ...]
+S = TypeVar("S", Site, MoeSite)
 
 
 def terminal_width() -> int | None:
@@ -28,20 +31,31 @@ def terminal_width() -> int | None:
 def sites_table(sites: Sequence[Site], width: int | None) -> str:
     """A row for each site; layers that are like the one before are one row."""
     headers = ("site", "outcome", "fused op", "group", "dtype", "hidden", "eps", "module", "source")
+    rows = _folded(sites, _row)
+    full = table(headers, rows, width, cut=("module", "source"))
+    if width is None or max(map(len, full.splitlines())) <= width:
+        return full
+    return _without_what_is_alike(headers, rows, width)
+
+
+def moe_sites_table(sites: Sequence[MoeSite], width: int | None) -> str:
+    """The same of MoE sites."""
+    headers = ("MoE site", "outcome", "group", "dtype", "hidden", "experts", "payloads", "module", "source")
+    return table(headers, _folded(sites, _moe_row), width, cut=("module", "source"))
+
+
+def _folded(sites: Sequence[S], row: Callable[[S], Row]) -> list[Row]:
+    """row: of one site, nine cells, of which the last two are its module and source."""
     rows: list[Row] = []
-    runs = _runs(_layers(sites))
-    for run in runs:
+    for run in _runs(_layers(sites), row):
         first = run[0]
-        rows += [_row(site) for site in first[2]]
+        rows += [row(site) for site in first[2]]
         if len(run) > 1:
             begin, end = run[1][2][0].index, run[-1][2][-1].index
             name = first[0].rstrip(".").rpartition(".")[2]
             as_one = f"{name}.{_range(run[1][1], run[-1][1])}: as {name}.{first[1]}".lstrip(".")
             rows.append((_range(begin, end), *[""] * 6, as_one, ""))
-    full = table(headers, rows, width, cut=("module", "source"))
-    if width is None or max(map(len, full.splitlines())) <= width:
-        return full
-    return _without_what_is_alike(headers, rows, width)
+    return rows
 
 
 def _without_what_is_alike(headers: Row, rows: Sequence[Row], width: int) -> str:
@@ -127,18 +141,32 @@ def _row(site: Site) -> Row:
     )
 
 
+def _moe_row(site: MoeSite) -> Row:
+    return (
+        str(site.index),
+        "dispatch and combine" if site.decline is None else str(site.decline.reason),
+        site.group or "",
+        site.dtype,
+        str(site.hidden_size) if site.hidden_size is not None else "",
+        str(site.num_experts) if site.num_experts is not None else "",
+        str(site.payloads),
+        site.module or "",
+        short(site.source),
+    )
+
+
 def short(source: str | None) -> str:
     """The last two parts of a path: enough to recognise, short enough for a table."""
     return "/".join(source.replace("\\", "/").split("/")[-2:]) if source else ""
 
 
 #: The path before a layer's number, the number (-1: none), the sites.
-_Layer = tuple[str, int, list[Site]]
+_Layer = tuple[str, int, list[S]]
 
 
-def _layers(sites: Sequence[Site]) -> list[_Layer]:
+def _layers(sites: Sequence[S]) -> list[_Layer[S]]:
     """Sites that follow each other in one layer."""
-    layers: list[_Layer] = []
+    layers: list[_Layer[S]] = []
     for site in sites:
         found = _LAYER.fullmatch(site.module or "")
         before, number = (found["before"], int(found["number"])) if found else ("", -1)
@@ -149,21 +177,22 @@ def _layers(sites: Sequence[Site]) -> list[_Layer]:
     return layers
 
 
-def _runs(layers: Sequence[_Layer]) -> list[list[_Layer]]:
+def _runs(layers: Sequence[_Layer[S]], row: Callable[[S], Row]) -> list[list[_Layer[S]]]:
     """Layers that follow each other and are alike but for their number."""
-    runs: list[list[_Layer]] = []
+    runs: list[list[_Layer[S]]] = []
     for layer in layers:
-        if runs and layer[1] >= 0 and layer[1] == runs[-1][-1][1] + 1 and _alike(layer) == _alike(runs[-1][0]):
-            runs[-1].append(layer)
+        last = runs[-1] if runs else None
+        follows = last is not None and layer[1] >= 0 and layer[1] == last[-1][1] + 1
+        if last is not None and follows and _alike(layer, row) == _alike(last[0], row):
+            last.append(layer)
         else:
             runs.append([layer])
     return runs
 
 
-def _alike(layer: _Layer) -> tuple[object, ...]:
-    before, number, sites = layer
-    prefix = len(f"{before}{number}")
-    return (before, *((*_row(s)[1:7], (s.module or "")[prefix:], s.source, s.roundings) for s in sites))
+def _alike(layer: _Layer[S], row: Callable[[S], Row]) -> tuple[object, ...]:
+    prefix = len(f"{layer[0]}{layer[1]}")
+    return (layer[0], *((*row(s)[1:7], (s.module or "")[prefix:], s.source, s.roundings) for s in layer[2]))
 
 
 def _without_repeats(rows: Sequence[Row]) -> Iterable[Row]:

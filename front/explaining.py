@@ -180,6 +180,8 @@ class _Compiler(Backend):
             report = replace(
                 report, sites=tuple(found["sites"]), pieces=found["pieces"], verdicts=tuple(found["verdicts"])
             )
+        if self._unfolding is not None:
+            report = replace(report, moe_sites=tuple(self._unfolding.moe_sites(report.moe_sites)))
         super()._report(self._machine.told(report), runner)
 
 

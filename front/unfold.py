@@ -12,11 +12,13 @@ from torch.fx import Graph, GraphModule, Node
 from .compile_passes.fuse import SITE
 from .compile_passes.judge import Verdict
 from .compile_passes.match import Site
+from .compile_passes.moe_sites import MoeSite
 from .compile_passes.provenance import module_of
 from .compile_passes.split import Piece, SplitPlan
 from .layers import Folding
 
 T = TypeVar("T")
+S = TypeVar("S", Site, MoeSite)
 
 _NO_OPS = ("placeholder", "output", "get_attr")
 
@@ -74,13 +76,7 @@ class Unfolding:
 
     def sites(self, sites: Sequence[Site]) -> tuple[list[Site], Callable[[int, Copied], int]]:
         """All sites, with the paths of the whole model, and the new index of a traced site in a copy."""
-        place = -1
-        placed = []
-        for site in sites:
-            own = self.place_of(site.module)
-            place = max(place, own) if own is not None else place
-            placed.append((site, place))
-        every = self.repeated(placed)
+        every = self.repeated(self._placed(sites))
         index = {(site.index, copied.copy): i for i, (site, copied) in enumerate(every)}
 
         def of(traced: int, copied: Copied) -> int:
@@ -95,6 +91,20 @@ class Unfolding:
             )
             for site, copied in every
         ], of
+
+    def moe_sites(self, sites: Sequence[MoeSite]) -> list[MoeSite]:
+        """The same of MoE sites, which have numbers of their own."""
+        every = self.repeated(self._placed(sites))
+        return [replace(s, index=i, module=self._renamed(s.module, copied)) for i, (s, copied) in enumerate(every)]
+
+    def _placed(self, sites: Sequence[S]) -> list[tuple[S, int]]:
+        """With the traced layer of each: that of its module, or of the site before."""
+        place, placed = -1, []
+        for site in sites:
+            own = self.place_of(site.module)
+            place = max(place, own) if own is not None else place
+            placed.append((site, place))
+        return placed
 
     def _renamed(self, path: str | None, copied: Copied) -> str | None:
         place = self.place_of(path)

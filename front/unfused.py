@@ -32,7 +32,9 @@ def why_nothing_is_fused(reports: Sequence[CompileReport], ranks: int) -> str | 
     """A sentence with its remedy; None where something is fused, or nothing was asked for. ranks: of the job."""
     if any(fuses(report) or GRAD_MODE in report.notes for report in reports):  # grad mode has a warning of its own
         return None
-    sites: list[Site | MoeSite] = [site for report in reports for site in (*report.sites, *report.moe_sites)]
+    sites: list[Site | MoeSite] = []
+    for report in reports:
+        sites += [*report.sites, *report.moe_sites]
     declines = [site.decline for site in sites if site.decline]
     if any(decline.reason is Reason.SWITCHED_OFF for decline in declines):
         return None

@@ -18,9 +18,9 @@ from ringfence.cli import main
 from ringfence.commands.terminal import USAGE
 from ringfence.compile_passes.assignment import Limit
 from ringfence.compile_passes.match import Site
-from ringfence.explaining import AskedAs, explain_config
+from ringfence.explaining import AskedAs, _compiled, _Compiler, explain_config
 from ringfence.fake_model import ModelCall
-from ringfence.layers import fold, record_layers
+from ringfence.layers import Cut, Folding, fold, record_layers
 from ringfence.machines import GPUS, find_gpu, planned
 from support import run_python
 
@@ -160,6 +160,37 @@ def test_what_layers_stand_for_is_what_a_trace_of_all_finds(config: Any, call: M
     one, other = facts(some.report), facts(every.report)
     for name in one:
         assert one[name] == other[name], name
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_moe_sites_are_those_of_all_layers_too() -> None:
+    """Of six layers of experts, three of which were traced."""
+    import moe_graphs
+
+    class Experts(nn.Module):
+        def __init__(self, layers: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(moe_graphs.Layer() for _ in range(layers))
+
+        def forward(self, x: torch.Tensor, lean: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, lean, live)
+            return x
+
+    def report(layers: int, folding: Folding | None) -> ringfence.CompileReport:
+        backend = _Compiler(planned(2, None, None, None, "bfloat16"), folding, {"moe_dispatch": True}, runs=False)
+        return _compiled(Experts(layers), moe_graphs.given(8, 0), {}, backend)
+
+    some = report(3, Folding("layers", (0,) * 6, (0, 1, 5), (Cut(2, 3, 1),)))
+    every = report(6, None)
+    modules = [f"layers.{i}" for i in range(6)]
+    assert [site.module for site in every.moe_sites] == modules == [site.module for site in some.moe_sites]
+    assert [site.index for site in some.moe_sites] == list(range(6))
+    assert all(site.rewritten for site in some.moe_sites)
+    assert [piece.nodes for piece in some.pieces] == [piece.nodes for piece in every.pieces]
+    text = some.text()
+    assert sum("dispatch and combine" in line for line in text.splitlines()) == 1
+    assert any(line.split() == ["1-5", "layers.1-5:", "as", "layers.0"] for line in text.splitlines())
 
 
 # -- machines -----------------------------------------------------------------------------------------
