@@ -167,8 +167,8 @@ def sites(ranks: r.Ranks, options: argparse.Namespace) -> None:
         makers = {PEER: lambda x=x, y=residual: nccl_and_inductor(ranks, chain, x, y)}
         for name in options.collectives:
             makers[f"ringfence {name}"] = lambda n=name, x=x, y=residual: compiled_by_ringfence(options, n, chain, x, y)
-            if ranks.cuda and name in ("trtllm", "mnnvl"):
-                for pdl in (False, True):
+            if ranks.cuda and name != "auto":
+                for pdl in (False, True) if name in ("trtllm", "mnnvl") else (False,):
                     makers[bare_name(name, pdl)] = lambda n=name, p=pdl, x=x, y=residual: bare(
                         ranks, options, n, p, chain, x, y
                     )

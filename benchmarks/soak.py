@@ -84,7 +84,9 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="FAULT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time; on GPUs each takes two")
-    parser.add_argument("--collective", choices=("mnnvl", "trtllm", "reference"), help="on GPUs, two ranks")
+    parser.add_argument(
+        "--collective", choices=("ringfence", "mnnvl", "trtllm", "reference"), help="on GPUs, two ranks"
+    )
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")

@@ -19,11 +19,11 @@ _SOURCES = Path(__file__).parent / "cuda"
 _FILES = {Strategy.ONE_SHOT: "one_shot", Strategy.TWO_SHOT: "two_shot"}
 _TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "Float32"}
 
-#: Bytes of a vector, and of the lines that a warp carries at a time: a granule.
-VECTOR = 16
+#: Bytes of a half vector, of the lines that a warp carries at a time (a granule), and of what they hold of a row.
+HALF = 8
 GRANULE = 512
-_VECTORS_OF_A_GRANULE = 28
-_MOST_WARPS = 31
+GRANULE_DATA = 480
+MOST_WARPS = 31
 
 #: The name of a kernel in its instructions.
 ENTRY = "entry"
@@ -35,7 +35,7 @@ class CallArguments(Structure):
     _fields_ = (
         *((name, c_ulonglong) for name in ("input", "residual", "weight", "norm", "out", "inbox")),
         ("peers", c_ulonglong * 7),
-        *((name, c_ulonglong) for name in ("numbers", "broken", "bound", "report", "buffer_bytes")),
+        *((name, c_ulonglong) for name in ("numbers", "received", "broken", "bound", "report", "buffer_bytes")),
         *((name, c_uint) for name in ("number_count", "tokens", "rank")),
         *((name, c_float) for name in ("eps", "weight_bias")),
     )
@@ -43,7 +43,7 @@ class CallArguments(Structure):
 
 @dataclass(frozen=True)
 class Form:
-    """A kernel. row_bytes: of a token. blocks: how many share a token."""
+    """A kernel. row_bytes: of a token. blocks: how many share a token. most_warps: of a block that carry something."""
 
     strategy: Strategy
     dtype: torch.dtype
@@ -53,6 +53,7 @@ class Form:
     norm: bool
     weight: bool
     blocks: int
+    most_warps: int = MOST_WARPS
 
     @property
     def granules(self) -> int:
@@ -62,7 +63,7 @@ class Form:
     @property
     def rounds(self) -> int:
         """In how many rounds the warps of a block carry their share of a row."""
-        return -(-self._share // _MOST_WARPS)
+        return -(-self._share // self.most_warps)
 
     @property
     def warps(self) -> int:
@@ -93,7 +94,7 @@ class Form:
         options = [self.residual, self.norm, self.weight]
         numbers = [self.blocks, self.warps, self.rounds]
         arguments = [
-            *(_TYPES[self.dtype], self.world_size, self.row_bytes // VECTOR),
+            *(_TYPES[self.dtype], self.world_size, self.row_bytes // HALF),
             *(str(option).lower() for option in options),
             *numbers,
         ]
@@ -102,7 +103,7 @@ class Form:
 
 def granules_of(row_bytes: int) -> int:
     """How many granules a row fills, the last one perhaps in part."""
-    return -(-row_bytes // (VECTOR * _VECTORS_OF_A_GRANULE))
+    return -(-row_bytes // GRANULE_DATA)
 
 
 def granules_of_token(strategy: Strategy, row_bytes: int, world_size: int) -> int:

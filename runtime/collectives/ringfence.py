@@ -24,7 +24,7 @@ from ..hazards.situation import Collective, Fact, Strategy
 from . import nvrtc
 from .cuda_driver import Driver, current_stream
 from .epilogue import DTYPES, Epilogue
-from .forms import ENTRY, GRANULE, CallArguments, Form, granules_of, granules_of_token
+from .forms import ENTRY, GRANULE, GRANULE_DATA, MOST_WARPS, CallArguments, Form, granules_of, granules_of_token
 from .kernels import Implementation, KernelCall, KernelMemory, Kernels, Requirement
 from .links import FULL
 from .rank_facts import RankFacts, differ, linked, peers_out_of_reach, topology_of
@@ -38,8 +38,8 @@ MOST_RANKS = 8
 MOST_ROW_BYTES = 64 * 1024
 #: The most blocks of a grid: each has a word with the number of its last call.
 MOST_BLOCKS = 1024
-#: Up to so many tokens, each is shared by so many blocks.
-_SHARED_UP_TO, _SHARED_BY = 16, 4
+#: Up to how many tokens each is shared by how many blocks; from how many on a block has few warps, and many rounds.
+_SHARED, _NARROW_FROM, _NARROW = ((16, 4), (64, 2)), 129, 13
 #: How much of an inbox one-shot may ask for: beyond it, a large call is two-shot's.
 _MOST_ONE_SHOT_BYTES = 128 << 20
 #: Seconds that ranks wait for each other before memory is given back.
@@ -89,7 +89,8 @@ class RankMemory:
     """What the kernels of one rank work on. Addresses on its device; sizes in bytes.
 
     inbox: two buffers of ``buffer_bytes``, where the others write. peers: their inboxes, by rank, without its own.
-    numbers: int64, the number of the last call, for each block. broken: int32, whether a wait ended without success.
+    numbers: int64, the number of the last call, for each block. received: int64, of how many of these the calls have
+    received everything. broken: int32, whether a wait ended without success.
     host: int64 in pinned memory: how long a wait may last, in nanoseconds, and what a kernel reports.
     names: what people call each rank of the group.
     """
@@ -100,6 +101,7 @@ class RankMemory:
     peers: tuple[int, ...]
     buffer_bytes: int
     numbers: Tensor
+    received: Tensor
     broken: Tensor
     host: Tensor
     names: tuple[int, ...] = tuple(range(MOST_RANKS))
@@ -108,9 +110,10 @@ class RankMemory:
     def make(device: int, rank: int, inbox: int, peers: Sequence[int], buffer_bytes: int) -> RankMemory:
         with torch.inference_mode(False):
             numbers = torch.zeros(MOST_BLOCKS, dtype=torch.int64, device=f"cuda:{device}")
+            received = torch.zeros(1, dtype=torch.int64, device=f"cuda:{device}")
             broken = torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
             host = torch.zeros(_HOST_WORDS, dtype=torch.int64, pin_memory=True)
-        memory = RankMemory(device, rank, inbox, tuple(peers), buffer_bytes, numbers, broken, host)
+        memory = RankMemory(device, rank, inbox, tuple(peers), buffer_bytes, numbers, received, broken, host)
         memory.wait_for(WAIT_SECONDS)
         return memory
 
@@ -140,9 +143,10 @@ def arguments(memory: RankMemory, x: Tensor, row_bytes: int) -> CallArguments:
     host = memory.host.data_ptr()
     peers = (c_ulonglong * 7)(*memory.peers)
     call = CallArguments(input=x.data_ptr(), inbox=memory.inbox, peers=peers)
-    call.numbers, call.broken = memory.numbers.data_ptr(), memory.broken.data_ptr()
+    call.numbers, call.received = memory.numbers.data_ptr(), memory.received.data_ptr()
+    call.broken = memory.broken.data_ptr()
     call.bound, call.report = host, host + 8 * _REPORT
-    call.buffer_bytes, call.number_count = memory.buffer_bytes, memory.numbers.numel()
+    call.buffer_bytes, call.number_count = memory.buffer_bytes, len(memory.numbers)
     call.tokens, call.rank = x.numel() * x.element_size() // row_bytes, memory.rank
     return call
 
@@ -172,9 +176,10 @@ class Functions:
 
 def blocks_of_token(tokens: int, row_bytes: int, capability: tuple[int, int]) -> int:
     """How many blocks share a token: where tokens are few, more of the device takes part."""
-    if tokens > _SHARED_UP_TO or capability < _CLUSTERS_FROM:
+    if capability < _CLUSTERS_FROM:
         return 1
-    return min(_SHARED_BY, granules_of(row_bytes))
+    blocks = next((blocks for most, blocks in _SHARED if tokens <= most), 1)
+    return min(blocks, granules_of(row_bytes))
 
 
 class RingfenceKernels:
@@ -205,6 +210,7 @@ class RingfenceKernels:
             norm=norm is not None,
             weight=norm is not None and norm.has_weight,
             blocks=blocks or blocks_of_token(x.shape[0], row_bytes, self._capability),
+            most_warps=_NARROW if x.shape[0] >= _NARROW_FROM else MOST_WARPS,
         )
 
     def run(
@@ -268,8 +274,9 @@ class RingfenceKernels:
         return call.tokens * granules * GRANULE <= self.rank_memory.buffer_bytes
 
     def control_words(self) -> tuple[int, ...]:
-        """The number of the last call and whether a wait has ended without success."""
-        return (*self.rank_memory.numbers.tolist(), *self.rank_memory.broken.tolist())
+        """How far the calls are: the last number of each block, what was received, whether a wait was in vain."""
+        memory = self.rank_memory
+        return (*memory.numbers.tolist(), *memory.received.tolist(), *memory.broken.tolist())
 
     def close(self) -> None:
         if self._closed:
@@ -379,7 +386,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement(
         "two_shot_row",
         lambda c: c.strategy is Strategy.ONE_SHOT or granules_of(c.hidden * c.dtype.itemsize) >= c.world_size,
-        "two-shot needs rows of which every rank has a share of 448 bytes, the last one of any part of it",
+        f"two-shot needs rows of which every rank has a share of {GRANULE_DATA} bytes, the last one of any part of it",
         "runtime/collectives/cuda/two_shot.cu",
     ),
 )

@@ -61,10 +61,11 @@ class SizeRow:
 
 _OURS = "measured (ringfence docs measurements)"
 _VLLM = "vLLM's fusion pass, its table of the largest fused size and of the largest one-shot size"
-_MNNVL, _TRTLLM = Collective.MNNVL, Collective.TRTLLM
+_MNNVL, _TRTLLM, _OWN = Collective.MNNVL, Collective.TRTLLM, Collective.RINGFENCE
 _HALF = MIB // 2
 
 TABLE: tuple[SizeRow, ...] = (
+    SizeRow(_OWN, "peer", (9, 0), 2, 64 * MIB, 64 * MIB, 64 * MIB, _OURS, bitwise=True),
     SizeRow(_MNNVL, "peer", (9, 0), 2, 8 * MIB, 8 * MIB, 8 * MIB, _OURS, bitwise=True),
     SizeRow(_TRTLLM, "peer", (9, 0), 2, 8 * MIB, 32 * MIB, 8 * MIB, _OURS, bitwise=True),
     SizeRow(_TRTLLM, "peer", (9, 0), 4, 2 * MIB, 8 * MIB, 2 * MIB, _OURS, bitwise=True),

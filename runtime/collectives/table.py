@@ -5,11 +5,10 @@ from __future__ import annotations
 from . import mnnvl, reference, ringfence, trtllm
 from .kernels import Implementation
 
-#: Ringfence's own comes behind FlashInfer's until rows of the size table say where it is faster.
 ALL: tuple[Implementation, ...] = (
     mnnvl.MULTICAST,
+    ringfence.IMPLEMENTATION,
     mnnvl.PEER,
     trtllm.IMPLEMENTATION,
-    ringfence.IMPLEMENTATION,
     reference.IMPLEMENTATION,
 )

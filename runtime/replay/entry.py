@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .capture import CapturedPiece
+
+#: Whether nobody holds a storage any more, without the two calls of Python around it.
+_expired: Callable[[int], bool] = torch.UntypedStorage._expired
 
 #: Sizes of a call, and what tells where its kept arguments are.
 Key = tuple[tuple[int, ...], tuple[Any, ...]]
@@ -23,12 +27,8 @@ class Kept:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._memory = StorageWeakRef(tensor.untyped_storage())
-
-    @property
-    def gone(self) -> bool:
-        """Nobody holds the memory any more."""
-        return bool(self._memory.expired())
+        self._reference = StorageWeakRef(tensor.untyped_storage())
+        self.memory: int = self._reference.cdata
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Entry:
 
     @property
     def gone(self) -> bool:
-        """Whether it can never be used again."""
-        return any(kept.gone for kept in self.parameters)
+        """Whether it can never be used again: nobody holds the memory of some argument any more."""
+        return any(map(_expired, [kept.memory for kept in self.parameters]))  # in every replay, for every parameter
 
     def release(self) -> None:
         """Release every piece, also behind one whose release fails; then raise what the first of those raised."""

@@ -1,13 +1,15 @@
 """Two to eight ranks of ringfence's own kernels on ONE GPU: a rank is a stream, memory of its own and its kernels.
 
-The kernels cannot tell: they are given addresses. What cannot be shown here is what a link does. The blocks of all
-ranks must fit onto the GPU at once, so grids are kept small. :func:`run` is called in a child (:mod:`.children`).
+The kernels cannot tell: they are given addresses. What cannot be shown so is what a link does: :func:`over_a_link` is
+for that, on two GPUs. The blocks of all ranks must fit onto the one GPU at once, so grids are kept small. :func:`run`
+is called in a child (:mod:`.children`).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import os
 import random
 import time
 import traceback
@@ -16,13 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ringfence.runtime.collectives import nvrtc
 from ringfence.runtime.collectives.cuda_driver import Driver
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.collectives.forms import Form
-from ringfence.runtime.collectives.ringfence import Functions, RankMemory, RingfenceKernels, buffer_bytes
+from ringfence.runtime.collectives.ringfence import Functions, RankMemory, RingfenceKernels, buffer_bytes, create
 from ringfence.runtime.errors import HangError
 from ringfence.runtime.hazards.situation import Strategy
 
@@ -41,7 +44,7 @@ PAYLOADS = ("ordinary", "0x8005", "negative zero", "subnormal", "infinite", "nan
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-19}
 #: What outputs hold before a call: large numbers.
 POISON = 0x7F007F00
-#: Blocks of a rank's grid.
+#: Blocks of a rank's grid; fewer where there are eight, since the next call's wait beside them.
 MOST_BLOCKS = 32
 #: Until a kernel gives up, which no healthy one does.
 SECONDS = 8.0
@@ -61,21 +64,21 @@ class Case:
 
 
 class Ranks:
-    """Emulated ranks with inboxes for calls of so many bytes."""
+    """Emulated ranks with inboxes for calls of so many bytes. kernels, streams: by rank, of those that are here."""
 
     def __init__(self, world_size: int, tokens: int, row_bytes: int) -> None:
         self.world_size = world_size
         size = buffer_bytes(world_size, tokens, row_bytes)
         self.inboxes = [torch.zeros(2 * size, dtype=torch.uint8, device="cuda") for _ in range(world_size)]
         self.functions = Functions(Driver(), torch.cuda.get_device_capability())
-        self.streams = [torch.cuda.Stream() for _ in range(world_size)]
+        self.streams = {rank: torch.cuda.Stream() for rank in range(world_size)}
         addresses = [inbox.data_ptr() for inbox in self.inboxes]
-        self.kernels = []
+        self.kernels = {}
         for rank, inbox in enumerate(addresses):
             others = [address for other, address in enumerate(addresses) if other != rank]
             memory = RankMemory.make(0, rank, inbox, others, size)
             memory.wait_for(SECONDS)
-            self.kernels.append(RingfenceKernels(self.functions, memory))
+            self.kernels[rank] = RingfenceKernels(self.functions, memory)
         torch.cuda.synchronize()
 
     def load(self, calls: Sequence[tuple[Tensor, Case]]) -> float:
@@ -89,7 +92,23 @@ class Ranks:
         return time.monotonic() - began
 
     def form(self, x: Tensor, case: Case) -> Form:
-        return self.kernels[0].form(x, EPILOGUES[case.epilogue], case.strategy, case.blocks)
+        return next(iter(self.kernels.values())).form(x, EPILOGUES[case.epilogue], case.strategy, case.blocks)
+
+
+class OneRank(Ranks):
+    """This process's rank among others, on a GPU of its own. Every rank must call."""
+
+    def __init__(self, rank: int, world_size: int, tokens: int, hidden: int) -> None:
+        from ringfence.runtime.channel import open_channel
+
+        self.world_size = world_size
+        group = dist.group.WORLD
+        assert group is not None
+        channel = open_channel(group.group_name, seconds=60)
+        self.kernels = {rank: create(channel, group, tokens, hidden, torch.bfloat16)}
+        self.kernels[rank].wait_for(SECONDS)
+        self.functions = self.kernels[rank]._functions
+        self.streams = {rank: torch.cuda.Stream()}
 
 
 class Call:
@@ -130,6 +149,7 @@ class Call:
         case, epilogue = self.case, EPILOGUES[self.case.epilogue]
         weight = self.weight if epilogue.norm is not None and epilogue.norm.has_weight else None
         operands = (self.residual if epilogue.residual else None, weight)
+        most_blocks = most_blocks if kernels.rank_memory.world_size < 8 else 8
         kernels.run(
             self.inputs[rank], epilogue, case.strategy, operands, norm, out, blocks=case.blocks, most_blocks=most_blocks
         )
@@ -184,6 +204,7 @@ def spoil(x: Tensor, payload: str, rank: int) -> None:
 def run(item: dict[str, Any]) -> dict[str, Any]:
     """One of the functions below, by name."""
     began = time.monotonic()
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # fewer queues than ranks, and one waits behind another's wait
     ask = {"numerics": numerics, "soak": soak, "alone": alone, "told": told, "timing": timing}[item.pop("what")]
     torch.cuda.init()
     try:
@@ -247,7 +268,7 @@ def numerics(world_size: int) -> dict[str, Any]:
         sums.setdefault(("first row",), []).append(outputs[0][0][0].clone())
     if any(not same(row, found[0]) for found in sums.values() for row in found):
         wrong.append("the bits of a row depend on the number of tokens, the strategy or the blocks")
-    lost = [str(kernels.rank_memory.lost()) for kernels in ranks.kernels if kernels.rank_memory.lost()]
+    lost = [str(kernels.rank_memory.lost()) for kernels in ranks.kernels.values() if kernels.rank_memory.lost()]
     return {"wrong": wrong[:5], "count": len(wrong), "lost": lost, "load_seconds": round(seconds, 2)}
 
 
@@ -282,10 +303,26 @@ class Round:
         self.bad[rank] += (self.flat[rank] != self.right).sum()
 
 
-def soak(world_size: int, calls: int, captured: bool, seed: int = 3) -> dict[str, Any]:
-    """Calls of mixed sizes, strategies, shares and payloads, back to back; each result bit by bit as at first."""
-    picks = random.Random(seed)
-    ranks = Ranks(world_size, 64, 4096)
+def soak(world_size: int, calls: int, captured: bool) -> dict[str, Any]:
+    """Calls of emulated ranks, all eager or all captured."""
+    return mixed(Ranks(world_size, 64, 4096), calls, 0.0 if captured else 1.0)
+
+
+def over_a_link(rank: int, calls: int, eager: float) -> dict[str, Any]:
+    """The same of two ranks, each on a GPU of its own; the body of a rank of a process group."""
+    ranks = OneRank(rank, 2, 64, 2048)
+    found = mixed(ranks, calls, eager)
+    dist.barrier()
+    ranks.kernels[rank].close()
+    return found
+
+
+def mixed(ranks: Ranks, calls: int, eager: float, seed: int = 3) -> dict[str, Any]:
+    """Calls of mixed sizes, strategies, shares and payloads, back to back; each result bit by bit as at first.
+
+    eager: the share that is launched, and not replayed.
+    """
+    picks, world_size, here = random.Random(seed), ranks.world_size, list(ranks.kernels)
     shapes = [(1, 2048), (2, 2048), (3, 2048), (16, 2048), (33, 2048), (64, 2048), (5, 1800), (9, 512)]
     forms = [("fused", ONE), ("fused", TWO), ("sum", ONE), ("sum", TWO), ("norm", ONE)]
     rounds = []
@@ -304,54 +341,70 @@ def soak(world_size: int, calls: int, captured: bool, seed: int = 3) -> dict[str
     ranks.load([(call.inputs[0], call.case) for one in rounds for call in one.calls])
     wrong: list[str] = []
     for one in rounds:
-        for flat in one.flat:
-            flat.fill_(POISON)
+        for rank in here:
+            one.flat[rank].fill_(POISON)
         torch.cuda.synchronize()
-        for rank in range(world_size):
+        for rank in here:
             with torch.cuda.stream(ranks.streams[rank]):
                 one.launch(ranks, rank)
         torch.cuda.synchronize()
-        for rank, call_outputs in enumerate(one.views):
-            for call, (norm, out) in zip(one.calls, call_outputs, strict=True):
+        for rank in here:
+            for call, (norm, out) in zip(one.calls, one.views[rank], strict=True):
                 if trouble := call.wrong(norm, out):
                     wrong.append(f"rank {rank}: {trouble}")
-        one.right = one.flat[0].clone()
-    graphs: list[list[torch.cuda.CUDAGraph]] = []
+        one.right = one.flat[here[0]].clone()
+    graphs: list[dict[int, torch.cuda.CUDAGraph]] = []
     torch.cuda.synchronize()
-    for one in rounds if captured else ():
-        graphs.append([torch.cuda.CUDAGraph() for _ in range(world_size)])
-        for rank in range(world_size):
-            with torch.cuda.graph(graphs[-1][rank], stream=ranks.streams[rank]):
+    for one in rounds if eager < 1 else ():
+        graphs.append({rank: torch.cuda.CUDAGraph() for rank in here})
+        for rank, graph in graphs[-1].items():
+            with torch.cuda.graph(graph, stream=ranks.streams[rank], capture_error_mode="thread_local"):
                 one.launch(ranks, rank)
     torch.cuda.synchronize()
     for one in rounds:  # nothing may be loaded or allocated beside kernels that wait
-        for rank in range(world_size):
+        for rank in here:
             with torch.cuda.stream(ranks.streams[rank]):
                 one.flat[rank].fill_(0)
                 one.check(rank)
                 one.bad[rank].zero_()
     torch.cuda.synchronize()
-    done = 0
+    done = launched = 0
     while done < calls:
         place = picks.randrange(len(rounds))
-        one = rounds[place]
-        for rank in range(world_size):
+        one, launches = rounds[place], picks.random() < eager
+        for rank in here:
             with torch.cuda.stream(ranks.streams[rank]):
                 one.flat[rank].fill_(POISON)
-                if captured:
-                    graphs[place][rank].replay()
-                else:
+                if launches:
                     one.launch(ranks, rank)
+                else:
+                    graphs[place][rank].replay()
                 one.check(rank)
         done += len(one.calls)
+        launched += len(one.calls) * launches
         if done % 1000 < len(one.calls):
             torch.cuda.synchronize()  # no queue fills up
     torch.cuda.synchronize()
     bad = sum(int(count) for one in rounds for count in one.bad)
-    lost = [str(kernels.rank_memory.lost()) for kernels in ranks.kernels if kernels.rank_memory.lost()]
-    numbers = {tuple(kernels.control_words()) for kernels in ranks.kernels}
-    alike = len(numbers) == 1 and len(set(next(iter(numbers))[:-1])) == 1
-    return {"wrong": wrong[:5], "bad": bad, "lost": lost, "calls": done, "numbers_alike": alike}
+    memories = [kernels.rank_memory for kernels in ranks.kernels.values()]
+    lost = [str(memory.lost()) for memory in memories if memory.lost()]
+    numbers = {number for memory in memories for number in memory.numbers.tolist()}
+    due = max(numbers) * len(memories[0].numbers)
+    alike = len(numbers) == 1 and all(memory.received.item() == due for memory in memories)
+    # A check that cannot fail would not notice this either.
+    one, rank = rounds[0], here[0]
+    one.flat[rank].copy_(one.right if one.right is not None else 0)
+    one.flat[rank][::2] += 1
+    one.check(rank)
+    return {
+        "wrong": wrong[:5],
+        "bad": bad,
+        "lost": lost,
+        "calls": done,
+        "eager": launched,
+        "numbers_alike": alike,
+        "noticed": sum(int(count) for count in one.bad) > 0,
+    }
 
 
 def alone(world_size: int, strategy: str, seconds: float = 0.5) -> dict[str, Any]:
@@ -362,7 +415,7 @@ def alone(world_size: int, strategy: str, seconds: float = 0.5) -> dict[str, Any
     for present in (world_size, world_size - 1):
         outputs = [call.outputs() for _ in range(world_size)]
         torch.cuda.synchronize()
-        for kernels in ranks.kernels:
+        for kernels in ranks.kernels.values():
             kernels.rank_memory.wait_for(seconds)
         began = time.monotonic()
         for rank, (norm, out) in enumerate(outputs[:present]):
@@ -397,7 +450,7 @@ def told(seconds: float = 0.3) -> dict[str, Any]:
             for norm, out in outputs[rank]:
                 call.launch(ranks.kernels[rank], rank, norm, out)
     torch.cuda.synchronize()
-    for kernels in ranks.kernels:
+    for kernels in ranks.kernels.values():
         kernels.rank_memory.wait_for(seconds)
     took = []
     for rank, graph in enumerate(graphs):
@@ -406,7 +459,7 @@ def told(seconds: float = 0.3) -> dict[str, Any]:
             graph.replay()
         torch.cuda.synchronize()
         took.append(round(time.monotonic() - began, 2))
-    reports = [kernels.rank_memory.lost() for kernels in ranks.kernels]
+    reports = [kernels.rank_memory.lost() for kernels in ranks.kernels.values()]
     first, second = outputs[1]
     return {
         "took": took,

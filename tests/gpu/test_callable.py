@@ -188,7 +188,7 @@ def serve(rank: int, collective: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("collective", ["mnnvl", "trtllm", "reference"])
+@pytest.mark.parametrize("collective", ["mnnvl", "trtllm", "ringfence", "reference"])
 def test_the_callable_in_graphs_of_somebody_else(collective: str) -> None:
     for found in run_ranks(2, serve, collective, backend="nccl", timeout=300):
         assert found["collective"] == collective and found["captured"], found

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 H = 1024
 DTYPE = torch.bfloat16
-COLLECTIVES = ("mnnvl", "trtllm")
+COLLECTIVES = ("mnnvl", "trtllm", "ringfence")
 GROUP = "0"
 
 
@@ -104,7 +104,7 @@ def check(result: dict[str, Any], collective: str, decision: str = "IN_GRAPH") -
 @pytest.mark.parametrize("collective", [*COLLECTIVES, "auto"])
 def test_two_ranks_serve_mixed_sizes(collective: str) -> None:
     results = run_ranks(2, serve, {"collective": collective}, backend="nccl", timeout=150)
-    chosen = "mnnvl" if collective == "auto" else collective
+    chosen = "ringfence" if collective == "auto" else collective
     for result in results:
         check(result, chosen)
         ((name, transport, _),) = result["open"]
@@ -113,7 +113,7 @@ def test_two_ranks_serve_mixed_sizes(collective: str) -> None:
         if collective == "auto":
             assert result["report"]["candidates"] == [
                 "mnnvl/multicast: multicast is turned off (NCCL_NVLS_ENABLE=0 on rank 0)",
-                "mnnvl/peer: chosen",
+                "ringfence/peer: chosen",
             ]
         plain = [v for v in result["report"]["verdicts"] if v["op"] == "ringfence::all_reduce"]
         assert len(plain) == 1
@@ -125,7 +125,7 @@ def test_four_ranks_serve_mixed_sizes() -> None:
     results = run_ranks(4, serve, {"collective": "auto"}, backend="nccl", timeout=150)
     for result in results:
         check(result, "trtllm")
-        assert result["report"]["candidates"][1].startswith(
+        assert result["report"]["candidates"][2].startswith(
             "mnnvl/peer: one-shot over the peer's own pointer is for two"
         )
         assert result["words"] == results[0]["words"]
@@ -133,7 +133,7 @@ def test_four_ranks_serve_mixed_sizes() -> None:
 
 def demotions(rank: int) -> dict[str, Any]:
     """What becomes of a kernel that is wrong on one rank, that cannot be captured there, or has no memory."""
-    from ringfence.runtime.collectives import mnnvl
+    from ringfence.runtime.collectives import ringfence as own
     from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 
     results = {}
@@ -158,18 +158,18 @@ def demotions(rank: int) -> dict[str, Any]:
         close_workspaces(GROUP)
         workspaces_of(GROUP).failed.clear()
 
-    original, peer = mnnvl.Mnnvl.run, mnnvl.create_peer
+    original, peer = own.RingfenceKernels.run, own.create
     for name, target, attribute, fault in (
-        ("wrong", mnnvl.Mnnvl, "run", wrong),
-        ("host sync", mnnvl.Mnnvl, "run", host_sync),
-        ("no memory", mnnvl, "create_peer", no_memory),
+        ("wrong", own.RingfenceKernels, "run", wrong),
+        ("host sync", own.RingfenceKernels, "run", host_sync),
+        ("no memory", own, "create", no_memory),
     ):
         with mock.patch.object(target, attribute, fault):
             results[name] = serve(rank, {"collective": "auto", "piece_compiler": "eager"}, steps=6)
         start_over()
-    with mock.patch.object(mnnvl, "create_peer", no_memory):
+    with mock.patch.object(own, "create", no_memory):
         try:
-            serve(rank, {"collective": "mnnvl", "piece_compiler": "eager"}, steps=1)
+            serve(rank, {"collective": "ringfence", "piece_compiler": "eager"}, steps=1)
         except Exception as error:
             results["forced"] = f"{type(error.__cause__ or error).__name__}: {error}"
     torch._dynamo.reset()
@@ -182,13 +182,13 @@ def demotions(rank: int) -> dict[str, Any]:
 
 def test_a_collective_that_fails_on_one_rank_is_passed_over_on_all() -> None:
     for result in run_ranks(2, demotions, backend="nccl", timeout=240):
-        check(result["wrong"], "trtllm")
+        check(result["wrong"], "mnnvl")
         assert "self-test failed: rank 1: eager, payload ordinary" in result["wrong"]["text"]
-        check(result["host sync"], "mnnvl", decision="SPLIT")
+        check(result["host sync"], "ringfence", decision="SPLIT")
         assert "self-test failed: rank 1: capture raised" in result["host sync"]["text"]
-        check(result["no memory"], "trtllm")
+        check(result["no memory"], "mnnvl")
         assert "rank 1: MemoryError: no memory left on this rank" in result["no memory"]["text"]
-        assert "collective='mnnvl' cannot be had here" in result["forced"]
+        assert "collective='ringfence' cannot be had here" in result["forced"]
         assert "no memory left on this rank" in result["forced"]
         assert "multicast is turned off" in result["multicast"]
 

@@ -115,6 +115,7 @@ class Ranks:
         self.size = max(buffer_bytes(self.world_size, s.tokens, s.hidden * s.dtype.itemsize) for s in self.steps)
         self.inboxes = [self._memory(2 * self.size) for _ in range(self.world_size)]
         self.numbers = [torch.zeros(NUMBERS, dtype=torch.int64) for _ in range(self.world_size)]
+        self.received = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         self.broken = [torch.zeros(1, dtype=torch.int32) for _ in range(self.world_size)]
         self.bounds = [torch.full((1,), self.bound, dtype=torch.int64) for _ in range(self.world_size)]
         self.reports = [torch.zeros(8, dtype=torch.int32) for _ in range(self.world_size)]
@@ -147,7 +148,8 @@ class Ranks:
                 call.input, call.residual, call.weight = (t.data_ptr() for t in (inputs[rank], residual, weight))
                 call.norm, call.out, call.inbox = norm.data_ptr(), out.data_ptr(), self.inboxes[rank]
                 call.peers[: self.world_size - 1] = [a for r, a in enumerate(self.inboxes) if r != rank]
-                call.numbers, call.broken = self.numbers[rank].data_ptr(), self.broken[rank].data_ptr()
+                call.numbers, call.received = self.numbers[rank].data_ptr(), self.received[rank].data_ptr()
+                call.broken = self.broken[rank].data_ptr()
                 call.bound, call.report = self.bounds[rank].data_ptr(), self.reports[rank].data_ptr()
                 call.buffer_bytes, call.number_count, call.tokens, call.rank = self.size, NUMBERS, step.tokens, rank
                 after = step.epilogue.norm

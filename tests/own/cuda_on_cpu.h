@@ -24,11 +24,16 @@
 #define __noinline__ __attribute__((noinline))
 #define __CUDA_ARCH__ 900
 
+typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+struct uint2 {
+    u32 x, y;
+};
 struct uint4 {
     u32 x, y, z, w;
 };
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Call;
 
@@ -52,6 +57,7 @@ struct Thread {
     ucontext_t context;
     jmp_buf at;
     bool begun = false, done = false;
+    u32 turn = 0;  // of the meeting that it has arrived at
     char *stack;
 };
 struct Warp {
@@ -154,14 +160,24 @@ static const u64 *collect(u64 value) {
     return warp.found[turn & 1];
 }
 
-static void meet(Meeting &meeting) {
-    const u32 turn = meeting.turn;
+static void arrive(Meeting &meeting) {
+    me->turn = meeting.turn;
     if (++meeting.arrived == meeting.threads) {
         meeting.arrived = 0;
         meeting.turn++;
     }
-    while (meeting.turn == turn) yield();
+}
+
+static void wait(Meeting &meeting) {
+    while (meeting.turn == me->turn) yield();
     collect(0);  // a warp goes on whole
+}
+
+static void meet(Meeting &meeting) {
+    const u32 turn = me->turn;  // of a cluster that this thread has arrived at, and not waited for
+    arrive(meeting);
+    wait(meeting);
+    me->turn = turn;
 }
 
 static void begin(KernelState &kernel) {
@@ -318,6 +334,8 @@ static inline void wait_for_kernel_before() {
     cpu::collect(0);
 }
 
+constexpr u64 ASK_EVERY_NS = 1;
+static inline void pause() { cpu::yield(); }
 static inline void let_dependents_begin() { cpu::me->owner->triggered = true; }
 
 static inline float __uint_as_float(u32 v) {
@@ -337,7 +355,8 @@ static inline u32 one_bf16(float f) {
 static inline u32 two_bf16(float low, float high) { return one_bf16(low) | one_bf16(high) << 16; }
 static inline u32 two_f16(float, float) { abort(); }
 static inline void from_two_f16(u32, float &, float &) { abort(); }
-static inline void meet_cluster() { cpu::meet(*cpu::me->owner->cluster); }
+static inline void arrive_in_cluster() { cpu::arrive(*cpu::me->owner->cluster); }
+static inline void wait_in_cluster() { cpu::wait(*cpu::me->owner->cluster); }
 static inline void store_in_block(void *to, int block, u32 value) {
     auto *owner = cpu::me->owner, *mate = owner->mates[block];
     if (mate->warps.empty()) cpu::fault = "a word is written into a block that has not begun";
@@ -354,6 +373,11 @@ static inline void __threadfence() {}
 static inline void __threadfence_system() {}
 static inline int __ffs(int v) { return ffs(v); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline u64 atomicAdd(u64 *at, u64 value) {
+    const u64 old = *at;
+    *at += value;
+    return old;
+}
 static inline u32 atomicCAS(u32 *at, u32 expected, u32 value) {
     const u32 old = *at;
     if (old == expected) *at = value;

@@ -15,7 +15,7 @@ from own.cpu import BARE, FUSED, GEMMA, NORM, ONE, SUM, TWO, Ranks, Step, missin
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-H = 688  # four granules of bfloat16, the last one in part
+H = 728  # four granules of bfloat16, the last one in part
 MIXED = [
     Step(1, ONE, H),
     Step(3, TWO, H, grid=(2, 1)),
@@ -24,9 +24,9 @@ MIXED = [
     Step(2, TWO, H, BARE, blocks=2, payload="nan"),
     Step(1, TWO, H, GEMMA, payload="0x8005"),
     Step(3, ONE, H, SUM, blocks=2, payload="negative zero"),
-    Step(2, ONE, 340, NORM, dtype=torch.float32, payload="numbers"),
+    Step(2, ONE, 364, NORM, dtype=torch.float32, payload="numbers"),
     Step(1, ONE, H, payload="infinite"),
-    Step(3, TWO, 340, dtype=torch.float32, grid=(1,)),
+    Step(3, TWO, 364, dtype=torch.float32, grid=(1,)),
 ]
 #: Sizes that grow and shrink, with other grids on each rank.
 PLAIN = [Step(n, grid=(8, 1, 2)) for n in (1, 3, 1, 2, 3, 3, 1, 1)]
@@ -137,12 +137,17 @@ MUTANTS = {
         "i < gridDim.x; i += 32 * gridDim.x",
         {},
     ),
-    "a trigger before anything was received": (
-        "        number = *(const volatile u64",
-        "        let_dependents_begin();\n        number = *(const volatile u64",
+    "dependents that begin before the numbers are advanced": (
+        "        wait_for_kernel_before();\n        if (warp",
+        "        wait_for_kernel_before();\n        let_dependents_begin();\n        if (warp",
         {"waits": False},
     ),
-    "a flag that any call raises": ("got[s].x == low && got[s].y == high", "got[s].x != 0", {}),
+    "no wait for the blocks of the calls before": (
+        "while (*(const volatile u64 *)call.received < before * call.number_count) pause();",
+        "",
+        {"waits": False},
+    ),
+    "a flag that any call raises": ("got[s].z == low && got[s].w == high", "got[s].z != 0", {}),
     "a sum in the order of arrival": ("r == rank ? own : r < rank", "r == 1 ? own : r < 1", {}),
     "lines that arrive in parts": ("constexpr u32 ALL", "constexpr u32 ALL", {"torn": True}),
 }

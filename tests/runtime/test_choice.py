@@ -32,6 +32,9 @@ from ringfence.runtime.hazards.situation import Collective, Strategy
 from support import run_threaded
 
 MNNVL, TRTLLM, REFERENCE = Collective.MNNVL, Collective.TRTLLM, Collective.REFERENCE
+RINGFENCE = Collective.RINGFENCE
+#: For what is said of FlashInfer's collectives where ringfence's own would be taken.
+OTHERS = tuple(one for one in table.ALL if one.name is not RINGFENCE)
 
 H200 = replace(FACTS, opt_outs=(), peers=True, links=Links("gpu", switch=18, fabric="a rack"))
 B200 = replace(H200, device="NVIDIA B200", capability=(10, 0), multiprocessors=148, multicast=True)
@@ -56,9 +59,12 @@ def why_not(found: Choice, collective: Collective, transport: str) -> str:
 
 def test_in_order_of_preference() -> None:
     assert chosen([B200] * 2) == (MNNVL, "multicast")
-    assert chosen([H200] * 2) == (MNNVL, "peer")
+    assert chosen([H200] * 2) == (RINGFENCE, "peer")
+    assert chosen([H200] * 2, failed={("ringfence", "peer"): "no"}) == (MNNVL, "peer")
     assert chosen([H200] * 4) == (TRTLLM, "peer")
-    assert chosen([replace(H200, flashinfer=None, flashinfer_missing="it is not there")] * 2) == (REFERENCE, None)
+    alone = replace(H200, flashinfer=None, flashinfer_missing="it is not there")
+    assert chosen([alone] * 2) == (RINGFENCE, "peer")
+    assert chosen([alone] * 4) == (REFERENCE, None)
 
 
 def test_the_row_is_that_of_the_choice() -> None:
@@ -73,6 +79,7 @@ def test_the_row_is_that_of_the_choice() -> None:
 def test_the_reasons_are_sentences_in_order() -> None:
     assert choose([H200] * 4).reasons == (
         "mnnvl/multicast: the device of rank 0 has no NVLink multicast",
+        "ringfence/peer: no row of the size table knows 4 GPUs of SM90; name it to force it",
         "mnnvl/peer: one-shot over the peer's own pointer is for two ranks, not 4",
         "trtllm/peer: chosen",
     )
@@ -204,7 +211,7 @@ def test_a_reason_passes_a_candidate_over_and_is_named_where_it_was_insisted_on(
     else:
         preferred = {(MNNVL, "multicast"): "it failed", (MNNVL, "peer"): "it failed"}
         preferred.pop((collective, transport), None)
-        found = choose(ranks, **{"failed": preferred | given.get("failed", {})})
+        found = choose(ranks, among=OTHERS, **{"failed": preferred | given.get("failed", {})})
         assert why_not(found, collective, transport).startswith(said)
     with pytest.raises(CollectiveUnavailableError) as caught:
         choose(ranks, wanted=str(collective), transport=transport, **given)
@@ -230,7 +237,8 @@ def test_every_reason_of_a_forced_collective_is_named() -> None:
 
 
 def test_deterministic_takes_what_is_shown_and_never_the_reference() -> None:
-    assert chosen([H200] * 2, deterministic=True) == (MNNVL, "peer")
+    assert chosen([H200] * 2, deterministic=True) == (RINGFENCE, "peer")
+    assert chosen([H200] * 2, deterministic=True, among=OTHERS) == (MNNVL, "peer")
     assert chosen([H200] * 2, deterministic=True, wanted="trtllm") == (TRTLLM, "peer")
     for wanted in ("auto", "reference"):
         with pytest.raises(CollectiveUnavailableError, match=r"deterministic=True cannot be had .*reference: not"):
@@ -360,7 +368,7 @@ def test_ranks_are_named_by_their_global_rank() -> None:
     """As everywhere else: the second group of a job has ranks 4 and 5, and no rank 1."""
     off = choose([B200, replace(B200, opt_outs=("X=1",))], numbers=(4, 5))
     assert why_not(off, MNNVL, "multicast") == "multicast is turned off (X=1 on rank 5)"
-    unlike = choose([H200, replace(H200, flashinfer="0.7.0")], numbers=(4, 5))
+    unlike = choose([H200, replace(H200, flashinfer="0.7.0")], numbers=(4, 5), among=OTHERS)
     assert why_not(unlike, TRTLLM, "peer") == "ranks differ in flashinfer: rank 4: 0.7.2.post1; rank 5: 0.7.0"
     none = choose([replace(B200, multicast=False)] * 2, numbers=(6, 7))
     assert why_not(none, MNNVL, "multicast") == "the device of rank 6 has no NVLink multicast"

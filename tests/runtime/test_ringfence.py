@@ -94,9 +94,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RingfenceKernels
     monkeypatch.setattr(nvrtc, "cubin", lambda source, capability, folder: source.encode())
     monkeypatch.setattr("ringfence.runtime.collectives.ringfence.current_stream", lambda device: 77)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    numbers, broken = torch.zeros(MOST_BLOCKS, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    numbers, received = torch.zeros(MOST_BLOCKS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    broken = torch.zeros(1, dtype=torch.int32)
     host = torch.zeros(16, dtype=torch.int64)
-    memory = RankMemory(0, 1, 4096, (8192, 12288), 1 << 20, numbers, broken, host)
+    memory = RankMemory(0, 1, 4096, (8192, 12288), 1 << 20, numbers, received, broken, host)
     return RingfenceKernels(Functions(FakeDriver(), (9, 0)), memory)  # type: ignore[arg-type]
 
 
@@ -105,16 +106,16 @@ def launched(kernels: RingfenceKernels) -> list[Any]:
 
 
 def test_a_call_is_launched_with_everything_that_the_kernel_reads(kernels: RingfenceKernels) -> None:
-    x = torch.zeros(40, 2048, dtype=torch.bfloat16)
+    x = torch.zeros(80, 2048, dtype=torch.bfloat16)
     residual, norm, out = (torch.zeros_like(x) for _ in range(3))
     weight = torch.zeros(2048, dtype=torch.bfloat16)
     kernels.run(x, FUSED, ONE, (residual, weight), norm, out)
     ((blocks, threads, call, dependent),) = launched(kernels)
-    assert (blocks, threads, dependent) == (40, 352, True)
+    assert (blocks, threads, dependent) == (80, 320, True)
     given = [call.input, call.residual, call.weight, call.norm, call.out]
     assert given == [t.data_ptr() for t in (x, residual, weight, norm, out)]
     assert (call.inbox, call.peers[0], call.peers[1], call.peers[2]) == (4096, 8192, 12288, 0)
-    assert (call.tokens, call.rank, call.number_count, call.buffer_bytes) == (40, 1, MOST_BLOCKS, 1 << 20)
+    assert (call.tokens, call.rank, call.number_count, call.buffer_bytes) == (80, 1, MOST_BLOCKS, 1 << 20)
     assert (round(call.eps, 7), call.weight_bias) == (1e-5, 1.0)
     assert call.report - call.bound == 64
     kernels.run(x[:2], Epilogue(), TWO, None, None, out[:2])
@@ -131,8 +132,8 @@ def test_a_grid_never_has_more_blocks_than_there_are_numbers(kernels: RingfenceK
 
 
 def test_before_clusters_a_token_has_one_block() -> None:
-    assert [blocks_of_token(n, 16384, (9, 0)) for n in (1, 16, 17)] == [4, 4, 1]
-    assert blocks_of_token(1, 448, (9, 0)) == 1 and blocks_of_token(1, 16384, (8, 0)) == 1
+    assert [blocks_of_token(n, 16384, (9, 0)) for n in (1, 16, 17, 65)] == [4, 4, 2, 1]
+    assert blocks_of_token(1, 480, (9, 0)) == 1 and blocks_of_token(1, 16384, (8, 0)) == 1
 
 
 def test_a_report_becomes_an_error_that_names_the_ranks(kernels: RingfenceKernels) -> None:
@@ -237,8 +238,10 @@ def test_it_needs_nvlink_between_all_pairs(topology: Topology, monkeypatch: pyte
             choose([FACTS] * 2, wanted="ringfence")
 
 
-def test_auto_does_not_take_it_before_a_row_was_measured() -> None:
-    assert choose([dataclasses.replace(FACTS, flashinfer=None, flashinfer_missing="no")] * 2).collective == "reference"
+def test_auto_takes_it_where_a_row_was_measured_and_needs_no_flashinfer() -> None:
+    alone = dataclasses.replace(FACTS, flashinfer=None, flashinfer_missing="no")
+    assert choose([alone] * 2).collective == "ringfence"
+    assert choose([alone] * 4).collective == "reference"
 
 
 @pytest.mark.parametrize(
@@ -250,8 +253,8 @@ def test_auto_does_not_take_it_before_a_row_was_measured() -> None:
         (KernelCall(1, 32776, torch.bfloat16, 2, ONE), "row_bytes"),
         (KernelCall(1, 2048, torch.float64, 2, ONE), "dtype"),
         (KernelCall(1, 8, torch.bfloat16, 2, ONE), None),
-        (KernelCall(1, 1568, torch.bfloat16, 8, TWO), "two_shot_row"),
-        (KernelCall(1, 1576, torch.bfloat16, 8, TWO), None),
+        (KernelCall(1, 1680, torch.bfloat16, 8, TWO), "two_shot_row"),
+        (KernelCall(1, 1688, torch.bfloat16, 8, TWO), None),
     ],
 )
 def test_what_a_call_must_look_like(call: KernelCall, unmet: str | None) -> None:

@@ -25,7 +25,7 @@ from ringfence.runtime.collectives.size_table import (
 from ringfence.runtime.errors import OptionsError, SizeTableError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
-MNNVL, TRTLLM = Collective.MNNVL, Collective.TRTLLM
+MNNVL, TRTLLM, RINGFENCE = Collective.MNNVL, Collective.TRTLLM, Collective.RINGFENCE
 ROW = SizeRow(TRTLLM, "peer", (9, 0), 2, 1000, 4000, 500, "a test", bitwise=True)
 
 
@@ -39,12 +39,12 @@ def key(row: SizeRow) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r.collective}-{r.transport}-{r.capability[0]}-{r.world_size}")
 def test_built_in_rows_are_well_formed(row: SizeRow) -> None:
-    assert row.collective in (MNNVL, TRTLLM) and row.transport in TRANSPORTS and row.source
+    assert row.collective in (MNNVL, TRTLLM, RINGFENCE) and row.transport in TRANSPORTS and row.source
     assert 0 < row.one_shot <= row.fused and row.all_reduce >= 0
     assert row.world_size in (2, 4, 8, 16)
     # Three Lamport buffers of ranks x size each: below the size where the kernel's offset wraps.
     assert row.world_size * row.fused < 1 << 30 or row.transport == "multicast"
-    if row.collective is TRTLLM:
+    if row.collective in (TRTLLM, RINGFENCE):
         assert row.transport == "peer"
     elif row.transport == "peer":
         assert row.world_size == 2 and row.one_shot == row.fused, "one-shot, on two ranks"

@@ -1,5 +1,6 @@
 // What C++ has no words for: the instructions of the device that the kernels use.
 
+typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -21,6 +22,13 @@ __device__ __forceinline__ u64 clock_ns() {
     u64 now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
     return now;
+}
+
+// How long a wait lasts before it asks the host how long it may last, and asks again.
+constexpr u64 ASK_EVERY_NS = 1 << 20;
+
+__device__ __forceinline__ void pause() {
+    asm volatile("nanosleep.u32 100;");
 }
 
 __device__ __forceinline__ void wait_for_kernel_before() {
@@ -53,10 +61,15 @@ __device__ __forceinline__ void from_two_f16(u32 v, float &low, float &high) {
         : "r"(v));
 }
 
-// All threads of a cluster, and what they wrote into shared memory.
-__device__ __forceinline__ void meet_cluster() {
+// All threads of a cluster, and what they wrote into shared memory before they arrived.
+__device__ __forceinline__ void arrive_in_cluster() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_in_cluster() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }

@@ -13,17 +13,19 @@ __device__ __forceinline__ void two_shot(const Call &call) {
     Block<F> block(call, shared);
     const u32 rank = call.rank;
     block.begin();
-    for (u32 token = block.first; token < call.tokens; token += block.step)
+    for (u32 token = block.first; token < call.tokens; token += block.step) {
+        uint4 own[F::ROUNDS];
+        block.read(call.input, token, own);
+        if (token == block.first) block.know();
 #pragma unroll
         for (int i = 0; i < F::ROUNDS; i++) {
             const Place p = block.place(i);
             const u32 owner = (u32)p.granule % F::RANKS;
             if (p.granule < 0 || owner == rank) continue;
             const u32 mine = rank < owner ? rank : rank - 1, peer = owner < rank ? owner : owner - 1;
-            block.send(call.peers[peer], token * OF_A_TOKEN + mine * SHARE + p.granule / F::RANKS, p,
-                       block.read(call.input, token, p));
+            block.send(call.peers[peer], token * OF_A_TOKEN + mine * SHARE + p.granule / F::RANKS, p, own[i]);
         }
-    block.meet();
+    }
     for (u32 token = block.first; token < call.tokens; token += block.step)
 #pragma unroll
         for (int i = 0; i < F::ROUNDS; i++) {
@@ -39,7 +41,7 @@ __device__ __forceinline__ void two_shot(const Call &call) {
         }
     int turn = 0;
     for (u32 token = block.first; token < call.tokens; token += block.step, turn++) {
-        uint4 residual[F::ROUNDS], weight[F::ROUNDS], sums[F::ROUNDS] = {};
+        uint4 residual[F::ROUNDS] = {}, weight[F::ROUNDS] = {}, sums[F::ROUNDS] = {};
         block.prepare(token, residual, weight);
 #pragma unroll
         for (int i = 0; i < F::ROUNDS; i++) {
