@@ -119,11 +119,6 @@ class Assignment:
         of_moe = [ready.workspace for ready in self.moe.values() if ready.workspace is not None]
         return any(w.closed for w in self.workspaces) or any(w.closed for w in of_moe)
 
-    def check_kernels(self) -> None:
-        """Raises :class:`HangError` where a kernel has given up waiting for a peer. Waits for nothing."""
-        for workspace in self.workspaces:
-            workspace.kernels.check()
-
     @property
     def judged_collectives(self) -> tuple[str, ...]:
         """What fused sites are judged as, each once."""

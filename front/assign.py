@@ -188,7 +188,10 @@ def _prepare(
     with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
         if (probed := f"workspaces of group '{group.name}'") not in supervisor.probes:
             supervisor.probes[probed] = make_probe(group.name, device)
-        return prepare(channel, group, device, wanted)
+        ready = prepare(channel, group, device, wanted)
+    if ready.workspace is not None:
+        supervisor.waits.add(group.name, workspaces_of(group.name), wanted.wait_seconds)
+    return ready
 
 
 def check_deterministic(sites: Sequence[Site], verdicts: Sequence[Verdict], assigned: Assignment) -> None:

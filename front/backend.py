@@ -240,7 +240,6 @@ class Backend(OneObject):
         program = lower(plan, whole, compile_piece, inputs, static, kept, views, static & written - of_modules)
         if options.outer_capture:
             program = with_seams(program, device)
-        supervision.check_kernels = assigned.check_kernels
         runner = PiecewiseRunner(
             program,
             sizes,

@@ -17,7 +17,7 @@ from ringfence.runtime.collectives.epilogue import Epilogue
 from ringfence.runtime.collectives.kernels import Implementation, KernelCall, KernelMemory
 from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.rank_facts import RankFacts
-from ringfence.runtime.errors import WorkspaceError
+from ringfence.runtime.errors import HangError, WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 FACTS = RankFacts(
@@ -61,6 +61,7 @@ class FakeKernels:
         self.closed = False
         self.words = 0
         self.memory = memory(Collective(name.partition("/")[0]))
+        self.lost: HangError | None = None
 
     def run(
         self,
@@ -88,6 +89,11 @@ class FakeKernels:
         out.copy_(total)
         if self.name in self.package.wrong:
             norm[0, 0] += 1
+        if self.package.missing:  # what a kernel does whose wait ends without success
+            norm.fill_(torch.nan)
+            out.fill_(torch.nan)
+            text = f"rank 0 waited in vain for rank {self.package.missing[0]}"
+            self.lost = HangError(f"{text}; the outputs since then are NaN", self.package.missing)
 
     def holds(self, call: KernelCall) -> bool:
         return True
@@ -96,7 +102,8 @@ class FakeKernels:
         self.seconds = seconds
 
     def check(self) -> None:
-        pass
+        if self.lost is not None:
+            raise self.lost
 
     def control_words(self) -> tuple[int, ...]:
         return (self.words,)
@@ -107,12 +114,16 @@ class FakeKernels:
 
 @dataclass
 class FakeFlashInfer:
-    """One rank's package. ``wrong`` and ``broken`` name the kernels that are, on this rank."""
+    """One rank's package. ``wrong`` and ``broken`` name the kernels that are, on this rank.
+
+    missing: the ranks for which kernels wait in vain from now on.
+    """
 
     group: str
     wrong: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
     version: str = "0.7.2.post1"
+    missing: tuple[int, ...] = ()
     calls: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     made: list[tuple[str, int, int]] = field(default_factory=list)
     kernels: list[FakeKernels] = field(default_factory=list)

@@ -46,7 +46,7 @@ class WantedOfAll(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user and the graph ask for. Equal on all ranks, or the channel says that it is not.
+    """What the user and the graph ask for. Equal on all ranks but for ``wait_seconds``, or the channel says so.
 
     hidden: the largest hidden size of the sites. dtype: that of most sites. sizes: the token counts that will be
     captured. other_dtypes: what else is summed in the group; served where the same memory can and a self-test passes.
@@ -70,6 +70,7 @@ class Wanted:
         """What must be equal on all ranks, for people."""
         rows = hashlib.sha256(repr(self.table).encode()).hexdigest()[:8]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"table": rows}
+        del fields["wait_seconds"]  # how long a rank waits is its own affair
         return tuple((name, str(value)) for name, value in fields.items())
 
 

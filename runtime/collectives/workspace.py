@@ -254,6 +254,16 @@ class Workspaces:
             self._open.append(workspace)
         return Creation(workspace, None)
 
+    def check_kernels(self) -> None:
+        """Raises :class:`HangError` where a kernel has given up waiting for a peer. Waits for nothing."""
+        for workspace in self.open:
+            workspace.kernels.check()
+
+    def wait_for(self, seconds: float) -> None:
+        """How long kernels wait for a peer from now on, where their waits have an end."""
+        for workspace in self.open:
+            workspace.kernels.wait_for(seconds)
+
     def invalidate(self, why: str) -> None:
         """No graph may use these workspaces any more; who uses them is told. May be called from any thread."""
         if self.invalid is None:

@@ -20,10 +20,9 @@ What makes a replay right is checked, always:
 - no call runs inside a capture, beside another call of this runner, or in grad mode with
   inputs that need grad; what shares its memory and runs around it, or on another thread, makes it run uncaptured.
 
-A capture that throws leaves nothing behind and breaks no step off: a rank that stopped
-half-way would leave its peers waiting in the next collective. The rest of the step runs
-uncaptured, the pieces are released, and calls of that size stay uncaptured from then on;
-one :class:`CaptureFailedWarning` says why.
+A capture that throws leaves nothing behind and breaks no step off: a rank that stopped half-way would leave its peers
+waiting in the next collective. The rest of the step runs uncaptured, the pieces are released, and calls of that size
+stay uncaptured from then on; one :class:`CaptureFailedWarning` says why.
 """
 
 from __future__ import annotations
@@ -174,8 +173,8 @@ class PiecewiseRunner:
             self._in_use.release()
 
     def _wrong_inputs(self, given: int) -> ArgumentError:
-        names = self._program.inputs
-        return ArgumentError(f"the runner takes {len(names)} inputs ({', '.join(names)}), and was given {given}")
+        wanted = f"{len(self._program.inputs)} inputs ({', '.join(self._program.inputs)})"
+        return ArgumentError(f"the runner takes {wanted}, and was given {given}")
 
     def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         assert self._graphs is not None
@@ -249,10 +248,11 @@ class PiecewiseRunner:
 
     def _step(self, sizes: tuple[int, ...], how: str, body: Callable[..., None], *args: Any) -> None:
         """``body(marks, *args)`` as one step of the journal; the other ranks hear of it when it fails."""
-        self._supervision.before_step(self._places.compared(sizes), how)
+        self._supervision.before_step(self._places.compared(sizes), how, first=not self._journal.has_run(self._number))
         marks = self._journal.begin(self._number, sizes, how)
         try:
             body(marks, *args)
+            self._supervision.check_kernels()
         except BaseException as error:
             self._supervision.break_off(error, marks)  # raises in its place where another rank is the cause
             raise

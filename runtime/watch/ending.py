@@ -13,9 +13,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from ..errors import HangError
 from .culprit import Failure, Finding, place_of, where
 from .position import Position
-from .report import Report, failed
+from .report import Report, failed, lost_wait
 
 
 def how_it_ends(error: BaseException, *, waits: bool) -> str | None:
@@ -38,6 +39,8 @@ def broken_off(error: BaseException, position: Position, place: str | None, *, v
     rank, waits = position.rank, bool(position.calls or position.exchange)
     if how := how_it_ends(error, waits=waits):
         return Report("end", rank, Finding((), (), f"rank {rank} {how}, {place_of(position)}"))
+    if isinstance(error, HangError):
+        return lost_wait(rank, error)
     where_ = place if place is not None else where(position)
     text = f"{type(error).__name__}: {error}"
     return failed(Failure(rank, where_, text, victim and place is None and bool(position.calls)))

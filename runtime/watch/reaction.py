@@ -11,6 +11,7 @@ from typing import Any
 from ..channel import ranks_text
 from ..errors import GroupFailureError, HangError, RecompiledAloneError, RingfenceError
 from . import user_code
+from .bounded import BoundedWaits
 from .heartbeat import Heartbeat
 from .journal import Journal
 from .report import Report
@@ -28,13 +29,15 @@ class Reaction:
 
     on_hang: "raise", "abort" or "report". probes: name -> what returns JSON-ready values about
     the state of a device's memory, called without any synchronisation. abort_groups: called
-    to wake a main thread that waits in a collective. end: ends the process.
+    to wake a main thread that waits in a collective. waits: kernels that end theirs by themselves. end: ends the
+    process.
     """
 
     on_hang: str
     folder: str | None = None
     probes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     abort_groups: Callable[[], None] | None = None
+    waits: BoundedWaits = field(default_factory=BoundedWaits)
     end: Callable[[int], Any] = os._exit
 
     def error(self, report: Report) -> RingfenceError:

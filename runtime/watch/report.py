@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..errors import HangError
 from . import checked
 from .culprit import Failure, Finding, blamed_for
 
@@ -65,3 +66,8 @@ class Report:
 def failed(failure: Failure) -> Report:
     """What a rank reports of its own exception."""
     return Report("failure", failure.rank, blamed_for(failure), failure)
+
+
+def lost_wait(rank: int, error: HangError) -> Report:
+    """Of a kernel on ``rank`` that has given up waiting, and named who did not come."""
+    return Report("hang", rank, Finding(error.ranks, (rank,), str(error)))

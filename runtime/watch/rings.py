@@ -103,6 +103,10 @@ class Rings(Marks):
         self.programs.append(note)
         return len(self.programs) - 1
 
+    def has_run(self, program: int) -> bool:
+        """Whether a step of a program has ended."""
+        return self._runs[program] > 0
+
     def group(self, name: str) -> int:
         """The number of a group, whose calls are counted from now on."""
         if name not in self._groups:

@@ -42,12 +42,13 @@ class Watch:
             note = ProgramNote((PieceNote(name, not replay, (self._name,)),), name=name)
             number = self._numbers[name] = self.journal.register(note)
         self._supervision.check()
-        self._supervision.before_step((tokens,), name)
+        self._supervision.before_step((tokens,), name, first=not self.journal.has_run(number))
         marks = self.journal.begin(number, (tokens,), REPLAY if replay else UNCAPTURED)
         try:
             marks.enter()
             yield
             marks.leave()
+            self._supervision.check_kernels()
         except BaseException as error:
             self._supervision.break_off(error, marks)  # raises in its place where another rank is the cause
             raise

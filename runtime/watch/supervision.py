@@ -9,7 +9,9 @@ from typing import Any, Protocol, TypeVar
 from ..channel import DEFAULT_SECONDS, failures_text
 from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch
 from .agree import GroupAgreement
+from .bounded import BoundedWaits
 from .health import Health
+from .journal import CAPTURE
 from .rings import Marks
 
 T = TypeVar("T")
@@ -38,6 +40,13 @@ class Watching(Protocol):
     def health(self) -> Health:
         """Whether the ranks are in step."""
 
+    @property
+    def waits(self) -> BoundedWaits:
+        """Kernels that end a wait by themselves."""
+
+    def begins(self, first: bool) -> None:
+        """A step begins; first: of its kind."""
+
     def write(self, reason: str) -> Any:
         """Write the journal down."""
 
@@ -53,15 +62,13 @@ class Supervision:
     """What a runner asks for. Without a supervisor: for a rank on its own, with nobody to agree with.
 
     agreement: what the ranks agree on; None where they cannot be asked. asked: by the graph's backend, which is
-    known to the supervisor as long as a graph of it lives. graph: its name. check_kernels: raises :class:`HangError`
-    where a kernel of the graph has given up waiting for a peer.
+    known to the supervisor as long as a graph of it lives. graph: its name.
     """
 
     supervisor: Watching | None = None
     agreement: GroupAgreement | None = None
     asked: Asked | None = None
     graph: str = ""
-    check_kernels: Callable[[], None] | None = None
     _steps: int = field(default=0, init=False)
 
     def check(self) -> None:
@@ -69,20 +76,28 @@ class Supervision:
 
         And :class:`HangError` where a kernel has given up waiting since the last call; then the ranks are out of step.
         """
-        if self.supervisor is not None:
-            self.supervisor.health.check()
-        if self.check_kernels is None:
+        if self.supervisor is None:
             return
+        self.supervisor.health.check()
         try:
             self.check_kernels()
         except HangError as error:
-            if self.supervisor is not None:
-                self.supervisor.health.poison(str(error))
-                self.supervisor.write(str(error))
+            self.failed(error)  # raises in its place what says more
             raise
 
-    def before_step(self, sizes: tuple[int, ...], how: str) -> None:
-        """Before each step. Raises :class:`RankMismatch` where ranks choose differently, if that is asked for."""
+    def check_kernels(self) -> None:
+        """Raises :class:`HangError` where a kernel has given up waiting. Waits for nothing."""
+        lost = self.supervisor.waits.lost() if self.supervisor is not None else None
+        if lost is not None:
+            raise lost
+
+    def before_step(self, sizes: tuple[int, ...], how: str, *, first: bool = False) -> None:
+        """Before each step. first: of its kind, so that ranks may come to it minutes apart.
+
+        Raises :class:`RankMismatch` where ranks choose differently, if that is asked for.
+        """
+        if self.supervisor is not None:
+            self.supervisor.begins(first or how == CAPTURE)
         if self.agreement is None or self.asked is None or not self.asked.every_step:
             return
         agreement, step = self.agreement, self._steps

@@ -23,6 +23,7 @@ from ..channel import Channel, open_channel, store_of
 from ..errors import (
     ChannelTimeoutError,
     GroupFailureError,
+    HangError,
     OptionsError,
     PeerFailedError,
     RankMismatch,
@@ -32,6 +33,7 @@ from ..groups import Group, ranks_of
 from ..meeting import Start, leave_last_words, meet, start_of, world_store
 from . import user_code
 from .agree import GroupAgreement, PlanDigest
+from .bounded import BoundedWaits
 from .culprit import Finding, alone_text, place_of
 from .deadlines import Deadlines
 from .ending import broken_off, how_it_ends, on_uncaught
@@ -71,7 +73,7 @@ class Supervisor:
     """
 
     def __init__(self) -> None:
-        self.journal, self.health = Journal(), Health()
+        self.journal, self.health, self.waits = Journal(), Health(), BoundedWaits()
         self.watchdog: Watchdog | None = None
         #: Name -> what returns JSON-ready values about the state of a device's memory, for the journal of a hang.
         self.probes: dict[str, Callable[[], Any]] = {}
@@ -153,7 +155,7 @@ class Supervisor:
 
     def _reaction(self) -> Reaction:
         on_hang = self._settings.get("on_hang") or "report"
-        return Reaction(on_hang, self.folder, self.probes, _abort_groups)
+        return Reaction(on_hang, self.folder, self.probes, _abort_groups, self.waits)
 
     # -- while a graph is compiled ------------------------------------------------------------
 
@@ -274,6 +276,14 @@ class Supervisor:
             self.journal.count_from(name, max(channel.exchange("calls so far", self.journal.calls(name))))
         return Supervision(self, agreement, graph.asked, graph.about.name)
 
+    def begins(self, first: bool) -> None:
+        """A step begins. While the first of its kind runs, kernels have the patience of a warm-up."""
+        self.waits.begins(first, self._deadlines.warm_up if first else 0.0, lambda: self.journal.position().waits)
+
+    def check(self) -> None:
+        """Raises :class:`HangError` where a kernel has given up, :class:`PoisonedError` where ranks are out of step."""
+        Supervision(self).check()
+
     # -- when something breaks off ---------------------------------------------------------------
 
     def broke_off(self, error: BaseException, place: str | None = None) -> None:
@@ -314,6 +324,8 @@ class Supervisor:
     def _write_own(self, error: BaseException, place: str | None) -> None:
         """What broke a step of this rank off, where nobody watches."""
         report = broken_off(error, self.journal.position(), place, victim=is_of_a_peer(error))
+        if isinstance(error, HangError):
+            self.health.poison(str(error), error.ranks)
         failures = [asdict(report.failure)] if report.failure is not None else []
         self.write(report.sentence, report=report, failures=failures, **user_code.written(error))
 

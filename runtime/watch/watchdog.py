@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from torch.distributed import DistError
 
 from ..channel import Store
-from ..errors import ChannelTimeoutError, RingfenceError
+from ..errors import ChannelTimeoutError, HangError, RingfenceError
 from .cause import cause_of, waited_for
 from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, place_of, where
 from .deadlines import Deadlines
@@ -39,7 +39,7 @@ from .heartbeat import Heartbeat, first_lines
 from .journal import Journal
 from .position import Position
 from .reaction import EXIT_CODE, Reaction, bounded
-from .report import Report, failed
+from .report import Report, failed, lost_wait
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ class Watchdog:
         self._rank = journal.rank
         self._read = 0  # reports before this one are done with
         self._reported_at = -1  # what the journal's counter was
-        self._moved, self._moved_at = -1, time.monotonic()
-        self._ticked = time.monotonic()
+        self._moved, self._moved_at, self._ticked = -1, time.monotonic(), time.monotonic()
         self._acted = threading.Event()
         self._ended = threading.Event()
+        self._told_lost = False
         self._own = False  # what was reported is this rank's own failure
         self._reached = False  # the main thread came here with an exception, so nobody need wake it
         self._runs = False
@@ -131,6 +131,10 @@ class Watchdog:
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
             (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)
             return self._error(self.report)
+        if isinstance(error, HangError):  # a kernel has named who did not come
+            self.health.poison(str(error), error.ranks)
+            self._blame(lost := lost_wait(self._rank, error))
+            return self._error(lost)
         position = self.journal.position()
         text = f"{type(error).__name__}: {first_lines(str(error))}"
         if isinstance(error, ChannelTimeoutError):
@@ -205,6 +209,9 @@ class Watchdog:
         if slept > 2 * self.deadlines.beat:  # this process was stopped, or starved: that time says nothing
             self._moved_at += slept
             self.others.forgive(slept)
+        gone = {self._rank, *self.others.silent(), *self.others.ended()}
+        living = (p for rank, p in self.others.positions().items() if rank not in gone)
+        self.reaction.waits.hears(living, self.deadlines.warm_up)
         if self._ended_at is not None:
             if position.moved == self._ended_at:
                 return  # the process is about to end, which takes its time
@@ -219,6 +226,9 @@ class Watchdog:
         heard = self._heard_of_failure()
         if heard is not None:
             self._act(heard)
+        elif (lost := self.reaction.waits.lost()) is not None and not self._told_lost:
+            self._told_lost = True  # whoever only reports tells it once
+            self._tell(lost_wait(self._rank, lost))
         elif (alone := self._alone()) is not None:
             compiles = any(p.compiles for r, p in self.others.positions().items() if r in alone.ranks)
             self._tell(Report("alone" if compiles else "hang", self._rank, alone))
@@ -298,20 +308,28 @@ class Watchdog:
         if reaction.on_hang == "raise":
             if self._reached or not stuck.waits:
                 return  # it raises now, or when the model is called next
+            if self.reaction.waits.lost() is not None and self._comes_back(stuck):
+                return  # its kernels do not wait any more, so that nothing need be aborted to wake it
             if stuck.stuck_in_piece and reaction.abort_groups is not None:
                 bounded(reaction.abort_groups, 0)  # it may never return: a kernel that polls keeps the device
-            until = time.monotonic() + self.deadlines.grace
-            while time.monotonic() < until:
-                now = self.journal.position()
-                if self._reached or now.moved != stuck.moved or not now.waits:
-                    return
-                time.sleep(0.02)
+            if self._comes_back(stuck):
+                return
         self.others.until_read(started)
         last = "" if reaction.on_hang == "abort" else " (its main thread cannot be reached where it waits)"
         text = f"ringfence: rank {self._rank} ends with exit code {EXIT_CODE}{last}: {self._error(report.brief)}\n"
         bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
         reaction.end(EXIT_CODE)
         self._ended.set()
+
+    def _comes_back(self, stuck: Position) -> bool:
+        """Whether the main thread goes on within the grace."""
+        until = time.monotonic() + self.deadlines.grace
+        while time.monotonic() < until:
+            now = self.journal.position()
+            if self._reached or now.moved != stuck.moved or not now.waits:
+                return True
+            time.sleep(0.02)
+        return False
 
     def _write(self, report: Report, error: BaseException | None = None) -> None:
         self.reaction.write(self.journal, self.others, report, error)

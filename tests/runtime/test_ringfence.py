@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ from ringfence.runtime.collectives.ringfence import (
     buffer_bytes,
     share,
 )
-from ringfence.runtime.errors import CollectiveUnavailableError, HangError, WorkspaceError
+from ringfence.runtime.errors import CollectiveUnavailableError, HangError, PoisonedError, WorkspaceError
 from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.watch.supervision import Supervision
+from ringfence.runtime.watch.supervisor import Supervisor
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 FUSED = Epilogue(True, RmsNorm(1e-5, 1.0))
@@ -153,12 +155,17 @@ def test_a_report_becomes_an_error_that_names_the_ranks(kernels: RingfenceKernel
 
 def test_a_step_does_not_begin_where_a_kernel_has_given_up(kernels: RingfenceKernels) -> None:
     """What was captured runs no line of the adapter, so the runner asks before each call."""
-    supervision = Supervision(check_kernels=kernels.check)
+    supervisor, workspaces = Supervisor(), mock.Mock(check_kernels=kernels.check)
+    supervisor.waits.add("0", workspaces, 5.0)
+    supervision = Supervision(supervisor)
     supervision.check()
     words = (ctypes.c_uint * 8).from_address(kernels.rank_memory.host.data_ptr() + 64)
     words[:] = [1, 3, 0, 0, 0, 1, 1, 0]
     with pytest.raises(HangError, match="rank 1 waited in vain for the part of rank 0"):
         supervision.check()
+    with pytest.raises(PoisonedError, match="rank 1 waited in vain for the part of rank 0") as caught:
+        supervisor.check()
+    assert caught.value.ranks == (0,)
 
 
 def test_the_option_is_asked_of_the_kernels() -> None:

@@ -564,3 +564,76 @@ def test_it_works_while_the_main_thread_sits_in_a_c_call() -> None:
     result: subprocess.CompletedProcess[str] = run_python("-c", _IN_A_CALL, timeout=60)
     assert result.returncode == EXIT_CODE and time.monotonic() - start < 30
     assert "call 1 of group 'tp'" in result.stderr
+
+
+# -- kernels that end a wait by themselves ------------------------------------------------------------
+
+
+class Lost:
+    """Kernels of a rank, one of which has given up waiting for rank 1."""
+
+    def check_kernels(self) -> None:
+        raise HangError("rank 0 waited in vain for rank 1; the outputs since then are NaN", (1,))
+
+    def wait_for(self, seconds: float) -> None:
+        pass
+
+
+def with_lost_wait(first: Rank) -> Lost:
+    kernels = Lost()
+    first.watchdog.reaction.waits.add("tp", kernels, 5.0)
+    return kernels
+
+
+@pytest.mark.parametrize("on_hang", ["raise", "abort", "report"])
+def test_what_a_kernel_says_that_gave_up_is_told_at_the_next_beat(on_hang: str, tmp_path: Path) -> None:
+    """The host is ahead: both main threads are outside of the model, and nobody synchronises."""
+    both = ranks(on_hang=on_hang, folder=str(tmp_path))
+    first = both[0]
+    kept = with_lost_wait(first)
+    look(both, 0.2)
+    for rank in both:
+        report = rank.watchdog.report
+        assert report is not None and (report.kind, report.ranks) == ("hang", (1,)) and kept is not None
+        assert rank.ended == ([EXIT_CODE] if on_hang == "abort" else [])
+        assert (rank.watchdog.health.poisoned is not None) == (on_hang != "report")
+        value = json.loads((tmp_path / f"journal-rank{rank.journal.rank}.json").read_text())
+        assert value["report"]["finding"]["ranks"] == [1] and "waited in vain for rank 1" in value["reason"]
+    if on_hang == "report":  # whoever goes on is not told again
+        first.step()
+        look(both, 0.2)
+        assert first.watchdog.report is None
+
+
+def test_a_step_that_meets_it_blames_who_did_not_come_and_not_itself(tmp_path: Path) -> None:
+    first, second = both = ranks(on_hang="raise", folder=str(tmp_path))
+    with_lost_wait(first)
+    first.step(enter=1, leave=1)
+    error = first.watchdog.failed(HangError("rank 0 waited in vain for rank 1", (1,)))
+    assert isinstance(error, HangError) and error.ranks == (1,) and "rank 0 waited in vain" in str(error)
+    look(both, 0.1)
+    assert second.watchdog.report is not None and second.watchdog.report.ranks == (1,)
+    with pytest.raises(PoisonedError) as caught:
+        first.watchdog.health.check()
+    assert caught.value.ranks == (1,)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_groups_are_not_aborted_for_kernels_that_do_not_wait_any_more(goes_on: bool) -> None:
+    aborted: list[int] = []
+    first, _ = ranks(on_hang="raise", abort_groups=lambda: aborted.append(0))
+    kept = with_lost_wait(first)
+    first.step(enter=1, leave=0)
+    done = threading.Event()
+
+    def goes() -> None:
+        while goes_on and not done.wait(0.01):
+            first.journal.leave()
+            first.journal.enter()
+
+    thread = threading.Thread(target=goes)
+    thread.start()
+    first.watchdog.watch()
+    done.set()
+    thread.join()
+    assert kept is not None and (aborted, first.ended) == (([], []) if goes_on else ([0], [EXIT_CODE]))

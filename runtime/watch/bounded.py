@@ -1,0 +1,101 @@
+"""Bounded waits: kernels that end a wait by themselves, what they say then, and how long they may wait now.
+
+A kernel that has given up writes a report into pinned memory and NaN into its outputs. Nobody waits for a device to
+read it: it is looked at before and after each step, and at each beat of the watchdog.
+
+A rank that compiles, captures or runs a graph for the first time is late by minutes and lost by no means. So while this
+rank does, or another that is heard of, kernels wait as long as the watch would.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import HangError
+from .position import Position
+
+#: Why kernels are patient.
+_OWN, _PEER = "a first step of this rank", "a first step of another rank"
+
+
+class Bounded(Protocol):
+    """Kernels of a process group."""
+
+    def check_kernels(self) -> None:
+        """Raises :class:`HangError` where one has given up waiting for a peer. Waits for nothing."""
+
+    def wait_for(self, seconds: float, /) -> None:
+        """How long each waits for a peer from now on, also one that waits already."""
+
+
+@dataclass
+class _Kernels:
+    of: weakref.ref[Any]
+    seconds: float
+
+
+class BoundedWaits:
+    """Those of a process, by the name of their group. May be asked from any thread."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[str, _Kernels] = {}
+        self._reasons: dict[str, float] = {}  # why there is more patience, and how many seconds
+        self._one = threading.Lock()
+
+    def add(self, name: str, kernels: Bounded, seconds: float) -> None:
+        """Kernels of a group wait ``seconds``, or the least that was asked for of it."""
+        with self._one:
+            before = self._kernels.get(name)
+            same = before is not None and before.of() is kernels
+            least = min(seconds, before.seconds) if same and before is not None else seconds
+            self._kernels[name] = _Kernels(weakref.ref(kernels), least)
+            self._apply()
+
+    def lost(self) -> HangError | None:
+        """What a kernel says that has given up."""
+        for entry in tuple(self._kernels.values()):
+            kernels = entry.of()
+            try:
+                if kernels is not None:
+                    kernels.check_kernels()
+            except HangError as error:
+                return error
+        return None
+
+    def patient(self, why: str, seconds: float) -> None:
+        """Wait at least ``seconds`` until :meth:`steady` is called with the same reason."""
+        if self._kernels and self._reasons.get(why) != seconds:
+            with self._one:
+                self._reasons[why] = seconds
+                self._apply()
+
+    def begins(self, first: bool, warm_up: float, busy: Callable[[], bool]) -> None:
+        """A step of this rank begins; first: of its kind. busy: whether an earlier one still runs on the device."""
+        if first:
+            self.patient(_OWN, warm_up)
+        elif _OWN in self._reasons and not busy():
+            self.steady(_OWN)
+
+    def hears(self, others: Iterable[Position], warm_up: float) -> None:
+        """Where the other ranks are that live."""
+        if any(other.phase in ("compile", "warm-up") for other in others):
+            self.patient(_PEER, warm_up)
+        else:
+            self.steady(_PEER)
+
+    def steady(self, why: str) -> None:
+        if why in self._reasons:
+            with self._one:
+                self._reasons.pop(why, None)
+                self._apply()
+
+    def _apply(self) -> None:
+        least = max(self._reasons.values(), default=0.0)
+        for entry in self._kernels.values():
+            kernels = entry.of()
+            if kernels is not None:
+                kernels.wait_for(max(entry.seconds, least))
