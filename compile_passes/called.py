@@ -17,7 +17,10 @@ from .roles import calls, dtype_text, first_node, tensor
 def called_sites(gm: GraphModule, first: int) -> list[Candidate]:
     """One candidate for each, numbered from ``first``; their nodes know it from now on."""
     nodes = [n for n in gm.graph.nodes if calls(n, *ops.FUSED) and SITE not in n.meta]
-    return [Candidate(_site(node, first + i), None, called=True) for i, node in enumerate(nodes)]
+    return [
+        Candidate(_site(node, first + i), None, called=True, weighted=op_arguments(node)["weight"] is not None)
+        for i, node in enumerate(nodes)
+    ]
 
 
 def _site(node: Node, index: int) -> Site:

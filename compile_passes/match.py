@@ -105,16 +105,24 @@ class Match:
 class Candidate:
     """A site and, where it is fused, its match, which the sites of merged all-reduces share.
 
-    called: the model calls the fused op by itself, so there is nothing to rewrite.
+    called: the model calls the fused op by itself, so there is nothing to rewrite. weighted: that call has a weight.
     """
 
     site: Site
     match: Match | None
     called: bool = False
+    weighted: bool = True
 
     @property
     def fuses(self) -> bool:
         return self.match is not None or self.called
+
+    @property
+    def form(self) -> tuple[bool, bool]:
+        """Whether the fused op has a residual, and a weight."""
+        if self.match is None:
+            return self.site.has_residual, self.weighted
+        return self.match.epilogue.residual, self.match.norm.weight is not None
 
     def declined(self, why: Decline) -> Candidate:
         """The same all-reduce, left as it is."""

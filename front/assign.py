@@ -30,7 +30,7 @@ from .runtime.collectives.opt_outs import nccl_setting
 from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
 from .runtime.collectives.size_table import TABLE, read_table
-from .runtime.collectives.workspace import workspaces_of
+from .runtime.collectives.workspace import Form, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, OptionsError
 from .runtime.groups import Group, nccl_version
 from .runtime.hazards.engine_default import barred_from_capture
@@ -64,16 +64,18 @@ def assign(
         if planned is not None or options.collective == "reference" or why is not None:
             missing = why
         else:
-            missing = _without_sites(channels[name], len(sites))
+            forms = {c.form for c in candidates if c.fuses and c.site.group == name}
+            missing, all_forms = _sites_of_all(channels[name], len(sites), forms)
             if missing is None and sites:
-                ready[name] = _prepare(_wanted(sites, summed, options), group, channels[name], device, supervisor)
+                wanted = replace(_wanted(sites, summed, options), forms=all_forms)
+                ready[name] = _prepare(wanted, group, channels[name], device, supervisor)
                 if ready[name].workspace is None and options.collective == "auto":
                     left[name] = f"no kernels are to be had over group '{name}'"
                 continue
         if sites:
             _check_not_insisted(options, group, planned, missing)
-            wanted = _wanted(sites, summed, options) if planned is None else None
-            ready[name] = reference_collective(group.size, missing, wanted)
+            asked = _wanted(sites, summed, options) if planned is None else None
+            ready[name] = reference_collective(group.size, missing, asked)
             if planned is None and options.collective == "auto" and device.type == "cuda":
                 left[name] = f"no kernels are to be had over group '{name}': {missing}"
     return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned), left)
@@ -132,11 +134,15 @@ def nccl_situation(
     return replace(like, collective=Collective.NCCL, flashinfer=None, facts=facts)
 
 
-def _without_sites(channel: Channel, sites: int) -> str | None:
-    """Why no rank may have kernels though some have sites: others have none. None where all or none have some."""
-    counts = channel.exchange("sites to fuse", sites)
-    without = [rank for rank, count in zip(channel.ranks, counts, strict=True) if not count]
-    return f"nothing is fused on {ranks_text(without)}" if 0 < len(without) < len(counts) else None
+def _sites_of_all(channel: Channel, sites: int, forms: Collection[Form]) -> tuple[str | None, tuple[Form, ...]]:
+    """Why no rank may have kernels though some have sites: others have none. None where all or none have some.
+
+    And the forms of the sites of all ranks.
+    """
+    answers = channel.exchange("sites to fuse", (sites, tuple(sorted(forms))))
+    without = [rank for rank, (count, _) in zip(channel.ranks, answers, strict=True) if not count]
+    why = f"nothing is fused on {ranks_text(without)}" if 0 < len(without) < len(answers) else None
+    return why, tuple(sorted({form for _, theirs in answers for form in theirs}))
 
 
 def _check_not_insisted(options: Options, group: Group, planned: Situation | None, why: str | None) -> None:

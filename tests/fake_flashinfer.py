@@ -14,7 +14,12 @@ from torch import Tensor
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import mnnvl, ready, reference, table, trtllm
 from ringfence.runtime.collectives.epilogue import Epilogue
-from ringfence.runtime.collectives.kernels import Implementation, KernelCall, KernelMemory
+from ringfence.runtime.collectives.kernels import (
+    Implementation,
+    KernelCall,
+    KernelMemory,
+    always_adds_and_weights,
+)
 from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.rank_facts import RankFacts
 from ringfence.runtime.errors import HangError, WorkspaceError
@@ -68,12 +73,13 @@ class FakeKernels:
         x: Tensor,
         epilogue: Epilogue,
         strategy: Strategy,
-        operands: tuple[Tensor, Tensor] | None,
+        operands: tuple[Tensor | None, Tensor | None] | None,
         norm: Tensor | None,
         out: Tensor,
     ) -> None:
         assert not self.closed and x.ndim == 2 and x.is_contiguous()
         self.package.calls.append((self.name, str(strategy) if operands else "all_reduce", tuple(x.shape)))
+        self.package.epilogues.append(epilogue)
         self.memory.note(x, strategy)
         self.words += 1
         reduced = reference.all_reduce(x, self.group)
@@ -81,10 +87,14 @@ class FakeKernels:
             assert epilogue == Epilogue()
             out.copy_(reduced)
             return
-        assert epilogue.residual and operands[0].is_contiguous()
+        residual, weight = operands
+        assert (residual is not None, weight is not None) == (epilogue.residual, epilogue.norm.has_weight)
+        assert self.name.startswith("ringfence") or always_adds_and_weights(epilogue)
+        assert residual is None or residual.is_contiguous()
         normed, total = reference.apply(epilogue, reduced, *operands)
         if self.name.startswith("mnnvl") and strategy is Strategy.ONE_SHOT:
-            normed = one_shot_norm(total, operands[1], epilogue.norm.eps, epilogue.norm.weight_bias)
+            assert weight is not None
+            normed = one_shot_norm(total, weight, epilogue.norm.eps, epilogue.norm.weight_bias)
         norm.copy_(normed)
         out.copy_(total)
         if self.name in self.package.wrong:
@@ -125,6 +135,7 @@ class FakeFlashInfer:
     version: str = "0.7.2.post1"
     missing: tuple[int, ...] = ()
     calls: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
+    epilogues: list[Epilogue] = field(default_factory=list)
     made: list[tuple[str, int, int]] = field(default_factory=list)
     kernels: list[FakeKernels] = field(default_factory=list)
 

@@ -59,7 +59,7 @@ class Peer:
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         assert topic == "sites to fuse"
-        return [value, self.sites]
+        return [value, (self.sites, value[1])]
 
 
 def assigned(graph: Any, mine: tuple[str, ...], peer: dict[str, int], **options: Any) -> tuple[Assignment, list[str]]:

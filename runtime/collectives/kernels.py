@@ -144,14 +144,15 @@ class Kernels(Protocol):
         x: Tensor,
         epilogue: Epilogue,
         strategy: Strategy,
-        operands: tuple[Tensor, Tensor] | None,
+        operands: tuple[Tensor | None, Tensor | None] | None,
         norm: Tensor | None,
         out: Tensor,
     ) -> None:
         """The sum over the ranks and what follows it, of ``[tokens, hidden]``, contiguous, of one dtype.
 
-        There are two forms: the sum alone, into ``out``; and with a residual and a norm, whose ``operands`` are the
-        residual and the weight ``[hidden]``, and whose results go to ``norm`` and ``out``.
+        Without a norm, the sum goes into ``out``. With one, ``operands`` are the residual and the weight ``[hidden]``,
+        None where the epilogue has none, and the results go to ``norm`` and ``out``. The epilogue is one that
+        :attr:`Implementation.takes`.
         """
 
     def holds(self, call: KernelCall) -> bool:
@@ -182,6 +183,7 @@ class Implementation:
     fits: why it cannot be had on these ranks, or None. make: its kernels; None for the reference, which needs none.
     requirements: what a call must look like. strategies: what the kernels have. safe: which of them a release
     carries out right; the others are not used.
+    takes: whether the kernels carry out an epilogue; where they do not, what a site lacks is given as zeros, or ones.
     dtypes: which dtypes a workspace that is made for one serves.
     epoch_on_device: whether a replay finds the protocol's epoch on the device; what the host holds would be baked in.
     facts: what the hazard table should know of each of its calls.
@@ -193,6 +195,7 @@ class Implementation:
     fits: Callable[[Sequence[RankFacts]], str | None] = lambda ranks: None
     make: Make | None = None
     requirements: tuple[Requirement, ...] = ()
+    takes: Callable[[Epilogue], bool] = lambda epilogue: True
     strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
     safe: Callable[[str | None], tuple[Strategy, ...]] = lambda version: (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
     dtypes: Callable[[torch.dtype], tuple[torch.dtype, ...]] = lambda dtype: (dtype,)
@@ -206,6 +209,11 @@ class Implementation:
     def unmet(self, call: KernelCall) -> Requirement | None:
         """The first requirement that a call does not meet."""
         return next((r for r in self.requirements if not r.met(call)), None)
+
+
+def always_adds_and_weights(epilogue: Epilogue) -> bool:
+    """What kernels take that have two forms: the sum alone, and a residual, a norm and a weight behind it."""
+    return epilogue.norm is None or (epilogue.residual and epilogue.norm.has_weight)
 
 
 # -- helpers of adapters -------------------------------------------------------------

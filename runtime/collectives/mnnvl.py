@@ -166,7 +166,7 @@ class Mnnvl(EndlessWaits):
         x: Tensor,
         epilogue: Epilogue,
         strategy: Strategy,
-        operands: tuple[Tensor, Tensor] | None,
+        operands: tuple[Tensor | None, Tensor | None] | None,
         norm: Tensor | None,
         out: Tensor,
     ) -> None:
@@ -259,6 +259,7 @@ MULTICAST = Implementation(
     _fits_multicast,
     _make_multicast,
     REQUIREMENTS,
+    takes=kernels.always_adds_and_weights,
     dtypes=lambda dtype: DTYPES,  # a word of the buffer is what one reads at a time, whatever the dtype
     epoch_on_device=True,
     facts=_PDL_FACT,
@@ -270,6 +271,7 @@ PEER = Implementation(
     _fits_peer,
     _make_peer,
     REQUIREMENTS,
+    takes=kernels.always_adds_and_weights,
     strategies=(Strategy.ONE_SHOT,),
     dtypes=lambda dtype: DTYPES,  # a word of the buffer is what one reads at a time, whatever the dtype
     epoch_on_device=True,

@@ -80,7 +80,7 @@ def _readable(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _epilogues(residual: bool, eps: float, weight_bias: float, has_weight: bool) -> tuple[Epilogue, Epilogue]:
-    """What a call means, and what the kernels are asked for: they always add and multiply. Built once for a site."""
+    """What a call means, and what those kernels are asked for that always add and multiply. Built once for a site."""
     norm = RmsNorm(eps, weight_bias if has_weight else 0.0, has_weight)
     return Epilogue(residual, norm), Epilogue(True, RmsNorm(eps, norm.weight_bias))
 
@@ -88,20 +88,30 @@ def _epilogues(residual: bool, eps: float, weight_bias: float, has_weight: bool)
 def _fused(
     workspace: Workspace,
     strategy: Strategy,
-    epilogue: Epilogue,
+    epilogues: tuple[Epilogue, Epilogue],
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     shape: torch.Size,
 ) -> tuple[Tensor, ...]:
-    """By the kernels of a workspace. What a site lacks of ``epilogue`` are zeros, and ones."""
+    """By the kernels of a workspace. epilogues: of :func:`_epilogues`; what a site lacks of one are zeros, and ones."""
     out = torch.empty_like(x)
+    meaning, padded = epilogues
+    epilogue = meaning if workspace.implementation.takes(meaning) else padded
     if epilogue.norm is None:
         workspace.kernels.run(x, epilogue, strategy, None, None, out)
         return (out.view(shape),)
-    residual = _rows(residual) if residual is not None else workspace.constant("zeros", x, x.numel()).view_as(x)
-    weight = _readable(weight) if weight is not None else workspace.constant("ones", x, x.shape[1])
+    if residual is not None:
+        residual = _rows(residual)
+    elif epilogue.residual:
+        residual = workspace.constant("zeros", x, x.numel()).view_as(x)
+    if weight is not None:
+        weight = _readable(weight)
+    elif epilogue.norm.has_weight:
+        weight = workspace.constant("ones", x, x.shape[1])
     for name, other in (("residual", residual), ("weight", weight)):
+        if other is None:
+            continue
         if other.dtype != x.dtype or other.device != x.device or other.shape[-1] != x.shape[1]:
             raise InputError(  # the kernel would read it as if it were, and return garbage
                 f"{name} is {other.dtype} {list(other.shape)} on {other.device}, "
@@ -122,17 +132,16 @@ def normed(
     collective: str,
 ) -> tuple[Tensor, ...]:
     """``(norm, sum)``; see above."""
-    meaning, asked = _epilogues(residual is not None, eps, weight_bias, weight is not None)
+    epilogues = _epilogues(residual is not None, eps, weight_bias, weight is not None)
 
     def run(collective: str, *operands: Any) -> tuple[Tensor, ...]:
-        return _normed(meaning, asked, group, collective, *operands)
+        return _normed(epilogues, group, collective, *operands)
 
     return _carried(run, group, collective, input, residual, weight)
 
 
 def _normed(
-    meaning: Epilogue,
-    asked: Epilogue,
+    epilogues: tuple[Epilogue, Epilogue],
     group: str,
     collective: str,
     input: Tensor,
@@ -144,8 +153,8 @@ def _normed(
         x = _rows(input)
         strategy = workspace.strategy(x.shape[0], x.shape[1], x.dtype)
         if strategy is not None:
-            return _fused(workspace, strategy, asked, x, residual, weight, input.shape)
-    return reference.apply(meaning, reference.all_reduce(input, group), residual, weight)
+            return _fused(workspace, strategy, epilogues, x, residual, weight, input.shape)
+    return reference.apply(epilogues[0], reference.all_reduce(input, group), residual, weight)
 
 
 def by_kernels(input: Tensor, group: str) -> bool:
@@ -179,7 +188,7 @@ def _summed(input: Tensor, group: str, collective: str) -> Tensor:
         x = _rows(input)
         strategy = workspace.all_reduce_strategy(x.shape[0], x.shape[1], x.dtype)
         if strategy is not None:
-            return _fused(workspace, strategy, _SUM, x, None, None, input.shape)[0]
+            return _fused(workspace, strategy, (_SUM, _SUM), x, None, None, input.shape)[0]
     return reference.all_reduce(input, group)
 
 

@@ -28,7 +28,7 @@ from .rank_facts import RankFacts, peers_out_of_reach, probe, topology_of
 from .reference import IMPLEMENTATION as REFERENCE
 from .self_test import self_test
 from .size_table import TABLE, SizeRow
-from .workspace import SelfTest, Tested, Workspace, Workspaces, workspaces_of
+from .workspace import FORMS, Form, SelfTest, Tested, Workspace, Workspaces, workspaces_of
 
 #: Token counts of the self-test, beside those that will be captured.
 _TESTED_TOKENS = (1, 4, 32)
@@ -51,7 +51,7 @@ class Wanted:
     hidden: the largest hidden size of the sites. dtype: that of most sites. sizes: the token counts that will be
     captured. other_dtypes: what else is summed in the group; served where the same memory can and a self-test passes.
     max_tokens: the largest token count to serve; None leaves it to the size table. wait_seconds: how long a kernel
-    waits for a peer, where its waits have an end.
+    waits for a peer, where its waits have an end. forms: of the sites of all ranks; every one, where none is known.
     """
 
     collective: str
@@ -64,6 +64,7 @@ class Wanted:
     table: tuple[SizeRow, ...] = TABLE
     other_dtypes: tuple[torch.dtype, ...] = ()
     wait_seconds: float = 30.0
+    forms: tuple[Form, ...] = FORMS
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
@@ -285,9 +286,9 @@ def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, dtype: torch
     """The result of the self-test, which graphs that want the same of a workspace share."""
     tokens = {*wanted.sizes, *_TESTED_TOKENS, max(limit // (wanted.hidden * dtype.itemsize), 1)}
     chosen = (*sorted(tokens)[: _MOST_TESTED - 1], max(tokens))
-    key = Tested(wanted.hidden, dtype, chosen, capture=bool(wanted.sizes))
+    key = Tested(wanted.hidden, dtype, chosen, bool(wanted.sizes), wanted.forms)
     if key not in workspace.tested:
-        result = self_test(workspace, channel, key.hidden, key.dtype, key.tokens, capture=key.capture)
+        result = self_test(workspace, channel, *key[:3], capture=key.capture, forms=key.forms)
         workspace.tested[key] = result
         if result.eager is None:
             workspace.passed.add(dtype)

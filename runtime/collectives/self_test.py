@@ -24,7 +24,7 @@ from . import reference
 from .epilogue import Epilogue, RmsNorm
 from .kernels import KernelCall
 from .payloads import PAYLOADS, PROTOCOL, RANGES, draw
-from .workspace import SelfTest, Workspace
+from .workspace import Form, SelfTest, Workspace
 
 #: Largest |out - reference| / (|reference| + rms of the row): the sum over the ranks, its sum with the
 #: residual and the norm are rounded once each.
@@ -34,17 +34,17 @@ _WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.floa
 #: Bytes of the largest call that is sent what is about arithmetic: a row's does not depend on the number of rows.
 _ARITHMETIC_UP_TO = 1 << 20
 #: What is run. Without a norm a call differs in nothing that could be lost.
-_EPILOGUE = Epilogue(residual=True, norm=RmsNorm(1e-6))
-_AFTER_THE_SUM = Epilogue(norm=_EPILOGUE.norm)
 _EPS = 1e-6
+_EPILOGUE = Epilogue(residual=True, norm=RmsNorm(_EPS))
 _SECONDS = 20.0
 
 
 class _Trial:
     """Buffers of one fused call, filled anew for each run."""
 
-    def __init__(self, workspace: Workspace, call: KernelCall, rank: int) -> None:
-        self._workspace, self.call, self._rank = workspace, call, rank
+    def __init__(self, workspace: Workspace, call: KernelCall, rank: int, epilogue: Epilogue = _EPILOGUE) -> None:
+        self._workspace, self.call, self._rank, self._epilogue = workspace, call, rank, epilogue
+        self._weighted = epilogue.norm is not None and epilogue.norm.has_weight
         size = (call.tokens, call.hidden)
         self.x, self.residual, self.norm, self.out = (
             torch.empty(size, dtype=call.dtype, device=workspace.device) for _ in range(4)
@@ -57,7 +57,7 @@ class _Trial:
         inputs, residual = draw(self.call, payload, seed, self._workspace.device)
         self.x.copy_(inputs[self._rank])
         self.residual.copy_(residual)
-        self._total.copy_(residual)
+        self._total.copy_(residual if self._epilogue.residual else torch.zeros_like(residual))
         for x in inputs:
             self._total += x
         generator = torch.Generator(self._workspace.device).manual_seed(seed)
@@ -66,13 +66,14 @@ class _Trial:
         self.out.fill_(float("nan"))
 
     def run(self) -> None:
-        operands = (self.residual, self.weight)
-        self._workspace.kernels.run(self.x, _EPILOGUE, self.call.strategy, operands, self.norm, self.out)
+        operands = (self.residual if self._epilogue.residual else None, self.weight if self._weighted else None)
+        self._workspace.kernels.run(self.x, self._epilogue, self.call.strategy, operands, self.norm, self.out)
 
     def failure(self) -> str | None:
         """What is wrong with the outputs."""
-        call, total, weight = self.call, self._total, self.weight.to(self._total.dtype)
-        norm, _ = reference.apply(_AFTER_THE_SUM, total, None, weight)
+        call, total = self.call, self._total
+        weight = self.weight.to(total.dtype) if self._weighted else torch.ones_like(self.weight, dtype=total.dtype)
+        norm, _ = reference.apply(Epilogue(norm=RmsNorm(_EPS)), total, None, weight)
         lost = RANGES[call.dtype].lost * (call.world_size + 1)
         stretched = lost * torch.rsqrt(total.square().mean(-1, keepdim=True) + _EPS) * weight.abs().max()
         for name, out, right, floor in (
@@ -80,8 +81,14 @@ class _Trial:
             ("sum", self.out, total, torch.full_like(stretched, lost)),
         ):
             if trouble := _trouble(out.to(total.dtype), right, floor, _BOUND[call.dtype]):
-                return f"{name} of {call.tokens} x {call.hidden} {call.dtype} {call.strategy} {trouble}"
+                return f"{name} of {call.tokens} x {call.hidden} {call.dtype} {call.strategy}{self._form} {trouble}"
         return None
+
+    @property
+    def _form(self) -> str:
+        """What the call goes without."""
+        without = {"residual": self._epilogue.residual, "weight": self._weighted}
+        return "".join(f" without {name}" for name, has in without.items() if not has)
 
     def digest(self) -> bytes:
         """Two sums of the outputs' words, one of them by position: summed on the device, in integers."""
@@ -109,9 +116,19 @@ def _trouble(out: Tensor, right: Tensor, floor: Tensor, bound: float) -> str | N
 
 
 def self_test(
-    workspace: Workspace, channel: Channel, hidden: int, dtype: torch.dtype, tokens: Sequence[int], *, capture: bool
+    workspace: Workspace,
+    channel: Channel,
+    hidden: int,
+    dtype: torch.dtype,
+    tokens: Sequence[int],
+    *,
+    capture: bool,
+    forms: Sequence[Form] = (),
 ) -> SelfTest:
     """Test a workspace with calls of these token counts. Every rank must call.
+
+    forms: what sites look like. Those that the kernels carry out otherwise than a call with residual and weight are
+    tried too, with the fewest tokens of each strategy.
 
     Raises :class:`SelfTestHungError` where a kernel does not come back: it spins on the device
     until the process ends, and nothing can be done here any more.
@@ -126,8 +143,17 @@ def self_test(
         if strategy is Strategy.ONE_SHOT or n > workspace.world_size
     ]
     asked = [c for c in asked if workspace.implementation.unmet(c) is None and workspace.kernels.holds(c)]
+    fewest = {call.strategy: call for call in reversed(asked)}
+    others = [Epilogue(residual, RmsNorm(_EPS, has_weight=weight)) for residual, weight in forms]
+    pairs = [(call, _EPILOGUE) for call in asked]
+    pairs += [
+        (call, other)
+        for other in others
+        if other != _EPILOGUE and workspace.implementation.takes(other)
+        for call in fewest.values()
+    ]
     made, failures = channel.attempt(
-        "self-test: memory", lambda: [_Trial(workspace, call, channel.rank) for call in asked]
+        "self-test: memory", lambda: [_Trial(workspace, call, channel.rank, epilogue) for call, epilogue in pairs]
     )
     if made is None or failures:
         return SelfTest(failures_text(failures), None, 0)

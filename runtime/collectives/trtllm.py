@@ -127,7 +127,7 @@ class Trtllm(EndlessWaits):
         x: Tensor,
         epilogue: Epilogue,
         strategy: Strategy,
-        operands: tuple[Tensor, Tensor] | None,
+        operands: tuple[Tensor | None, Tensor | None] | None,
         norm: Tensor | None,
         out: Tensor,
     ) -> None:
@@ -237,6 +237,7 @@ IMPLEMENTATION = Implementation(
     _fits,
     _make,
     REQUIREMENTS,
+    takes=kernels.always_adds_and_weights,
     safe=safe,
     dtypes=_dtypes,
     epoch_on_device=True,

@@ -40,6 +40,12 @@ MOE_WAY = (str(Collective.MOE_ALL_TO_ALL), "peer")
 _SECONDS_TO_COME_BACK = 5.0
 
 
+#: Of a fused site: whether it has a residual, and a weight.
+Form = tuple[bool, bool]
+#: Every form that a site may have.
+FORMS: tuple[Form, ...] = ((False, False), (False, True), (True, False), (True, True))
+
+
 class Tested(NamedTuple):
     """What a self-test tries: token counts of one hidden size and dtype, eager and, where asked for, captured."""
 
@@ -47,6 +53,7 @@ class Tested(NamedTuple):
     dtype: torch.dtype
     tokens: tuple[int, ...]
     capture: bool
+    forms: tuple[Form, ...]
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,67 @@ def test_plain_all_reduces_can_be_left_alone() -> None:
         assert not [c for c in result["served"] if c[1] == "all_reduce"]
 
 
+class Forms(nn.Module):
+    """The first norm of a model has no residual, another one no weight, a third neither; Gemma's adds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.weight = nn.Parameter(torch.randn(H) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for residual, weight, bias in ((False, True, 1), (True, False, 0), (False, False, 0), (True, True, 0)):
+            y = x.sin()
+            dist.all_reduce(y)
+            y = y + x if residual else y
+            x = F.rms_norm(y, (H,), self.weight + bias if weight else None, 1e-5)
+            x = x * 1.5 + y
+        return x
+
+
+def _forms(rank: int, collective: str) -> dict[str, Any]:
+    package, model = FakeFlashInfer(dist.group.WORLD.group_name), Forms()
+    backend = ringfence.Backend(piece_compiler="eager", collective=collective, max_tokens=8)
+    with installed(package), torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        x = torch.randn(4, H, generator=torch.Generator().manual_seed(1))
+        compiled(x)
+        tested, count = set(package.epilogues[: -len(model_sites(backend))]), len(package.epilogues)
+        torch.testing.assert_close(compiled(x), model(x))
+        (workspace,) = workspaces_of(package.group).open
+        served = package.epilogues[count:]
+        found = {
+            "served": [(e.residual, e.norm.has_weight) for e in served if e.norm is not None],
+            "tested": sorted({(e.residual, e.norm.has_weight) for e in tested if e.norm is not None}),
+            "constants": sorted(name for name, _ in workspace._constants),
+            "message": "",
+        }
+        try:
+            bad = torch.ones(H, dtype=torch.float64)
+            ops.all_reduce_rms_norm(x, bad, 1e-6, 0.0, package.group, collective)
+        except InputError as error:
+            found["message"] = str(error)
+        close_workspaces(package.group)
+    return found
+
+
+def model_sites(backend: ringfence.Backend) -> list[Any]:
+    ringfence.assert_fused(backend.reports[0], count=4)
+    return list(backend.reports[0].sites)
+
+
+@pytest.mark.parametrize("collective", ["ringfence", "trtllm"])
+def test_kernels_are_asked_for_what_a_site_has_and_for_no_more(collective: str) -> None:
+    exact = [(False, True), (True, False), (False, False), (True, True)]
+    for found in run_ranks(2, _forms, collective):
+        assert "weight is torch.float64" in found["message"]
+        if collective == "ringfence":
+            assert found["served"] == exact and found["constants"] == [] and found["tested"] == sorted(exact)
+        else:
+            assert found["served"] == [(True, True)] * 4 and found["constants"] == ["ones", "zeros"]
+            assert found["tested"] == [(True, True)]
+
+
 def _sizes(rank: int) -> dict[str, Any]:
     name = dist.group.WORLD.group_name
     group = describe_group(name, CPU)

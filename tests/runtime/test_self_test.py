@@ -24,7 +24,7 @@ from ringfence.runtime.collectives.kernels import KernelCall, KernelMemory
 from ringfence.runtime.collectives.payloads import PAYLOADS, RANGES, draw
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
-from ringfence.runtime.collectives.workspace import SelfTest, Workspace
+from ringfence.runtime.collectives.workspace import FORMS, SelfTest, Workspace
 from ringfence.runtime.errors import GroupFailureError, SelfTestHungError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
@@ -65,6 +65,7 @@ class Kernels:
     memory: KernelMemory = field(default_factory=memory)
     words: tuple[int, ...] = (0, 0)
     calls: list[tuple[int, Strategy]] = field(default_factory=list)
+    forms: list[tuple[bool, bool]] = field(default_factory=list)
     recorded: list[Callable[[], None]] | None = None
 
     def run(
@@ -72,18 +73,17 @@ class Kernels:
         x: Tensor,
         epilogue: Epilogue,
         strategy: Strategy,
-        operands: tuple[Tensor, Tensor] | None,
+        operands: tuple[Tensor | None, Tensor | None] | None,
         norm: Tensor | None,
         out: Tensor,
     ) -> None:
         assert operands is not None and norm is not None
-        residual, weight = operands
 
         def run() -> None:
+            residual, weight = (t.float() if t is not None else None for t in operands)
             self.calls.append((x.shape[0], strategy))
-            normed, total = reference.apply(
-                epilogue, self.meeting.total(self.rank, x), residual.float(), weight.float()
-            )
+            self.forms.append((residual is not None, weight is not None))
+            normed, total = reference.apply(epilogue, self.meeting.total(self.rank, x), residual, weight)
             out.copy_(total)
             norm.copy_(normed)
             if self.fault is not None:
@@ -148,6 +148,33 @@ def test_kernels_that_are_right(dtype: torch.dtype) -> None:
     assert result == SelfTest(None, None, SHAPES)
     once = [(1, ONE), (4, ONE), (4, TWO), (8, ONE), (8, TWO), (4, ONE), (4, TWO), (1, ONE)]
     assert calls == once * len(PAYLOADS), "sizes up and down, strategies in turn, for each kind of payload"
+
+
+@pytest.mark.parametrize("wrong", [None, (False, True), (True, False), (False, False)])
+def test_every_form_that_sites_have_is_tried_where_the_kernels_have_one_of_their_own(wrong: Any) -> None:
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        def fault(call: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+            if kernels.forms[call] == wrong:
+                norm[0] *= 2
+
+        kernels.fault = fault
+        served = workspace(kernels)
+        forms = FORMS if wrong is None else (wrong,)
+        padded = self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False, forms=forms)
+        assert set(kernels.forms) == {(True, True)}, "FlashInfer's kernels are given zeros and ones"
+        kernels.calls.clear()
+        kernels.forms.clear()
+        served.implementation = dataclasses.replace(served.implementation, takes=lambda epilogue: True)
+        own = self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False, forms=forms)
+        assert set(kernels.forms) == {(True, True), *forms}
+        return padded, own
+
+    for padded, own in on_ranks(body, {}):
+        assert padded == SelfTest(None, None, SHAPES)
+        assert own.calls == SHAPES + 2 * (3 if wrong is None else 1), "the fewest tokens of each strategy"
+        assert (own.eager is None) == (wrong is None)
+        for name, has in zip(("residual", "weight"), wrong or (), strict=False):
+            assert (f"without {name}" in str(own.eager)) == (not has)
 
 
 def test_only_what_the_workspace_serves_is_called() -> None:
@@ -524,12 +551,12 @@ def test_a_kernel_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> No
         yield
 
     channel.waiting = waiting
-    module._wait(torch.device("cuda", 0), channel)
+    module.wait_for_device(torch.device("cuda", 0), channel)
     assert Event.polls == 4 and waits == ["self-test: the device"]
     monkeypatch.setattr(Event, "query", lambda self: False)
     monkeypatch.setattr(module, "_SECONDS", 0.05)
     with pytest.raises(SelfTestHungError, match=r"within 0.05 s .* start with collective='reference'"):
-        module._wait(torch.device("cuda", 0), channel)
+        module.wait_for_device(torch.device("cuda", 0), channel)
 
     def interrupt() -> None:
         raise GroupFailureError("rank 1 is gone", (1,))
@@ -537,4 +564,4 @@ def test_a_kernel_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> No
     channel.interrupt = interrupt
     monkeypatch.setattr(module, "_SECONDS", 60.0)
     with pytest.raises(GroupFailureError, match="rank 1 is gone"):
-        module._wait(torch.device("cuda", 0), channel)
+        module.wait_for_device(torch.device("cuda", 0), channel)
