@@ -29,6 +29,7 @@ from .runtime.collectives.moe_ready import (
 )
 from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import why_reference_only
+from .runtime.collectives.size_table import MOE_TABLE, read_moe_rows
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import CollectiveUnavailableError
 from .runtime.groups import Group
@@ -102,7 +103,8 @@ def where_faster(
 
 def _wanted(sizes: MoeSizes, options: Options) -> MoeWanted:
     capture = bool(options.capture_sizes) or options.outer_capture
-    return MoeWanted(options.moe_collective, sizes, options.moe_workspace_bytes, capture)
+    table = read_moe_rows(options.size_table) if options.size_table is not None else ()
+    return MoeWanted(options.moe_collective, sizes, options.moe_workspace_bytes, capture, (*table, *MOE_TABLE))
 
 
 def _capacities(options: Options) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,9 +20,12 @@ from torch import Tensor
 import ringfence
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import moe_reference, ready
+from ringfence.runtime.collectives.measure_moe import measure_moe
 from ringfence.runtime.collectives.moe_one_sided import MoeMemory, MoeSizes, compiled_top_k
+from ringfence.runtime.collectives.size_table import MoeRow, write_table
 from ringfence.runtime.collectives.workspace import workspaces_of
 from ringfence.runtime.errors import WorkspaceError
+from ringfence.runtime.groups import describe_group
 
 CAPACITY = 12
 
@@ -102,7 +106,7 @@ def raised(call: Callable[[], object]) -> str:
 def all_of_it(rank: int) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     found: dict[str, Any] = {}
-    for part in (prepared, refused_on_all, compiled, disagreeing, compared, in_two_graphs):
+    for part in (prepared, refused_on_all, compiled, disagreeing, compared, measured, in_two_graphs):
         found |= part(rank)
     return found
 
@@ -154,16 +158,26 @@ def compiled(rank: int) -> dict[str, Any]:
         "site, not measured": ({}, {"facts": replace(FACTS, capability=(8, 9))}),
         "site, small": ({"moe_workspace_bytes": 10_400}, {}),
     }
-    for name, (options, machine) in cases.items():
-        with on_gpus(**machine) as made:
-            layer = moe_graphs.Layer("batched", rank, 2)
-            backend = ringfence.Backend(moe_dispatch=True, piece_compiler="eager", agree_seconds=60, **options)
-            call = torch.compile(layer, backend=backend, fullgraph=True)
-            excess = [layer.excess(call(*args), *args) for args in moe_ranks.steps(rank, moe_graphs.given)[:2]]
-            calls = [(pair.calls[-4:], pair.kinds[-1:]) for pair in made]
-            (site,) = backend.reports[0].moe_sites
-            found[name] = excess, calls, [str(pair.sizes) for pair in made], str(site.decline and site.decline.reason)
-            found[f"{name}, why"] = site.message
+    with tempfile.TemporaryDirectory() as folder:
+        table = f"{folder}/table.json"
+        write_table(table, (), (MoeRow((8, 9), 2, 6, "a test"),))
+        cases["site, measured"] = ({"size_table": table}, {"facts": replace(FACTS, capability=(8, 9))})
+        for name, (options, machine) in cases.items():
+            found |= compiled_case(rank, name, options, machine)
+    return found
+
+
+def compiled_case(rank: int, name: str, options: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with on_gpus(**machine) as made:
+        layer = moe_graphs.Layer("batched", rank, 2)
+        backend = ringfence.Backend(moe_dispatch=True, piece_compiler="eager", agree_seconds=60, **options)
+        call = torch.compile(layer, backend=backend, fullgraph=True)
+        excess = [layer.excess(call(*args), *args) for args in moe_ranks.steps(rank, moe_graphs.given)[:2]]
+        calls = [(pair.calls[-4:], pair.kinds[-1:]) for pair in made]
+        (site,) = backend.reports[0].moe_sites
+        found[name] = excess, calls, [str(pair.sizes) for pair in made], str(site.decline and site.decline.reason)
+        found[f"{name}, why"] = site.message
     return found
 
 
@@ -200,6 +214,17 @@ def compared(rank: int) -> dict[str, Any]:
             said = [raised(lambda: prepare(check_every_call=bool(rank)))]
             found["compared by one"] = said[0]
     return found
+
+
+def measured(rank: int) -> dict[str, Any]:
+    group = describe_group("world", torch.device("cpu"))
+    given = (group, torch.device("cpu"), (64, 128), torch.float32, "a test")
+    with on_gpus() as made:
+        rows, text = measure_moe(*given, tokens=(1, 3), seconds=60)
+        calls = {capacity for pair in made for _, capacity in pair.calls}
+    with on_gpus(broken=rank == 1):
+        none = measure_moe(*given, tokens=(1,), seconds=60)
+    return {"measured": (rows, text, calls, len(made)), "not measured here": none}
 
 
 def in_two_graphs(rank: int) -> dict[str, Any]:

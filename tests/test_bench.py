@@ -14,6 +14,7 @@ from fake_flashinfer import FakeFlashInfer, installed
 from ringfence.cli import main
 from ringfence.commands.terminal import USAGE
 from ringfence.runtime.collectives.measure import Timing, as_text, measure, row_of, worth_up_to
+from ringfence.runtime.collectives.measure_moe import measure_moe
 from ringfence.runtime.collectives.size_table import read_table, write_table
 from ringfence.runtime.collectives.workspace import workspaces_of
 from ringfence.runtime.groups import describe_group
@@ -209,3 +210,13 @@ def test_torchrun_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert result.returncode and result.stderr.count("bench measures CUDA devices") == 1, result.stderr
     assert "exitcode  : 2" in result.stderr and "exitcode  : 1" not in result.stderr
     assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize("asked", [[], ["--moe"]])
+def test_dispatch_and_combine_are_measured_where_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[str]
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("ringfence.runtime.collectives.measure.bench", lambda *args: given.extend(args) or "said")
+    assert main(["bench", "--write-table", str(tmp_path / "table.json"), *asked]) == 0
+    assert given[-1] is (measure_moe if asked else None) and "said" in capsys.readouterr().out

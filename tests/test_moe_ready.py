@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import moe_ready_ranks
 import pytest
 
+from ringfence.runtime.collectives.links import Topology
+from ringfence.runtime.collectives.size_table import (
+    MoeRow,
+    find_moe_row,
+    read_moe_rows,
+    read_table,
+    write_table,
+)
+from ringfence.runtime.errors import SizeTableError
 from support import run_ranks
 
 KERNELS = "moe_all_to_all"
@@ -39,8 +51,8 @@ def test_a_workspace_serves_what_it_covers_and_is_joined_by_a_larger_one(ranks: 
         ("broken", "its workspace could not be created (rank 1: no memory left)"),
         ("unlike", "ranks differ in capability"),
         ("nodes", "the ranks are on several nodes"),
-        ("not measured", "not measured on 2 GPUs of SM89; moe_collective='moe_all_to_all' forces it"),
-        ("unlinked", "measured on 2 GPUs of SM90"),
+        ("not measured", "not measured on 2 GPUs of SM89 linked by"),
+        ("unlinked", "not measured on 2 GPUs of SM90 linked by"),
     ],
 )
 def test_what_speaks_against_kernels_on_one_rank_does_on_all(
@@ -98,6 +110,45 @@ def test_eager_dispatches_are_compared_where_that_was_asked_for(ranks: list[dict
         for text, what in zip(said, ("capacity", "row_bytes", "num_experts"), strict=True):
             assert text.startswith("RankMismatch: the ranks call a dispatch differently") and what in text, text
         assert found["compared by one"].startswith("RankMismatch: ")
+
+
+def test_bench_measures_pairs_and_says_where_they_are_not_to_be_had(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        (row,), text, calls, made = found["measured"]
+        assert (row.capability, row.world_size, row.source) == ((9, 0), 2, "a test") and row.most in (0, 1, 3)
+        assert calls >= {1, 3} and made == 2, "for each hidden size"
+        assert all(f"{hidden:8d}  {tokens:18d}" in text for hidden in (64, 128) for tokens in (1, 3)), text
+        rows, text = found["not measured here"]
+        assert rows == () and "was not measured" in text and "no memory left" in text
+
+
+def test_a_table_of_ones_own_lets_kernels_in(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        _, ((calls, _),), _, declined = found["site, measured"]
+        assert declined == "None" and calls == [("dispatch", 6), ("combine", 6)] * 2
+
+
+def test_rows_of_a_file_decide_and_are_checked(tmp_path: Path) -> None:
+    path, row = tmp_path / "table.json", MoeRow((9, 0), 8, 64, "a test")
+    write_table(path, (), (row, replace(row, most=0, topology=Topology.PCIE)))
+    assert read_table(path) == () and read_moe_rows(path)[0] == row
+    assert find_moe_row(read_moe_rows(path), (9, 0), 8, Topology.PCIE) == replace(row, most=0, topology=Topology.PCIE)
+    assert find_moe_row(read_moe_rows(path), (9, 0), 4, Topology.NVSWITCH) is None
+    content = json.loads(path.read_text())
+    for name, value, said in (
+        ("capability", 9, "write it as"),
+        ("world_size", 1, "no count"),
+        ("most", "1", "no count"),
+        ("topology", "wires", "not one of"),
+        ("more", 1, "no object of"),
+    ):
+        wrong = content | {"moe_rows": [content["moe_rows"][0] | {name: value}]}
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(SizeTableError, match=said):
+            read_table(path)
+    path.write_text(json.dumps(content | {"moe_rows": 3}))
+    with pytest.raises(SizeTableError, match="no list"):
+        read_moe_rows(path)
 
 
 def test_halves_in_different_graphs_are_carried_out_alike(ranks: list[dict[str, Any]]) -> None:

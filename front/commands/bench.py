@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
         metavar="SIZE",
         help="bytes that a rank reduces, as 65536, 64K or 8M (default: the powers of two from 8K to 32M)",
     )
+    parser.add_argument("--moe", action="store_true", help="measure MoE dispatch and combine too")
     parser.set_defaults(run=run)
 
 
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     import torch
 
     from ..runtime.collectives.measure import SIZES, bench
+    from ..runtime.collectives.measure_moe import measure_moe
 
     dtype = getattr(torch, arguments.dtype)
-    return bench(arguments.write_table, arguments.sizes or SIZES, arguments.hidden, dtype), OK
+    moe = measure_moe if arguments.moe else None
+    return bench(arguments.write_table, arguments.sizes or SIZES, arguments.hidden, dtype, moe), OK

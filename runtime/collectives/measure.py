@@ -34,7 +34,7 @@ from .links import Topology
 from .opt_outs import own_opt_outs
 from .rank_facts import topology_of
 from .ready import Wanted, facts_of_all, prepare
-from .size_table import SizeRow, write_table
+from .size_table import MoeRow, SizeRow, write_table
 from .workspace import Workspace, close_workspaces
 
 SIZES = tuple(1 << power for power in range(13, 26))
@@ -42,6 +42,9 @@ SIZES = tuple(1 << power for power in range(13, 26))
 #: What is measured: no other transport, since that of multicast must not be tried uninvited.
 TRANSPORT = "peer"
 CANDIDATES = tuple(one.name for one in collectives.ALL if one.transport == TRANSPORT)
+
+#: Of a group on a device, for hidden sizes of a dtype, with the source of its rows: rows, and what to print.
+MeasureMoe = Callable[[Group, torch.device, Sequence[int], torch.dtype, str], tuple[tuple[MoeRow, ...], str]]
 
 _CALLS, _REPEATS = 20, 15
 _EPS = 1e-6
@@ -209,7 +212,10 @@ def _timings(
     def digest() -> str:
         return hashlib.sha256(bytes(torch.stack((norm[0], out[0])).view(torch.uint8).flatten().tolist())).hexdigest()
 
-    base = _us(nccl, channel, device), _us(partial(dist.all_reduce, zeros, group=process_group), channel, device)
+    base = (
+        slowest_us(nccl, channel, device),
+        slowest_us(partial(dist.all_reduce, zeros, group=process_group), channel, device),
+    )
     found = {}
     for collective, workspace in workspaces.items():
         kernels, times, bits = workspace.kernels, {}, set()
@@ -221,10 +227,12 @@ def _timings(
             name = {Strategy.ONE_SHOT: "one_shot", Strategy.TWO_SHOT: "two_shot"}[strategy]
             fused()
             eager = digest()
-            times[name] = _us(fused, channel, device)
+            times[name] = slowest_us(fused, channel, device)
             if strategy is Strategy.ONE_SHOT:
                 bits = {each for pair in channel.exchange("bench: bits", (eager, digest())) for each in pair}
-            times[f"all_reduce_{name}"] = _us(partial(kernels.run, x, _SUM, strategy, None, None, out), channel, device)
+            times[f"all_reduce_{name}"] = slowest_us(
+                partial(kernels.run, x, _SUM, strategy, None, None, out), channel, device
+            )
         found[collective] = Timing(hidden, tokens * hidden * dtype.itemsize, *base, **times, bits=frozenset(bits))
     return found
 
@@ -236,7 +244,7 @@ def _drawn(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, s
     return torch.cat([first, torch.randn(tokens - 1, hidden, generator=draw, device=device)]).to(dtype)
 
 
-def _us(call: Callable[[], object], channel: Channel, device: torch.device) -> float:
+def slowest_us(call: Callable[[], object], channel: Channel, device: torch.device) -> float:
     """The median over the repeats, each as slow as the slowest rank had it."""
     samples = _on_cuda(call, channel) if device.type == "cuda" else _on_cpu(call)
     slowest = [max(each) for each in zip(*channel.exchange("bench: times", samples), strict=True)]
@@ -283,8 +291,13 @@ def _on_cpu(call: Callable[[], object]) -> list[float]:
 # -- the command -----------------------------------------------------------------------
 
 
-def bench(path: Path, sizes: Sequence[int], hiddens: Sequence[int], dtype: torch.dtype) -> str:
-    """Measure and write a table; what to print, empty on all ranks but the first. Raises :class:`OptionsError`."""
+def bench(
+    path: Path, sizes: Sequence[int], hiddens: Sequence[int], dtype: torch.dtype, moe: MeasureMoe | None = None
+) -> str:
+    """Measure and write a table; what to print, empty on all ranks but the first. Raises :class:`OptionsError`.
+
+    moe: measures dispatch and combine too.
+    """
     rank, world_size, local_rank = (int(os.environ.get(n, "-1")) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank < 0 or world_size < 2 or local_rank < 0:
         raise OptionsError(
@@ -315,16 +328,17 @@ def bench(path: Path, sizes: Sequence[int], hiddens: Sequence[int], dtype: torch
         capability = torch.cuda.get_device_capability(device)
         source = _source(device, world_size, hiddens, dtype)
         measured = measure(group, device, capability, sizes, hiddens, dtype, source)
+        moe_rows, moe_text = moe(group, device, hiddens, dtype, source) if moe is not None else ((), "")
     dist.destroy_process_group()  # not after an error: it would wait for a kernel that spins
     if not measured.rows:
         raise CollectiveUnavailableError("nothing to measure: " + "; ".join(measured.missing.values()))
     if rank:
         return ""
     try:
-        write_table(path, measured.rows)
+        write_table(path, measured.rows, moe_rows)
     except OSError as error:
         raise OptionsError(f"'{path}' cannot be written: {error}") from error
-    return f"{as_text(measured)}\n\nwritten to {path}; use it with Backend(size_table='{path}')"
+    return f"{as_text(measured)}{moe_text}\n\nwritten to {path}; use it with Backend(size_table='{path}')"
 
 
 def _source(device: torch.device, world_size: int, hiddens: Sequence[int], dtype: torch.dtype) -> str:

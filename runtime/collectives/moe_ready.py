@@ -6,6 +6,7 @@ facts of all ranks -> fits, is worth it -> workspace by vote -> self-test by vot
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,12 @@ from ..hazards.hazard import Action
 from ..hazards.situation import Collective, Fact, Situation
 from . import flashinfer, moe_one_sided
 from .choice import Considered
-from .links import FULL, Topology
+from .links import Topology
 from .moe_one_sided import MoeSizes, compiled_top_k, id_bytes, within
 from .moe_self_test import self_test
 from .rank_facts import RankFacts, linked, numbered, topology_of
 from .ready import facts_of_all, with_copies
+from .size_table import MOE_TABLE, MoeRow, find_moe_row
 from .workspace import MOE_WAY, MoeWorkspace, Workspaces, workspaces_of
 
 MOE, REFERENCE = str(Collective.MOE_ALL_TO_ALL), str(Collective.REFERENCE)
@@ -32,37 +34,25 @@ DEFAULT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class MoeRow:
-    """Where the kernels were measured to be the fastest that is known. most: up to so many tokens of a rank."""
-
-    capability: tuple[int, int]
-    world_size: int
-    most: int
-    source: str
-    topology: Topology = Topology.NVSWITCH
-
-
-#: On these machines dispatch and combine won at every size that was measured, in bfloat16 and in float8 with scales.
-TABLE: tuple[MoeRow, ...] = (MoeRow((9, 0), 2, 1024, "measured on two H200s, hidden 4096 and 7168"),)
-
-
-@dataclass(frozen=True)
 class MoeWanted:
     """What the user and the graph ask for. Equal on all ranks, or the channel says that it is not.
 
     collective: "auto", or who is insisted on. sizes: the largest calls. limit: bytes of each rank's memory.
-    capture: whether calls will be captured.
+    capture: whether calls will be captured. table: where kernels are worth it, for "auto".
     """
 
     collective: str
     sizes: MoeSizes
     limit: int = DEFAULT_BYTES
     capture: bool = True
+    table: tuple[MoeRow, ...] = MOE_TABLE
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
         """What must be equal on all ranks, for people."""
+        rows = hashlib.sha256(repr(self.table).encode()).hexdigest()[:8]
         asked = {"moe_collective": self.collective, "moe_workspace_bytes": self.limit, "captured": self.capture}
+        asked |= {"size_table": rows}
         return (*((name, str(value)) for name, value in asked.items()), *self.sizes.parts)
 
 
@@ -107,7 +97,7 @@ def prepare_moe(channel: Channel, group: Group, device: torch.device, wanted: Mo
         return _other(group, wanted, str(error))
     ranks, _ = with_copies(channel, device, ranks, wanted, workspaces)
     ranks = numbered(ranks, channel.ranks)
-    row = next((r for r in TABLE if (r.capability, r.world_size) == (ranks[0].capability, len(ranks))), None)
+    row = find_moe_row(wanted.table, ranks[0].capability, len(ranks), topology_of(ranks))
     if why := workspaces.failed.get(MOE_WAY) or _why_not(ranks, wanted, row):
         return _other(group, wanted, why)
     sizes = wanted.sizes
@@ -157,9 +147,12 @@ def _why_not(ranks: Sequence[RankFacts], wanted: MoeWanted, row: MoeRow | None) 
         major, minor = ranks[0].capability
         gpus = f"{len(ranks)} GPUs of SM{major}{minor}"
         if row is None:
-            return f"not measured on {gpus}; moe_collective='{MOE}' forces it"
-        if topology_of(ranks) not in FULL:
-            return f"measured on {gpus} over {row.topology.meaning}, and these are linked by {linked(ranks)}"
+            return (
+                f"not measured on {gpus} linked by {linked(ranks)}: measure with `ringfence bench --moe`, or force it "
+                f"by moe_collective='{MOE}'"
+            )
+        if not row.most:
+            return f"slower on {gpus} at every size ({row.source})"
     for hazard in applicable(situation_of(ranks)):
         if hazard.decides is Action.REFUSE:
             return f"{hazard.id}, {hazard.title.lower()}: {hazard.remedy}"

@@ -119,20 +119,56 @@ def forced_row(
     return SizeRow(one.name, one.transport, capability, world_size, one_shot, fused, 0, source, topology=topology)
 
 
+@dataclass(frozen=True)
+class MoeRow:
+    """Up to how many tokens of a rank dispatch and combine by kernels are the fastest that is known. 0 means never."""
+
+    capability: tuple[int, int]
+    world_size: int
+    most: int
+    source: str
+    topology: Topology = Topology.NVSWITCH
+
+
+#: Won at every size that was measured, in bfloat16 and in float8 with scales.
+MOE_TABLE: tuple[MoeRow, ...] = (MoeRow((9, 0), 2, 1024, "measured on two H200s, hidden 4096 and 7168"),)
+
+
+def find_moe_row(
+    rows: Sequence[MoeRow], capability: tuple[int, int], world_size: int, topology: Topology
+) -> MoeRow | None:
+    """The first row for this; None where nothing is known."""
+    wanted = (capability, world_size, topology)
+    return next((r for r in rows if (r.capability, r.world_size, r.topology) == wanted), None)
+
+
 def read_table(path: str | Path) -> tuple[SizeRow, ...]:
     """The rows of a file that :func:`write_table` wrote. Raises :class:`SizeTableError`."""
+    content = _content(path)
+    _moe_rows(path, content)  # whoever reads them later has been told
+    return tuple(_row(path, i, row) for i, row in enumerate(content["rows"]))
+
+
+def read_moe_rows(path: str | Path) -> tuple[MoeRow, ...]:
+    """Those about dispatch and combine. Raises :class:`SizeTableError`."""
+    return _moe_rows(path, _content(path))
+
+
+def _content(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise SizeTableError(f"the size table '{path}' cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("rows"), list):
         raise SizeTableError(f"'{path}' is no size table of schema {SCHEMA}; write one with `ringfence bench`")
-    return tuple(_row(path, i, row) for i, row in enumerate(content["rows"]))
+    return content
 
 
-def write_table(path: str | Path, rows: Sequence[SizeRow]) -> None:
+def write_table(path: str | Path, rows: Sequence[SizeRow], moe_rows: Sequence[MoeRow] = ()) -> None:
     """Write rows as JSON."""
-    content = {"schema": SCHEMA, "rows": [dataclasses.asdict(row) for row in rows]}
+    content: dict[str, Any] = {"schema": SCHEMA, "rows": [dataclasses.asdict(row) for row in rows]}
+    if moe_rows:
+        content["moe_rows"] = [dataclasses.asdict(row) for row in moe_rows]
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -168,3 +204,26 @@ def _row(path: str | Path, index: int, given: Any) -> SizeRow:
         raise SizeTableError(f"{where} has topology {given['topology']!r}, which is not one of {list(topologies)}")
     checked = {"collective": known[collective], "capability": tuple(capability)}
     return SizeRow(**given | checked | {"topology": topologies[given["topology"]]})
+
+
+def _moe_rows(path: str | Path, content: dict[str, Any]) -> tuple[MoeRow, ...]:
+    rows = content.get("moe_rows", [])
+    if not isinstance(rows, list):
+        raise SizeTableError(f"moe_rows of the size table '{path}' is no list")
+    return tuple(_moe_row(f"MoE row {i} of the size table '{path}'", row) for i, row in enumerate(rows))
+
+
+def _moe_row(where: str, given: Any) -> MoeRow:
+    names = [f.name for f in dataclasses.fields(MoeRow)]
+    if not isinstance(given, dict) or sorted(given) != sorted(names):
+        raise SizeTableError(f"{where} is no object of {', '.join(names)}; `ringfence bench --moe` writes them")
+    capability, topologies = given["capability"], {str(topology): topology for topology in Topology}
+    if not isinstance(capability, list) or len(capability) != 2 or any(type(n) is not int for n in capability):
+        raise SizeTableError(f"{where} has capability {capability!r}; write it as [9, 0]")
+    for name, least in (("world_size", 2), ("most", 0)):
+        if type(given[name]) is not int or given[name] < least:
+            raise SizeTableError(f"{where} has {name} {given[name]!r}, which is no count")
+    if given["topology"] not in list(topologies):
+        raise SizeTableError(f"{where} has topology {given['topology']!r}, which is not one of {list(topologies)}")
+    checked = {"capability": tuple(capability), "topology": topologies[given["topology"]]}
+    return MoeRow(**given | checked)
