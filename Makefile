@@ -20,7 +20,7 @@ INTO_SGLANG := $(ENGINES)/sglang/bin/python -m pip install --quiet --disable-pip
 
 .PHONY: support demo demo-moe test gpu-test lint package bench engines engines-sglang compat clean
 
-# What is fused of each architecture of transformers, into docs/support.md; then generate() of six. About an hour.
+# What is fused of each architecture of transformers, into docs/support.md; then generate() of six. Half an hour.
 support: $(VENV)/.ready
 	$(PYTHON) tests/architectures.py --write
 	PYTHONPATH=tests $(PYTHON) tests/generate_ranks.py

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def build(rank: int, ranks: int) -> torch.nn.Module:
 def rank_main(rank: int, ranks: int, port: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # newer releases of torch call its collectives otherwise
     import torch.distributed as dist
 
     import ringfence

@@ -40,5 +40,6 @@ def test_example(name: str) -> None:
     assert ran.returncode == 0, ran.stderr[-3000:]
     for text in expected:
         assert text in ran.stdout, ran.stdout[-3000:]
+    assert "FutureWarning" not in ran.stderr, ran.stderr
     said = [line for line in ran.stderr.splitlines() if line.startswith("ringfence: rank")]
     assert all(len(re.findall(r"call 5 of group", line)) == 1 for line in said) and len(said) in (0, 4), said
