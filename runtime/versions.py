@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from .errors import VersionError
@@ -16,6 +17,7 @@ _DEVELOPMENT, _RELEASE = -1, 3
 _PHASES = {"a": 0, "b": 1, "rc": 2}
 
 
+@functools.lru_cache(maxsize=256)
 def parse_version(text: str) -> Version:
     """0.6.18.dev1 < 0.6.18rc2 < 0.6.18 < 0.6.18.post1. Raises :class:`VersionError`."""
     match = _FORM.fullmatch(text.strip().lower())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import ringfence
+from ringfence.cli import main
 from ringfence.runtime.errors import OptionsError
-from support import run_python, run_ranks
+from support import run_ranks
 
 H = 16
 
@@ -177,8 +179,9 @@ def test_a_mapping_that_names_no_groups(value: object) -> None:
         ringfence.Backend(all_reduce_ops=value)
 
 
-def test_explain(tmp_path: Any) -> None:
-    (tmp_path / "engine.py").write_text(
+def test_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("some_engine.py").write_text(
         "import torch, torch.nn.functional as F\n"
         "@torch.library.custom_op('engine_test::ar', mutates_args=())\n"
         "def ar(x: torch.Tensor, group_name: str) -> torch.Tensor:\n    return x.clone()\n"
@@ -187,8 +190,8 @@ def test_explain(tmp_path: Any) -> None:
         "    f = lambda x: F.rms_norm(torch.ops.engine_test.ar(x * 2, 'tp:0') + x, (16,))\n"
         "    return f, (torch.randn(4, 16),)\n"
     )
-    explain = ("-m", "ringfence", "explain", "engine:make", "--tp", "2", "--option")
     for ops, code in ((["engine_test::ar"], 2), ({"engine_test::ar": "0"}, 0)):
-        done = run_python(*explain, f"all_reduce_ops={ops}", "--option", "capture_sizes=[4]", cwd=str(tmp_path))
-        assert done.returncode == code, done.stderr
-        assert ("1 of 1 all-reduces fused" in done.stdout) if code == 0 else ("tp_group.group_name" in done.stderr)
+        options = ("--option", f"all_reduce_ops={ops}", "--option", "capture_sizes=[4]")
+        assert main(["explain", "some_engine:make", "--tp", "2", *options]) == code
+        said = capsys.readouterr()
+        assert ("1 of 1 all-reduces fused" in said.out) if code == 0 else ("tp_group.group_name" in said.err), said

@@ -11,6 +11,7 @@ nothing changes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections import defaultdict
@@ -91,6 +92,7 @@ def worlds() -> Iterator[list[RankFacts]]:
         yield [replace(rank, host=f"host{i % nodes}") for i in range(size)]
 
 
+@functools.cache
 def chosen_situations() -> tuple[set[Situation], set[Situation]]:
     """What the judge is told of whoever was chosen; and what the choice itself asked about candidates."""
     asked: set[Situation] = set()
