@@ -154,7 +154,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_explain_reads_a_model_folder(tmp_path: Path) -> None:
+def test_explain_reads_a_model_folder(tmp_path: Path, ringfence: Run) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -167,9 +167,8 @@ def test_explain_reads_a_model_folder(tmp_path: Path) -> None:
         vocab_size=64,
     )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
-    result = run_python("-m", "ringfence", "explain", str(tmp_path), "--tp", "2")  # as a user starts it
-    out, err = result.stdout, result.stderr
-    assert result.returncode == 0, err
+    code, out, err = ringfence("explain", str(tmp_path), "--tp", "2")
+    assert code == OK, err
     assert "2 of 2 all-reduces fused" in out and "model.layers.0.mlp.down_proj" in out
     assert "note: without the backward hooks of" in out and "remove_backward_hooks" in out
 

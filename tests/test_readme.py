@@ -3,7 +3,7 @@
 A comment stands before each block:
 
     <!-- exit: 0 -->            every command in it is run in a copy of the tree, and the last one ends so
-    <!-- last: TEXT -->         the same, with 0, and the last line that it prints
+    <!-- last: TEXT -->         the same, with 0, and the last line that it prints; or test_examples.py runs it
     <!-- CI: make demo -->      .ci/run runs it, so it is not run a second time
     <!-- file: FILE -->         a program, whole; a command in the block behind it runs it
     <!-- model: FOLDER -->      every command is run, with 0, beside a small Hugging Face model in that folder
@@ -96,7 +96,21 @@ def run(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.kind in ("exit", "last")], ids=lambda b: b.text[:40])
+def is_of_the_examples(block: Block) -> bool:
+    """Whether test_examples.py starts that program in the same way, and looks for the line."""
+    command = block.text.split("#")[0].strip()
+    return any(command == f"python examples/{name}" and block.said in said for name, (_, said) in RUNS.items())
+
+
+RUN_HERE = [b for b in BLOCKS if b.kind in ("exit", "last") and not is_of_the_examples(b)]
+
+
+def test_the_program_that_is_not_run_here_ends_with_its_line() -> None:
+    (block,) = [b for b in BLOCKS if b.kind == "last"]
+    assert is_of_the_examples(block)
+
+
+@pytest.mark.parametrize("block", RUN_HERE, ids=lambda b: b.text[:40])
 def test_commands_do_what_they_are_said_to(block: Block, clone: Path) -> None:
     code = int(block.said) if block.kind == "exit" else 0
     commands = block.text.splitlines()

@@ -6,21 +6,25 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from backend_model import Model, rows
 
 import ringfence
 from ringfence.compile_passes.report import CompileReport
 from ringfence.compile_passes.report_text import ranges
+from support import start_fake_group
 
 LAYERS = 12
 
 
-@pytest.fixture
-def report(fake_group: None) -> CompileReport:
+@pytest.fixture(scope="module")
+def report() -> CompileReport:
+    start_fake_group(2)
     model = Model(layers=LAYERS)
     backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[4], graphs="simulated")
     with torch.no_grad():
         torch.compile(model, backend=backend, dynamic=True)(rows(4))
+    dist.destroy_process_group()
     return backend.reports[0]
 
 
