@@ -195,9 +195,9 @@ def _prepare(
         if (probed := f"workspaces of group '{group.name}'") not in supervisor.probes:
             supervisor.probes[probed] = make_probe(group.name, device)
         ready = prepare(channel, group, device, wanted)
-    if ready.workspace is not None:
-        supervisor.waits.add(group.name, workspaces_of(group.name), wanted.wait_seconds)
-    return ready
+        if ready.workspace is not None:
+            supervisor.waits.add(group.name, workspaces_of(group.name), wanted.wait_seconds)
+        return ready
 
 
 def check_deterministic(sites: Sequence[Site], verdicts: Sequence[Verdict], assigned: Assignment) -> None:

@@ -24,8 +24,10 @@ _MORE = "reports[0] of the Backend (model.ringfence) says more"
 
 
 def fuses(report: CompileReport) -> bool:
+    """Whether anything is fused, or would be in smaller calls."""
     calls = any(verdict.op.startswith("ringfence::moe_") for verdict in report.verdicts)  # a model's own
-    return bool(report.fused) or any(site.rewritten for site in report.moe_sites) or calls
+    larger = any(s.decline is not None and s.decline.reason is Reason.BEYOND_TABLE for s in report.sites)
+    return bool(report.fused) or any(site.rewritten for site in report.moe_sites) or calls or larger
 
 
 def why_nothing_is_fused(reports: Sequence[CompileReport], ranks: int) -> str | None:

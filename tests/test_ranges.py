@@ -14,6 +14,7 @@ from fake_flashinfer import FakeFlashInfer, installed
 from torch import Tensor, nn
 
 import ringfence
+from ringfence import unfused
 from ringfence.compile_passes import ranges
 from ringfence.runtime.collectives import ops
 from ringfence.runtime.collectives.size_table import SizeRow, write_table
@@ -113,6 +114,7 @@ class Job:
             "ours": [sum(v["op"].startswith("ringfence") for v in r["verdicts"]) for r in reports],
             "notes": [r["notes"] for r in reports],
             "text": [str(r) for r in backend.reports],
+            "fuses": [unfused.fuses(report) for report in backend.reports],
             "stats": [(g.captures, g.replays) for g in backend.stats.graphs],
         }
 
@@ -188,6 +190,7 @@ def test_the_report_says_up_to_where_and_what_comes_then(jobs: list[dict[str, An
     for text in found["text"]:
         assert serves in " ".join(text.split())
     assert why in " ".join(found["text"][1].split())
+    assert jobs[0]["large first"]["fuses"] == [True, True], "no warning that nothing is fused"
     assert jobs[0]["two limits"]["reasons"] == [[None] * 3, [BEYOND, BEYOND, None], [BEYOND] * 3]
     assert jobs[0]["two limits"]["most"][0] == [16, 16, 32]
     assert jobs[0]["deterministic"]["most"] == jobs[0]["reference"]["most"] == [[None, None]]

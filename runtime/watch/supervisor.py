@@ -278,7 +278,12 @@ class Supervisor:
 
     def begins(self, first: bool) -> None:
         """A step begins. While the first of its kind runs, kernels have the patience of a warm-up."""
-        self.waits.begins(first, self._deadlines.warm_up if first else 0.0, lambda: self.journal.position().waits)
+        self.waits.begins(first, self._deadlines.warm_up if first else 0.0, self._is_busy)
+
+    def _is_busy(self) -> bool:
+        """Whether steps have not ended on the device; one that is captured is busy, and may not be asked."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return capturing or self.journal.position().waits
 
     def check(self) -> None:
         """Raises :class:`HangError` where a kernel has given up, :class:`PoisonedError` where ranks are out of step."""

@@ -20,6 +20,7 @@ from ringfence.runtime.collectives.workspace import close_workspaces, workspaces
 from ringfence.runtime.errors import HangError, RingfenceError
 from ringfence.runtime.watch.bounded import BoundedWaits
 from ringfence.runtime.watch.position import Position
+from ringfence.runtime.watch.supervisor import Supervisor
 from support import run_ranks
 
 
@@ -71,6 +72,21 @@ def test_what_is_gone_is_not_asked() -> None:
     gc.collect()
     assert waits.lost() is None
     waits.begins(True, 60.0, lambda: False)
+
+
+def test_a_step_that_is_captured_asks_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query of an event would end the capture."""
+    supervisor, kernels = Supervisor(), Kernels()
+    supervisor.waits.add("group", kernels, 5.0)
+    supervisor.begins(first=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(supervisor.journal, "position", lambda: pytest.fail("the device is asked"))
+    supervisor.begins(first=False)
+    assert kernels.seconds == 1800.0
+    monkeypatch.undo()
+    supervisor.begins(first=False)
+    assert kernels.seconds == 5.0
 
 
 # -- through a backend, on ranks whose kernels are torch ----------------------------------------------
