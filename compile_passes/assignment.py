@@ -61,7 +61,7 @@ class Assignment:
 
         alone: an all-reduce without a norm.
         """
-        if group in self.left:
+        if group is not None and group in self.left:
             return Limit((), self.left[group])
         workspace = self.ready[group].workspace if group is not None and group in self.ready else None
         if workspace is None:

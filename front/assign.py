@@ -78,7 +78,7 @@ def assign(
             ready[name] = reference_collective(group.size, missing, asked)
             if planned is None and options.collective == "auto" and device.type == "cuda":
                 left[name] = f"no kernels are to be had over group '{name}': {missing}"
-    return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned), left)
+    return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned), left=left)
 
 
 def name_collectives(

@@ -36,7 +36,8 @@ def why_nothing_is_fused(reports: Sequence[CompileReport], ranks: int) -> str | 
         return None
     sites: list[Site | MoeSite] = []
     for report in reports:
-        sites += [*report.sites, *report.moe_sites]
+        sites += report.sites
+        sites += report.moe_sites
     declines = [site.decline for site in sites if site.decline]
     if any(decline.reason is Reason.SWITCHED_OFF for decline in declines):
         return None

@@ -7,6 +7,7 @@ nobody sent poisoned.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +147,7 @@ def _trials(workspace: MoeWorkspace) -> list[_PairTrial]:
 
 
 def _run(
-    trials: list[_PairTrial], workspace: MoeWorkspace, channel: Channel, seed: int, calls: list[object]
+    trials: list[_PairTrial], workspace: MoeWorkspace, channel: Channel, seed: int, calls: list[Callable[[], object]]
 ) -> str | None:
     """The first failure. The rest is run all the same: the other ranks wait for this one's part."""
 
