@@ -108,18 +108,18 @@ class Backend(OneObject):
         self._seen_ops: set[str] = set()
         self._said_groups: dict[str, str] = {}  # by engine op, see describe_groups
         self._versions = versions()  # read once: it asks the file system
-        self._asked = Asked(
+        self.asked = Asked(
             {name: getattr(self.options, name) for name in OF_PROCESS if name in named},
             agree_seconds=self.options.agree_seconds,
             every_step=self.options.check_every_step,
             raise_on_capture=self.options.on_capture_failure == "raise",
         )
-        supervisor_for(self._asked)  # what differs from another backend's is told here
+        supervisor_for(self.asked)  # what differs from another backend's is told here
 
     @property
     def supervisor(self) -> Supervisor:
         """Journal, watchdog and agreement of this process, which all backends share (``ringfence docs operating``)."""
-        return supervisor_for(self._asked)
+        return supervisor_for(self.asked)
 
     def __repr__(self) -> str:
         """``<ringfence.Backend(capture_sizes=(1, 16)), 2 reports>``: the options that are not the defaults."""
@@ -130,8 +130,8 @@ class Backend(OneObject):
     def close(self) -> None:
         """Ask for no watch any more; it ends with the last backend that does. What was compiled goes on working."""
         self._unused()
-        leave(self._asked)
-        self._asked = replace(self._asked, process={})
+        leave(self.asked)
+        self.asked = replace(self.asked, process={})
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +153,7 @@ class Backend(OneObject):
         """
         check_arguments(mode, options)
         self._use.begin(gm)
-        with self.supervisor.compiling(self._asked):
+        with self.supervisor.compiling(self.asked):
             return compiled(lambda: self._compile_dynamo_graph(gm, example_inputs))
 
     def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -21,6 +21,8 @@ from .hugging_face import HOST_COUNT, counts_on_the_host, grows, is_fresh, remov
 from .keywords import OptionKeywords
 from .options import Options
 from .runtime.errors import ModelError
+from .runtime.watch.steps import Watch
+from .watching import watch_of_model
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +42,9 @@ def compile(
     It does what otherwise has to be known. The model is put into evaluation mode; backward hooks that break the graph
     are removed, so do not train it afterwards; calls run without gradients; ``forward`` is the compiled one, which
     ``generate()`` calls. A call that allocates a static cache, which is the prompt's in ``generate()``, runs eagerly:
-    transformers does not compile it either. Such a call is no step: no journal has it, and ``on_hang`` does not watch
-    it. The model's ``ringfence`` is the :class:`ringfence.Backend`, with its reports. One line on standard error, of
-    the first rank, says what was done.
+    transformers does not compile it either. With ``on_hang`` or ``journal_dir`` such a call is one step of its own,
+    ``prompt``, where the model's parameters tell which ranks share it. The model's ``ringfence`` is the
+    :class:`ringfence.Backend`, with its reports. One line on standard error, of the first rank, says what was done.
 
     model: every rank calls with its part. dynamic, fullgraph: as ``torch.compile`` takes them. options: the fields of
     :class:`ringfence.Options`.
@@ -79,6 +81,8 @@ class CompiledForward:
     def __init__(self, model: nn.Module, backend: Backend, *, dynamic: bool | None, fullgraph: bool) -> None:
         self._model, self._backend = model, backend
         self._eager = model.forward
+        self._watch: Watch | None = None
+        self._looked_for_ranks = False
         self._cache_at = _place_of(model.forward, CACHE)
         self._compiled = torch.compile(
             _of_its_own(model.forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph
@@ -91,13 +95,27 @@ class CompiledForward:
             by_place = args[self._cache_at] if self._cache_at < len(args) else None
             cache = kwargs.get(CACHE, by_place)
             if cache is not None and is_fresh(cache):
-                return self._eager(*args, **kwargs)
+                with self._prompt(args, kwargs):
+                    return self._eager(*args, **kwargs)
             if self._backend.options.capture_sizes and grows(cache):
                 self._backend.cache_grows(cache, self._backend.options.capture_sizes)
             with _counts_are_dynamic(cache):
                 result = self._compiled(*args, **kwargs)
             self._backend.look_once()
             return result
+
+    @contextlib.contextmanager
+    def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """A call that runs eagerly is a step too, where a watch was asked for."""
+        if not self._looked_for_ranks:
+            self._looked_for_ranks = True
+            self._watch = watch_of_model(self._model, self._backend.asked)
+        if self._watch is None:
+            yield
+            return
+        ids = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        with self._watch.step("prompt", ids.numel() if ids is not None and not ids.is_floating_point() else 0):
+            yield
 
     def instead_of_compiling(self, compile_config: Any) -> Callable[..., Any]:
         """What ``generate()`` is to call where it would compile the model by itself."""

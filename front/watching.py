@@ -6,6 +6,7 @@ from typing import Unpack
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .keywords import WatchKeywords
 from .options import Options
@@ -16,6 +17,25 @@ from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import OF_PROCESS
 
 _OPTIONS = tuple(WatchKeywords.__annotations__)
+
+
+#: Of the options of the process, those that ask for what a watch leaves behind.
+_ASKS = ("on_hang", "journal_dir")
+
+
+def watch_of_model(model: nn.Module, asked: Asked) -> Watch | None:
+    """Watch steps of a model among the ranks that share it, which all call; None where nobody asked to be watched.
+
+    And where those ranks are not known: they are the mesh of the first parameter that has one, of one dimension.
+    """
+    if all(asked.process.get(name) is None for name in _ASKS):
+        return None
+    for parameter in model.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and mesh.ndim == 1:
+            name = name_of_group(mesh.get_group())
+            return watch_group(name, device_of_group(name), asked)
+    return None
 
 
 def watch(

@@ -7,17 +7,20 @@ import dataclasses
 import pickle
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from backend_model import H, Model, rows
+from prompt_ranks import prompts
 from torch import Tensor, nn
 
 import ringfence
 from ringfence.runtime.errors import CapturesWastedWarning, ModelError, OptionsError
 from ringfence.runtime.replay.stats import Stats
+from support import run_ranks
 
 SIMULATED = {"piece_compiler": "eager", "graphs": "simulated"}
 
@@ -355,3 +358,12 @@ def test_a_cap_that_is_reached_by_sizes_that_come_again_is_told_without_calling_
     for report in backend.reports:
         assert report.wasted is None
     assert "capture: simulated" in backend.reports[0].summary
+
+
+@pytest.mark.slow
+def test_an_eager_prompt_is_watched_among_the_ranks_that_share_the_model(tmp_path: Path) -> None:
+    first, second = run_ranks(2, prompts, str(tmp_path), timeout=120)
+    assert first["steps"] == second["steps"] == [([8], "uncaptured")] * 2
+    assert second["said"].startswith(
+        "rank 1 did not come to call 1 of group '0' (step 1 of sizes (8,), piece 0 'prompt'"
+    )

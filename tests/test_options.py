@@ -116,8 +116,8 @@ def test_a_backend_takes_options_and_what_differs() -> None:
     given = Options(capture_sizes=[1], step_seconds=5, on_hang=None)
     with ringfence.Backend(given, verify=True) as backend:
         assert backend.options == Options(capture_sizes=[1], step_seconds=5, verify=True)
-        assert backend._asked.process == {"step_seconds": 5}
-    assert backend._asked.process == {}, "not closed"
+        assert backend.asked.process == {"step_seconds": 5}
+    assert backend.asked.process == {}, "not closed"
     with pytest.raises(OptionsError, match="max_tokens=2"):
         ringfence.Backend(Options(capture_sizes=[4]), max_tokens=2)
 
