@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import engine_ops
@@ -11,10 +12,11 @@ from grouping import pytest_collection_modifyitems as pytest_collection_modifyit
 from support import start_fake_group
 
 torch.set_num_threads(1)
+gc.freeze()  # what imports made stays: a twelfth of a tracing test's time went into walking it again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-seconds", type=float, default=60.0, help="how long tests/faults/test_soak.py runs")
+    parser.addoption("--soak-seconds", type=float, default=45.0, help="how long tests/faults/test_soak.py runs")
     parser.addoption("--fuzz-seed", type=int, default=1, help="the first of the programs of tests/fuzz")
     parser.addoption("--fuzz-programs", type=int, default=60, help="how many programs of tests/fuzz, at most")
 

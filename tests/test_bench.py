@@ -106,6 +106,7 @@ def _measure(rank: int, fault: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_they_have(tmp_path: Path) -> None:
     first, second = run_ranks(2, _measure, {})
     assert first["measured"] == second["measured"], "the slowest rank's times, on all ranks"

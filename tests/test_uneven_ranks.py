@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -116,6 +117,7 @@ def _differences(rank: int) -> dict[str, tuple[float, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_other_local_work_is_served_fused_and_right() -> None:
     ranks = run_ranks(2, _differences, timeout=300)
     for rank, found in enumerate(ranks):

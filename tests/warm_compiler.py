@@ -5,6 +5,7 @@ Its first graph takes a process two seconds, the second some tenths. Caches are 
 
 from __future__ import annotations
 
+import gc
 import threading
 from unittest import mock
 
@@ -38,6 +39,8 @@ def warm() -> None:
     dist.destroy_process_group()
     torch._dynamo.reset()
     assert threading.active_count() == 1, threading.enumerate()
+    gc.collect()
+    gc.freeze()
 
 
 warm()

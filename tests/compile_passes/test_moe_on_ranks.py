@@ -17,6 +17,7 @@ from support import aot_graph, run_ranks, run_threaded, start_fake_group
 ROUNDINGS = 1.0
 
 
+@pytest.mark.slow
 def test_through_the_backend_a_site_is_rewritten_on_all_ranks_or_on_none() -> None:
     for rank, found in enumerate(run_ranks(4, moe_ranks.rewritten, timeout=240)):
         excess, report = found["four"]
