@@ -11,11 +11,16 @@ combined as it is. Each way is in one CUDA graph; times are per pair, of the slo
     bare pair, staged        the same, and the combine copies its rows into the workspace first
     ringfence                the pair called as functions, compiled by ringfence, over the kernels; by the ids' dtype
     ringfence reference      the same over NCCL
+
+``--soak N``: N replays of graphs of several sizes in turn, with new rows and routing in each, ranks without tokens and
+hosts that come late; every result is compared on the device, bit by bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -210,6 +215,58 @@ def race(
     return list(zip(times, found, strict=True))
 
 
+# -- the soak ----------------------------------------------------------------------------------
+
+
+def soak(ranks: r.Ranks, options: argparse.Namespace) -> None:
+    hidden, sizes = options.hidden[0], ((1, 1), (16, 16), (128, 40), (64, 0), (0, 7))
+    ringfence.moe.prepare(
+        capacity=128,
+        top_k=options.top_k,
+        hidden=hidden,
+        dtype=options.dtype,
+        collective=KERNELS if ranks.cuda else "auto",
+    )
+    wrong = torch.zeros(len(sizes), dtype=torch.int64, device=ranks.device)
+    replays = [one_pair(ranks, options, hidden, counts, wrong[i]) for i, counts in enumerate(sizes)]
+    order, late = random.Random(7), random.Random(ranks.rank)  # one order on all ranks
+    start, done = time.perf_counter(), 0
+    while done < options.soak and ranks.time_left():
+        for _ in range(min(5000, options.soak - done)):
+            order.choice(replays)()
+            if late.random() < 0.002:
+                time.sleep(late.random() / 500)
+            done += 1
+        ranks.synchronize()
+    seconds = time.perf_counter() - start
+    found = [sum(each) for each in zip(*ranks.gather(wrong.tolist()), strict=True)]
+    ranks.record(
+        part="soak", replays=done, mismatches=sum(found), by_size=str(dict(zip(sizes, found, strict=True))), s=seconds
+    )
+
+
+def one_pair(
+    ranks: r.Ranks, options: argparse.Namespace, hidden: int, counts: tuple[int, int], wrong: Tensor
+) -> Callable[[], object]:
+    """A graph that draws rows and routing, sends them, and counts into ``wrong`` where they did not come back whole."""
+    tokens, each = counts[ranks.rank % 2], options.experts // ranks.size
+
+    def call() -> Tensor:
+        x = torch.randn(tokens, hidden, device=ranks.device).to(options.dtype)
+        ids = torch.rand(tokens, options.experts, device=ranks.device).topk(options.top_k, dim=-1).indices
+        owners = torch.zeros(tokens, ranks.size, device=ranks.device).scatter_(1, ids // each, 1.0)
+        sent = ringfence.moe.dispatch([x], ids, capacity=max(counts), num_experts=options.experts)
+        result = ringfence.moe.combine(sent.payloads[0], sent.route)
+        wrong.add_((result.float() != (x.float() * owners.sum(1, keepdim=True))).any())
+        return result
+
+    if not ranks.cuda:
+        return call
+    graph, out = r.captured(call)
+    kept = (graph, out)
+    return lambda: kept[0].replay()
+
+
 def tabled(results: list[dict[str, Any]]) -> str:
     rows = [e for e in results if e["part"] == "pairs"]
     us = {(e["contender"], e["hidden"], e["tokens"]): e["us"] for e in rows if "failed" not in e}
@@ -240,15 +297,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--calls", type=int, default=10, help="back-to-back calls of a repeat")
+    parser.add_argument("--soak", type=int, default=0, metavar="N", help="replays, instead of times")
     options = r.arguments(parser)
     options.dtype = torch.bfloat16
     ranks = r.Ranks(options)
     with torch.no_grad():
-        for hidden in options.hidden:
+        if options.soak:
+            soak(ranks, options)
+        for hidden in options.hidden if not options.soak else ():
             for tokens in options.tokens:
                 if ranks.time_left():
                     pairs(ranks, options, hidden, tokens)
-    ranks.say("\n" + tabled(ranks.results))
+    if not options.soak:
+        ranks.say("\n" + tabled(ranks.results))
     ranks.end()
 
 

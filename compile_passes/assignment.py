@@ -107,7 +107,8 @@ class Assignment:
 
     def words(self) -> tuple[object, ...]:
         """The words that the collectives' protocols keep on this device."""
-        return tuple(workspaces_of(g).control_words() for g, r in self.ready.items() if r.workspace is not None)
+        words = [workspaces_of(g).control_words() for g, r in self.ready.items() if r.workspace is not None]
+        return (*words, *(r.workspace.kernels.control_words() for r in self.moe.values() if r.workspace is not None))
 
     @property
     def workspaces(self) -> list[Workspace]:

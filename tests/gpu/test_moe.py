@@ -134,6 +134,17 @@ def pairs(rank: int) -> dict[str, Any]:
     ):
         args = case(seed, counts[rank], capacity, k, ids_of, (torch.bfloat16, torch.float16)[seed % 2])
         compare(f"eager {counts} of {capacity}", layer(*args, "prepared"), *args)
+    x, ids, _, capacity = case(30, 16, 16, 8, torch.int32, torch.bfloat16)
+    blocks = x.float().view(16, 32, 128)
+    scale = blocks.abs().amax(2) / 448
+    quantised = (blocks / scale[..., None]).to(torch.float8_e4m3fn).view(16, 4096)
+    sent = ringfence.moe.dispatch([quantised, scale], ids, capacity=capacity, num_experts=experts)
+    rows = (sent.payloads[0].float().view(-1, 32, 128) * sent.payloads[1][..., None]).view(-1, 4096).bfloat16()
+    result = ringfence.moe.combine(rows, sent.route)
+    owners = torch.zeros(16, 2, device="cuda").scatter_(1, ids.long() // (experts // 2), 1.0).sum(1, keepdim=True)
+    want = (quantised.float().view(16, 32, 128) * scale[..., None]).view(16, 4096).bfloat16().float() * owners
+    if sent.payloads[0].dtype != torch.float8_e4m3fn or not torch.equal(result.float(), want):
+        found["wrong"].append(f"float8 with scales: {int((result.float() != want).any(1).sum())} of 16 rows")
     found["seconds"]["eager"] = time.monotonic() - began
     found["replays"] = 0
     for counts, capacity in (((16, 16), 16), ((128, 0), 128), ((3, 64), 64)):
