@@ -195,16 +195,8 @@ struct Block {
     // The last warp takes what the device keeps, and the others may meanwhile ask for the first rows.
     __device__ void begin() {
         wait_for_kernel_before();
-        if (warp != F::WARPS) return;
-        u64 before = 0;
-#ifdef STORES
-        if (lane == 0) before = *(const volatile u64 *)(call.numbers + blockIdx.x);
-#else
-        if (lane == 0) before = atomicAdd(call.numbers + blockIdx.x, 1ull);
-        for (u32 i = blockIdx.x + (lane + 1) * gridDim.x; i < call.number_count; i += 32 * gridDim.x)
-            atomicAdd(call.numbers + i, 1ull);
-#endif
-        if (lane != 0) return;
+        if (warp != F::WARPS || lane != 0) return;
+        const u64 before = *(const volatile u64 *)(call.numbers + blockIdx.x);
         shared.number = before + 1;
         shared.broken = *(const volatile u32 *)call.broken;
         shared.lost = 0;
@@ -218,10 +210,8 @@ struct Block {
         lost = shared.broken;
         if (F::CLUSTER) arrive_in_cluster();
         if (warp != F::WARPS) return;
-#ifdef STORES
         for (u32 i = blockIdx.x + lane * gridDim.x; i < call.number_count; i += 32 * gridDim.x)
             *(volatile u64 *)(call.numbers + i) = number;
-#endif
         __threadfence();
         __syncwarp();
         if (lane == 0) let_dependents_begin();
