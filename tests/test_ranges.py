@@ -193,6 +193,7 @@ def test_the_report_says_up_to_where_and_what_comes_then(jobs: list[dict[str, An
     assert jobs[0]["large first"]["fuses"] == [True, True], "no warning that nothing is fused"
     assert jobs[0]["two limits"]["reasons"] == [[None] * 3, [BEYOND, BEYOND, None], [BEYOND] * 3]
     assert jobs[0]["two limits"]["most"][0] == [16, 16, 32]
+    assert "larger ones are refused" in " ".join(jobs[0]["deterministic"]["text"][0].split())
     assert jobs[0]["deterministic"]["most"] == jobs[0]["reference"]["most"] == [[None, None]]
 
 
@@ -219,11 +220,45 @@ def test_ranks_on_two_sides_of_a_limit_are_told(jobs: list[dict[str, Any]]) -> N
         )
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_two_strategies_may_leave_counts_between_them_that_no_kernel_takes(dynamic: bool, fake_group: None) -> None:
+    """As two-shot does, which needs more tokens than ranks; and rows of two dimensions count as their product."""
+    counts, found = (range(1, 5), range(9, 17)), []
+    groups = {"0": Group("0", "fake", 2, 0)}
+
+    def look(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        (node,) = [n for n in gm.graph.nodes if n.target is torch.sin]
+        found.append(ranges.is_within(node.meta["example_value"], counts, "0", groups))
+        return gm.forward
+
+    torch._dynamo.reset()
+    call = torch.compile(torch.sin, backend=look, dynamic=dynamic)
+    asked = {(2, 2): True, (2, 3): False, (2, 4): False, (3, 3): True, (4, 4): True, (4, 5): False}
+    for batch, tokens in asked:
+        call(torch.ones(batch, tokens, 8))
+    assert found == (list(asked.values()) if not dynamic else [True, False, True, False])
+    for batch, tokens in asked:
+        call(torch.ones(batch, tokens, 8))
+    assert len(found) == (6 if not dynamic else 4), "each is served by the graph of its range"
+
+
 @pytest.mark.parametrize(("others", "alone"), [({}, False), ({"pair": (0, 1)}, False), ({"all": (0, 1, 2, 3)}, True)])
 def test_ranks_that_others_wait_for_do_not_compile_anew_without_them(others: dict[str, Any], alone: bool) -> None:
     """Of a mesh, the ranks of another group may have another token count: in a graph over both, none is guarded."""
-    there = {"tp": (0, 1), **others}
+    there, found = {"tp": (0, 1), **others}, []
     groups = {name: Group(name, "gloo", len(ranks), 0) for name, ranks in there.items()}
+
+    def look(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        (node,) = [n for n in gm.graph.nodes if n.target is torch.sin]
+        found.append(ranges.is_within(node.meta["example_value"], (range(1, 5),), "tp", groups))
+        return gm.forward
+
+    torch._dynamo.reset()
     with mock.patch.object(ranges, "ranks_of", there.get):
-        why = ranges._uneven("tp", groups)
-    assert (why is not None) == alone and ("ranks of group 'all' may have another token count" in (why or "")) == alone
+        call = torch.compile(torch.sin, backend=look, dynamic=True)
+        for tokens in (3, 5, 4, 6):
+            call(torch.ones(tokens, 8))
+    if alone:
+        assert len(found) == 1 and "ranks of group 'all' may have another token count" in found[0]
+    else:
+        assert found == [True, False]
