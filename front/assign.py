@@ -118,7 +118,9 @@ def ready_for(
     if channel is None or options.collective == "reference" or why is not None:
         _check_not_insisted(options, group, None, why)
         return reference_collective(group.size, why, replace(wanted, max_tokens=None))  # which has to be given
-    return _prepare(wanted, group, channel, device, supervisor)
+    ready = _prepare(wanted, group, channel, device, supervisor)
+    supervisor.begins(first=True)  # an engine compiles and captures first, which may take one rank minutes longer
+    return ready
 
 
 def nccl_situation(

@@ -27,7 +27,7 @@ from .options import Options
 from .runtime.capturing import is_capturing
 from .runtime.channel import Channel
 from .runtime.collectives import ops
-from .runtime.collectives.epilogue import DTYPES
+from .runtime.collectives.epilogue import DTYPES, Epilogue, RmsNorm
 from .runtime.collectives.prepared import Prepared
 from .runtime.collectives.ready import ReadyCollective
 from .runtime.collectives.workspace import Workspaces, workspaces_of
@@ -169,7 +169,9 @@ def _ready(
     sizes = tuple(sorted({1, options.max_tokens or 1}))  # an engine captures several
     wanted = wanted_by(options, hidden, dtype, sizes)
     ready = ready_for(wanted, group, channels.get(group.name), device, options, supervisor)
-    if ready.workspace is not None:  # what calls without a residual or a weight need may not be made in a capture
+    bare = Epilogue(norm=RmsNorm(0.0, has_weight=False))
+    if ready.workspace is not None and not ready.workspace.implementation.takes(bare):
+        # what calls without a residual or a weight need may not be made in a capture
         for constant in ("zeros", "ones"):
             ready.workspace.constant(constant, torch.empty(0, dtype=dtype, device=device), 0)
     return ready

@@ -116,7 +116,7 @@ def prepared(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with installed(FakeFlashInfer("0")) as package:
         made = ringfence.prepare(None, H, torch.bfloat16, 8, agree_seconds=30)
-        found["prepared"], found["text"] = made, str(made)
+        found["prepared"], found["text"], found["patience"] = made, str(made), package.kernels[-1].seconds
         (workspace,) = workspaces_of("0").open
         found["constants"] = sorted(name for name, _ in workspace._constants)
         found["stored"] = workspaces_of("world") is workspaces_of("0")
@@ -153,6 +153,10 @@ def prepared(rank: int) -> dict[str, Any]:
         found["again"] = len(package.kernels), again.collective
         ringfence.close_workspaces("world")
         found["closed"] = workspaces_of("0").prepared, len(workspaces_of("0").open)
+        with installed(FakeFlashInfer("0", own=True)):
+            ringfence.prepare(None, H, torch.bfloat16, 8, collective="ringfence", agree_seconds=30)
+            found["needs none"] = [dict(w._constants) for w in workspaces_of("0").open]
+            ringfence.close_workspaces("world")
         package.calls.clear()
         ringfence.all_reduce(x)
         found["after"] = list(package.calls)

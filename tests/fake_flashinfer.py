@@ -25,6 +25,8 @@ from ringfence.runtime.collectives.rank_facts import RankFacts
 from ringfence.runtime.errors import HangError, WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
+_ALL = table.ALL
+
 FACTS = RankFacts(
     host="node0",
     device="NVIDIA H200",
@@ -131,7 +133,7 @@ class FakeKernels:
 class FakeFlashInfer:
     """One rank's package. ``wrong`` and ``broken`` name the kernels that are, on this rank.
 
-    missing: the ranks for which kernels wait in vain from now on.
+    missing: the ranks for which kernels wait in vain from now on. own: stand-ins for ringfence's own kernels, too.
     """
 
     group: str
@@ -139,6 +141,7 @@ class FakeFlashInfer:
     broken: tuple[str, ...] = ()
     version: str = "0.7.2.post1"
     missing: tuple[int, ...] = ()
+    own: bool = False
     calls: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     epilogues: list[Epilogue] = field(default_factory=list)
     made: list[tuple[str, int, int]] = field(default_factory=list)
@@ -155,8 +158,8 @@ class FakeFlashInfer:
         return self.kernels[-1]
 
 
-def fakes(package: Callable[[], FakeFlashInfer]) -> tuple[Implementation, ...]:
-    """The table without ringfence's own kernels, and with the fake package's in place of FlashInfer's."""
+def fakes(package: Callable[[], FakeFlashInfer], *, own: bool = False) -> tuple[Implementation, ...]:
+    """The table, with the fake package's kernels in place of FlashInfer's. own: of ringfence's too, or without."""
 
     def of(one: Implementation) -> Implementation:
         name = "trtllm" if one.name == "trtllm" else str(one)
@@ -166,14 +169,14 @@ def fakes(package: Callable[[], FakeFlashInfer]) -> tuple[Implementation, ...]:
 
         return replace(one, make=make)
 
-    return tuple(one if one.make is None else of(one) for one in table.ALL if one.name != "ringfence")
+    return tuple(one if one.make is None else of(one) for one in _ALL if own or one.name != "ringfence")
 
 
 @contextlib.contextmanager
 def installed(package: FakeFlashInfer, facts: RankFacts = FACTS) -> Iterator[FakeFlashInfer]:
     """This process has FlashInfer and a GPU, as far as can be told."""
     with (
-        mock.patch.object(table, "ALL", fakes(lambda: package)),
+        mock.patch.object(table, "ALL", fakes(lambda: package, own=package.own)),
         mock.patch.object(ready, "probe", lambda device: facts),
         mock.patch("ringfence.assign.why_reference_only", lambda group, device: None),
     ):

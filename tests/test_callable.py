@@ -82,6 +82,8 @@ def test_prepared_ahead_it_is_carried_out_by_kernels(ranks: list[dict[str, Any]]
         assert poisoned and error <= TOLERANCE[torch.bfloat16]
         assert found["again"] == (1, "mnnvl"), "the workspace that is there is used"
         assert found["constants"] == ["ones", "zeros"], "they could not be made in a capture"
+        assert found["needs none"] == [{}], "kernels of our own read what a call has"
+        assert found["patience"] == 1800, "an engine's first call may wait for a rank that still compiles"
         assert found["closed"] == ({}, 0) and found["after"] == []
 
 

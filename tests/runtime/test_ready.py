@@ -151,7 +151,7 @@ def test_where_nothing_works_the_reference_does() -> None:
     for result in run_ranks(2, serve, {}, fault, [4]):
         assert result["collective"] == "reference" and result["candidates"][-1] == "reference: chosen"
         passed_over = [c.partition(":")[0] for c in result["candidates"][:-1]]
-        assert passed_over == ["mnnvl/multicast", "mnnvl/peer", "trtllm/peer", "ringfence/peer"]
+        assert passed_over == ["mnnvl/multicast", "mnnvl/peer", "trtllm/peer"]
         sites = result["reports"][0]["sites"]
         assert [s["reason"] for s in sites] == ["no_kernel", "no_kernel", "escapes_graph"], "slower than not fusing"
         assert "no kernels are to be had over group '0'; all-reduce, add and norm are left to" in sites[0]["message"]
@@ -201,7 +201,7 @@ class Forms(nn.Module):
 
 
 def _forms(rank: int, collective: str) -> dict[str, Any]:
-    package, model = FakeFlashInfer(dist.group.WORLD.group_name), Forms()
+    package, model = FakeFlashInfer(dist.group.WORLD.group_name, own=True), Forms()
     backend = ringfence.Backend(piece_compiler="eager", collective=collective, max_tokens=8)
     with installed(package), torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True)
