@@ -20,7 +20,7 @@ _NARROW = 12
 _PERIOD = 8
 
 Row = tuple[str, ...]
-S = TypeVar("S", Site, MoeSite)
+S = TypeVar("S", bound=Site | MoeSite)
 
 
 def terminal_width() -> int | None:
@@ -190,9 +190,13 @@ def _runs(layers: Sequence[_Layer[S]], row: Callable[[S], Row]) -> list[list[_La
     return runs
 
 
-def _alike(layer: _Layer[S], row: Callable[[S], Row]) -> tuple[object, ...]:
-    prefix = len(f"{layer[0]}{layer[1]}")
-    return (layer[0], *((*row(s)[1:7], (s.module or "")[prefix:], s.source, s.roundings) for s in layer[2]))
+def _alike(layer: _Layer[S], row: Callable[[S], Row]) -> list[tuple[object, ...]]:
+    """What of a layer is the same in another that does the same."""
+    path = len(f"{layer[0]}{layer[1]}")
+    found: list[tuple[object, ...]] = [(layer[0],)]
+    for site in layer[2]:
+        found.append((*row(site)[1:7], (site.module or "")[path:], site.source, site.roundings))
+    return found
 
 
 def _without_repeats(rows: Sequence[Row]) -> Iterable[Row]:
