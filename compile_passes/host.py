@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from .constants import is_constant
 from .devices import accelerators_of
 from .op_calls import OpCall, op_arguments, tensors_of
-from .roles import aten, calls
+from .roles import asks_for_shape, aten, calls
 
 
 class Unsafe(StrEnum):
@@ -98,14 +98,6 @@ _TRANSPARENT = frozenset(
 )
 
 _INDEX_PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
-#: Ops that ask about the shape of a tensor; they are no work of its device.
-_SHAPE_ONLY = (
-    aten.sym_size.int,
-    aten.sym_stride.int,
-    aten.sym_numel.default,
-    aten.sym_storage_offset.default,
-    aten._assert_tensor_metadata.default,
-)
 #: Besides the pointwise ones, ops whose kernel takes a zero-dimensional tensor of the CPU as a number.
 _TAKE_A_NUMBER = (aten.fill.Tensor, aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
 
@@ -161,7 +153,7 @@ def _of_the_target(call: OpCall) -> set[Unsafe]:
 def _of_the_values(call: OpCall, about: Surroundings) -> set[Unsafe]:
     """What the tensors that it reads and returns say: their layouts, their dtypes, and the devices that they are on."""
     node = call.node
-    if node.target not in _SHAPE_ONLY and not _is_item(node):
+    if not asks_for_shape(node) and not _is_item(node):
         inputs = [(n, t) for n in node.all_input_nodes for t in tensors_of(n)]
         outputs = tensors_of(node)
         found = _of_the_devices(call, inputs, outputs, about)

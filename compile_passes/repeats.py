@@ -1,4 +1,4 @@
-"""Merge what a graph computes twice: the same add, scaling, cast or view of the same values.
+"""Merge what a graph computes twice: the same add, scaling, cast, view or wait of the same values.
 
 ``aux.append(h + res)`` beside ``res = h + res`` reads the reduced value a second time, which would keep its
 all-reduce from being fused. Only ops that compute the same whenever they run are merged, and none across a mutation.
@@ -11,10 +11,11 @@ from collections.abc import Hashable
 import torch
 from torch.fx import GraphModule, Node
 
-from .roles import CASTS, VIEWS, aten
+from .roles import CASTS, VIEWS, aten, c10d
 
 _COMPUTED = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, *CASTS}
-_REPEATABLE = _COMPUTED | VIEWS
+_ALIASES = VIEWS | {c10d.wait_tensor.default}
+_REPEATABLE = _COMPUTED | _ALIASES
 
 
 def merge_repeats(gm: GraphModule) -> int:
@@ -48,7 +49,7 @@ def _merge(first: Node, node: Node) -> bool:
         node.replace_all_uses_with(first)
         node.graph.erase_node(node)
         return True
-    if node.target in VIEWS:
+    if node.target in _ALIASES:
         return False
     node.target, node.args, node.kwargs = aten.clone.default, (first,), {}
     return True

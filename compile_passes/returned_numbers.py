@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..runtime.replay.program import ReturnedView
-from .roles import aten, calls, is_tensor
+from .roles import asks_for_shape, is_tensor
 
 
 def take_returned_numbers(gm: GraphModule) -> dict[int, ReturnedView]:
@@ -81,8 +81,7 @@ def _is_size(node: Node) -> bool:
     """A number that is computed of numbers, or read of a tensor's shape. What is read of its data is none."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), int | torch.SymInt):
         return False
-    of_shape = any(calls(node, op) for op in (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default))
-    return of_shape or not any(is_tensor(n) for n in node.all_input_nodes)
+    return asks_for_shape(node) or not any(is_tensor(n) for n in node.all_input_nodes)
 
 
 def _symbols(value: Any) -> Iterator[sympy.Symbol]:

@@ -25,6 +25,14 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
 
+_OF_SHAPE = (
+    aten.sym_size.int,
+    aten.sym_stride.int,
+    aten.sym_numel.default,
+    aten.sym_storage_offset.default,
+    aten._assert_tensor_metadata.default,
+)
+
 #: Ops that hand on the values of their first argument, perhaps in another shape, and launch nothing.
 VIEWS = {
     aten.view.default,
@@ -64,6 +72,11 @@ def calls(node: object, *targets: object) -> TypeGuard[Node]:
 def arguments(node: Node) -> tuple[Any, ...]:
     """The positional arguments, whose types the op's schema says and FX's union does not."""
     return node.args
+
+
+def asks_for_shape(node: Node) -> bool:
+    """Whether it asks about the shape of a tensor, which none of its elements decides, and is no work of its device."""
+    return calls(node, *_OF_SHAPE)
 
 
 def first_node(node: Node) -> Node | None:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from .aliases import root, viewed
 from .functional import is_functionalised, is_write_back, mutation, updated
 from .op_calls import op_names, regions, written_arguments
-from .roles import c10d, calls, first_node
+from .roles import asks_for_shape, c10d, calls, first_node
 
 _FUNCTIONAL = ("_c10d_functional", "_c10d_functional_autograd")
 #: What of a result's metadata is also true of the wait for it.
@@ -64,7 +64,7 @@ def keep_waits(gm: GraphModule, eager: Collection[str]) -> None:
 def _settle(gm: GraphModule, result: Node, at_once: Node | None) -> None:
     """at_once: where the wait must stand, if not where the result is first looked at."""
     waits = [u for u in result.users if _is_wait(u)]
-    early = [u for u in result.users if not _is_wait(u)]
+    early = [u for u in result.users if not _is_wait(u) and not asks_for_shape(u)]
     if not early and waits and at_once is None:
         return
     views = list(_views(result))

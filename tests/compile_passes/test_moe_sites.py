@@ -21,6 +21,8 @@ import ringfence
 from ringfence.compile_passes.moe_rewrite import dispatch_experts
 from ringfence.compile_passes.moe_sites import MoeSite
 from ringfence.compile_passes.op_calls import op_names
+from ringfence.compile_passes.repeats import merge_repeats
+from ringfence.compile_passes.waits import settle_waits
 from ringfence.runtime.groups import Group
 from support import aot_graph, start_fake_group
 
@@ -38,6 +40,8 @@ def two_ranks() -> Iterator[None]:
 def sites_of(layer: Any, *, tokens: int = 6, **options: Any) -> tuple[list[MoeSite], GraphModule]:
     traced = {"inductor": options.pop("inductor", False), "dynamic": options.pop("dynamic", ())}
     gm = aot_graph(layer, *given(tokens, 0), **traced)
+    merge_repeats(gm)
+    settle_waits(gm)  # as for a graph that is captured
     return dispatch_experts(gm, options.pop("groups", GROUPS), CPU, **{"rewrite": True, **options}), gm
 
 
@@ -74,6 +78,24 @@ def test_hugging_faces_forms(form: str, inductor: bool, dynamic: tuple[tuple[int
     assert dispatch.args[3:] == (E, E // 2, "0", "reference"), "an empty row asks for the other rank's first expert"
     rows = [u for n in dispatch.users for u in n.users if u.target is operator.getitem]
     assert all(list(r.meta["val"].shape)[1] in (H, K) for r in rows)
+
+
+class Twice(Layer):
+    """Its rows are waited for a second time, by whoever reads them second."""
+
+    def forward(self, x: Tensor, lean: Tensor, live: Tensor) -> Tensor:
+        ids, weights = self.route(x, lean, live)
+        pending = torch.ops._c10d_functional.all_gather_into_tensor(x, 2, "0")
+        rows = (funcol.all_gather_tensor(t, 0, self.group) for t in (ids, weights))
+        y = self.experts(torch.ops._c10d_functional.wait_tensor(pending), *rows)
+        y = y + 0 * torch.ops._c10d_functional.wait_tensor(pending)
+        return x + funcol.reduce_scatter_tensor(y, "sum", 0, self.group)
+
+
+def test_a_second_wait_hides_no_reader_of_the_gathered_rows() -> None:
+    (site,), gm = sites_of(Twice())
+    assert site.decline is not None and "moe_dispatch" not in collectives(gm)
+    assert collectives(gm).count("wait_tensor") == 4
 
 
 def test_each_rank_has_its_own_block() -> None:
