@@ -128,7 +128,10 @@ def _silent(reading: RowReading, node: Node, sources: list[Node]) -> Tensor | No
     if calls(node, aten.mul.Tensor, aten.mul.Scalar):
         return next((s for s in silents if s is not None), None)
     tensors = [n for n in node.all_input_nodes if is_tensor(n)]
-    if len(tensors) != len(sources) or any(s is None for s in silents) or as_number(node.args[-1]) is not None:
+    others = [_uniform(n) for n in tensors if n not in reading.known]  # zeros to begin a sum with add nothing
+    if any(number is None or bool(number != 0) for number in others):
+        return None
+    if any(s is None for s in silents) or as_number(node.args[-1]) is not None:
         return None
     whole = silents[0]
     for other in silents[1:]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
 from moe_graphs import E, Experts, H, K, Layer, given
 from torch import Tensor
 from torch.fx import GraphModule
@@ -62,6 +63,40 @@ def message(layer: Any, **options: Any) -> str:
 
 
 # -- what is rewritten -----------------------------------------------------------------------
+
+
+class Summed(Experts):
+    """One expert after the other, added to what there is at the start."""
+
+    start: Any = staticmethod(torch.zeros_like)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        y = self.start(x)
+        for e in range(self.num_experts):
+            asked = torch.where(ids == self.rank * self.num_experts + e, weights, 0.0).sum(-1, keepdim=True)
+            y = y + asked * F.silu(x * (e + 2))
+        return y
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize(
+    ("start", "rewritten"),
+    [
+        (torch.zeros_like, True),
+        (lambda x: torch.zeros(x.shape, dtype=x.dtype), True),
+        (torch.ones_like, False),
+        (lambda x: torch.full(x.shape, 0.5, dtype=x.dtype), False),
+        (lambda x: x, False),
+    ],
+    ids=["zeros", "zeros of a shape", "ones", "a half", "the token"],
+)
+def test_a_sum_over_experts_begins_with_zeros(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[Tensor], Tensor], rewritten: bool, inductor: bool
+) -> None:
+    """Whatever Inductor's decompositions make of them. From anything else, tokens of no expert here get something."""
+    monkeypatch.setattr(Summed, "start", staticmethod(start))
+    found = reason(Layer(experts=Summed("batched", 0, 2, torch.bfloat16)), inductor=inductor)
+    assert found == (None if rewritten else "experts_not_row_wise")
 
 
 @pytest.mark.parametrize("form", moe_graphs.FORMS)
