@@ -123,7 +123,7 @@ class RankMemory:
 
     def wait_for(self, seconds: float) -> None:
         """How long a kernel waits from now on, also one that was captured and one that waits already."""
-        self.host[0] = int(seconds * 1e9)
+        c_ulonglong.from_address(self.host.data_ptr()).value = int(seconds * 1e9)  # whatever mode torch is in
 
     @cached_property
     def _report(self) -> Any:

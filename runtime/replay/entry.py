@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .capture import CapturedPiece
 
 #: Whether nobody holds a storage any more, without the two calls of Python around it.
-_expired: Callable[[int], bool] = torch.UntypedStorage._expired
+_expired = cast(Callable[[int], bool], torch.UntypedStorage._expired)
 
 #: Sizes of a call, and what tells where its kept arguments are.
 Key = tuple[tuple[int, ...], tuple[Any, ...]]
