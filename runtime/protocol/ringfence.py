@@ -5,8 +5,11 @@ payload that matters, and nothing to clear. The number is a word on the device f
 every call advances all of them, so it is the same in all blocks whatever their grids.
 
 Why two buffers: who writes call n + 2, and so the buffer of call n, has received from every peer in call n + 1, so each
-peer had begun that call, and had received all of call n. That is so whether a call begins when the one before has
-ended, or as soon as that one has received everything, which is when it lets its dependents begin.
+peer had begun that call, and had received all of call n.
+
+A call lets its dependents begin once all of its blocks have advanced the numbers. They wait for its end, and so does a
+chain of them. A kernel in between that waits for nothing takes that away: then a call finds the numbers advanced, and
+waits by itself until the blocks of all calls before it have received everything.
 
 Source: runtime/collectives/cuda.
 """
@@ -30,14 +33,17 @@ _PERIOD = 6
 
 
 class Begin(StrEnum):
-    """When the next call of a rank may begin: once the one before has ENDED, has RECEIVED everything, or has SENT it.
+    """When a call of a rank may begin to send.
 
-    The last two are programmatic dependent launches behind a kernel that waits for nothing.
+    ENDED: the one before has ended. RECEIVED: the one before has advanced the numbers, and this one waits until it has
+    received everything, as behind a kernel that waits for nothing. These two are the kernels'. What they are not:
+    COUNTED, the same without that wait; and AT_ONCE, even before the numbers are advanced.
     """
 
     ENDED = "ended"
     RECEIVED = "received"
-    SENT = "sent"
+    COUNTED = "counted"
+    AT_ONCE = "at_once"
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,7 @@ class RingfenceCompiler(Compiler[Numbers]):
         return tuple(number - moved for number in words), moved
 
     def ops(self, rank: int, words: Numbers, call: Call) -> tuple[Op, ...]:
-        writer = _RingfenceRank(self, rank, words, call)
-        return tuple(writer.two_shot() if call.strategy is Strategy.TWO_SHOT else writer.one_shot())
+        return tuple(_RingfenceRank(self, rank, words, call).ops(range(call.tokens)))
 
 
 class _RingfenceRank:
@@ -115,9 +120,12 @@ class _RingfenceRank:
         self._rules, self._memory = compiler.rules, compiler.memory
         self._peers = [peer for peer in self._world if peer != rank]
 
-    def one_shot(self) -> list[Op]:
+    def ops(self, tokens: range) -> list[Op]:
+        return self._two_shot(tokens) if self._call.strategy is Strategy.TWO_SHOT else self._one_shot(tokens)
+
+    def _one_shot(self, tokens: range) -> list[Op]:
         """In an inbox: [token][source][granule]."""
-        granules, tokens, ops = len(self._world), range(self._call.tokens), list[Op]()
+        granules, ops = len(self._world), list[Op]()
 
         def slots(token: int, at: int, source: int) -> list[int]:
             return [(token * len(self._peers) + _place(source, at)) * granules + g for g in range(granules)]
@@ -130,9 +138,9 @@ class _RingfenceRank:
             ops.append(self._receive(token, cells, 0, f"token {token}"))
         return ops
 
-    def two_shot(self) -> list[Op]:
+    def _two_shot(self, tokens: range) -> list[Op]:
         """For each token: the parts of the rank's own granule, [source], and then the sums, [granule]."""
-        peers, tokens, ops = len(self._peers), range(self._call.tokens), list[Op]()
+        peers, ops = len(self._peers), list[Op]()
         of_token = peers + len(self._world)
         for peer in self._peers:
             for token in tokens:
@@ -183,17 +191,42 @@ def _place(source: int, at: int) -> int:
 
 
 def _overlapped(compiler: RingfenceCompiler, rank: int, calls: Calls) -> Launch:
-    """All calls of a rank in one launch, where a call's ops come after those of the one before that it waits for."""
+    """All calls of a rank in one launch, each behind a kernel that waits for nothing.
+
+    A block takes the word of its number and advances those that are its own to advance, waits for what the calls before
+    have to receive, carries its tokens, and counts what it has received, for as many words. Here these are flags of
+    their own, not one sum: a call counts no word before all calls before it have counted theirs.
+    """
+    begin, memory = compiler.rules.begin, compiler.memory
+    numbers = tuple(memory.cell(rank, f"the number of block {block}") for block in range(compiler.blocks))
+    received = tuple(memory.cell(rank, f"what block {block} received") for block in range(compiler.blocks))
     words, ops, before = compiler.initial(), list[Op](), 0
-    received = compiler.rules.begin is Begin.RECEIVED
-    for call in calls:
-        start, lasts = len(ops), 0
-        for op in compiler.ops(rank, words, call):
-            if op.kind.waits is received:
-                lasts |= 1 << len(ops)
-            ops.append(replace(op, after=op.after << start | before))
-        before, words = lasts, compiler.after(words, call)
+    for number, call in enumerate(calls):
+        begun, grid = 0, call.ctas
+        for block in range(grid):
+            told, own = f"call {call.id}, block {block}", slice(block, None, grid)
+            counts = own if compiler.rules.every_block_counts else slice(block, block + 1)
+            last, taken = words[block], 1 << len(ops)
+            ops.append(Op(OpKind.AWAIT_EQUAL, (numbers[block],), (flag(last),), before, 1, f"{told}: its number"))
+            ops.append(_raise(numbers[counts], last + 1, taken, f"{told}: the next number"))
+            begun |= taken << 1
+            if begin is Begin.RECEIVED:
+                due = (flag(number),) * len(received)
+                taken = 1 << len(ops)
+                ops.append(Op(OpKind.AWAIT_CHANGE, received, due, taken >> 2, detail=f"{told}: the calls before"))
+                begun |= taken
+            start, waits = len(ops), 0
+            for op in _RingfenceRank(compiler, rank, words, call).ops(range(block, call.tokens, grid)):
+                waits |= (1 << len(ops)) if op.kind.waits else 0
+                ops.append(replace(op, after=op.after << start | taken))
+            ops.append(_raise(received[own], number + 1, waits, f"{told}: received"))
+        words = compiler.after(words, call)
+        before = 0 if begin is Begin.AT_ONCE else begun
     return Launch(0, f"{len(calls)} calls", tuple(ops))
+
+
+def _raise(cells: tuple[int, ...], number: int, after: int, detail: str) -> Op:
+    return Op(OpKind.RAISE, cells, (flag(number),) * len(cells), after, detail=detail)
 
 
 __all__ = ["RULES", "Begin", "CellTable", "LineRules", "RingfenceCompiler", "ringfence", "ringfence_compiler"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -43,10 +44,22 @@ def test_no_order_of_equal_programs_fails(name: str) -> None:
     assert result.safe and result.states > 100
 
 
-@pytest.mark.parametrize("calls", [UP_AND_DOWN, alternating([1, 2, 1])], ids=["one-shot", "both"])
-def test_a_call_may_begin_once_the_one_before_has_received_everything(calls: Calls) -> None:
-    """Programmatic dependent launch behind a kernel that waits for nothing: it needs no wait of its own."""
-    assert explore(ringfence([calls] * 2, replace(RULES, begin=Begin.RECEIVED))).safe
+#: Calls of another grid each: a block advances the numbers, and counts what it received, for blocks that it does without.
+GRIDS = tuple(replace(call, ctas=min(call.tokens, 1 + call.id % 2)) for call in program([2, 2, 1]))
+OVERLAPPED = {
+    "one-shot": (2, UP_AND_DOWN),
+    "both": (2, alternating([1, 2, 1])),
+    "other grids": (2, GRIDS),
+    "three ranks, both": (3, alternating([1, 1])),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_a_call_may_begin_once_the_numbers_are_advanced(name: str) -> None:
+    """Programmatic dependent launch behind a kernel that waits for nothing: it waits for what the calls before receive."""
+    world_size, calls = OVERLAPPED[name]
+    result = explore(ringfence([calls] * world_size, replace(RULES, begin=Begin.RECEIVED)))
+    assert result.safe and result.states > 1000
 
 
 def test_no_order_of_long_programs_fails() -> None:
@@ -78,9 +91,23 @@ def test_a_number_that_a_capture_bakes_in_takes_old_lines_for_new() -> None:
     assert explore(ringfence([calls] * 2)).safe
 
 
-def test_a_trigger_right_after_the_stores_and_no_wait_is_too_early() -> None:
-    result = explore(ringfence([program([1] * 4)] * 2, replace(RULES, begin=Begin.SENT)))
+def test_without_the_wait_for_the_calls_before_a_line_is_written_over() -> None:
+    result = explore(ringfence([program([1] * 3)] * 2, replace(RULES, begin=Begin.COUNTED)))
     assert result.failure is ModelFailure.DEADLOCK
+
+
+def test_a_number_that_is_read_before_it_was_advanced_is_an_old_one() -> None:
+    result = explore(ringfence([UP_AND_DOWN] * 2, replace(RULES, begin=Begin.AT_ONCE)))
+    assert result.failure is ModelFailure.STALE_READ and "its number" in result.trace[-1].detail
+
+
+@pytest.mark.parametrize(
+    ("calls", "wrong"),
+    [(program([1] * 3), {"buffers": 1}), (GRIDS, {"every_block_counts": False})],
+    ids=["one buffer", "numbers of its own grid"],
+)
+def test_what_is_wrong_is_found_among_calls_that_overlap_too(calls: Calls, wrong: dict[str, Any]) -> None:
+    assert not explore(ringfence([calls] * 2, replace(RULES, begin=Begin.RECEIVED, **wrong))).safe
 
 
 def test_numbers_of_the_blocks_that_took_part_depend_on_the_grid() -> None:
