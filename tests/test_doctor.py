@@ -110,7 +110,7 @@ def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
 def test_what_auto_would_choose_on_two_h200s() -> None:
     advice, hazards = advise([replace(FACTS, peers=True)] * 2)
     assert [(a.world_size, a.not_here, a.collective, a.transport) for a in advice] == [
-        (2, None, Collective.MNNVL, "peer"),
+        (2, None, Collective.RINGFENCE, "peer"),
         (4, "not here: 2 devices", Collective.TRTLLM, "peer"),
         (8, "not here: 2 devices", Collective.TRTLLM, "peer"),
     ]
@@ -123,10 +123,10 @@ def test_what_auto_would_choose_on_two_h200s() -> None:
 def test_advice_is_about_the_devices_that_are_here() -> None:
     other = replace(FACTS, device="NVIDIA H100", multiprocessors=114)
     advice, _ = advise([FACTS, other])
-    assert advice[0].collective is Collective.REFERENCE
+    assert advice[0].collective is Collective.RINGFENCE, "its kernels work among unlike devices"
     assert "ranks differ in multiprocessors" in advice[0].candidates[0]
     (two, *_), hazards = advise([replace(FACTS, flashinfer=None, flashinfer_missing="it is too old")])
-    assert two.not_here == "not here: 1 device" and two.collective is Collective.REFERENCE and not hazards
+    assert two.not_here == "not here: 1 device" and two.collective is Collective.RINGFENCE and not hazards
 
 
 def test_no_version_has_no_hazards() -> None:
@@ -164,7 +164,7 @@ def test_devices_and_links_are_shown() -> None:
     facts = _made_up()
     text = as_text(facts)
     assert "141 GiB" in text and "SM90" in text and "peer, NV6" in text and "12 NVLinks" in text
-    assert "2 ranks: mnnvl/peer, one-shot up to 8 MiB, fused up to 8 MiB" in text
+    assert "2 ranks: ringfence/peer, one-shot up to " in text
     assert json.loads(json.dumps(as_dict(facts)))["links"]["value"][0] == {
         "to": [0, 6],
         "elsewhere": 12,

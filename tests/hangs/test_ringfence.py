@@ -44,7 +44,7 @@ def test_no_order_of_equal_programs_fails(name: str) -> None:
     assert result.safe and result.states > 100
 
 
-#: Calls of another grid each: a block advances the numbers, and counts what it received, for blocks that it does without.
+#: Calls of another grid each: a block advances the numbers, and counts, for blocks that are not there.
 GRIDS = tuple(replace(call, ctas=min(call.tokens, 1 + call.id % 2)) for call in program([2, 2, 1]))
 OVERLAPPED = {
     "one-shot": (2, UP_AND_DOWN),
@@ -56,7 +56,7 @@ OVERLAPPED = {
 
 @pytest.mark.parametrize("name", OVERLAPPED)
 def test_a_call_may_begin_once_the_numbers_are_advanced(name: str) -> None:
-    """Programmatic dependent launch behind a kernel that waits for nothing: it waits for what the calls before receive."""
+    """Programmatic dependent launch behind a kernel that waits for nothing: the calls before must have received all."""
     world_size, calls = OVERLAPPED[name]
     result = explore(ringfence([calls] * world_size, replace(RULES, begin=Begin.RECEIVED)))
     assert result.safe and result.states > 1000

@@ -27,6 +27,7 @@ from ringfence.runtime.hazards.catalogue import applicable
 from ringfence.runtime.hazards.situation import Collective, Fact
 
 MNNVL, TRTLLM, REFERENCE = Collective.MNNVL, Collective.TRTLLM, Collective.REFERENCE
+RINGFENCE = Collective.RINGFENCE
 
 
 class Machine:
@@ -165,7 +166,7 @@ def test_kernels_are_the_default_where_they_were_measured_and_nowhere_else(name:
     found = machine.links()
     choice = choose(world(found))
     if expected is Topology.NVSWITCH:
-        assert choice.collective is (MNNVL if len(found) == 2 else TRTLLM)
+        assert choice.collective is (RINGFENCE if len(found) == 2 else TRTLLM)
         return
     assert choice.collective is REFERENCE and choice.row is None
     (why,) = [c.why_not for c in choice.candidates if c.collective is TRTLLM]

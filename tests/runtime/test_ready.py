@@ -66,11 +66,13 @@ class Layers(nn.Module):
         return y * 2
 
 
-def _serve(rank: int, options: dict[str, Any], fault: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+def _serve(
+    rank: int, options: dict[str, Any], fault: dict[str, Any], sizes: list[int], own: bool = False
+) -> dict[str, Any]:
     torch.manual_seed(5)
     model = Layers()
     backend = ringfence.Backend(**{"piece_compiler": "eager", "max_tokens": 64, **options})
-    package = FakeFlashInfer(dist.group.WORLD.group_name, **(fault if rank == 1 else {}))
+    package = FakeFlashInfer(dist.group.WORLD.group_name, own=own, **(fault if rank == 1 else {}))
     with installed(package), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
         compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
@@ -147,11 +149,11 @@ def test_what_fails_on_one_rank_is_passed_over_on_all(fault: dict[str, Any], rea
 
 
 def test_where_nothing_works_the_reference_does() -> None:
-    fault = {"broken": ("mnnvl/peer",), "wrong": ("trtllm",)}
-    for result in run_ranks(2, serve, {}, fault, [4]):
+    fault = {"broken": ("ringfence/peer", "mnnvl/peer"), "wrong": ("trtllm",)}
+    for result in run_ranks(2, serve, {}, fault, [4], True):
         assert result["collective"] == "reference" and result["candidates"][-1] == "reference: chosen"
         passed_over = [c.partition(":")[0] for c in result["candidates"][:-1]]
-        assert passed_over == ["mnnvl/multicast", "mnnvl/peer", "trtllm/peer"]
+        assert passed_over == ["mnnvl/multicast", "ringfence/peer", "mnnvl/peer", "trtllm/peer"]
         sites = result["reports"][0]["sites"]
         assert [s["reason"] for s in sites] == ["no_kernel", "no_kernel", "escapes_graph"], "slower than not fusing"
         assert "no kernels are to be had over group '0'; all-reduce, add and norm are left to" in sites[0]["message"]

@@ -20,10 +20,10 @@ from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.collectives.kernels import Implementation, KernelCall
 from ringfence.runtime.collectives.ready import Wanted, prepare
-from ringfence.runtime.collectives.size_table import SizeRow
+from ringfence.runtime.collectives.size_table import TABLE, SizeRow
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.groups import describe_group
-from ringfence.runtime.hazards.situation import Strategy
+from ringfence.runtime.hazards.situation import Collective, Strategy
 from ringfence.runtime.protocol.plan import MODELLED
 from support import run_ranks
 
@@ -82,8 +82,6 @@ def make(channel: Channel, group: dist.ProcessGroup, max_tokens: int, hidden: in
     return GatherKernels(group)
 
 
-NO_ROW = "no row of the size table knows 2 GPUs of SM90; name it to force it"
-
 # -- the row
 
 GATHER = Implementation("gather", "gloo", make=make, strategies=(Strategy.ONE_SHOT,))
@@ -126,15 +124,24 @@ def test_ones_own_collective_is_chosen_tested_called_and_closed() -> None:
 def test_a_missing_flashinfer_bars_its_own_collectives_alone() -> None:
     ranks = [dataclasses.replace(FACTS, flashinfer=None, flashinfer_missing="not here")] * 2
     row = SizeRow("gather", "gloo", (9, 0), 2, 1, 1, 1, "a test", bitwise=True)
-    found = choose(ranks, table=(row,), among=(*table.ALL[:-1], GATHER, table.ALL[-1]))
+    failed = {("ringfence", "peer"): "its workspace could not be created"}
+    among = (*table.ALL[:-1], GATHER, table.ALL[-1])
+    found = choose(ranks, table=(row, *TABLE), among=among, failed=failed)
+    assert choose(ranks, among=among).collective is Collective.RINGFENCE
     assert found.implementation is GATHER
-    assert [c.why_not for c in found.candidates] == ["not here"] * 3 + [NO_ROW, None]
+    assert [(str(c.collective), c.why_not) for c in found.candidates] == [
+        ("mnnvl", "not here"),
+        ("ringfence", "its workspace could not be created"),
+        ("mnnvl", "not here"),
+        ("trtllm", "not here"),
+        ("gather", None),
+    ]
     assert choose(ranks, table=(row,), among=(GATHER,), deterministic=True).row is row
 
 
 def test_every_row_of_the_table_is_whole() -> None:
     names = list(dict.fromkeys(str(one.name) for one in table.ALL))
-    assert names == ["mnnvl", "trtllm", "ringfence", "reference"] and table.ALL[-1].make is None
+    assert names == ["mnnvl", "ringfence", "trtllm", "reference"] and table.ALL[-1].make is None
     assert len({(one.name, one.transport) for one in table.ALL}) == len(table.ALL)
     for one in table.ALL:
         assert (one.make is None) == (one.model is None), "a protocol that hangs has a model"
