@@ -123,7 +123,7 @@ def test_two_ranks_measure_what_they_have(tmp_path: Path) -> None:
             two_shot = collective is TRTLLM and t.size // (4 * t.hidden) > 2
             assert math.isfinite(t.two_shot) == math.isfinite(t.all_reduce_two_shot) == two_shot
         assert {len(t.bits) for t in timings} == {1}
-    ways = ("mnnvl/peer", "trtllm", "ringfence/peer")
+    ways = ("ringfence/peer", "mnnvl/peer", "trtllm")
     assert first["made"] == [(n, 32 << 10 >> p, h) for h, p in ((256, 10), (512, 11)) for n in ways]
     assert all(first["closed"]) and first["open"] == 0
     assert "trtllm/peer: one-shot up to" in first["text"] and "mnnvl two-shot" in first["text"]
