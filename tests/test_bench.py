@@ -93,9 +93,9 @@ def test_bits_count_where_one_shot_serves() -> None:
 
 def _measure(rank: int, fault: dict[str, Any]) -> dict[str, Any]:
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    package = FakeFlashInfer(name, **(fault if rank == 1 else {}))
+    package = FakeFlashInfer(name, own=True, **(fault if rank == 1 else {}))
     sizes = [500, *(1 << power for power in range(10, 16))]
-    with installed(package, own=True), torch.no_grad():
+    with installed(package), torch.no_grad():
         measured = measure(describe_group(name, CPU), CPU, SM90, sizes, [256, 512], torch.float32, "a test", seconds=30)
     return {
         "measured": measured,
