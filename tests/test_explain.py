@@ -198,7 +198,7 @@ def test_moe_sites_are_those_of_all_layers_too() -> None:
 
 def test_a_gpu_is_asked_what_auto_would_choose() -> None:
     two, eight = planned(2, None, None, "h200", "bfloat16"), planned(8, None, "0.7.0", "H200", "bfloat16")
-    assert two.named == "mnnvl of FlashInfer 0.7.2.post1 on 2 H200 over an NVSwitch"
+    assert two.named == "ringfence on 2 H200 over an NVSwitch"
     assert eight.named == "trtllm of FlashInfer 0.7.0 on 8 H200 over an NVSwitch"
     assert eight.candidates[-1] == "trtllm/peer: chosen" and eight.situation.capability == (9, 0)
     none = planned(4, None, None, "l40s", "bfloat16")
@@ -223,8 +223,9 @@ def test_a_hidden_size_that_kernels_do_not_take_passes_them_over() -> None:
     from transformers import LlamaConfig
 
     sizes = TINY | {"hidden_size": 2880, "num_hidden_layers": 1}  # GPT-OSS's: 5,760 bytes are no whole warps
-    report = ringfence.explain(LlamaConfig(**sizes), tp=2, gpu="h200")
-    assert report.judged_as == "reference on 2 H200 over an NVSwitch"
+    assert ringfence.explain(LlamaConfig(**sizes), tp=2, gpu="h200").judged_as == "ringfence on 2 H200 over an NVSwitch"
+    report = ringfence.explain(LlamaConfig(**sizes), tp=4, gpu="h200")
+    assert report.judged_as == "reference on 4 H200 over an NVSwitch"
     assert any("hidden size 2880" in candidate and "warps" in candidate for candidate in report.candidates)
     assert not dist.is_initialized()
 
