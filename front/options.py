@@ -387,8 +387,7 @@ def _check_can_be_written(folder: str) -> None:
 
 
 def _check_sizes(checked: dict[str, Any]) -> None:
-    limit = checked.get("max_tokens")
-    if limit is not None:
+    if (limit := checked.get("max_tokens")) is not None:
         positive("max_tokens", limit)
     sizes = checked.get("capture_sizes", ())
     if isinstance(sizes, str) or not isinstance(sizes, Sequence | set | frozenset | range):

@@ -86,7 +86,8 @@ class Form:
             f'extern "C" __global__ void {cluster}__launch_bounds__({self.threads})\n'
             f"{ENTRY}(const __grid_constant__ Call call) {{ {self.body}(call); }}\n"
         )
-        return "\n".join((*map(_text, ("instructions.cuh", "common.cuh", f"{_FILES[self.strategy]}.cu")), entry))
+        files = ("instructions.cuh", "elements.cuh", "common.cuh", f"{_FILES[self.strategy]}.cu")
+        return "\n".join((*map(_text, files), entry))
 
     @property
     def body(self) -> str:

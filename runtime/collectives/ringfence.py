@@ -33,21 +33,14 @@ from .rank_facts import RankFacts, differ, linked, peers_out_of_reach, topology_
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
 #: From here on blocks form clusters, and a kernel may begin before the one before it ends (PDL).
 _CLUSTERS_FROM = (9, 0)
-MOST_RANKS = 8
-#: The largest row.
-MOST_ROW_BYTES = 64 * 1024
-#: The most blocks of a grid: each has a word with the number of its last call.
-MOST_BLOCKS = 1024
+#: The most ranks, the bytes of the largest row, and the most blocks of a grid: each has a word with its last call.
+MOST_RANKS, MOST_ROW_BYTES, MOST_BLOCKS = 8, 64 * 1024, 1024
 #: Up to how many tokens each is shared by how many blocks; from how many on a block has few warps, and many rounds.
 _SHARED, _NARROW_FROM, _NARROW = ((16, 4), (64, 2)), 129, 13
 #: How much of an inbox one-shot may ask for: beyond it, a large call is two-shot's.
 _MOST_ONE_SHOT_BYTES = 128 << 20
-#: Seconds that ranks wait for each other before memory is given back.
-_CLOSE_SECONDS = 5.0
-
-#: Until the runner sets another: how long a kernel waits for a peer.
-WAIT_SECONDS = 30.0
-
+#: Seconds that ranks wait for each other before memory is given back, and a kernel for a peer, if nobody says another.
+_CLOSE_SECONDS, WAIT_SECONDS = 5.0, 30.0
 #: Words of 8 bytes of pinned memory, where the report begins, and how many words of 4 bytes it has.
 _HOST_WORDS, _REPORT, _REPORT_WORDS = 16, 8, 8
 

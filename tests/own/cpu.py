@@ -59,7 +59,7 @@ class Step:
 
 def library(forms: Sequence[Form], folder: Path, change: tuple[str, str] | None = None) -> Any:
     """The kernels of these forms, from their sources. change: a text of them, and what to put in its place."""
-    texts = [(SOURCES / name).read_text() for name in ("common.cuh", "one_shot.cu", "two_shot.cu")]
+    texts = [(SOURCES / name).read_text() for name in ("elements.cuh", "common.cuh", "one_shot.cu", "two_shot.cu")]
     source = "\n".join(texts)
     if change is not None:
         assert source.count(change[0]) == 1, f"{source.count(change[0])} of {change[0]!r}"

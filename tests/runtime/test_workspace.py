@@ -99,7 +99,7 @@ def test_what_a_workspace_does_not_serve() -> None:
 @pytest.mark.parametrize("given", [
     {}, {"capacity": 12 * 512}, {"kernels": Kernels((ONE,))}, {"world_size": 12}, {"world_size": 16}, {"passed": set()},
     {"row": dataclasses.replace(ROW, one_shot=0)}, {"row": dataclasses.replace(ROW, fused=ROW.one_shot)},
-], ids=str)  # fmt: skip
+], ids=lambda given: " ".join(given) or "nothing")  # fmt: skip
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("hidden", [256, 260, 512])
 def test_the_counts_that_are_served_are_those_of_each_call(given: dict[str, Any], alone: bool, hidden: int) -> None:
