@@ -199,7 +199,7 @@ class Planes:
 # -- the kernels ----------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class OneSided:
     """Dispatch and combine over memory of their own. One workspace owns it.
 

@@ -65,7 +65,7 @@ class SelfTest:
     calls: int
 
 
-@dataclass
+@dataclass(eq=False)  # or leaving a list compares tensors
 class Workspace:
     """Memory and kernels of one collective for calls of up to ``capacity`` bytes on each rank.
 
@@ -154,7 +154,7 @@ class Workspace:
         return self._constants[key][:numel]
 
 
-@dataclass
+@dataclass(eq=False)
 class MoeWorkspace:
     """Memory and kernels of dispatch and combine. situation: what the hazard table is asked about its calls.
 

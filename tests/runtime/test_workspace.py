@@ -15,10 +15,17 @@ from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import mnnvl, trtllm
 from ringfence.runtime.collectives import workspace as module
 from ringfence.runtime.collectives.kernels import KernelCall
+from ringfence.runtime.collectives.moe_one_sided import MoeSizes, OneSided
 from ringfence.runtime.collectives.size_table import SizeRow
-from ringfence.runtime.collectives.workspace import Workspace, Workspaces, close_workspaces, workspaces_of
+from ringfence.runtime.collectives.workspace import (
+    MoeWorkspace,
+    Workspace,
+    Workspaces,
+    close_workspaces,
+    workspaces_of,
+)
 from ringfence.runtime.errors import GroupError, WorkspaceError
-from ringfence.runtime.hazards.situation import Collective, Strategy
+from ringfence.runtime.hazards.situation import Collective, Situation, Strategy
 from support import run_threaded
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
@@ -225,6 +232,27 @@ def test_a_retired_workspace_is_closed_when_every_rank_is_there_and_not_made_aga
     for result in run_threaded(2, body):
         assert result == (True, (True, False), {(TRTLLM, "peer"): "it is wrong"}, 1)
     assert closed_before == [0]
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_second_workspace_is_retired_though_it_is_like_the_first(moe: bool) -> None:
+    """Leaving the list of open ones must not compare their tensors, which have no one truth."""
+
+    def made(n: int) -> Workspace | MoeWorkspace:
+        if not moe:
+            one = workspace(kernels=kernels)
+            one.constant("zeros", torch.empty(0, dtype=torch.bfloat16), 4)
+            return one
+        numbers = torch.zeros(2, n, dtype=torch.uint8), None, torch.zeros(4), {"FLAG_VAL": 0}, 0, 2
+        pair = OneSided(None, *numbers, MoeSizes(4, 64, 64, 2), 128, n)
+        return MoeWorkspace(pair, CPU, Situation(Collective.MOE_ALL_TO_ALL, world_size=2))
+
+    found, kernels = Workspaces(), Kernels()
+    first, second = (found.create(alone(), lambda n=n: made(n), "any", "peer").workspace for n in (1024, 4096))  # type: ignore[misc]
+    found.retire(second, alone(), "it is wrong")  # type: ignore[arg-type]
+    assert (found.moe if moe else list(found.open)) == [first]
+    assert first is not None and second is not None and second.closed and not first.closed
+    assert first != dataclasses.replace(first)
 
 
 def test_control_words_of_all() -> None:
