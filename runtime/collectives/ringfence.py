@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..channel import Channel, ranks_text
+from ..channel import Channel
 from ..errors import HangError, RingfenceError, WorkspaceError
 from ..hazards.situation import Collective, Fact, Strategy
 from . import nvrtc
@@ -27,6 +27,7 @@ from .epilogue import DTYPES, Epilogue
 from .forms import ENTRY, GRANULE, GRANULE_DATA, MOST_WARPS, CallArguments, Form, granules_of, granules_of_token
 from .kernels import Implementation, KernelCall, KernelMemory, Kernels, Requirement
 from .links import FULL
+from .lost import Lost
 from .rank_facts import RankFacts, differ, linked, peers_out_of_reach, topology_of
 
 #: Devices that the kernels were written for.
@@ -43,38 +44,6 @@ _MOST_ONE_SHOT_BYTES = 128 << 20
 _CLOSE_SECONDS, WAIT_SECONDS = 5.0, 30.0
 #: Words of 8 bytes of pinned memory, where the report begins, and how many words of 4 bytes it has.
 _HOST_WORDS, _REPORT, _REPORT_WORDS = 16, 8, 8
-
-
-@dataclass(frozen=True)
-class Lost:
-    """What a kernel said about a wait that ended without success.
-
-    call: the number of the call among all of its workspace, from 1. token: which row. missing: the ranks that did not
-    come. source: the first of them; or, where ``told``, the rank that did come, and told that it had waited for them.
-    """
-
-    call: int
-    token: int
-    source: int
-    rank: int
-    missing: tuple[int, ...]
-    sums: bool
-    told: bool
-
-    @staticmethod
-    def read(words: Sequence[int]) -> Lost:
-        """From the eight words that the kernel wrote."""
-        _, low, high, token, source, rank, mask, what = words
-        missing = tuple(r for r in range(8) if mask >> r & 1)
-        return Lost(low | high << 32, token, source, rank, missing, what == 1, what == 2)
-
-    def __str__(self) -> str:
-        named = ranks_text(self.missing)
-        what = "the sum" if self.sums else "the part"
-        where = f"call {self.call} of the workspace, token {self.token}"
-        if self.told:
-            return f"rank {self.rank} heard from rank {self.source} that it had waited in vain for {named} ({where})"
-        return f"rank {self.rank} waited in vain for {what} of {named} ({where})"
 
 
 @dataclass(frozen=True)
@@ -285,19 +254,19 @@ class RingfenceKernels:
 
 @dataclass
 class _Release:
-    """Gives memory back once nobody has it open. Every rank must call."""
+    """Gives memory back once nobody has it open. Every rank must call; ``together`` is not for what only some have."""
 
     driver: Driver
     channel: Channel
     inbox: int
     opened: list[int] = field(default_factory=list)
 
-    def __call__(self) -> None:
-        for address in self.opened:
-            self.driver.close(address)
-        self.opened = []
-        with contextlib.suppress(RingfenceError, RuntimeError):  # of a rank that is gone, the driver closes it
-            self.channel.exchange("ringfence workspace: closed", None, seconds=_CLOSE_SECONDS)
+    def __call__(self, *, together: bool = True) -> None:
+        while self.opened:
+            self.driver.close(self.opened.pop())
+        if together:
+            with contextlib.suppress(RingfenceError, RuntimeError):  # of a rank that is gone, the driver closes it
+                self.channel.exchange("ringfence workspace: closed", None, seconds=_CLOSE_SECONDS)
         self.driver.free(self.inbox)
 
 
@@ -311,7 +280,10 @@ def buffer_bytes(world_size: int, max_tokens: int, row_bytes: int) -> int:
 
 
 def share(driver: Driver, channel: Channel, size: int) -> tuple[int, tuple[int, ...], _Release]:
-    """``size`` bytes of 0 on each rank's device: this rank's address, those of the others, and how to give it back."""
+    """``size`` bytes of 0 on each rank's device: this rank's address, those of the others, and how to give it back.
+
+    All ranks have it, or none: one that fails is missed in an exchange, and the others give theirs back alone.
+    """
     inbox = driver.allocate(size)
     release = _Release(driver, channel, inbox)
     try:
@@ -319,10 +291,9 @@ def share(driver: Driver, channel: Channel, size: int) -> tuple[int, tuple[int, 
         for rank, handle in enumerate(handles):
             if rank != channel.rank:
                 release.opened.append(driver.open(handle))
+        channel.exchange("ringfence workspace: opened", None)  # only what all have open is closed by all
     except BaseException:
-        for address in release.opened:
-            driver.close(address)
-        driver.free(inbox)
+        release(together=False)
         raise
     return inbox, tuple(release.opened), release
 
@@ -336,10 +307,10 @@ def create(
     driver = Driver()
     functions = Functions(driver, torch.cuda.get_device_capability(device))
     size = buffer_bytes(channel.size, max_tokens, hidden * dtype.itemsize)
-    inbox, peers, release = share(driver, channel, 2 * size)
-    memory = replace(RankMemory.make(device, channel.rank, inbox, peers, size), names=channel.ranks)
+    memory = RankMemory.make(device, channel.rank, 0, (), size)  # what may fail comes before what is shared
     torch.cuda.synchronize(device)
-    return RingfenceKernels(functions, memory, release)
+    inbox, peers, release = share(driver, channel, 2 * size)
+    return RingfenceKernels(functions, replace(memory, inbox=inbox, peers=peers, names=channel.ranks), release)
 
 
 def _make(channel: Channel, group: dist.ProcessGroup, max_tokens: int, hidden: int, dtype: torch.dtype) -> Kernels:

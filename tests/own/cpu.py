@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.collectives.forms import CallArguments, Form, granules_of
-from ringfence.runtime.collectives.ringfence import Lost, buffer_bytes
+from ringfence.runtime.collectives.lost import Lost
+from ringfence.runtime.collectives.ringfence import buffer_bytes
 from ringfence.runtime.hazards.situation import Strategy
 
 HERE = Path(__file__).parent

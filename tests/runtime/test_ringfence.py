@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_flashinfer import FACTS
 
 from ringfence.assign import wanted_by
 from ringfence.options import Options
+from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import nvrtc
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.collectives.forms import GRANULE, CallArguments, granules_of_token
 from ringfence.runtime.collectives.kernels import KernelCall
 from ringfence.runtime.collectives.links import Topology
+from ringfence.runtime.collectives.lost import Lost
 from ringfence.runtime.collectives.ringfence import (
     IMPLEMENTATION,
     MOST_BLOCKS,
     Functions,
-    Lost,
     RankMemory,
     RingfenceKernels,
     blocks_of_token,
     buffer_bytes,
+    create,
     share,
 )
+from ringfence.runtime.collectives.workspace import Workspaces
 from ringfence.runtime.errors import CollectiveUnavailableError, HangError, PoisonedError, WorkspaceError
 from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.watch.supervision import Supervision
@@ -47,9 +53,10 @@ class FakeDriver:
         self.launched: list[tuple[int, int, CallArguments, bool]] = []
         self.open_memory: list[int] = []
         self.freed: list[int] = []
-        self.refuse = False
+        self.refuse = self.allocated = False
 
     def allocate(self, size: int) -> int:
+        self.allocated = True
         return 4096
 
     def free(self, address: int) -> None:
@@ -216,6 +223,47 @@ def test_memory_that_cannot_be_opened_is_given_back() -> None:
     with pytest.raises(WorkspaceError, match="cuIpcOpenMemHandle"):
         share(driver, FakeChannel(), 512)  # type: ignore[arg-type]
     assert driver.freed == [4096]
+
+
+@pytest.mark.parametrize("fails", ["open", "handle", "make"])
+def test_one_rank_that_fails_leaves_nothing_and_all_go_on(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the others have no workspace then, and the exchanges of the next collective are theirs alone."""
+    store, here, drivers = dist.HashStore(), threading.local(), [FakeDriver(), FakeDriver()]
+    words = torch.zeros(16, dtype=torch.int64)
+    made = RankMemory(0, 0, 0, (), 512, words, words, words, words)
+
+    def refuse(*_: object) -> Any:
+        raise WorkspaceError("on this rank alone")
+
+    def make(*given: Any) -> RankMemory:
+        return refuse() if fails == "make" and given[1] == 1 else made
+
+    if fails != "make":
+        monkeypatch.setattr(drivers[1], fails, refuse)
+    monkeypatch.setattr(RankMemory, "make", make)
+    monkeypatch.setattr("ringfence.runtime.collectives.ringfence.Driver", lambda: here.driver)
+    for name, value in (("current_device", 0), ("synchronize", None), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+    def of_rank(rank: int) -> tuple[Any, Any]:
+        here.driver, channel, workspaces = drivers[rank], Channel(store, rank, 2, seconds=20), Workspaces()
+
+        def making() -> Any:
+            return mock.Mock(kernels=create(channel, None, 8, 64, torch.float32))  # type: ignore[arg-type]
+
+        def another() -> Any:
+            return mock.Mock(kernels=channel.exchange("the next one's", rank))
+
+        first = workspaces.create(channel, making, "ringfence", "peer")
+        return first, workspaces.create(channel, another, "mnnvl", "peer").workspace.kernels
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(of_rank, range(2)))
+    why = "its workspace could not be created (rank 1: on this rank alone)"
+    assert found == [((None, why), [0, 1])] * 2
+    for driver in drivers:
+        assert driver.open_memory == [] and driver.freed == ([4096] if driver.allocated else [])
+    assert drivers[0].allocated
 
 
 @pytest.mark.parametrize(
