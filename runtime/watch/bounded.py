@@ -4,12 +4,15 @@ A kernel that has given up writes a report into pinned memory and NaN into its o
 read it: it is looked at before and after each step, and at each beat of the watchdog.
 
 A rank that compiles, captures or runs a graph for the first time is late by minutes and lost by no means. So while this
-rank does, or another that is heard of, kernels wait as long as the watch would.
+rank does, or another that is heard of, kernels wait as long as the watch would. A wait counts from its own beginning.
+So patience with another rank ends a bound after the last that was heard of its warm-up: a kernel that has waited for a
+compilation gives that rank as much time to come as any other.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,7 +44,9 @@ class _Kernels:
 class BoundedWaits:
     """Those of a process, by the name of their group. May be asked from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._heard = 0.0  # when another rank was last heard to warm up
         self._kernels: dict[str, _Kernels] = {}
         self._reasons: dict[str, float] = {}  # why there is more patience, and how many seconds
         self._one = threading.Lock()
@@ -81,10 +86,11 @@ class BoundedWaits:
             self.steady(_OWN)
 
     def hears(self, others: Iterable[Position], warm_up: float) -> None:
-        """Where the other ranks are that live."""
+        """Where the other ranks are that live; told at each beat."""
         if any(other.phase in ("compile", "warm-up") for other in others):
+            self._heard = self._clock()
             self.patient(_PEER, warm_up)
-        else:
+        elif _PEER in self._reasons and self._clock() - self._heard >= self._longest():
             self.steady(_PEER)
 
     def steady(self, why: str) -> None:
@@ -92,6 +98,10 @@ class BoundedWaits:
             with self._one:
                 self._reasons.pop(why, None)
                 self._apply()
+
+    def _longest(self) -> float:
+        """The longest bound of kernels that still are."""
+        return max((entry.seconds for entry in tuple(self._kernels.values()) if entry.of() is not None), default=0.0)
 
     def _apply(self) -> None:
         least = max(self._reasons.values(), default=0.0)

@@ -41,7 +41,8 @@ def at(phase: str) -> Position:
 
 
 def test_kernels_wait_the_least_that_was_asked_for_and_longer_while_somebody_warms_up() -> None:
-    waits, kernels, device = BoundedWaits(), Kernels(), [True]
+    now = [100.0]
+    waits, kernels, device = BoundedWaits(lambda: now[0]), Kernels(), [True]
     waits.add("group", kernels, 5.0)
     waits.add("group", kernels, 30.0)
     assert kernels.seconds == 5.0, "another graph of the group asked for more"
@@ -57,9 +58,34 @@ def test_kernels_wait_the_least_that_was_asked_for_and_longer_while_somebody_war
     waits.begins(False, 0.0, lambda: device[0])
     assert (kernels.seconds, late.seconds) == (600.0, 600.0), "another rank compiles"
     waits.hears([at("idle"), at("step")], 600.0)
+    now[0] += 10.0
+    waits.hears([at("idle"), at("step")], 600.0)
     assert (kernels.seconds, late.seconds) == (5.0, 9.0)
     waits.add("group", again := Kernels(), 30.0)
     assert again.seconds == 30.0, "what was asked of kernels that are gone says nothing of new ones"
+
+
+def test_a_kernel_that_waited_for_a_compilation_gives_the_rank_its_own_bound_to_come() -> None:
+    """It has waited for longer already, so at its next look it would give up for a rank that lives."""
+    now = [0.0]
+    waits, kernels = BoundedWaits(lambda: now[0]), Kernels()
+    waits.add("group", kernels, 30.0)
+    for seconds, phases, bound in (
+        (0.0, ["compile"], 1800.0),
+        (40.0, ["compile"], 1800.0),
+        (40.3, ["idle"], 1800.0),  # guards are built
+        (69.9, ["idle"], 1800.0),
+        (70.0, ["step"], 30.0),  # 30 after the last that was heard of it
+        (71.0, ["idle", "warm-up"], 1800.0),
+        (90.0, ["warm-up"], 1800.0),
+        (91.0, [], 1800.0),  # it holds Python's lock, and is silent
+        (119.9, [], 1800.0),
+        (120.0, [], 30.0),
+        (121.0, ["step"], 30.0),
+    ):
+        now[0] = seconds
+        waits.hears(map(at, phases), 1800.0)
+        assert kernels.seconds == bound, f"at {seconds} s, where others are in {phases}"
 
 
 def test_what_is_gone_is_not_asked() -> None:
@@ -116,7 +142,7 @@ def _job(rank: int, package: FakeFlashInfer, folder: str, captured: bool) -> dic
     def backend() -> ringfence.Backend:
         torch._dynamo.reset()
         given: dict[str, Any] = {"capture_sizes": [4], "graphs": "simulated", "split_ops": OPS} if captured else {}
-        given |= {"kernel_wait_seconds": 7 + rank, "warm_up_seconds": 900, "on_hang": "raise", "journal_dir": folder}
+        given |= {"kernel_wait_seconds": 2 + rank, "warm_up_seconds": 900, "on_hang": "raise", "journal_dir": folder}
         return ringfence.Backend(piece_compiler="eager", collective="trtllm", max_tokens=8, agree_seconds=30, **given)
 
     def step(call: Any) -> tuple[bool, float]:
@@ -190,5 +216,5 @@ def test_its_workspace_is_made_anew_with_the_bound_that_was_asked_for(jobs: list
     for rank, found in enumerate(jobs):
         assert [right for right, _ in found[name]["steps"]] == [True] * 3 and found[name]["anew"] == (True, 900)
         assert found[name]["steps"][0][1] == 900, "the patience of a warm-up"
-        assert found[name]["steady"] == 7 + rank, "kernel_wait_seconds, which may be each rank's own"
+        assert found[name]["steady"] == 2 + rank, "kernel_wait_seconds, which may be each rank's own"
         assert found[name]["invalid"] is None and found["closed"] == [True] * 3
