@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import moe_graphs
 import pytest
 import torch
 from backend_model import H, Model, rows
@@ -98,6 +99,27 @@ def test_all_reduces_of_which_none_is_fused_are_told_with_their_reason() -> None
     first, *rest = said(compiled(Declined()))
     assert len(first) == 1 and rest == [[], []]
     assert "none of 2 all-reduces is fused (layer_norm 2 times): " in first[0] and "LayerNorm" in first[0]
+
+
+class DeclinedBesideExperts(nn.Module):
+    """The same, and experts whose exchange is a site of its own: nobody set ``moe_dispatch``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.declined, self.experts = Declined(), moe_graphs.Layer("batched", 0, 2)
+
+    def forward(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return self.declined(x), self.experts(*given)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_experts_are_no_all_reduces_and_their_switch_is_another() -> None:
+    model = ringfence.compile(DeclinedBesideExperts(), **EAGER)
+    first, *rest = said(lambda: model(rows(4), *moe_graphs.given(4, 0)))
+    (site,) = model.ringfence.reports[0].moe_sites
+    assert site.decline is not None and site.decline.reason == "switched_off"
+    assert len(first) == 1 and "none of 2 all-reduces is fused (layer_norm 2 times): " in first[0], first
+    assert rest == [[], []]
 
 
 class Scattered(nn.Module):
