@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .hazard import Hazard
+from .hazard import REPOSITORIES, Hazard
 from .table import HAZARDS
 
 #: What a word counts for where it stands.
@@ -57,8 +57,11 @@ _ALIKE = {
 }
 
 
-#: A thread of somebody's tracker, as ``nccl#2389``.
+#: A thread of somebody's tracker, as ``nccl#2389``, and its address.
 _THREAD = re.compile(r"[\w./-]*#\d+")
+_ADDRESS = re.compile(r"(?:https?://)?github\.com/([\w.-]+/[\w.-]+)/(?:issues|pull)/(\d+)[\w#/-]*")
+#: How sources write a repository, by its name and by its owner and name.
+_SHORT = {name: short for short, full in REPOSITORIES.items() for name in (full.lower(), full.lower().split("/")[1])}
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ class Fit:
 def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Fit, ...]:
     """The rows that fit best, best first; none where no word is known.
 
-    A thread (``V#51513``, ``nccl#2389``) is looked up among the sources instead; one that no row has says nothing.
+    A thread (``V#51513``, ``vllm#51513``, ``nccl#2389``, or its address on GitHub) is looked up among the sources instead;
+    one that no row has says nothing.
     """
+    text = _ADDRESS.sub(r"\1#\2", text)
     if named := _that_name_a_thread(text, hazards):
         return tuple(Fit(hazard, 1.0) for hazard in named)
     documents = {h.id: _words_of(h) for h in hazards}
@@ -95,6 +100,7 @@ def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Fit, ...]:
 
 def count_fitting(text: str, hazards: Sequence[Hazard] = HAZARDS) -> int:
     """How many rows have a word of the text, or its thread; :func:`search` gives the best of them."""
+    text = _ADDRESS.sub(r"\1#\2", text)
     if named := _that_name_a_thread(text, hazards):
         return len(named)
     asked = set(words(_THREAD.sub(" ", text)))
@@ -139,4 +145,6 @@ def _that_name_a_thread(text: str, hazards: Sequence[Hazard]) -> list[Hazard]:
 
 def _names(hazard: Hazard, thread: str) -> bool:
     """Whether a row has this thread among its sources; ``nccl#2389`` is ``NVIDIA/nccl#2389``."""
-    return re.search(rf"(?<![\w.-]){re.escape(thread)}(?!\d)", hazard.source, re.IGNORECASE) is not None
+    repository, _, number = thread.partition("#")
+    ways = {thread, f"{_SHORT.get(repository.lower(), repository)}#{number}"}
+    return any(re.search(rf"(?<![\w.-]){re.escape(way)}(?!\d)", hazard.source, re.IGNORECASE) for way in ways)

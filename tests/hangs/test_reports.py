@@ -101,7 +101,16 @@ def test_a_row_is_found_by_its_own_symptom() -> None:
 
 @pytest.mark.parametrize(
     ("thread", "ids"),
-    [("nccl#2389", ["M55"]), ("NVIDIA/nccl#2334", ["M55"]), ("V#51513", ["M51"]), ("see fi#5081 there", ["M17"])],
+    [
+        ("nccl#2389", ["M55"]),
+        ("NVIDIA/nccl#2334", ["M55"]),
+        ("V#51513", ["M51"]),
+        ("see fi#5081 there", ["M17"]),
+        ("vllm#45448", ["M16"]),
+        ("vllm-project/vllm#45448", ["M16"]),
+        ("https://github.com/vllm-project/vllm/issues/45448#issuecomment-1", ["M16"]),
+        ("as in github.com/flashinfer-ai/flashinfer/pull/3053", ["M1"]),
+    ],
 )
 def test_a_thread_is_looked_up_among_the_sources(thread: str, ids: list[str]) -> None:
     assert [match.hazard.id for match in search(thread)] == ids
