@@ -75,8 +75,8 @@ class Fit:
 def search(text: str, hazards: Sequence[Hazard] = HAZARDS) -> tuple[Fit, ...]:
     """The rows that fit best, best first; none where no word is known.
 
-    A thread (``V#51513``, ``vllm#51513``, ``nccl#2389``, or its address on GitHub) is looked up among the sources instead;
-    one that no row has says nothing.
+    A thread (``V#51513``, ``vllm#51513``, ``nccl#2389``, or its address on GitHub) is looked up among the sources
+    instead; one that no row has says nothing.
     """
     text = _ADDRESS.sub(r"\1#\2", text)
     if named := _that_name_a_thread(text, hazards):
