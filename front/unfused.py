@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -49,8 +50,16 @@ def why_nothing_is_fused(reports: Sequence[CompileReport], ranks: int) -> str | 
 
 
 def say_if_nothing_is_fused(reports: Sequence[CompileReport]) -> None:
-    """On one rank."""
-    there = dist.is_available() and dist.is_initialized()
-    why = why_nothing_is_fused(reports, dist.get_world_size() if there else 1)
-    if why is not None and not (there and dist.get_rank() != 0):
+    """On one rank. Without a process group those count that torchrun has started."""
+    if dist.is_available() and dist.is_initialized():
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, ranks = _started("RANK", 0), _started("WORLD_SIZE", 1)
+    why = why_nothing_is_fused(reports, ranks)
+    if why is not None and rank == 0:
         warnings.warn(f"ringfence: {why}", NotFusedWarning, stacklevel=3)
+
+
+def _started(variable: str, alone: int) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else alone

@@ -51,6 +51,15 @@ def test_without_other_ranks_the_launcher_is_named() -> None:
     assert "no graph has an all-reduce" in first[0] and "torchrun" in first[0] and "tp_plan='auto'" in first[0]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_were_started_and_made_no_group_are_not_alone(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    found = [text for texts in said(given(nn.Linear(H, H))) for text in texts]
+    assert len(found) == (rank == 0)
+    assert all("no graph has an all-reduce" in text and "alone" not in text and "Shard it" in text for text in found)
+
+
 @pytest.mark.usefixtures("fake_group")
 def test_in_a_second_call_where_the_first_may_have_more_graphs_to_come() -> None:
     first, second, third = said(given(nn.Linear(H, H)))
