@@ -25,8 +25,11 @@ from ringfence.integrations.vllm.request import Request
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import ops, reference
 from ringfence.runtime.collectives.prepared import Prepared
-from ringfence.runtime.errors import HazardError
+from ringfence.runtime.errors import HangError, HazardError, PoisonedError
 from ringfence.runtime.groups import group_exists
+from ringfence.runtime.watch.steps import Watch
+from ringfence.runtime.watch.supervision import Asked, Supervision
+from ringfence.runtime.watch.supervisor import supervisor_for
 from support import aot_graph
 
 H, LAYERS = 16, 3
@@ -442,6 +445,55 @@ def test_the_pass_goes_as_far_as_the_kernels(tp: FakeVllm, monkeypatch: pytest.M
         found[takes] = asked
     digests = {one.digest for one in found.values()} | {digest.digest_of(Request("pass"))}
     assert len(digests) == 4
+
+
+class Kernels:
+    """Of a group: what they were told to wait, and whether one has given up."""
+
+    seconds = 0.0
+    lost: HangError | None = None
+
+    def check_kernels(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+
+    def wait_for(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+def test_a_step_that_nobody_watches_ends_the_patience_of_kernels_and_tells_a_lost_wait(
+    tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """No other code of the host's runs while vLLM replays its graphs."""
+    supervisor, kernels, threads = supervisor_for(asked := Asked()), Kernels(), threading.active_count()
+
+    def prepare(name: str, *_: Any, **others: Any) -> Prepared:
+        supervisor.waits.add(name, kernels, 30.0)
+        supervisor.begins(first=True)
+        return Prepared(name, "ringfence", (), H, "float32", 32, 1 << 20, 0, True, "bounded_waits: they end")
+
+    def watch(name: str, **options: Any) -> Watch:
+        """As for a peer that is one."""
+        assert options == {"device": torch.device(tp.group.device)}, "no option of a watch"
+        return Watch(name, Supervision(supervisor), supervisor.journal, asked)
+
+    monkeypatch.setattr(worker, "prepare", prepare)
+    monkeypatch.setattr(worker, "watch", watch)
+    monkeypatch.setenv("RINGFENCE", "pass")
+    register()
+    started, steps = tp.started(tp.config()), types.SimpleNamespace(total_num_scheduled_tokens=3)
+    started.worker.compile_or_warm_up_model()
+    assert kernels.seconds == 1800.0 and not said[0].endswith("watched") and threading.active_count() == threads
+    assert [started.execute_model(steps) for _ in range(2)] == [3, 3]
+    assert kernels.seconds == 30.0, "the first step has ended"
+    kernels.lost = HangError("rank 0 waited in vain for rank 1", (1,))
+    with pytest.raises(HangError, match="waited in vain for rank 1"):
+        started.execute_model(steps)
+    kernels.lost = None
+    for call in (lambda: started.execute_model(steps), started.__dict__["_ringfence"].watch.check):
+        with pytest.raises(PoisonedError, match="waited in vain for rank 1"):
+            call()
+    assert supervisor.knows(asked)
 
 
 def test_a_worker_prepares_before_it_compiles_anything(

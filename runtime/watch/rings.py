@@ -103,6 +103,11 @@ class Rings(Marks):
         self.programs.append(note)
         return len(self.programs) - 1
 
+    @property
+    def begun(self) -> int:
+        """How many steps have begun: the number of the next one."""
+        return self._steps
+
     def has_run(self, program: int) -> bool:
         """Whether a step of a program has ended."""
         return self._runs[program] > 0

@@ -54,6 +54,14 @@ class Watch:
             raise
         marks.end()
 
+    def check(self) -> None:
+        """Call it once the device has ended a step (a synchronisation of yours), before its outputs are used.
+
+        Raises :class:`HangError` where a kernel has given up waiting for a peer, so that outputs since then are NaN,
+        and :class:`PoisonedError` where the ranks are out of step. It waits for nothing.
+        """
+        self._supervision.check()
+
     def close(self) -> None:
         """Stop watching, as far as nobody else asks for it. The journal goes on being written."""
         leave(self._asked)

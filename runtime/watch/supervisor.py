@@ -84,7 +84,7 @@ class Supervisor:
         self._tokens: dict[int, str] = {}  # of all of them, by rank
         self._forget_uncaught: Callable[[], None] | None = None
         self._neighbours: dict[str, Neighbours] = {}
-        self._has_marks = False
+        self._has_marks, self._first = False, 0
 
     # -- who asks for what -------------------------------------------------------------------
 
@@ -132,10 +132,7 @@ class Supervisor:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        for asked in self._asked:
-            settings |= asked.process
-        return settings
+        return {name: value for asked in self._asked for name, value in asked.process.items()}
 
     def _differs(self, asked: Asked) -> str | None:
         settings = self._settings
@@ -277,13 +274,16 @@ class Supervisor:
         return Supervision(self, agreement, graph.asked, graph.about.name)
 
     def begins(self, first: bool) -> None:
-        """A step begins. While the first of its kind runs, kernels have the patience of a warm-up."""
+        """A step begins. Until the last first one of its kind has ended, kernels have the patience of a warm-up."""
+        self._first = self.journal.begun if first else self._first
         self.waits.begins(first, self._deadlines.warm_up if first else 0.0, self._is_busy)
 
     def _is_busy(self) -> bool:
-        """Whether steps have not ended on the device; one that is captured is busy, and may not be asked."""
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return capturing or self.journal.position().waits
+        """Whether that step, or one before, still runs on the device; in a capture the device may not be asked."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return True
+        at = self.journal.position()  # an engine that runs ahead always has a later step there
+        return bool(at.exchange) or (at.stuck_in_piece and at.step <= self._first)
 
     def check(self) -> None:
         """Raises :class:`HangError` where a kernel has given up, :class:`PoisonedError` where ranks are out of step."""

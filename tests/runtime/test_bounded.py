@@ -19,7 +19,7 @@ import ringfence
 from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import HangError, RingfenceError
 from ringfence.runtime.watch.bounded import BoundedWaits
-from ringfence.runtime.watch.position import Position
+from ringfence.runtime.watch.position import UNCAPTURED, PieceNote, Position, ProgramNote
 from ringfence.runtime.watch.supervisor import Supervisor
 from support import run_ranks
 
@@ -113,6 +113,36 @@ def test_a_step_that_is_captured_asks_no_device(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     supervisor.begins(first=False)
     assert kernels.seconds == 5.0
+
+
+def test_patience_ends_with_the_first_step_though_a_later_one_always_runs() -> None:
+    """As in an engine that hands the device a step before the last has ended."""
+
+    class Device:
+        ended = -1
+
+        def record(self, slot: int) -> bool:
+            return True
+
+        def done(self, slot: int) -> bool:
+            return slot <= self.ended
+
+        def watch_from_here(self) -> None: ...
+
+    supervisor, kernels, device = Supervisor(), Kernels(), Device()
+    supervisor.waits.add("group", kernels, 5.0)
+    supervisor.journal.use(device)
+    number = supervisor.journal.register(ProgramNote((PieceNote("step", False, ("group",)),)))
+    found = []
+    for at, ended in enumerate((-1, -1, 0, 1, 1, 3)):
+        device.ended = ended  # of the steps 0 to 5, of which 0 and 3 are the first of their kind
+        supervisor.begins(first=at in (0, 3))
+        found.append(kernels.seconds)
+        marks = supervisor.journal.begin(number, (4,), UNCAPTURED)
+        marks.enter()
+        marks.leave()
+        marks.end()
+    assert found == [1800.0, 1800.0, 5.0, 1800.0, 1800.0, 5.0]
 
 
 # -- through a backend, on ranks whose kernels are torch ----------------------------------------------

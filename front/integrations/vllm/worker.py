@@ -3,7 +3,8 @@
 init_device               groups get vLLM's names; the collective is chosen, made and tested, ahead of vLLM's
                           measuring of memory; the watch begins
 compile_or_warm_up_model  fused sites are counted, sizes are captured, and rank 0 says what came of it
-execute_model             each step is watched, where a watch was asked for
+execute_model             each step is watched, where a watch was asked for; where our own kernels may wait in it, a
+                          lost wait is told, and their patience with a warm-up ends
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Running:
         self.asked, self.config, self.group = asked, config, group
         self.prepared: Prepared | None = None
         self.watch: Watch | None = None
+        self.watched = asked.mode == "backend" and "on_hang" in asked.options
         self.reports: list[CompileReport] = []
         self.guarded = guard.Guarded()
         self.fused = self.sums = 0
@@ -128,10 +130,6 @@ class Running:
             f"{'; steps are watched' if self.watched else ''}"
         )
 
-    @property
-    def watched(self) -> bool:
-        return self.watch is not None or (self.asked.mode == "backend" and "on_hang" in self.asked.options)
-
 
 def _unread(version: str) -> str:
     low, high = hooked.SUPPORTED
@@ -190,8 +188,10 @@ def _begin(running: Running) -> None:
     wanted = asked.only(WATCH)
     if asked.mode == "guard":
         wanted = {"on_hang": "report"} | wanted
-    if asked.mode != "backend" and set(wanted) - {"agree_seconds"}:
-        running.watch = watch(name, device=device, **wanted)
+    asks = bool(set(wanted) - {"agree_seconds"})
+    if asked.mode != "backend" and (asks or (asked.mode == "pass" and asked.fuses)):
+        running.watch = watch(name, device=device, **wanted)  # where nobody asks, it starts no thread, writes no file
+        running.watched = asks
 
 
 def _guarding(running: Running) -> Callable[..., Any]:
