@@ -169,7 +169,7 @@ def _largest(capacity: int | torch.SymInt, even: bool, capacities: Sequence[int]
     if isinstance(capacity, int):
         seen = capacity
     elif even and capacity.node.has_hint():
-        seen = int(capacity.node.hint)
+        seen = 1 << (int(capacity.node.hint) - 1).bit_length()  # it varies: a graph for each that comes would be many
     else:
         return max(capacities, default=None)
     return max((seen, *capacities))  # one workspace for all sizes that come

@@ -41,7 +41,7 @@ def dispatch_where_agreed(
             answers = channel.exchange("experts to dispatch", said_of(gm, candidates, group))
             candidates = agreed(gm, candidates, group, dict(zip(channel.ranks, answers, strict=True)))
             if supervisor is not None:
-                candidates = where_faster(candidates, groups[group], channel, device, options, supervisor)
+                candidates = where_faster(candidates, groups[group], groups, channel, device, options, supervisor)
         return candidates
 
     return dispatch_experts(

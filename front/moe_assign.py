@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .compile_passes.assignment import Assignment
 from .compile_passes.moe_calls import calls_of, carried_out_by, in_pairs, sizes_of, sizes_of_sites
 from .compile_passes.moe_sites import MoeCandidate
+from .compile_passes.ranges import is_within
 from .compile_passes.reasons import Decline, Reason
 from .compile_passes.roles import arguments, tensor
 from .options import Options
@@ -68,6 +69,7 @@ def assign_moe(
 def where_faster(
     candidates: list[MoeCandidate],
     group: Group,
+    groups: Mapping[str, Group],
     channel: Channel,
     device: torch.device,
     options: Options,
@@ -75,7 +77,9 @@ def where_faster(
 ) -> list[MoeCandidate]:
     """The candidates; those of a group of GPUs that no kernels would carry out stay gathers, unless options insist.
 
-    The reference sends no less than a gather and a reduce-scatter do. Every rank must call, with the same sites.
+    The reference sends no less than a gather and a reduce-scatter do. Where the token count is a size of the call, the
+    graph becomes one for those that kernels take, or for more, as with all-reduces. groups: all of the graph. Every
+    rank must call, with the same sites.
     """
     mine = [c for c in candidates if c.match is not None and c.site.group == group.name]
     if not mine or options.moe_collective != "auto" or why_reference_only(group, device) is not None:
@@ -87,16 +91,18 @@ def where_faster(
         why = next((c.why_not for c in ready.candidates if c.why_not is not None), "")
     no_kernel = Decline(Reason.NO_KERNEL, f"no kernels carry out a dispatch here: {why or sizes}")
     beyond = Decline(
-        Reason.BEYOND_TABLE, f"more than the {largest} tokens that kernels were measured or have memory for"
+        Reason.BEYOND_TABLE,
+        f"this graph is for more than the {largest} tokens that kernels were measured or have memory for",
     )
 
     def decided(candidate: MoeCandidate) -> MoeCandidate:
         if candidate not in mine or candidate.match is None:
             return candidate
-        tokens = tensor(arguments(arguments(candidate.match.ids)[0])[0]).shape[0]
-        if isinstance(tokens, int) and tokens > largest > 0:
-            return candidate.declined(beyond)
-        return candidate if largest else candidate.declined(no_kernel)
+        if not largest:
+            return candidate.declined(no_kernel)
+        ids = tensor(arguments(arguments(candidate.match.ids)[0])[0])  # [tokens, top_k] of this rank, as of all
+        within = is_within(ids, (range(1, largest + 1),), group.name, groups)
+        return candidate if within is not False else candidate.declined(beyond)  # the op looks again where it is open
 
     return [decided(candidate) for candidate in candidates]
 

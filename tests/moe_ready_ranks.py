@@ -106,7 +106,7 @@ def raised(call: Callable[[], object]) -> str:
 def all_of_it(rank: int) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     found: dict[str, Any] = {}
-    for part in (prepared, refused_on_all, compiled, disagreeing, compared, measured, in_two_graphs):
+    for part in (prepared, refused_on_all, compiled, ranged, disagreeing, compared, measured, in_two_graphs):
         found |= part(rank)
     return found
 
@@ -179,6 +179,25 @@ def compiled_case(rank: int, name: str, options: dict[str, Any], machine: dict[s
         found[name] = excess, calls, [str(pair.sizes) for pair in made], str(site.decline and site.decline.reason)
         found[f"{name}, why"] = site.message
     return found
+
+
+def ranged(rank: int) -> dict[str, Any]:
+    """A dynamic graph whose kernels were measured up to 8 tokens: what each call ran, and what its graph says."""
+    ran, dynamic = [], {"facts": replace(FACTS, capability=(8, 9))}
+    with tempfile.TemporaryDirectory() as folder, on_gpus(**dynamic) as made:
+        write_table(table := f"{folder}/table.json", (), (MoeRow((8, 9), 2, 8, "a test"),))
+        layer = moe_graphs.Layer("batched", rank, 2)
+        given: dict[str, Any] = {"piece_compiler": "eager", "agree_seconds": 60, "size_table": table}
+        backend = ringfence.Backend(moe_dispatch=True, **given)
+        call = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+        for tokens in (5, 7, 8, 9, 20, 3):
+            args, before = moe_graphs.given(tokens, rank), sum(len(pair.calls) for pair in made)
+            assert layer.excess(call(*args), *args) <= 2.0
+            calls = [one for pair in made for one in pair.calls][before:]
+            ran.append((tokens, len(backend.reports), calls[-2:]))
+        sites = [report.moe_sites[0] for report in backend.reports]
+    declined = [(str(site.decline.reason), site.message) if site.decline else None for site in sites]
+    return {"ranged": (ran, declined)}
 
 
 def disagreeing(rank: int) -> dict[str, Any]:

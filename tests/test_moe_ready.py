@@ -96,6 +96,16 @@ def test_a_site_that_no_kernel_is_faster_at_stays_a_gather(ranks: list[dict[str,
             assert max(excess) <= 2.0 and declined == reason and why in found[f"{case}, why"], found[f"{case}, why"]
 
 
+def test_a_dynamic_graph_is_for_the_tokens_that_kernels_win_at_or_for_more(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        ran, (within, beyond) = found["ranged"]
+        for tokens, graphs, calls in ran:
+            pair = [("dispatch", tokens), ("combine", tokens)]
+            assert graphs == (1 if tokens in (5, 7, 8) else 2), ran
+            assert calls == (pair if tokens <= 8 else []), ran
+        assert within is None and beyond[0] == "beyond_table" and "for more than the 8 tokens" in beyond[1]
+
+
 def test_another_capacity_on_a_rank_is_told_before_anything_is_sent(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         said, made = found["disagreeing"]
