@@ -26,6 +26,9 @@ BUFFERS = 3
 #: The word that means "not arrived".
 SENTINEL = -(2**31)  # 0x80000000
 
+#: How long a kernel waits for a peer, if nobody says another and its waits have an end.
+WAIT_SECONDS = 30.0
+
 #: FI#4473: the two stages of a Lamport buffer must both start at a multiple of 16 bytes.
 STAGE_ALIGNMENT = 32
 #: A clear offset of two buffers is a signed 32-bit product (trtllm_allreduce_fusion.cuh), which wraps from here on.
@@ -187,6 +190,7 @@ class Implementation:
     dtypes: which dtypes a workspace that is made for one serves.
     epoch_on_device: whether a replay finds the protocol's epoch on the device; what the host holds would be baked in.
     facts: what the hazard table should know of each of its calls.
+    load: makes its kernels ready for these calls; by default they are when they are first called.
     model: its protocol's name among the models of runtime/protocol, None where there is none.
     """
 
@@ -202,6 +206,7 @@ class Implementation:
     epoch_on_device: bool = False
     facts: frozenset[Fact] = frozenset()
     model: str | None = None
+    load: Callable[[Kernels, Sequence[tuple[KernelCall, Epilogue]]], None] = lambda kernels, calls: None
 
     def __str__(self) -> str:
         return f"{self.name}/{self.transport}" if self.transport else str(self.name)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..channel import by_value
+from . import nvrtc
 from .flashinfer import Unavailable, load
 from .links import Links, Topology, between, read, topology
 from .opt_outs import nccl_setting, own_opt_outs
@@ -29,6 +30,7 @@ class RankFacts:
     peers: whether this GPU can address the others that this process sees; None if it sees one only.
     links: what NVML says of its NVLinks; None where that cannot be read, for the reason in ``links_unknown``.
     nccl_p2p_off: whether NCCL_P2P_DISABLE keeps NCCL from the memory of peers.
+    nvrtc_missing: why this rank cannot compile kernels, with the remedy; None where it can.
     lost: the copies into and out of the memory of peers that did not bring the data; :mod:`.peer_copy` tries them.
     """
 
@@ -44,6 +46,7 @@ class RankFacts:
     links: Links | None = None
     links_unknown: str | None = None
     nccl_p2p_off: bool = False
+    nvrtc_missing: str | None = None
     lost: tuple[str, ...] = ()
     rank: int = 0
 
@@ -69,6 +72,7 @@ def probe(device: torch.device) -> RankFacts:
         links=links,
         links_unknown=links_unknown,
         nccl_p2p_off=nccl_setting("NCCL_P2P_DISABLE") not in (None, "", "0"),
+        nvrtc_missing=nvrtc.missing(),
     )
 
 

@@ -330,8 +330,10 @@ def _make(
     assert choice.row is not None and one.make is not None
     tokens = limit // (wanted.hidden * wanted.dtype.itemsize)
     kernels = one.make(channel, resolve_group(group.name, device), tokens, wanted.hidden, wanted.dtype)
-    kernels.wait_for(wanted.wait_seconds)
-    return Workspace(one, choice.row, kernels, device, group.size, limit, one.dtypes(wanted.dtype))
+    dtypes = one.dtypes(wanted.dtype)
+    workspace = Workspace(one, choice.row, kernels, device, group.size, limit, dtypes)
+    workspace.wait_for(wanted.wait_seconds)
+    return workspace
 
 
 def situation_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from . import nvrtc
 from .cuda_driver import Driver, current_stream
 from .epilogue import DTYPES, Epilogue
 from .forms import ENTRY, GRANULE, GRANULE_DATA, MOST_WARPS, CallArguments, Form, granules_of, granules_of_token
-from .kernels import Implementation, KernelCall, KernelMemory, Kernels, Requirement
+from .kernels import WAIT_SECONDS, Implementation, KernelCall, KernelMemory, Kernels, Requirement
 from .links import FULL
 from .lost import Lost
 from .rank_facts import RankFacts, differ, linked, peers_out_of_reach, topology_of
@@ -40,8 +41,10 @@ MOST_RANKS, MOST_ROW_BYTES, MOST_BLOCKS = 8, 64 * 1024, 1024
 _SHARED, _NARROW_FROM, _NARROW = ((16, 4), (64, 2)), 129, 13
 #: How much of an inbox one-shot may ask for: beyond it, a large call is two-shot's.
 _MOST_ONE_SHOT_BYTES = 128 << 20
-#: Seconds that ranks wait for each other before memory is given back, and a kernel for a peer, if nobody says another.
-_CLOSE_SECONDS, WAIT_SECONDS = 5.0, 30.0
+#: Seconds that ranks wait for each other before memory is given back.
+_CLOSE_SECONDS = 5.0
+#: How many kernels are compiled at a time.
+_COMPILERS = 8
 #: Words of 8 bytes of pinned memory, where the report begins, and how many words of 4 bytes it has.
 _HOST_WORDS, _REPORT, _REPORT_WORDS = 16, 8, 8
 
@@ -124,11 +127,20 @@ class Functions:
 
     def of(self, form: Form) -> c_void_p:
         """Raises :class:`WorkspaceError` where it cannot be compiled or loaded."""
-        found = self._loaded.get(form)
-        if found is None:
-            module = self.driver.load(nvrtc.cubin(form.source, self.capability, self.cache))
-            found = self._loaded[form] = module, self.driver.function(module, ENTRY)
-        return found[1]
+        if form not in self._loaded:
+            self.load([form])
+        return self._loaded[form][1]
+
+    def load(self, forms: Sequence[Form]) -> None:
+        """The same of several, which are compiled at the same time."""
+        new = [form for form in dict.fromkeys(forms) if form not in self._loaded]
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            for form, cubin in zip(new, pool.map(self._compiled, new), strict=True):
+                module = self.driver.load(cubin)
+                self._loaded[form] = module, self.driver.function(module, ENTRY)
+
+    def _compiled(self, form: Form) -> bytes:
+        return nvrtc.cubin(form.source, self.capability, self.cache)
 
     def close(self) -> None:
         while self._loaded:
@@ -219,6 +231,15 @@ class RingfenceKernels:
                 current_stream(memory.device),
                 dependent=self._capability >= _CLUSTERS_FROM,
             )
+
+    def load(self, calls: Sequence[tuple[KernelCall, Epilogue]]) -> None:
+        """What these calls launch, ahead of them: a peer would wait for a rank that compiles in their midst."""
+        forms = []
+        for call, epilogue in calls:
+            x = torch.empty(call.tokens, call.hidden, dtype=call.dtype, device="meta")
+            forms.append(self.form(x, epilogue, call.strategy))
+        with torch.cuda.device(self.rank_memory.device):
+            self._functions.load(forms)
 
     def wait_for(self, seconds: float) -> None:
         """Also of calls that were captured, and of one that waits already."""
@@ -317,6 +338,11 @@ def _make(channel: Channel, group: dist.ProcessGroup, max_tokens: int, hidden: i
     return create(channel, group, max_tokens, hidden, dtype)
 
 
+def _load(kernels: Kernels, calls: Sequence[tuple[KernelCall, Epilogue]]) -> None:
+    if isinstance(kernels, RingfenceKernels):
+        kernels.load(calls)
+
+
 # -- where it fits ---------------------------------------------------------------------
 
 
@@ -329,6 +355,9 @@ def _fits(ranks: Sequence[RankFacts]) -> str | None:
     if capability not in CAPABILITIES:
         known = ", ".join(f"SM{major}{minor}" for major, minor in CAPABILITIES)
         return f"its kernels are written for {known}, and these are SM{capability[0]}{capability[1]}"
+    for facts in ranks:
+        if facts.nvrtc_missing:
+            return f"its kernels are compiled where they run, and rank {facts.rank} cannot: {facts.nvrtc_missing}"
     if topology_of(ranks) not in FULL:
         return f"a line of 128 bytes arrives whole over NVLink alone, and the ranks are linked by {linked(ranks)}"
     return None
@@ -367,4 +396,5 @@ IMPLEMENTATION = Implementation(
     epoch_on_device=True,
     facts=frozenset({Fact.PDL}),
     model="ringfence",
+    load=_load,
 )

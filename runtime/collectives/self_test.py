@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..channel import Channel, failures_text
-from ..errors import SelfTestHungError
+from ..errors import HangError, SelfTestHungError
 from ..hazards.situation import Strategy
 from . import reference
 from .epilogue import Epilogue, RmsNorm
@@ -36,7 +36,9 @@ _ARITHMETIC_UP_TO = 1 << 20
 #: What is run. Without a norm a call differs in nothing that could be lost.
 _EPS = 1e-6
 _EPILOGUE = Epilogue(residual=True, norm=RmsNorm(_EPS))
+#: How long the device is waited for, and how long a kernel waits for a peer's part; for a sum, twice as long.
 _SECONDS = 20.0
+_WAIT_SECONDS = _SECONDS / 3
 
 
 class _Trial:
@@ -130,8 +132,9 @@ def self_test(
     forms: what sites look like. Those that the kernels carry out otherwise than a call with residual and weight are
     tried too, with the fewest tokens of each strategy.
 
-    Raises :class:`SelfTestHungError` where a kernel does not come back: it spins on the device
-    until the process ends, and nothing can be done here any more.
+    A kernel whose waits have an end gives up in good time, and that is a failure like others. Raises
+    :class:`SelfTestHungError` where one does not come back: it spins on the device until the process ends, and nothing
+    can be done here any more.
     """
     wanted = sorted({n for n in tokens if workspace.planned(n, hidden, dtype) is not None})
     if not wanted:
@@ -152,22 +155,40 @@ def self_test(
         if other != _EPILOGUE and workspace.implementation.takes(other)
         for call in fewest.values()
     ]
-    made, failures = channel.attempt(
-        "self-test: memory", lambda: [_Trial(workspace, call, channel.rank, epilogue) for call, epilogue in pairs]
-    )
+
+    def make() -> list[_Trial]:
+        workspace.implementation.load(workspace.kernels, pairs)
+        return [_Trial(workspace, call, channel.rank, epilogue) for call, epilogue in pairs]
+
+    made, failures = channel.attempt("self-test: kernels and memory", make)
     if made is None or failures:
         return SelfTest(failures_text(failures), None, 0)
-    calls = made
-    eager, digest = _eager(calls, workspace.device, channel)
+    with workspace.waits_at_most(_WAIT_SECONDS):
+        return _result(made, workspace, channel, capture=capture and workspace.device.type == "cuda")
+
+
+def _result(calls: Sequence[_Trial], workspace: Workspace, channel: Channel, *, capture: bool) -> SelfTest:
+    eager, digest = _eager(calls, workspace, channel)
     failure = _voted(channel, "self-test, eager", eager, digest)
     captured = None
-    if failure is None and capture and calls and workspace.device.type == "cuda":
+    if failure is None and capture and calls:
         trouble, digest = _captured(calls, workspace, channel)
         captured = _voted(channel, "self-test, captured", trouble, digest)
+        if captured is not None:  # kernels that have given up serve nothing more, captured or not
+            failure = _voted(channel, "self-test: waits", next(iter(_given_up(workspace, "captured")), None), b"")
     return SelfTest(failure, captured, len(calls))
 
 
-def _eager(calls: Sequence[_Trial], device: torch.device, channel: Channel) -> tuple[str | None, bytes]:
+def _given_up(workspace: Workspace, when: str) -> list[str]:
+    """What kernels say whose wait for a peer has ended without success."""
+    try:
+        workspace.kernels.check()
+    except HangError as error:
+        return [f"{when}: {error}"]
+    return []
+
+
+def _eager(calls: Sequence[_Trial], workspace: Workspace, channel: Channel) -> tuple[str | None, bytes]:
     """The first failure. The rest is run all the same: the other ranks wait for this one's part."""
     failures: list[str] = []
     digest = hashlib.sha256()
@@ -180,7 +201,8 @@ def _eager(calls: Sequence[_Trial], device: torch.device, channel: Channel) -> t
                 call.run()
             except Exception as error:
                 failures.append(f"eager, payload {payload}: a call raised {type(error).__name__}: {error}")
-        wait_for_device(device, channel)
+        wait_for_device(workspace.device, channel)
+        failures += _given_up(workspace, f"eager, payload {payload}")
         failures += _check(sent, f"eager, payload {payload}", digest)
     return next(iter(failures), None), digest.digest()
 
@@ -209,6 +231,7 @@ def _captured(calls: Sequence[_Trial], workspace: Workspace, channel: Channel) -
             return unfilled, digest.digest()
         graph.replay()
         wait_for_device(workspace.device, channel)
+        failures += _given_up(workspace, f"replay {turn + 1}")
         failures += _check(calls, f"replay {turn + 1}, payload {payload}", digest)
     graph.reset()
     return next(iter(failures), None), digest.digest()

@@ -13,10 +13,12 @@ one. A captured graph that finds its workspace ``closed`` holds addresses of mem
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
+import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -28,7 +30,7 @@ from ..channel import Channel, failures_text
 from ..errors import GroupError, WorkspaceError
 from ..groups import resolve_group
 from ..hazards.situation import Collective, Situation, Strategy
-from .kernels import Implementation, KernelCall, Kernels
+from .kernels import WAIT_SECONDS, Implementation, KernelCall, Kernels
 from .moe_one_sided import MoeSizes, OneSided
 from .peer_copy import Copies
 from .prepared import Prepared
@@ -70,6 +72,7 @@ class Workspace:
     """Memory and kernels of one collective for calls of up to ``capacity`` bytes on each rank.
 
     dtypes: what the memory is made for. passed: of these, what the self-test found right; nothing else is served.
+    wait_seconds: how long its kernels wait for a peer, where their waits have an end.
     """
 
     implementation: Implementation
@@ -82,11 +85,34 @@ class Workspace:
     passed: set[torch.dtype] = field(default_factory=set)
     tested: dict[Tested, SelfTest] = field(default_factory=dict)
     closed: bool = False
+    wait_seconds: float = WAIT_SECONDS
+    _most_seconds: float = math.inf
+    _waits: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _constants: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.collective = self.implementation.name  # read in every call
         self.transport = self.implementation.transport
+
+    def wait_for(self, seconds: float) -> None:
+        """How long its kernels wait for a peer from now on. May be called from any thread."""
+        with self._waits:
+            self.wait_seconds = seconds
+            self.kernels.wait_for(min(seconds, self._most_seconds))
+
+    @contextlib.contextmanager
+    def waits_at_most(self, seconds: float) -> Iterator[None]:
+        """No longer than this inside, and as long as was said last from then on."""
+        self._bound(seconds)
+        try:
+            yield
+        finally:
+            self._bound(math.inf)
+
+    def _bound(self, seconds: float) -> None:
+        with self._waits:
+            self._most_seconds = seconds
+            self.kernels.wait_for(min(self.wait_seconds, seconds))
 
     @property
     def largest(self) -> int:
@@ -262,14 +288,18 @@ class Workspaces:
         return Creation(workspace, None)
 
     def check_kernels(self) -> None:
-        """Raises :class:`HangError` where a kernel has given up waiting for a peer. Waits for nothing."""
+        """Raises :class:`HangError` where a kernel has given up waiting for a peer. Waits for nothing.
+
+        Not of one that serves nothing yet: its self-test will say so.
+        """
         for workspace in self.open:
-            workspace.kernels.check()
+            if workspace.passed:
+                workspace.kernels.check()
 
     def wait_for(self, seconds: float) -> None:
         """How long kernels wait for a peer from now on, where their waits have an end."""
         for workspace in self.open:
-            workspace.kernels.wait_for(seconds)
+            workspace.wait_for(seconds)
 
     def invalidate(self, why: str) -> None:
         """No graph may use these workspaces any more; who uses them is told. May be called from any thread."""

@@ -279,6 +279,26 @@ def test_where_it_does_not_fit_it_says_why(change: dict[str, Any], ranks: int, s
     assert says in str(IMPLEMENTATION.fits(facts))
 
 
+def test_it_is_passed_over_on_all_ranks_where_one_cannot_compile() -> None:
+    without = dataclasses.replace(FACTS, rank=1, nvrtc_missing="NVRTC cannot be loaded; pip install nvidia-cuda-nvrtc")
+    why = IMPLEMENTATION.fits([FACTS, without])
+    assert why is not None and "rank 1 cannot: NVRTC cannot be loaded; pip install" in why
+    assert choose([FACTS, without]).collective != "ringfence"
+
+
+def test_calls_are_compiled_ahead_and_each_form_once(
+    kernels: RingfenceKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nvrtc, "cubin", lambda source, *_: compiled.append(source) or source.encode())
+    calls = [KernelCall(n, 2048, torch.bfloat16, 3, s) for n in (4, 8, 17) for s in (ONE, TWO)]
+    IMPLEMENTATION.load(kernels, [(call, FUSED) for call in calls])
+    assert len(compiled) == len(set(compiled)) == 4
+    x, weight = torch.zeros(8, 2048, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.bfloat16)
+    kernels.run(x, FUSED, ONE, (x, weight), torch.zeros_like(x), torch.zeros_like(x))
+    assert len(compiled) == 4 and len(launched(kernels)) == 1
+
+
 @pytest.mark.parametrize("topology", list(Topology))
 def test_it_needs_nvlink_between_all_pairs(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ringfence.runtime.collectives.ringfence.topology_of", lambda ranks: topology)

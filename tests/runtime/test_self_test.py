@@ -25,7 +25,7 @@ from ringfence.runtime.collectives.payloads import PAYLOADS, RANGES, draw
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.collectives.workspace import FORMS, SelfTest, Workspace
-from ringfence.runtime.errors import GroupFailureError, SelfTestHungError
+from ringfence.runtime.errors import GroupFailureError, HangError, SelfTestHungError, WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
@@ -67,6 +67,7 @@ class Kernels:
     calls: list[tuple[int, Strategy]] = field(default_factory=list)
     forms: list[tuple[bool, bool]] = field(default_factory=list)
     recorded: list[Callable[[], None]] | None = None
+    seconds: float = 0.0
 
     def run(
         self,
@@ -439,6 +440,71 @@ def test_a_call_that_raises_is_a_failure_of_its_rank(ranks: list[int]) -> None:
         f"rank {rank}: eager, payload ordinary: a call raised ValueError: no kernel image" for rank in ranks
     )
     assert len(calls) == len(PAYLOADS) * SHAPES
+
+
+def test_a_kernel_that_gives_up_waiting_fails_on_every_rank_and_in_time() -> None:
+    """Its waits are short while it is tried, whatever others say meanwhile, and as long as was said last after that."""
+
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        served, waits = workspace(kernels), []
+        served.wait_for(30.0)
+
+        def fault(number: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
+            served.wait_for(1800.0)
+            waits.append(kernels.seconds)
+            norm.fill_(torch.nan)
+
+        def check() -> None:
+            raise HangError("rank 0 waited in vain for the part of rank 1", (1,))
+
+        if channel.rank == 0:
+            kernels.fault, kernels.check = fault, check  # type: ignore[method-assign]
+        result = self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False)
+        return result.eager, max(waits, default=1.0), kernels.seconds
+
+    (said, most, after), other = on_ranks(body, {})
+    assert said == "rank 0: eager, payload ordinary: rank 0 waited in vain for the part of rank 1"
+    assert 2 * most < module._SECONDS, "also a sum, for which a kernel waits twice as long"
+    assert after == 1800.0 and other == (said, 1.0, 30.0)
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_kernels_that_gave_up_in_a_replay_do_not_serve_eagerly_either(
+    gives_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        def check() -> None:
+            raise HangError("in vain", (0,))
+
+        def captured(*_: object) -> tuple[str, bytes]:
+            if gives_up and channel.rank == 1:
+                kernels.check = check  # type: ignore[method-assign]
+            return "not finite", b""
+
+        here.captured = captured
+        return module._result([trial(kernels, channel)], workspace(kernels), channel, capture=True)
+
+    def trial(kernels: Kernels, channel: Channel) -> module._Trial:
+        return module._Trial(workspace(kernels), KernelCall(1, H, torch.bfloat16, RANKS, ONE), channel.rank)
+
+    here = threading.local()
+    monkeypatch.setattr(module, "_captured", lambda *given: here.captured(*given))
+    replays = "rank 0: not finite; rank 1: not finite"
+    assert on_ranks(body, {}) == [SelfTest("rank 1: captured: in vain" if gives_up else None, replays, 1)] * RANKS
+
+
+def test_what_one_rank_cannot_compile_is_launched_by_nobody() -> None:
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        def load(given: Any, calls: Any) -> None:
+            assert given is kernels and len(calls) == SHAPES
+            if channel.rank == 1:
+                raise WorkspaceError("a kernel cannot be compiled")
+
+        served = workspace(kernels)
+        served.implementation = dataclasses.replace(served.implementation, load=load)
+        return self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False).eager, kernels.calls
+
+    assert on_ranks(body, {}) == [("rank 1: a kernel cannot be compiled", [])] * RANKS
 
 
 # -- captured

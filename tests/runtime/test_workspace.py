@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from ringfence.runtime.collectives.workspace import (
     close_workspaces,
     workspaces_of,
 )
-from ringfence.runtime.errors import GroupError, WorkspaceError
+from ringfence.runtime.errors import GroupError, HangError, WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Situation, Strategy
 from support import run_threaded
 
@@ -330,3 +331,26 @@ def test_what_is_no_group_has_no_workspaces_to_close(wrong: Any) -> None:
     with pytest.raises(GroupError, match="is no process group of this process"):
         close_workspaces(wrong)
     close_workspaces(dist.group.WORLD)  # nothing is open: nothing to do
+
+
+def test_waits_are_short_inside_and_as_was_said_last_after() -> None:
+    one = workspace()
+    found = opened(one)
+    found.wait_for(30.0)
+    with one.waits_at_most(5.0):
+        assert one.kernels.seconds == 5.0  # type: ignore[attr-defined]
+        for said, now in ((1800.0, 5.0), (2.0, 2.0), (60.0, 5.0)):
+            found.wait_for(said)
+            assert one.kernels.seconds == now  # type: ignore[attr-defined]
+    assert one.kernels.seconds == 60.0  # type: ignore[attr-defined]
+
+
+def test_what_serves_nothing_yet_is_not_lost_to_anybody() -> None:
+    """A watchdog that looked in the midst of its self-test would end a process that goes on with another."""
+    one = workspace(passed=set())
+    one.kernels.check = mock.Mock(side_effect=HangError("in vain", (1,)))  # type: ignore[method-assign]
+    found = opened(one)
+    found.check_kernels()
+    one.passed.add(torch.float16)
+    with pytest.raises(HangError, match="in vain"):
+        found.check_kernels()
