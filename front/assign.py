@@ -119,7 +119,7 @@ def ready_for(
         _check_not_insisted(options, group, None, why)
         return reference_collective(group.size, why, replace(wanted, max_tokens=None))  # which has to be given
     ready = _prepare(wanted, group, channel, device, supervisor)
-    supervisor.begins(first=True)  # an engine compiles and captures first, which may take one rank minutes longer
+    supervisor.waits.prepared(supervisor.deadlines.warm_up)
     return ready
 
 

@@ -22,7 +22,7 @@ from ..errors import HangError
 from .position import Position
 
 #: Why kernels are patient.
-_OWN, _PEER = "a first step of this rank", "a first step of another rank"
+_OWN, _PEER, _PREPARED = "a first step of this rank", "a first step of another rank", "what an engine does first"
 
 
 class Bounded(Protocol):
@@ -48,6 +48,7 @@ class BoundedWaits:
         self._clock = clock
         self._heard = 0.0  # when another rank was last heard to warm up
         self._kernels: dict[str, _Kernels] = {}
+        self._timer: threading.Timer | None = None  # of the patience after a preparation
         self._reasons: dict[str, float] = {}  # why there is more patience, and how many seconds
         self._one = threading.Lock()
 
@@ -82,8 +83,30 @@ class BoundedWaits:
         """A step of this rank begins; first: of its kind. busy: whether an earlier one still runs on the device."""
         if first:
             self.patient(_OWN, warm_up)
-        elif _OWN in self._reasons and not busy():
+        elif not self._reasons.keys().isdisjoint((_OWN, _PREPARED)) and not busy():
             self.steady(_OWN)
+            self._end_prepared()
+
+    def prepared(self, warm_up: float) -> None:
+        """An engine compiles and captures from here on, which may take one rank minutes longer than another.
+
+        Patience ends with the first step of its that is heard of; or in time, for replays of its graphs tell nobody.
+        """
+        if not self._kernels:
+            return
+        self._end_prepared()
+        self.patient(_PREPARED, warm_up)
+        steady, waits = BoundedWaits.steady, weakref.ref(self)
+        timer = threading.Timer(warm_up, lambda: steady(found, _PREPARED) if (found := waits()) is not None else None)
+        timer.name, timer.daemon, self._timer = "patience of ringfence", True, timer
+        weakref.finalize(self, timer.cancel).atexit = False
+        timer.start()
+
+    def _end_prepared(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        self.steady(_PREPARED)
 
     def hears(self, others: Iterable[Position], warm_up: float) -> None:
         """Where the other ranks are that live; told at each beat."""

@@ -99,7 +99,7 @@ class Supervisor:
         self._asked.add(asked)
         weakref.finalize(asked, _rest, weakref.ref(self)).atexit = False
         if self.watchdog is not None and self._settings:
-            self.watchdog.configure(self._reaction(), self._deadlines)
+            self.watchdog.configure(self._reaction(), self.deadlines)
         if self._forget_uncaught is None and self._settings.get("on_hang") is not None:
             died, supervisor = Supervisor._died, weakref.ref(self)
             self._forget_uncaught = on_uncaught(lambda error: died(found, error) if (found := supervisor()) else None)
@@ -146,7 +146,7 @@ class Supervisor:
         return None
 
     @property
-    def _deadlines(self) -> Deadlines:
+    def deadlines(self) -> Deadlines:
         settings, default = self._settings, Deadlines()
         return Deadlines(settings.get("step_seconds", default.steady), settings.get("warm_up_seconds", default.warm_up))
 
@@ -185,9 +185,7 @@ class Supervisor:
 
     def _watch(self) -> None:
         if self.watchdog is None:
-            self.watchdog = open_watchdog(
-                self.journal, self._reaction(), self._deadlines, self.health, self.start.token
-            )
+            self.watchdog = open_watchdog(self.journal, self._reaction(), self.deadlines, self.health, self.start.token)
             self.journal.one_caller = True
         else:
             self.watchdog.start()
@@ -276,7 +274,7 @@ class Supervisor:
     def begins(self, first: bool) -> None:
         """A step begins. Until the last first one of its kind has ended, kernels have the patience of a warm-up."""
         self._first = self.journal.begun if first else self._first
-        self.waits.begins(first, self._deadlines.warm_up if first else 0.0, self._is_busy)
+        self.waits.begins(first, self.deadlines.warm_up if first else 0.0, self._is_busy)
 
     def _is_busy(self) -> bool:
         """Whether that step, or one before, still runs on the device; in a capture the device may not be asked."""

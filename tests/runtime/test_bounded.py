@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,48 @@ def test_patience_ends_with_the_first_step_though_a_later_one_always_runs() -> N
         marks.leave()
         marks.end()
     assert found == [1800.0, 1800.0, 5.0, 1800.0, 1800.0, 5.0]
+
+
+def test_patience_after_a_preparation_ends_with_a_step_or_in_time() -> None:
+    """Replays of an engine's own graphs tell nobody of a step."""
+    waits, kernels, busy = BoundedWaits(), Kernels(), [True]
+    waits.prepared(1800.0)
+    assert _timers() == [], "no kernels wait"
+    waits.add("group", kernels, 5.0)
+    waits.prepared(1800.0)
+    waits.prepared(900.0)
+    assert kernels.seconds == 900.0
+    for first, runs, bound in ((True, True, 1800.0), (False, True, 1800.0), (False, False, 5.0)):
+        busy[0] = runs
+        waits.begins(first, 1800.0, lambda: busy[0])
+        assert kernels.seconds == bound
+    _until(lambda: _timers() == [], "a timer that has nothing to end")
+    waits.prepared(0.2)
+    waits.begins(True, 600.0, lambda: False)
+    _until(lambda: _timers() == [], "it is over in time")
+    assert kernels.seconds == 600.0, "a first step is another reason"
+    waits.begins(False, 0.0, lambda: False)
+    waits.prepared(0.2)
+    assert kernels.seconds == 5.0, "the bound is longer than that patience"
+    waits.add("group", again := Kernels(), 0.1)
+    assert again.seconds == 0.2
+    _until(lambda: again.seconds == 0.1, "the bound that was asked for")
+    waits.prepared(1800.0)
+    assert len(_timers()) == 1
+    del waits
+    gc.collect()
+    _until(lambda: _timers() == [], "whose patience it is")
+
+
+def _timers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "patience of ringfence"]
+
+
+def _until(is_so: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < until, what
+        time.sleep(0.02)
 
 
 # -- through a backend, on ranks whose kernels are torch ----------------------------------------------

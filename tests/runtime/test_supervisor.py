@@ -265,7 +265,7 @@ def test_what_is_left_out_follows_the_process(tmp_path: Path) -> None:
     plain = ringfence.Backend()
     assert plain.supervisor.folder is None
     watched = ringfence.Backend(journal_dir=tmp_path, step_seconds=3)
-    assert plain.supervisor.folder == str(tmp_path) and plain.supervisor._deadlines.steady == 3
+    assert plain.supervisor.folder == str(tmp_path) and plain.supervisor.deadlines.steady == 3
     watched.close()
     assert plain.supervisor.folder is None
 
