@@ -83,9 +83,8 @@ def dispatch(
     """
     name = name_of_group(group)
     given = list(payloads)
-    if not given or not all(isinstance(one, Tensor) for one in (*given, topk_ids)):
-        raise InputError("a dispatch takes a list of payloads, and topk_ids, all of them tensors")
-    call = torch.ops.ringfence.moe_dispatch if is_traced(topk_ids) else moe.dispatched
+    tensors = bool(given) and all(isinstance(one, Tensor) for one in (*given, topk_ids))  # else it is refused there
+    call = torch.ops.ringfence.moe_dispatch if tensors and is_traced(topk_ids) else moe.dispatched
     received, ids, route = call(given, topk_ids, capacity, num_experts, empty_id, name, PREPARED)
     return Dispatched(list(received), ids, route)
 
@@ -154,9 +153,9 @@ def prepare(
     row of ``hidden`` and ``top_k`` weights of four bytes. collective: FlashInfer's one-sided kernels are
     ``"moe_all_to_all"``; ``"auto"`` takes them where they were measured to be faster than NCCL's way.
     workspace_bytes: of each rank at most; it may lower the capacity. device: of the tensors; the current CUDA device
-    where the group serves one. check_every_call: ranks compare the capacity, widths and experts of each eager dispatch
-    before anything is sent, and raise :class:`RankMismatch` where they differ (hazard M62): slow, and a rank that does
-    not come is waited for. ``ringfence.close_workspaces(group)`` undoes it.
+    where the group serves one. check_every_call: ranks compare the capacity, payloads and experts of each eager
+    dispatch, and whether one refuses it, before anything is sent, and raise :class:`RankMismatch` where they differ
+    (hazard M62): slow, and a rank that does not come is waited for. ``ringfence.close_workspaces(group)`` undoes it.
 
     Raises :class:`OptionsError`, :class:`GroupError`, :class:`CollectiveUnavailableError`, :class:`RankMismatch` where
     ranks ask for different things, and :class:`WorkspaceError` inside a capture.

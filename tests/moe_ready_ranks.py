@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -229,6 +230,20 @@ def compared(rank: int) -> dict[str, Any]:
 
             wrong = ((4 + rank, 2, 4), (4, 1 + 5 * rank, 6), (4, 2, 4 + rank))
             said = [raised(partial(call, *numbers)) for numbers in wrong]
+            unlike = [torch.randn(3, w) for w in ((8, 4), (4, 8))[rank]]
+            typed = [torch.randn(3, 16).to((torch.bfloat16, torch.float16)[rank])]
+            given: dict[str, Any] = {"capacity": 4, "num_experts": 4}
+            ids = torch.zeros(3, 2, dtype=torch.int64)
+            begun = time.monotonic()
+            for payloads, other in (
+                (unlike, ids),
+                (typed, ids),
+                ([torch.randn(3 + 2 * rank, 16)], ids[:1].expand(3 + 2 * rank, 2)),  # 5 of 4 on one rank
+                ([None] if rank else [torch.randn(3, 16)], ids),
+                ([], ids),
+            ):
+                said.append(raised(partial(ringfence.moe.dispatch, payloads, other, **given)))
+            found["compared within"] = time.monotonic() - begun
             found[f"compared, {name}"] = said, sum(len(pair.calls) for pair in made) - before
             said = [raised(lambda: prepare(check_every_call=bool(rank)))]
             found["compared by one"] = said[0]

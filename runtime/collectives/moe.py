@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..capturing import is_capturing
-from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError, PoisonedError
+from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError, PoisonedError, RingfenceError
 from ..groups import HOST_BACKENDS, describe_group, resolve_group
 from ..hazards.situation import Collective
 from ..seams import run_between
@@ -61,6 +61,8 @@ def check_dispatch(
     payloads: Sequence[Tensor], topk_ids: Tensor, capacity: int, num_experts: int, empty_id: int, ranks: int
 ) -> None:
     """Raises :class:`InputError` for what kernels would write over somebody else's rows with, and not tell."""
+    if not payloads or not all(isinstance(one, Tensor) for one in (*payloads, topk_ids)):
+        raise InputError("a dispatch takes a list of payloads, and topk_ids, all of them tensors")
     _check_ids(topk_ids, num_experts, empty_id, ranks)
     if not 1 <= len(payloads) <= MOST_PAYLOADS:
         raise InputError(
@@ -138,6 +140,10 @@ def _ranks(group: str) -> int:
 # -- who carries it out ---------------------------------------------------------------------
 
 
+def _captured(ids: object) -> bool:
+    return is_capturing(ids.device if isinstance(ids, Tensor) else torch.device("cpu"))
+
+
 def _serving(group: str, collective: str, call: MoeSizes, device: torch.device) -> MoeWorkspace | None:
     """The workspace whose kernels carry a call out; None: the reference does. By what all ranks share.
 
@@ -182,14 +188,23 @@ def dispatched(
     """``(received, ids, route)``; see above."""
     payloads = list(payloads)
     ranks = _ranks(group)
-    check_dispatch(payloads, topk_ids, capacity, num_experts, empty_id, ranks)
-    _no_grad(*payloads)
-    row_bytes = sum(p.shape[1] * p.element_size() for p in payloads) + id_bytes(topk_ids.shape[1])
-    call = MoeSizes(capacity, row_bytes, 0, topk_ids.shape[1])
     compared = workspaces_of(group).moe_compared if collective == PREPARED else None
-    if compared is not None and not is_capturing(topk_ids.device):  # before a rank refuses it alone
-        compared((*call.parts, ("num_experts", str(num_experts))))
-    workspace = _serving(group, collective, call, topk_ids.device)
+    told: tuple[tuple[str, str], ...] = (("refused", "no"),)
+    try:
+        check_dispatch(payloads, topk_ids, capacity, num_experts, empty_id, ranks)
+        row_bytes = sum(p.shape[1] * p.element_size() for p in payloads) + id_bytes(topk_ids.shape[1])
+        call = MoeSizes(capacity, row_bytes, 0, topk_ids.shape[1])
+        rows = ", ".join(f"{str(p.dtype).removeprefix('torch.')} [{p.shape[1]}]" for p in payloads)
+        told += (*call.parts, ("payloads", rows), ("num_experts", str(num_experts)))
+        _no_grad(*payloads)
+        workspace = _serving(group, collective, call, topk_ids.device)
+    except RingfenceError as error:  # told before it is raised, or the other ranks wait for this one
+        why = f"{type(error).__name__}: {error}"
+        told = (*told, ("not served", why)) if len(told) > 1 else (("refused", why),)
+        raise
+    finally:
+        if compared is not None and not _captured(topk_ids):
+            compared(told)
 
     def run(*operands: Tensor) -> tuple[Tensor, ...]:
         if workspace is not None:
