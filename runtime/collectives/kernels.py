@@ -26,6 +26,8 @@ BUFFERS = 3
 #: The word that means "not arrived".
 SENTINEL = -(2**31)  # 0x80000000
 
+#: Of calls over a workspace that is gone.
+CLOSED = "this workspace was closed; compile the model, or call ringfence.prepare, anew on all ranks"
 #: How long a kernel waits for a peer, if nobody says another and its waits have an end.
 WAIT_SECONDS = 30.0
 
@@ -239,7 +241,7 @@ class EndlessWaits:
 
 def closed(*_: object, **__: object) -> None:
     """In place of a kernel whose workspace is gone."""
-    raise WorkspaceError("this workspace was closed")
+    raise WorkspaceError(CLOSED)
 
 
 def aligned(size: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..channel import ranks_text
+from ..errors import HangError
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,11 @@ class Lost:
         if self.told:
             return f"rank {self.rank} heard from rank {self.source} that it had waited in vain for {named} ({where})"
         return f"rank {self.rank} waited in vain for {what} of {named} ({where})"
+
+    def error(self) -> HangError:
+        """What whoever runs the model is told."""
+        remedy = (
+            "the outputs since then are NaN: start all ranks anew, or compile and call again on all; for a peer "
+            "that is slow and not lost, raise kernel_wait_seconds"
+        )
+        return HangError(f"{self}; {remedy}", self.missing)

@@ -26,7 +26,7 @@ from ..channel import Channel
 from ..errors import WorkspaceError
 from . import flashinfer_rules, rank_facts
 from .flashinfer import ChannelBackend, FlashInfer
-from .kernels import device_bytes
+from .kernels import CLOSED, device_bytes
 from .rank_facts import RankFacts
 
 #: The numbers of experts per token that kernels were compiled for; others throw half-way (hazard M66) and are padded.
@@ -314,7 +314,7 @@ class _Closed:
     """In place of kernels whose workspace is gone."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        raise WorkspaceError("this workspace was closed")
+        raise WorkspaceError(CLOSED)
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -111,6 +111,18 @@ def peers_out_of_reach(ranks: Sequence[RankFacts]) -> str | None:
     return None
 
 
+def cannot_compile(ranks: Sequence[RankFacts]) -> str | None:
+    """Why kernels that are compiled where they run cannot be had on a rank."""
+    return next(
+        (
+            f"its kernels are compiled where they run, and rank {facts.rank} cannot: {facts.nvrtc_missing}"
+            for facts in ranks
+            if facts.nvrtc_missing
+        ),
+        None,
+    )
+
+
 def topology_of(ranks: Sequence[RankFacts]) -> Topology:
     """How the GPUs of these ranks reach each other."""
     return topology([(facts.host, facts.links) for facts in ranks])

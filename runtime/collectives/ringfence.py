@@ -20,16 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..channel import Channel
-from ..errors import HangError, RingfenceError, WorkspaceError
+from ..errors import RingfenceError, WorkspaceError
 from ..hazards.situation import Collective, Fact, Strategy
 from . import nvrtc
 from .cuda_driver import Driver, current_stream
 from .epilogue import DTYPES, Epilogue
 from .forms import ENTRY, GRANULE, GRANULE_DATA, MOST_WARPS, CallArguments, Form, granules_of, granules_of_token
-from .kernels import WAIT_SECONDS, Implementation, KernelCall, KernelMemory, Kernels, Requirement
+from .kernels import CLOSED, WAIT_SECONDS, Implementation, KernelCall, KernelMemory, Kernels, Requirement
 from .links import FULL
 from .lost import Lost
-from .rank_facts import RankFacts, differ, linked, peers_out_of_reach, topology_of
+from .rank_facts import RankFacts, cannot_compile, differ, linked, peers_out_of_reach, topology_of
 
 #: Devices that the kernels were written for.
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
@@ -205,7 +205,7 @@ class RingfenceKernels:
         Raises :class:`HangError` where a wait of an earlier call has ended without success.
         """
         if self._closed:
-            raise WorkspaceError("this workspace was closed")
+            raise WorkspaceError(CLOSED)
         self.check()
         memory = self.rank_memory
         if not self.holds(KernelCall(x.shape[0], x.shape[1], x.dtype, memory.world_size, strategy)):
@@ -249,7 +249,7 @@ class RingfenceKernels:
         """Raises :class:`HangError` where a kernel's wait has ended without success. Waits for nothing."""
         lost = self.rank_memory.lost()
         if lost is not None:
-            raise HangError(f"{lost}; the outputs since then are NaN", lost.missing)
+            raise lost.error()
 
     def holds(self, call: KernelCall) -> bool:
         """Whether an inbox is large enough for a call."""
@@ -350,14 +350,11 @@ def _fits(ranks: Sequence[RankFacts]) -> str | None:
     if len(ranks) > MOST_RANKS:
         return f"its kernels are for 2 to {MOST_RANKS} ranks, not {len(ranks)}"
     capability = ranks[0].capability
-    if unfit := differ(ranks, "capability") or peers_out_of_reach(ranks):
+    if unfit := differ(ranks, "capability") or peers_out_of_reach(ranks) or cannot_compile(ranks):
         return unfit
     if capability not in CAPABILITIES:
         known = ", ".join(f"SM{major}{minor}" for major, minor in CAPABILITIES)
         return f"its kernels are written for {known}, and these are SM{capability[0]}{capability[1]}"
-    for facts in ranks:
-        if facts.nvrtc_missing:
-            return f"its kernels are compiled where they run, and rank {facts.rank} cannot: {facts.nvrtc_missing}"
     if topology_of(ranks) not in FULL:
         return f"a line of 128 bytes arrives whole over NVLink alone, and the ranks are linked by {linked(ranks)}"
     return None

@@ -696,7 +696,7 @@ def test_the_real_package_gives_the_memory_back_when_a_workspace_is_closed(real:
     assert seen["kept after close"] == 0
     # Each rank releases its own memory and what it imported of the other's.
     assert seen["released"] >= 2 * seen["allocations"]
-    assert seen["after close"] == "this workspace was closed"
+    assert seen["after close"].startswith("this workspace was closed; compile the model")
 
 
 def test_the_real_two_shot_in_float32_has_room(real: dict[str, Any]) -> None:
