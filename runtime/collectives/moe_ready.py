@@ -29,7 +29,6 @@ from .size_table import MOE_TABLE, MoeRow, find_moe_row
 from .workspace import MOE_WAY, MoeWorkspace, Workspaces, workspaces_of
 
 MOE, REFERENCE = str(Collective.MOE_ALL_TO_ALL), str(Collective.REFERENCE)
-COLLECTIVES = ("auto", MOE, REFERENCE)
 DEFAULT_BYTES = 512 << 20
 
 
