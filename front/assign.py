@@ -184,6 +184,7 @@ def wanted_by(options: Options, hidden: int, dtype: torch.dtype, sizes: Sequence
         deterministic=options.deterministic,
         wait_seconds=options.kernel_wait_seconds or options.step_seconds / 2,
         table=(*table, *TABLE),
+        alone=options.plain_all_reduce,
     )
 
 

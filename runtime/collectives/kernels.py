@@ -192,6 +192,7 @@ class Implementation:
     dtypes: which dtypes a workspace that is made for one serves.
     epoch_on_device: whether a replay finds the protocol's epoch on the device; what the host holds would be baked in.
     facts: what the hazard table should know of each of its calls.
+    changes_at: token counts from which on a call is another kernel than with fewer; each is tried.
     load: makes its kernels ready for these calls; by default they are when they are first called.
     model: its protocol's name among the models of runtime/protocol, None where there is none.
     """
@@ -208,6 +209,7 @@ class Implementation:
     epoch_on_device: bool = False
     facts: frozenset[Fact] = frozenset()
     model: str | None = None
+    changes_at: tuple[int, ...] = ()
     load: Callable[[Kernels, Sequence[tuple[KernelCall, Epilogue]]], None] = lambda kernels, calls: None
 
     def __str__(self) -> str:

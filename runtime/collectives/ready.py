@@ -52,6 +52,7 @@ class Wanted:
     captured. other_dtypes: what else is summed in the group; served where the same memory can and a self-test passes.
     max_tokens: the largest token count to serve; None leaves it to the size table. wait_seconds: how long a kernel
     waits for a peer, where its waits have an end. forms: of the sites of all ranks; every one, where none is known.
+    alone: also for all-reduces that nothing follows.
     """
 
     collective: str
@@ -65,6 +66,7 @@ class Wanted:
     other_dtypes: tuple[torch.dtype, ...] = ()
     wait_seconds: float = 30.0
     forms: tuple[Form, ...] = FORMS
+    alone: bool = True
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
@@ -284,11 +286,13 @@ def _check_alone(workspaces: Workspaces, choice: Choice, group: Group) -> None:
 
 def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, dtype: torch.dtype, limit: int) -> SelfTest:
     """The result of the self-test, which graphs that want the same of a workspace share."""
-    tokens = {*wanted.sizes, *_TESTED_TOKENS, max(limit // (wanted.hidden * dtype.itemsize), 1)}
-    chosen = (*sorted(tokens)[: _MOST_TESTED - 1], max(tokens))
-    key = Tested(wanted.hidden, dtype, chosen, bool(wanted.sizes), wanted.forms)
+    most = max(limit // (wanted.hidden * dtype.itemsize), 1)
+    fewest = sorted({*wanted.sizes, *_TESTED_TOKENS})[: _MOST_TESTED - 1]
+    changes = (n for n in workspace.implementation.changes_at if n <= most)
+    chosen = sorted({*fewest, *changes, most})
+    key = Tested(wanted.hidden, dtype, tuple(chosen), bool(wanted.sizes), wanted.forms, wanted.alone)
     if key not in workspace.tested:
-        result = self_test(workspace, channel, *key[:3], capture=key.capture, forms=key.forms)
+        result = self_test(workspace, channel, *key[:3], capture=key.capture, forms=key.forms, alone=key.alone)
         workspace.tested[key] = result
         if result.eager is None:
             workspace.passed.add(dtype)

@@ -393,5 +393,6 @@ IMPLEMENTATION = Implementation(
     epoch_on_device=True,
     facts=frozenset({Fact.PDL}),
     model="ringfence",
+    changes_at=(*(most + 1 for most, _ in _SHARED), _NARROW_FROM),
     load=_load,
 )

@@ -9,7 +9,9 @@ protocol's control words alone. The ranks vote, so all use a collective in the s
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -68,8 +70,12 @@ class _Trial:
         self.out.fill_(float("nan"))
 
     def run(self) -> None:
+        run, strategy = self._workspace.kernels.run, self.call.strategy
+        if self._epilogue.norm is None:
+            run(self.x, self._epilogue, strategy, None, None, self.out)
+            return
         operands = (self.residual if self._epilogue.residual else None, self.weight if self._weighted else None)
-        self._workspace.kernels.run(self.x, self._epilogue, self.call.strategy, operands, self.norm, self.out)
+        run(self.x, self._epilogue, strategy, operands, self.norm, self.out)
 
     def failure(self) -> str | None:
         """What is wrong with the outputs."""
@@ -78,10 +84,11 @@ class _Trial:
         norm, _ = reference.apply(Epilogue(norm=RmsNorm(_EPS)), total, None, weight)
         lost = RANGES[call.dtype].lost * (call.world_size + 1)
         stretched = lost * torch.rsqrt(total.square().mean(-1, keepdim=True) + _EPS) * weight.abs().max()
+        alone = self._epilogue.norm is None
         for name, out, right, floor in (
             ("norm", self.norm, norm, stretched + RANGES[call.dtype].lost),
             ("sum", self.out, total, torch.full_like(stretched, lost)),
-        ):
+        )[alone:]:
             if trouble := _trouble(out.to(total.dtype), right, floor, _BOUND[call.dtype]):
                 return f"{name} of {call.tokens} x {call.hidden} {call.dtype} {call.strategy}{self._form} {trouble}"
         return None
@@ -89,6 +96,8 @@ class _Trial:
     @property
     def _form(self) -> str:
         """What the call goes without."""
+        if self._epilogue.norm is None:
+            return " alone"
         without = {"residual": self._epilogue.residual, "weight": self._weighted}
         return "".join(f" without {name}" for name, has in without.items() if not has)
 
@@ -126,11 +135,13 @@ def self_test(
     *,
     capture: bool,
     forms: Sequence[Form] = (),
+    alone: bool = False,
 ) -> SelfTest:
     """Test a workspace with calls of these token counts. Every rank must call.
 
     forms: what sites look like. Those that the kernels carry out otherwise than a call with residual and weight are
-    tried too, with the fewest tokens of each strategy.
+    tried too, with the fewest tokens of each strategy, and of each of its kernels that is served.
+    alone: an all-reduce that nothing follows is tried too, where the size table says that it is worth it.
 
     A kernel whose waits have an end gives up in good time, and that is a failure like others. Raises
     :class:`SelfTestHungError` where one does not come back: it spins on the device until the process ends, and nothing
@@ -146,15 +157,16 @@ def self_test(
         if strategy is Strategy.ONE_SHOT or n > workspace.world_size
     ]
     asked = [c for c in asked if workspace.implementation.unmet(c) is None and workspace.kernels.holds(c)]
-    fewest = {call.strategy: call for call in reversed(asked)}
+    fewest = _fewest(workspace, asked)
     others = [Epilogue(residual, RmsNorm(_EPS, has_weight=weight)) for residual, weight in forms]
     pairs = [(call, _EPILOGUE) for call in asked]
     pairs += [
         (call, other)
         for other in others
         if other != _EPILOGUE and workspace.implementation.takes(other)
-        for call in fewest.values()
+        for call in fewest
     ]
+    pairs += [(call, Epilogue()) for call in fewest if alone and call.size <= workspace.row.all_reduce]
 
     def make() -> list[_Trial]:
         workspace.implementation.load(workspace.kernels, pairs)
@@ -165,6 +177,20 @@ def self_test(
         return SelfTest(failures_text(failures), None, 0)
     with workspace.waits_at_most(_WAIT_SECONDS):
         return _result(made, workspace, channel, capture=capture and workspace.device.type == "cuda")
+
+
+def _fewest(workspace: Workspace, asked: Sequence[KernelCall]) -> list[KernelCall]:
+    """The calls of the fewest tokens of each strategy, and of each of its kernels that some served call takes."""
+    changes = (1, *workspace.implementation.changes_at, sys.maxsize)
+    found: dict[tuple[Strategy, int], KernelCall] = {}
+    for call in sorted(asked, key=lambda call: call.tokens):
+        kernel = bisect.bisect_right(changes, call.tokens) - 1
+        by_one_shot = workspace.row.one_shot // (call.hidden * call.dtype.itemsize)  # the most tokens
+        least, most = changes[kernel], changes[kernel + 1] - 1
+        served = least <= by_one_shot if call.strategy is Strategy.ONE_SHOT else most > by_one_shot
+        if served or not any(strategy is call.strategy for strategy, _ in found):
+            found.setdefault((call.strategy, kernel), call)
+    return list(found.values())
 
 
 def _result(calls: Sequence[_Trial], workspace: Workspace, channel: Channel, *, capture: bool) -> SelfTest:

@@ -56,6 +56,7 @@ class Tested(NamedTuple):
     tokens: tuple[int, ...]
     capture: bool
     forms: tuple[Form, ...]
+    alone: bool
 
 
 @dataclass(frozen=True)

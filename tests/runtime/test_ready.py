@@ -22,8 +22,9 @@ from ringfence.runtime.collectives import ops, ready
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.kernels import Implementation
 from ringfence.runtime.collectives.ready import Wanted, prepare, situation_of
+from ringfence.runtime.collectives.ringfence import IMPLEMENTATION as OWN
 from ringfence.runtime.collectives.size_table import SizeRow, write_table
-from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
+from ringfence.runtime.collectives.workspace import SelfTest, close_workspaces, workspaces_of
 from ringfence.runtime.errors import (
     CollectiveUnavailableError,
     InputError,
@@ -592,3 +593,17 @@ def test_where_a_kernel_still_polls_no_rank_makes_new_ones() -> None:
             "the workspaces of this group cannot be made anew after a failure (rank 1 failed in step 3): "
             "rank 1: cuda:1 does not come back; end the process"
         )
+
+
+@pytest.mark.parametrize(
+    ("most", "tried"), [(4096, (1, 2, 4, 8, 9, 10, 11, 17, 65, 129, 4096)), (64, (1, 4, 17, 32, 64))]
+)
+def test_every_count_at_which_the_kernel_changes_is_tried(most: int, tried: tuple[int, ...]) -> None:
+    """Also where many sizes are captured, of which only some are."""
+    sizes = (2, 8, 9, 10, 11, 12, 13, 14, 4096) if most == 4096 else ()
+    wanted = Wanted("ringfence", "peer", H, torch.float32, sizes=sizes)
+    workspace = mock.Mock(implementation=OWN, tested={}, passed=set())
+    with mock.patch.object(ready, "self_test", return_value=SelfTest(None, None, 1)) as asked:
+        ready._tested(workspace, mock.Mock(), wanted, torch.float32, most * H * 4)
+    assert asked.call_args.args[4] == tried and asked.call_args.kwargs["alone"] is True
+    assert workspace.passed == {torch.float32}

@@ -21,7 +21,7 @@ from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import nvrtc
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
-from ringfence.runtime.collectives.forms import GRANULE, CallArguments, granules_of_token
+from ringfence.runtime.collectives.forms import GRANULE, CallArguments, Form, granules_of_token
 from ringfence.runtime.collectives.kernels import KernelCall
 from ringfence.runtime.collectives.links import Topology
 from ringfence.runtime.collectives.lost import Lost
@@ -143,6 +143,24 @@ def test_a_grid_never_has_more_blocks_than_there_are_numbers(kernels: RingfenceK
 def test_before_clusters_a_token_has_one_block() -> None:
     assert [blocks_of_token(n, 16384, (9, 0)) for n in (1, 16, 17, 65)] == [4, 4, 2, 1]
     assert blocks_of_token(1, 480, (9, 0)) == 1 and blocks_of_token(1, 16384, (8, 0)) == 1
+
+
+@pytest.mark.parametrize(
+    "row", [(64, torch.float32), (2880, torch.float16), (4096, torch.bfloat16), (16384, torch.float32)]
+)
+@pytest.mark.parametrize("epilogue", [FUSED, Epilogue()])
+def test_the_counts_at_which_the_kernel_changes_are_known_to_the_self_test(
+    kernels: RingfenceKernels, row: tuple[int, torch.dtype], epilogue: Epilogue
+) -> None:
+    def form(tokens: int) -> Form:
+        return kernels.form(torch.empty(tokens, row[0], dtype=row[1], device="meta"), epilogue, ONE)
+
+    assert IMPLEMENTATION.changes_at == (17, 65, 129)
+    tried = (1, *IMPLEMENTATION.changes_at)
+    for tokens in range(1, 400):
+        assert form(tokens) == form(max(n for n in tried if n <= tokens))
+    if row[0] == 4096:
+        assert len({form(n) for n in tried}) == 4
 
 
 def test_a_report_becomes_an_error_that_names_the_ranks(kernels: RingfenceKernels) -> None:

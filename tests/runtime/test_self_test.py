@@ -68,6 +68,8 @@ class Kernels:
     forms: list[tuple[bool, bool]] = field(default_factory=list)
     recorded: list[Callable[[], None]] | None = None
     seconds: float = 0.0
+    alone: list[tuple[int, Strategy]] = field(default_factory=list)
+    fault_alone: bool = False
 
     def run(
         self,
@@ -78,6 +80,13 @@ class Kernels:
         norm: Tensor | None,
         out: Tensor,
     ) -> None:
+        if epilogue.norm is None:
+            assert operands is None and norm is None and self.recorded is None
+            self.alone.append((x.shape[0], strategy))
+            out.copy_(self.meeting.total(self.rank, x))
+            if self.fault_alone:
+                out[0, 0] += 1
+            return
         assert operands is not None and norm is not None
 
         def run() -> None:
@@ -176,6 +185,29 @@ def test_every_form_that_sites_have_is_tried_where_the_kernels_have_one_of_their
         assert (own.eager is None) == (wrong is None)
         for name, has in zip(("residual", "weight"), wrong or (), strict=False):
             assert (f"without {name}" in str(own.eager)) == (not has)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_sum_alone_and_each_kernel_that_is_served_are_tried(wrong: bool) -> None:
+    """One-shot serves up to 3 tokens, so its kernel from 4 on is not; two-shot is worth it alone up to 8."""
+    row = SizeRow(Collective.TRTLLM, "peer", (9, 0), RANKS, 3 * H * 2, 1 << 20, 8 * H * 2, "a test")
+
+    def body(kernels: Kernels, channel: Channel) -> Any:
+        served = workspace(kernels, row)
+        served.implementation = dataclasses.replace(
+            served.implementation, changes_at=(2, 4, 8, 16), takes=lambda epilogue: True
+        )
+        kernels.fault_alone = wrong and channel.rank == 1
+        tried, forms = (1, 2, 4, 8, 16), ((False, True),)
+        result = self_test(served, channel, H, torch.bfloat16, tried, capture=False, forms=forms, alone=True)
+        bare = [call for call, form in zip(kernels.calls, kernels.forms, strict=True) if form == forms[0]]
+        return result.eager, kernels.alone, bare
+
+    (said, alone, bare), other = on_ranks(body, {})
+    assert other == (said, alone, bare)
+    assert set(alone) == {(1, ONE), (2, ONE), (4, TWO), (8, TWO)}
+    assert set(bare) == {*alone, (16, TWO)} and len(bare) == 5 * len(PAYLOADS)
+    assert said is None if not wrong else "sum of 1 x 256 torch.bfloat16 one-shot alone is off by" in str(said)
 
 
 def test_only_what_the_workspace_serves_is_called() -> None:
