@@ -42,8 +42,8 @@ def compile(
     It does what otherwise has to be known. The model is put into evaluation mode; backward hooks that break the graph
     are removed, so do not train it afterwards; calls run without gradients; ``forward`` is the compiled one, which
     ``generate()`` calls. A call that allocates a static cache, which is the prompt's in ``generate()``, runs eagerly:
-    transformers does not compile it either. With ``on_hang`` or ``journal_dir`` such a call is one step of its own,
-    ``prompt``, where the model's parameters tell which ranks share it. The model's ``ringfence`` is the
+    transformers does not compile it either. Such a call is one step of its own in journal and watchdog, ``prompt``,
+    where the model's parameters tell which ranks share it. The model's ``ringfence`` is the
     :class:`ringfence.Backend`, with its reports. One line on standard error, of the first rank, says what was done.
 
     model: every rank calls with its part. dynamic, fullgraph: as ``torch.compile`` takes them. options: the fields of
@@ -106,7 +106,7 @@ class CompiledForward:
 
     @contextlib.contextmanager
     def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """A call that runs eagerly is a step too, where a watch was asked for."""
+        """A call that runs eagerly is a step too, as far as its ranks are known."""
         if not self._looked_for_ranks:
             self._looked_for_ranks = True
             self._watch = watch_of_model(self._model, self._backend.asked)

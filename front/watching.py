@@ -19,22 +19,17 @@ from .runtime.watch.supervisor import OF_PROCESS
 _OPTIONS = tuple(WatchKeywords.__annotations__)
 
 
-#: Of the options of the process, those that ask for what a watch leaves behind.
-_ASKS = ("on_hang", "journal_dir")
-
-
 def watch_of_model(model: nn.Module, asked: Asked) -> Watch | None:
-    """Watch steps of a model among the ranks that share it, which all call; None where nobody asked to be watched.
+    """Watch steps of a model among the ranks that share it, which all call; None where those ranks are not known.
 
-    And where those ranks are not known: they are the mesh of the first parameter that has one, of one dimension.
+    They are the mesh of the first parameter that has one, of one dimension. Whether to watch goes by that alone: a rank
+    may be the only one with ``on_hang`` or a ``journal_dir``, and would meet nobody.
     """
-    if all(asked.process.get(name) is None for name in _ASKS):
-        return None
     for parameter in model.parameters():
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is not None and mesh.ndim == 1:
             name = name_of_group(mesh.get_group())
-            return watch_group(name, device_of_group(name), asked)
+            return watch_group(name, device_of_group(name), asked, own=OF_PROCESS)
     return None
 
 

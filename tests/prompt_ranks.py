@@ -30,6 +30,25 @@ class Caching(nn.Module):
         return x
 
 
+def prompt_of(model: Any) -> None:
+    cache = SimpleNamespace(layers=[SimpleNamespace(is_compileable=True, is_initialized=False)])
+    assert model(torch.arange(8)[None], past_key_values=cache).sum() == 2 * 28
+
+
+def watched_by_one(rank: int, folder: str) -> dict[str, Any]:
+    """Rank 0 alone asks for a journal and for a watchdog."""
+    import ringfence
+
+    own: dict[str, Any] = {"on_hang": "report", "journal_dir": folder, "step_seconds": 30} if rank == 0 else {}
+    model = ringfence.compile(Caching(2), piece_compiler="eager", agree_seconds=10, **own)
+    for _ in range(2):
+        prompt_of(model)
+    steps = model.ringfence.supervisor.journal.to_dict("")["steps"]
+    dist.barrier()
+    model.ringfence.close()
+    return {"steps": [(step["sizes"], step["how"]) for step in steps]}
+
+
 def prompts(rank: int, folder: str) -> dict[str, Any]:
     """What the journals say while rank 1 stays away, and the steps of this rank."""
     import ringfence
@@ -38,18 +57,14 @@ def prompts(rank: int, folder: str) -> dict[str, Any]:
     options: dict[str, Any] = {"piece_compiler": "eager", "on_hang": "report", "journal_dir": folder}
     model = ringfence.compile(Caching(2), step_seconds=0.5, **options)
 
-    def prompt() -> None:
-        cache = SimpleNamespace(layers=[SimpleNamespace(is_compileable=True, is_initialized=False)])
-        assert model(torch.arange(8)[None], past_key_values=cache).sum() == 2 * 28
-
-    prompt()
+    prompt_of(model)
     said = ""
     if rank == 1:
         until = time.monotonic() + 20
         while "did not come" not in said and time.monotonic() < until:
             time.sleep(0.1)
             said = merge(read_folder(Path(folder))).sentence if list(Path(folder).glob("journal-rank0*")) else ""
-    prompt()
+    prompt_of(model)
     steps = model.ringfence.supervisor.journal.to_dict("")["steps"]
     model.ringfence.close()
     return {"said": said, "steps": [(step["sizes"], step["how"]) for step in steps]}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from backend_model import H, Model, rows
-from prompt_ranks import prompts
+from prompt_ranks import prompts, watched_by_one
 from torch import Tensor, nn
 
 import ringfence
@@ -367,3 +367,9 @@ def test_an_eager_prompt_is_watched_among_the_ranks_that_share_the_model(tmp_pat
     assert second["said"].startswith(
         "rank 1 did not come to call 1 of group '0' (step 1 of sizes (8,), piece 0 'prompt'"
     )
+
+
+@pytest.mark.slow
+def test_one_rank_alone_may_ask_for_the_watch_of_a_prompt(tmp_path: Path) -> None:
+    found = run_ranks(2, watched_by_one, str(tmp_path), timeout=120)
+    assert [one["steps"] for one in found] == [[([8], "uncaptured")] * 2] * 2

@@ -11,7 +11,7 @@ is the one that the others wait for. Ranks must run the same steps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -71,15 +71,19 @@ def watch_group(
     name: str,
     device: torch.device,
     asked: Asked,
+    *,
+    own: Collection[str] = ("journal_dir",),
 ) -> Watch:
     """Watch the steps of a group's ranks. Every rank must call, as often as the others.
+
+    own: of the settings, those that may differ between ranks.
 
     Raises :class:`RankMismatch` where the ranks ask for different things.
     """
     supervisor = supervisor_for(asked)
     group = describe_group(name, device)
     settings = (*sorted(asked.process.items()), ("check_every_step", asked.every_step))
-    told = tuple((key, str(value)) for key, value in settings if key != "journal_dir")
+    told = tuple((key, str(value)) for key, value in settings if key not in own)
     with supervisor.compiling(asked), supervisor.compilation():
         channels = supervisor.open([group], device)
         supervision = supervisor.supervise(channels, PlanDigest(told, lockstep=False))
