@@ -213,7 +213,14 @@ def test_a_machine_with_gpus_is_read_through_torch(monkeypatch: pytest.MonkeyPat
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: 100))
+    load = doctor.ctypes.CDLL
+
+    def driver(name: str | None, *args: Any, **kwargs: Any) -> Any:
+        if name is not None and name.startswith("libcuda."):
+            return SimpleNamespace(cuInit=lambda flags: 100)
+        return load(name, *args, **kwargs)  # that of the kernels' compiler is looked for too
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", driver)
     monkeypatch.setattr(rank_facts, "read", lambda uuids: 1 / 0)
     facts = gather()
     assert facts.devices.value is not None

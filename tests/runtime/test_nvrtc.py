@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ringfence.runtime.collectives import nvrtc
-from ringfence.runtime.collectives.forms import CallArguments, Form, granules_of, granules_of_token
+from ringfence.runtime.collectives.forms import GRANULE_DATA, CallArguments, Form, granules_of, granules_of_token
 from ringfence.runtime.collectives.ringfence import CAPABILITIES
 from ringfence.runtime.errors import WorkspaceError
 from ringfence.runtime.hazards.situation import Strategy
@@ -132,11 +132,11 @@ def test_the_folder_follows_the_users_variable(monkeypatch: pytest.MonkeyPatch, 
     assert nvrtc.cache_folder() == Path.home() / ".cache" / "ringfence"
 
 
-@pytest.mark.parametrize("row_bytes", [16, 112, 448, 464, 2048, 5760, 16384, 65536])
+@pytest.mark.parametrize("row_bytes", [16, 112, 480, 496, 2048, 5760, 16384, 65536])
 def test_the_warps_of_a_form_cover_its_row(row_bytes: int) -> None:
     for blocks in (1, 2, 4):
         form = Form(Strategy.ONE_SHOT, torch.bfloat16, 2, row_bytes, True, True, True, blocks)
-        assert form.warps * form.rounds * blocks >= form.granules >= row_bytes / 448
+        assert form.warps * form.rounds * blocks >= form.granules >= row_bytes / GRANULE_DATA
         assert 64 <= form.threads <= 1024
     assert granules_of_token(Strategy.ONE_SHOT, row_bytes, 4) == 3 * granules_of(row_bytes)
 
