@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ..channel import Channel
 from ..errors import VersionError, WorkspaceError
 from ..versions import in_range
@@ -180,3 +182,19 @@ class ChannelBackend:
 
     def Split(self, color: int, key: int) -> ChannelBackend:
         raise WorkspaceError("FlashInfer asked to split the group of a workspace; ringfence makes one per group")
+
+
+def unicast_memory(package: FlashInfer, channel: Channel, size: int) -> Any:
+    """``size`` bytes on the current device of each rank that all ranks can address. Every rank must call.
+
+    FlashInfer's ``SymmDeviceMemory``, without a multicast object and without memory for signals of its own.
+    """
+    return package.modules["flashinfer.comm.mnnvl"].SymmDeviceMemory(
+        buf_size=size,
+        group_size=channel.size,
+        group_rank=channel.rank,
+        device_idx=torch.cuda.current_device(),
+        comm_backend_for_handle_transfer=ChannelBackend(channel),
+        enable_multicast=False,
+        allocate_signal_pads=False,
+    )

@@ -20,7 +20,7 @@ from ..versions import in_range
 from . import flashinfer, flashinfer_rules, kernels, rank_facts
 from .buffer_dump import Cells, Part, Reading
 from .epilogue import DTYPES, Epilogue
-from .flashinfer import ChannelBackend, FlashInfer
+from .flashinfer import ChannelBackend, FlashInfer, unicast_memory
 from .kernels import BUFFERS, EndlessWaits, Implementation, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
 from .rank_facts import RankFacts
 
@@ -78,15 +78,7 @@ def create_peer(
         raise WorkspaceError(f"transport='peer' of mnnvl serves two ranks, not {channel.size}")
     size = kernels.aligned(channel.size * max_tokens * hidden * dtype.itemsize)
     kernels.check_buffer(size)
-    memory = package.modules["flashinfer.comm.mnnvl"].SymmDeviceMemory(
-        buf_size=BUFFERS * size,
-        group_size=channel.size,
-        group_rank=channel.rank,
-        device_idx=torch.cuda.current_device(),
-        comm_backend_for_handle_transfer=ChannelBackend(channel),
-        enable_multicast=False,
-        allocate_signal_pads=False,
-    )
+    memory = unicast_memory(package, channel, BUFFERS * size)
     pointers = memory.get_buffer_ptrs_host()
     own, peer = int(pointers[channel.rank]), int(pointers[1 - channel.rank])
     kernels.device_words(own, BUFFERS * size // 4).fill_(kernels.SENTINEL)

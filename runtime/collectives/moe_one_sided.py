@@ -25,7 +25,7 @@ from torch import Tensor
 from ..channel import Channel
 from ..errors import WorkspaceError
 from . import flashinfer_rules, rank_facts
-from .flashinfer import ChannelBackend, FlashInfer
+from .flashinfer import FlashInfer, unicast_memory
 from .kernels import CLOSED, device_bytes
 from .rank_facts import RankFacts
 
@@ -140,15 +140,7 @@ def create(package: FlashInfer, channel: Channel, sizes: MoeSizes) -> OneSided:
     kept = int(built.moe_a2a_get_aux_data_size(channel.size, sizes.capacity, 0))
     combine_at = _up(kept + channel.size * sizes.capacity * sizes.row_bytes)
     size = _up(combine_at + channel.size * sizes.capacity * sizes.combine_bytes)
-    memory = package.modules["flashinfer.comm.mnnvl"].SymmDeviceMemory(
-        buf_size=size,
-        group_size=channel.size,
-        group_rank=channel.rank,
-        device_idx=torch.cuda.current_device(),
-        comm_backend_for_handle_transfer=ChannelBackend(channel),
-        enable_multicast=False,
-        allocate_signal_pads=False,
-    )
+    memory = unicast_memory(package, channel, size)
     pointers, stride = [int(p) for p in memory.get_buffer_ptrs_host()], int(memory.get_allocation_size())
     if pointers != [pointers[0] + rank * stride for rank in range(channel.size)]:
         raise WorkspaceError("FlashInfer laid the ranks' memory at unequal distances, and the kernels count on one")
