@@ -31,6 +31,7 @@ from ringfence.compile_passes import judge as judging
 from ringfence.compile_passes.assignment import Assignment
 from ringfence.runtime.collectives.moe_ready import MoeReady
 from ringfence.runtime.collectives.ready import ReadyCollective
+from ringfence.runtime.errors import HangError
 from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Situation
 
@@ -294,3 +295,17 @@ def run_python(*arguments: str, timeout: float = 120, cwd: str | None = None) ->
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, cwd=cwd, check=False
     )
+
+
+class BoundedKernels:
+    """Of a group, for who bounds their waits: what they were told to wait, and whether one has given up."""
+
+    seconds = 0.0
+    lost: HangError | None = None
+
+    def check_kernels(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+
+    def wait_for(self, seconds: float) -> None:
+        self.seconds = seconds

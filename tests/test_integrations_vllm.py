@@ -30,7 +30,7 @@ from ringfence.runtime.groups import group_exists
 from ringfence.runtime.watch.steps import Watch
 from ringfence.runtime.watch.supervision import Asked, Supervision
 from ringfence.runtime.watch.supervisor import supervisor_for
-from support import aot_graph
+from support import BoundedKernels, aot_graph
 
 H, LAYERS = 16, 3
 MODES = tuple(hooked.TARGETS)
@@ -447,25 +447,11 @@ def test_the_pass_goes_as_far_as_the_kernels(tp: FakeVllm, monkeypatch: pytest.M
     assert len(digests) == 4
 
 
-class Kernels:
-    """Of a group: what they were told to wait, and whether one has given up."""
-
-    seconds = 0.0
-    lost: HangError | None = None
-
-    def check_kernels(self) -> None:
-        if self.lost is not None:
-            raise self.lost
-
-    def wait_for(self, seconds: float) -> None:
-        self.seconds = seconds
-
-
 def test_a_step_that_nobody_watches_ends_the_patience_of_kernels_and_tells_a_lost_wait(
     tp: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """No other code of the host's runs while vLLM replays its graphs."""
-    supervisor, kernels = supervisor_for(asked := Asked()), Kernels()
+    supervisor, kernels = supervisor_for(asked := Asked()), BoundedKernels()
 
     def prepare(name: str, *_: Any, **others: Any) -> Prepared:
         supervisor.waits.add(name, kernels, 30.0)

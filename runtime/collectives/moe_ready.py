@@ -17,13 +17,12 @@ from ..errors import CollectiveUnavailableError, PeerFailedError
 from ..groups import Group
 from ..hazards.catalogue import applicable
 from ..hazards.hazard import Action
-from ..hazards.situation import Collective, Fact, Situation
+from ..hazards.situation import Collective, Situation
 from . import flashinfer, moe_one_sided
 from .choice import Considered
-from .links import Topology
 from .moe_one_sided import MoeSizes, compiled_top_k, id_bytes, within
 from .moe_self_test import self_test
-from .rank_facts import RankFacts, linked, numbered, topology_of
+from .rank_facts import RankFacts, facts_of_group, linked, numbered, topology_of
 from .ready import facts_of_all, with_copies
 from .size_table import MOE_TABLE, MoeRow, find_moe_row
 from .workspace import MOE_WAY, MoeWorkspace, Workspaces, workspaces_of
@@ -176,14 +175,11 @@ def _tested(workspaces: Workspaces, workspace: MoeWorkspace, channel: Channel, w
 
 def situation_of(ranks: Sequence[RankFacts], *, part_of_world: bool = False) -> Situation:
     """The calls in the words of the hazard table. PDL is off, ranks agree on the capacity, and the memory is ours."""
-    facts = {Fact.GROUP_IS_NOT_WORLD} if part_of_world else set()
-    if topology_of(ranks) in (Topology.PARTIAL, Topology.PCIE):
-        facts.add(Fact.NOT_ALL_NVLINK)
     return Situation(
         Collective.MOE_ALL_TO_ALL,
         ranks[0].flashinfer,
         len(ranks),
         nodes=len({facts.host for facts in ranks}),
         capability=ranks[0].capability,
-        facts=frozenset(facts),
+        facts=facts_of_group(ranks, part_of_world),
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..channel import by_value
+from ..hazards.situation import Fact
 from . import nvrtc
 from .flashinfer import Unavailable, load
 from .links import Links, Topology, between, read, topology
@@ -126,6 +127,14 @@ def cannot_compile(ranks: Sequence[RankFacts]) -> str | None:
 def topology_of(ranks: Sequence[RankFacts]) -> Topology:
     """How the GPUs of these ranks reach each other."""
     return topology([(facts.host, facts.links) for facts in ranks])
+
+
+def facts_of_group(ranks: Sequence[RankFacts], part_of_world: bool) -> frozenset[Fact]:
+    """What the hazard table should know of each call among these ranks, whatever carries it out."""
+    facts = {Fact.GROUP_IS_NOT_WORLD} if part_of_world else set[Fact]()
+    if topology_of(ranks) in (Topology.PARTIAL, Topology.PCIE):
+        facts.add(Fact.NOT_ALL_NVLINK)
+    return frozenset(facts)
 
 
 def linked(ranks: Sequence[RankFacts]) -> str:

@@ -22,9 +22,9 @@ from ..hazards.situation import Fact, Situation, Strategy
 from . import table as collectives
 from .choice import Choice, Considered, choose
 from .kernels import Implementation, KernelCall
-from .links import FULL, Topology
+from .links import FULL
 from .peer_copy import CudaMemory, try_copies
-from .rank_facts import RankFacts, peers_out_of_reach, probe, topology_of
+from .rank_facts import RankFacts, facts_of_group, peers_out_of_reach, probe, topology_of
 from .reference import IMPLEMENTATION as REFERENCE
 from .self_test import self_test
 from .size_table import TABLE, SizeRow
@@ -363,13 +363,11 @@ def situation_of(
             capability=ranks[0].capability,
         )
     one_strategy = choice.row.one_shot >= (choice.row.fused if largest is None else largest)
-    facts = set(choice.implementation.facts) | (set() if one_strategy else {Fact.STRATEGIES_SHARE_WORKSPACE})
+    facts = choice.implementation.facts | facts_of_group(ranks, part_of_world)
+    if not one_strategy:
+        facts |= {Fact.STRATEGIES_SHARE_WORKSPACE}
     if len(sizes) > 1:
-        facts.add(Fact.GRAPHS_DIFFER_IN_SIZE)
-    if part_of_world:
-        facts.add(Fact.GROUP_IS_NOT_WORLD)
-    if topology_of(ranks) in (Topology.PARTIAL, Topology.PCIE):
-        facts.add(Fact.NOT_ALL_NVLINK)
+        facts |= {Fact.GRAPHS_DIFFER_IN_SIZE}
     return Situation(
         choice.collective,
         ranks[0].flashinfer,

@@ -22,19 +22,7 @@ from ringfence.runtime.errors import HangError, RingfenceError
 from ringfence.runtime.watch.bounded import BoundedWaits
 from ringfence.runtime.watch.position import UNCAPTURED, PieceNote, Position, ProgramNote
 from ringfence.runtime.watch.supervisor import Supervisor
-from support import run_ranks
-
-
-class Kernels:
-    seconds = 0.0
-    lost: HangError | None = None
-
-    def check_kernels(self) -> None:
-        if self.lost is not None:
-            raise self.lost
-
-    def wait_for(self, seconds: float) -> None:
-        self.seconds = seconds
+from support import BoundedKernels, run_ranks
 
 
 def at(phase: str) -> Position:
@@ -43,13 +31,13 @@ def at(phase: str) -> Position:
 
 def test_kernels_wait_the_least_that_was_asked_for_and_longer_while_somebody_warms_up() -> None:
     now = [100.0]
-    waits, kernels, device = BoundedWaits(lambda: now[0]), Kernels(), [True]
+    waits, kernels, device = BoundedWaits(lambda: now[0]), BoundedKernels(), [True]
     waits.add("group", kernels, 5.0)
     waits.add("group", kernels, 30.0)
     assert kernels.seconds == 5.0, "another graph of the group asked for more"
     waits.begins(True, 1800.0, lambda: device[0])
     assert kernels.seconds == 1800.0, "a first step, to which ranks come minutes apart"
-    late = Kernels()
+    late = BoundedKernels()
     waits.add("other", late, 9.0)
     assert late.seconds == 1800.0
     waits.begins(False, 0.0, lambda: device[0])
@@ -62,14 +50,14 @@ def test_kernels_wait_the_least_that_was_asked_for_and_longer_while_somebody_war
     now[0] += 10.0
     waits.hears([at("idle"), at("step")], 600.0)
     assert (kernels.seconds, late.seconds) == (5.0, 9.0)
-    waits.add("group", again := Kernels(), 30.0)
+    waits.add("group", again := BoundedKernels(), 30.0)
     assert again.seconds == 30.0, "what was asked of kernels that are gone says nothing of new ones"
 
 
 def test_a_kernel_that_waited_for_a_compilation_gives_the_rank_its_own_bound_to_come() -> None:
     """It has waited for longer already, so at its next look it would give up for a rank that lives."""
     now = [0.0]
-    waits, kernels = BoundedWaits(lambda: now[0]), Kernels()
+    waits, kernels = BoundedWaits(lambda: now[0]), BoundedKernels()
     waits.add("group", kernels, 30.0)
     for seconds, phases, bound in (
         (0.0, ["compile"], 1800.0),
@@ -90,7 +78,7 @@ def test_a_kernel_that_waited_for_a_compilation_gives_the_rank_its_own_bound_to_
 
 
 def test_what_is_gone_is_not_asked() -> None:
-    waits, kernels = BoundedWaits(), Kernels()
+    waits, kernels = BoundedWaits(), BoundedKernels()
     waits.add("group", kernels, 5.0)
     assert waits.lost() is None
     kernels.lost = HangError("rank 0 waited in vain for rank 1", (1,))
@@ -103,7 +91,7 @@ def test_what_is_gone_is_not_asked() -> None:
 
 def test_a_step_that_is_captured_asks_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A query of an event would end the capture."""
-    supervisor, kernels = Supervisor(), Kernels()
+    supervisor, kernels = Supervisor(), BoundedKernels()
     supervisor.waits.add("group", kernels, 5.0)
     supervisor.begins(first=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -130,7 +118,7 @@ def test_patience_ends_with_the_first_step_though_a_later_one_always_runs() -> N
 
         def watch_from_here(self) -> None: ...
 
-    supervisor, kernels, device = Supervisor(), Kernels(), Device()
+    supervisor, kernels, device = Supervisor(), BoundedKernels(), Device()
     supervisor.waits.add("group", kernels, 5.0)
     supervisor.journal.use(device)
     number = supervisor.journal.register(ProgramNote((PieceNote("step", False, ("group",)),)))
@@ -148,7 +136,7 @@ def test_patience_ends_with_the_first_step_though_a_later_one_always_runs() -> N
 
 def test_patience_after_a_preparation_ends_with_a_step_or_in_time() -> None:
     """Replays of an engine's own graphs tell nobody of a step."""
-    waits, kernels, busy = BoundedWaits(), Kernels(), [True]
+    waits, kernels, busy = BoundedWaits(), BoundedKernels(), [True]
     waits.prepared(1800.0)
     assert _timers() == [], "no kernels wait"
     waits.add("group", kernels, 5.0)
@@ -167,7 +155,7 @@ def test_patience_after_a_preparation_ends_with_a_step_or_in_time() -> None:
     waits.begins(False, 0.0, lambda: False)
     waits.prepared(0.2)
     assert kernels.seconds == 5.0, "the bound is longer than that patience"
-    waits.add("group", again := Kernels(), 0.1)
+    waits.add("group", again := BoundedKernels(), 0.1)
     assert again.seconds == 0.2
     _until(lambda: again.seconds == 0.1, "the bound that was asked for")
     waits.prepared(1800.0)
