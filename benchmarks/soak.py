@@ -4,6 +4,10 @@
     python benchmarks/soak.py --minutes 60          mixed sizes, captures and faults for an hour
     python benchmarks/soak.py --repetitions 3 --collective mnnvl    on two GPUs, with that collective
 
+Among them are Ctrl-C on a frozen job ("interrupted"), SIGTERM to all ranks ("told to end"), a full disk, a debugger's
+pause ("paused") and a job that is started again in place ("restarted"). In all of them the ranks' clocks are two hours
+apart.
+
 Prints a row per fault: runs, misses (a rank that did not end in time, or named no rank or the wrong one),
 false alarms, and how long the slowest rank took. Exits with 1 where there is a miss or a false alarm.
 """
@@ -23,17 +27,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from faults.ranks import Fault, Outcome, faults, quiet, run_fault
+from faults.ranks import HARD_END, Fault, Outcome, faults, lost_wait, quiet, run_fault
 
 
 def key(fault: Fault) -> str:
-    which = ", every step checked" if fault.options.get("check_every_step") else ""
+    which = f" after '{fault.before.name}'" if fault.before is not None else ""
+    which += f", rank {fault.rank}"
+    which += ", its peers' kernels give up" if fault.options.get("kernel_wait_seconds", HARD_END) < HARD_END else ""
+    which += ", every step checked" if fault.options.get("check_every_step") else ""
     reported = ", after the report" if fault.name == "interrupted" and fault.on_hang == "report" else ""
     fall_back = ", others fall back" if "fails" in fault.name and fault.says is None else ""
-    return f"{fault.name}, rank {fault.rank}{which}{reported}{fall_back}{', unwatched' * (fault.on_hang is None)}"
+    return f"{fault.name}{which}{reported}{fall_back}{', unwatched' * (fault.on_hang is None)}"
 
 
 def in_turn(some: Sequence[Fault], repetitions: int) -> Iterator[Fault]:
@@ -50,8 +58,17 @@ def at_random(some: Sequence[Fault], like: Fault, seconds: float, seed: int) -> 
 
 
 def on_gpus(collective: str, first_device: int) -> tuple[Fault, ...]:
-    """The same on two GPUs. The reference makes no workspace, so it cannot fail at that."""
-    some = faults(2, "cuda", first_device, collective=collective)
+    """The same on two GPUs. The reference makes no workspace, so it cannot fail at that.
+
+    ringfence's own kernels end their waits by themselves, after half of a deadline unless told otherwise; then whoever
+    is slower than that is lost. Here they wait like the others, and there is a fault in which they do not.
+    """
+    options: dict[str, object] = {"collective": collective}
+    if collective == "ringfence":
+        options["kernel_wait_seconds"] = HARD_END
+    some = faults(2, "cuda", first_device, **options)
+    if collective == "ringfence":
+        some += (lost_wait(some[0]),)
     return tuple(f for f in some if collective != "reference" or "preparing" not in f.name)
 
 
@@ -90,9 +107,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
-    unknown = set(arguments.only) - {f.name for f in faults()}
-    if unknown:
-        parser.error(f"there is no fault {sorted(unknown)}; there are {sorted({f.name for f in faults()})}")
+    every = faults() if arguments.collective is None else on_gpus(arguments.collective, 0)
+    if unknown := set(arguments.only) - {f.name for f in every}:
+        parser.error(f"there is no fault {sorted(unknown)}; there are {sorted({f.name for f in every})}")
+    if arguments.collective is not None and 2 * arguments.jobs > torch.cuda.device_count():
+        parser.error(f"--jobs {arguments.jobs} takes {2 * arguments.jobs} GPUs; there are {torch.cuda.device_count()}")
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts this in the background ignores SIGINT
         signal.signal(number, signal.default_int_handler)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)

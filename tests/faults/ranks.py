@@ -17,9 +17,11 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,8 @@ class Fault:
     says: a pattern that the error of every rank but ``rank`` must match. None: nothing may go wrong.
     journal: the same of what the merged journals say, where that is another sentence. signalled: the signal that all
     ranks get, and how many seconds after the fault. exit_code: of every rank, where all must end in one way.
-    could_not_write: a rank whose disk is full.
+    could_not_write: a rank whose disk is full. before: how the attempt before this one went wrong, where the job is
+    started again in place, over one store and one folder.
     device: "cpu" or "cuda"; first_device: of rank 0.
     """
 
@@ -69,6 +72,7 @@ class Fault:
     signalled: tuple[int, float] | None = None
     exit_code: int | None = None
     could_not_write: int | None = None
+    before: Fault | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,6 +96,7 @@ class Outcome:
     journal: str = ""
     could_not_write: tuple[int, ...] = ()
     left_running: bool = False
+    before: Outcome | None = None
 
     @property
     def others(self) -> list[Ending]:
@@ -99,7 +104,8 @@ class Outcome:
 
     def problems(self) -> list[str]:
         """What is not as it must be; empty where all is."""
-        problems = ["a process is left running"] if self.left_running else []
+        problems = [f"in the attempt before: {p}" for p in self.before.problems()] if self.before is not None else []
+        problems += ["a process is left running"] if self.left_running else []
         if self.fault.could_not_write is not None and self.could_not_write != (self.fault.could_not_write,):
             problems.append(f"the journals do not say that it could not write, but {self.could_not_write}")
         if self.fault.journal is not None and not re.search(self.fault.journal, self.journal):
@@ -264,16 +270,16 @@ def _while_a_workspace_is_made(strike: Callable[[], None]) -> None:
     """Do that on this rank, where the others already wait for its handles."""
     from fake_flashinfer import FakeFlashInfer
 
-    from ringfence.runtime.collectives import mnnvl, trtllm
+    from ringfence.runtime.collectives import mnnvl, ringfence, trtllm
 
     def make(*args: Any, **options: Any) -> Any:
         time.sleep(0.5)
         strike()
 
-    FakeFlashInfer.make = mnnvl.create_peer = trtllm.create = make
+    FakeFlashInfer.make = mnnvl.create_peer = trtllm.create = ringfence.create = make
 
 
-def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection) -> None:
+def _rank_main(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, pipe: Connection) -> None:
     def say(*message: Any) -> None:
         pipe.send((message[0], time.monotonic(), *message[1:]))
 
@@ -283,10 +289,10 @@ def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as servers do
     clock = time.time
     time.time = lambda: clock() + 7200.0 * rank  # nothing may rest on the clocks of hosts being equal
-    errors = os.open(os.path.join(folder, f"stderr-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    errors = os.open(os.path.join(folder, f"stderr-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(errors, 2)
     try:
-        _run(fault, rank, port, folder, say)
+        _run(fault, rank, port, attempt, folder, say)
     except SystemExit as error:
         sys.exit(error.code)  # with all that a process does when it ends
     except BaseException as error:
@@ -298,7 +304,8 @@ def _rank_main(fault: Fault, rank: int, port: int, folder: str, pipe: Connection
     os._exit(0)  # a process group whose peers are gone must not be waited for
 
 
-def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., None]) -> None:
+def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, say: Callable[..., None]) -> None:
+    """attempt: of a job that is started again in place, whose store is its launcher's."""
     from fake_flashinfer import FakeFlashInfer, installed
 
     import ringfence
@@ -308,16 +315,15 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
 
     mine = rank == fault.rank
     torch.set_num_threads(2 + rank if fault.name == "other thread count" else 1)
-    address, device = f"tcp://127.0.0.1:{port}", None
+    device = None
+    where: dict[str, Any] = {"init_method": f"tcp://127.0.0.1:{port}"}
     if fault.device == "cuda":
         device = torch.device("cuda", fault.first_device + rank)
         torch.cuda.set_device(device)
+    if attempt is not None:
+        where = {"store": _over_one_store(port, attempt)}
     dist.init_process_group(
-        "nccl" if device is not None else "gloo",
-        init_method=address,
-        rank=rank,
-        world_size=fault.ranks,
-        device_id=device,
+        "nccl" if device is not None else "gloo", rank=rank, world_size=fault.ranks, device_id=device, **where
     )
     sizes = (4,) if mine and fault.name == "other option" else (4, 8)
     backend = ringfence.Backend(
@@ -359,9 +365,11 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         _stop_before_the_others_come(mine, say)
     if rank == fault.could_not_write:
         _fill_the_disk()
-    if mine and fault.name == "dies before compiling":  # the others wait for it
+    if mine and fault.name in ("dies before compiling", "killed before compiling"):  # the others wait for it
         world_store().wait([f"here/{other}" for other in range(fault.ranks) if other != rank])
         say("fault")
+        if fault.name == "killed before compiling":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("out of memory while the weights are read")
     if mine and fault.name == "skipped call":
         _leave_out_a_call(say)
@@ -403,6 +411,15 @@ def _run(fault: Fault, rank: int, port: int, folder: str, say: Callable[..., Non
         time.sleep(0.05)
 
 
+def _over_one_store(port: int, attempt: int) -> dist.Store:
+    """For the groups of one attempt, which have fresh keys; ringfence writes to the launcher's store as it is."""
+    from torch.distributed import distributed_c10d
+
+    shared = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    distributed_c10d._get_default_store = lambda: dist.PrefixStore("default_pg", shared)
+    return dist.PrefixStore(f"groups of attempt {attempt}", shared)
+
+
 def _fill_the_disk() -> None:
     """Whatever this rank writes from now on is cut off."""
     write = Path.write_text
@@ -415,27 +432,50 @@ def _fill_the_disk() -> None:
 
 
 def run_fault(fault: Fault) -> Outcome:
-    """Run it to its end; whatever still runs at the hard end is killed, and so is a stopped rank."""
-    # Where a server has looked for GPUs, its children cannot use them.
-    context = fork_server() if fault.device == "cpu" else multiprocessing.get_context("spawn")
-    port = _free_port()
+    """Run it to its end; whatever still runs at the hard end is killed, and so is a stopped rank. Any thread may."""
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(fault.ranks)]
-        processes = [
-            context.Process(target=_rank_main, args=(fault, rank, port, folder, pipes[rank][1]), daemon=True)
-            for rank in range(fault.ranks)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            outcome = _follow(fault, processes, [receiver for receiver, _ in pipes], folder)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        outcome.left_running = any(process.is_alive() for process in processes)
-        outcome.journal, outcome.could_not_write = _merged(folder)
+        if fault.before is None:
+            return _run_attempt(fault, _free_port(), None, folder)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        before = _run_attempt(fault.before, store.port, 0, folder)
+        outcome = _run_attempt(fault, store.port, 1, folder)
+        outcome.before = before
         return outcome
+
+
+#: Who starts a process looks at all others, and of two threads that look at one that has ended, one reads 255.
+_CHILDREN = threading.Lock()
+
+
+def _run_attempt(fault: Fault, port: int, attempt: int | None, folder: str) -> Outcome:
+    with _CHILDREN:
+        # Where a server has looked for GPUs, its children cannot use them.
+        context = fork_server() if fault.device == "cpu" else multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(fault.ranks)]
+    processes = [
+        context.Process(target=_rank_main, args=(fault, rank, port, attempt, folder, pipes[rank][1]), daemon=True)
+        for rank in range(fault.ranks)
+    ]
+    try:
+        for process in processes:
+            with _CHILDREN:
+                process.start()
+        outcome = _follow(fault, processes, [receiver for receiver, _ in pipes], folder)
+    finally:
+        for process in processes:
+            with _CHILDREN, contextlib.suppress(ValueError, AttributeError):  # it may never have started
+                process.kill()
+        codes = [_exit_code(process, 60) for process in processes if process.pid is not None]
+    outcome.left_running = None in codes
+    outcome.journal, outcome.could_not_write = _merged(folder)
+    return outcome
+
+
+def _exit_code(process: Any, seconds: float) -> int | None:
+    """None where it still runs after some seconds."""
+    wait([process.sentinel], seconds)
+    with _CHILDREN:
+        return process.exitcode  # type: ignore[no-any-return]
 
 
 #: Below those that the kernel gives to gloo's listeners, which may take one before the store does.
@@ -481,9 +521,7 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
                 os.kill(process.pid, number)
                 time.sleep(0.03)
     for rank, ending in enumerate(endings):
-        if rank in ended:
-            processes[rank].join(5)  # its files are closed before it can be waited for
-        ending.exit_code = processes[rank].exitcode
+        ending.exit_code = _exit_code(processes[rank], 5 if rank in ended else 0)  # its files are closed before
         written = Path(folder, f"stderr-{rank}").read_text(errors="replace")
         said = [line for line in written.splitlines() if line.startswith(f"ringfence: rank {rank}")]
         if not ending.error and said and "ends with exit code" in said[-1]:  # in brief, after the whole sentence
@@ -572,7 +610,7 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
     if device == "cpu":  # on GPUs there would be a fall back too, to the other kernels
         return (
             *found,
-            *ends(fault),
+            *ends(fault, wait(1)),
             fault("fails preparing", 1, None, ranks=2),
             # Each step is a call of the draft's and two of the other's. One left out shows where the count runs out.
             fault(
@@ -591,7 +629,8 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
                 r"^rank 1 compiles Model.forward 0/1 anew",
             ),
         )
-    return found
+    # A main thread that sits in a call of the device hears of no signal.
+    return (*found, *(f for f in ends(fault, wait(1)) if f.name not in ("interrupted", "told to end")))
 
 
 def quiet(draw: random.Random, like: Fault, most_steps: int = 400) -> Fault:
@@ -601,12 +640,24 @@ def quiet(draw: random.Random, like: Fault, most_steps: int = 400) -> Fault:
     return replace(like, name="no fault", rank=0, says=None, journal=None, on_hang=on_hang, steps=steps, sizes=sizes)
 
 
-def ends(fault: Callable[..., Fault]) -> tuple[Fault, ...]:
-    """Ranks that are ended, paused or cut off from outside, and those that end between two calls."""
-    behind = r"^rank 1 did not come to call 14 .*in which ranks 0, 2 wait"
+def lost_wait(like: Fault) -> Fault:
+    """A rank that is stuck, where kernels end their waits by themselves, long before the deadline."""
+    says = r"rank 0 waited in vain for .*rank 1"
+    options = {**like.options, "kernel_wait_seconds": 0.5}
+    return replace(like, name="stuck", rank=1, says=says, journal=f"^{says}", on_hang="abort", options=options)
+
+
+def ends(fault: Callable[..., Fault], waits: str) -> tuple[Fault, ...]:
+    """Ranks that are ended, paused or cut off from outside, those that end between two calls, and jobs that are
+    started again in place. waits: who waits for rank 1."""
+    behind = rf"^rank 1 did not come to call 14 .*in which {waits}"
     told = r"KeyboardInterrupt|rank 1 did not come to call 14 .*rank 1 was interrupted"
     patient, report, abort = {"step_seconds": 30.0}, {"on_hang": "report"}, {"on_hang": "abort"}
     ends, unheard = (signal.SIGTERM, 0.2), r"^rank 1 has not been heard of.*in step 7"
+    throws = fault("throws", 1, r"rank 1 failed in step 7 .*the island was told to throw", r"^rank 1 failed in step 7")
+    absent = fault(
+        "killed before compiling", 1, "rank 1 did not come to 'meet'", "rank 1", **abort, options={"agree_seconds": 3.0}
+    )
     return (
         # Ctrl-C on a frozen job: before the deadline, and after the hang was reported.
         fault("interrupted", 1, told, behind, signalled=(signal.SIGINT, 2.6), options=patient),
@@ -616,6 +667,7 @@ def ends(fault: Callable[..., Fault]) -> tuple[Fault, ...]:
         fault("paused", 1, None, unheard, signalled=(signal.SIGCONT, 4.0), **report),
         fault("throws between calls", 1, r"rank 1 failed in its own code, after step 6 .*scheduler was told to throw"),
         fault("dies before compiling", 1, r"rank 1 failed in its own code, .*out of memory", **abort),
+        *(fault("restarted", 1, None, r"^ranks 0, 1.* began and wrote", before=before) for before in (absent, throws)),
     )
 
 

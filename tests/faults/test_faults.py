@@ -9,7 +9,8 @@ from faults.ranks import FAULTS, Fault, run_fault
 def _name(fault: Fault) -> str:
     checked = ", every step checked" if "check_every_step" in fault.options else ""
     reported = ", after the report" if fault.name == "interrupted" and fault.on_hang == "report" else ""
-    return f"{fault.name} on rank {fault.rank}{checked}{reported}{', unwatched' * (fault.on_hang is None)}"
+    after = f" after {fault.before.name}" if fault.before is not None else ""
+    return f"{fault.name}{after} on rank {fault.rank}{checked}{reported}{', unwatched' * (fault.on_hang is None)}"
 
 
 @pytest.mark.xdist_group("faults")  # one at a time: each runs three processes

@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch.distributed as dist
-from faults.restarted import DIES, RANKS, over_one_store
+from faults.restarted import RANKS
 
 from ringfence.runtime.watch import journals
-from ringfence.runtime.watch.reaction import EXIT_CODE
-from support import fork_server
 
 pytestmark = pytest.mark.xdist_group("faults")
-
-
-def test_every_attempt_over_one_store_is_told_from_the_one_before(tmp_path: Path) -> None:
-    """The store holds the counters, answers and reports of two attempts that died, before compiling and in a step."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = fork_server()
-    codes: list[tuple[int | None, ...]] = []
-    said: list[list[Any]] = []
-    for attempt in range(len(DIES)):
-        pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
-        ranks = [
-            context.Process(target=over_one_store, args=(rank, attempt, server.port, str(tmp_path), pipes[rank][1]))
-            for rank in range(RANKS)
-        ]
-        try:
-            for process in ranks:
-                process.start()
-            ranks[1].join(60)
-            if DIES[attempt] != "killed before compiling":  # a launcher ends the other then
-                ranks[0].join(60)
-            codes.append(tuple(process.exitcode for process in ranks))
-            said.append([pipe.recv() for pipe, _ in pipes if pipe.poll()])
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-    assert codes == [(None, -signal.SIGKILL), (EXIT_CODE, 0), (0, 0)], said
-    assert "the attempt's own mistake" in str(said[1]) and said[2] == [3, 3]
-    merged = journals.merge(journals.read_folder(tmp_path))
-    assert merged.sentence.startswith("ranks 0, 1 began and wrote nothing since")
 
 
 def test_torchrun_starts_a_job_again_that_died_before_it_compiled(tmp_path: Path) -> None:
