@@ -18,58 +18,44 @@ from torch.fx import GraphModule
 
 from .account import Account
 from .aot import boxed, compiled, inductor_decompositions
-from .assign import assign, check_deterministic, described, graphs_for, judge_outer, name_collectives
-from .compile_passes.absent import why_no_all_reduce
-from .compile_passes.aliases import read_by_place
+from .assign import assign, described, name_collectives
 from .compile_passes.assignment import Assignment, Limit
-from .compile_passes.called import called_sites
-from .compile_passes.clean import clean_payload
-from .compile_passes.collectives import carried_groups, refuse_sites
 from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
-from .compile_passes.facts import judge_with_facts
-from .compile_passes.find import find
-from .compile_passes.functional import return_inputs_themselves, written_inputs
-from .compile_passes.graph_inputs import check_not_empty, needs_grad, specialise_floats, static_inputs
-from .compile_passes.groups import describe_groups, groups_of
-from .compile_passes.in_place import write_in_place
-from .compile_passes.judge import Verdict
-from .compile_passes.lower import eager_piece, inductor_piece, lower
-from .compile_passes.match import Candidate, Site
+from .compile_passes.graph_inputs import needs_grad, specialise_floats, static_inputs
+from .compile_passes.groups import describe_groups
+from .compile_passes.match import Site
 from .compile_passes.named_ops import check_not_decomposed, ops_in
-from .compile_passes.norm_ops import norm_ops_of
-from .compile_passes.outer import OuterCapture
-from .compile_passes.parts import cut
-from .compile_passes.prove import PlanVerdict, prove
 from .compile_passes.provenance import input_names, inputs_of_modules, name_inputs, served
 from .compile_passes.ranges import Ranged, leave_beyond
-from .compile_passes.repeats import merge_repeats
 from .compile_passes.report import CompileReport
-from .compile_passes.returned_numbers import take_returned_numbers
-from .compile_passes.returned_views import take_returned_views, views_of_inputs
-from .compile_passes.sizes import padding, size_rule
-from .compile_passes.spec import check_parts
-from .compile_passes.split import SplitPlan, split
-from .compile_passes.switch_off import switch_off
-from .compile_passes.symbols import fix_storage_offsets, give_sizes
-from .compile_passes.value_numbers import FunctionalNumbers
-from .compile_passes.verify import verify
-from .compile_passes.waits import settle_waits
 from .installed import versions
 from .keywords import OptionKeywords
-from .moe_agree import dispatch_where_agreed
 from .moe_assign import assign_moe
-from .notes import GRAD_MODE, Outcome, notes
+from .notes import GRAD_MODE, notes
 from .options import Options
-from .runtime.errors import HazardError, OptionsError
-from .runtime.groups import same_groups
+from .runtime.errors import OptionsError
 from .runtime.hazards.situation import Situation
-from .runtime.replay.outer import guarded, with_seams
-from .runtime.replay.program import Padding, SizeRule
+from .runtime.replay.outer import guarded
+from .runtime.replay.program import Program, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
-from .runtime.watch.supervision import Asked
+from .runtime.watch.supervision import Asked, Supervision
 from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
+from .stages import (
+    CallersMemory,
+    Found,
+    Judged,
+    Plan,
+    TracedGraph,
+    callers_memory,
+    find_sites,
+    judge_graph,
+    lower_graph,
+    prove_plan,
+    settle,
+    split_graph,
+)
 from .torch_compile import OneObject, check_arguments
 
 
@@ -178,74 +164,119 @@ class Backend(OneObject):
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any], names: Sequence[str]) -> Callable[..., Any]:
         """Compile one functional ATen graph, for AOT: its tensors are fake. names: of the inputs, by Dynamo."""
+        graph = self._read(gm, example_inputs, names)
+        numbers = settle(gm, self.options)
+        found = find_sites(graph, self.options, self.supervisor)
+        assigned = self._assign(graph, found)
+        ranged = self._leave_beyond(found, assigned)
+        sites = self._fuse(gm, ranged, assigned)
+        judged = self._judge(graph, sites, assigned, found.sizes)
+        memory = callers_memory(graph, found.sizes, numbers, self.options)
+        pieces, whole = split_graph(graph, judged, self.options)
+        plan = self._in_full(graph, Plan(sites, judged.verdicts, pieces), whole)
+        proof = prove_plan(plan, judged, memory.pads, self.options)
+        sizes = with_shared_sizes(gm, found.sizes, graph.groups)
+        supervision = self._agree(graph, judged, memory, sizes)  # before compiling takes minutes
+        program = lower_graph(graph, pieces, whole, memory, self.options)
+        runner = self._runner(program, sizes, judged, memory, supervision)
+        said = [*ranged.notes, *notes(self.options, graph, found, judged, memory, self._unmatched())]
+        report = CompileReport(
+            sites=tuple(plan.sites),
+            moe_sites=tuple(found.moe_sites),
+            pieces=plan.split.pieces,
+            verdicts=tuple(plan.verdicts),
+            options=self.options.as_dict(),
+            versions=self._versions,
+            graphs=judged.graphs.name if judged.graphs is not None else None,
+            collectives=described(assigned),
+            notes=tuple(said),
+            plan=proof,
+            judged_as=str(self._planned) if self._planned is not None else None,
+            captured=judged.captured,
+            serves=served(gm, graph.inputs, graph.static | memory.kept),
+            name=supervision.graph,
+        )
+        self._report(report, runner)
+        return boxed(guarded(self.looking(runner), judged.outer.barred, graph.device, cut=self.options.outer_capture))
+
+    def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
+        self._account.add(self._use.told(report), runner)
+
+    def _read(self, gm: GraphModule, example_inputs: Sequence[Any], names: Sequence[str]) -> TracedGraph:
+        """What the graph runs on, and channels to the ranks that it runs with."""
         options, device = self.options, device_of(gm)
         options.register_groups()
         groups = describe_groups(gm, device, options.all_reduce_ops, self._said_groups)
         channels = self.supervisor.open(groups.values(), device)
         if self._planned is not None:
             groups = {name: replace(group, backend="nccl") for name, group in groups.items()}
-        inputs, static = input_names(gm, names), static_inputs(example_inputs)
-        self._look_for_named_ops(gm)
-        of_modules = inputs_of_modules(gm, names)
+        for option, ops in self._named_ops.items():
+            check_not_decomposed(gm, option, ops)
+        self._seen_ops |= ops_in(gm)
         dump_graph("captured", gm)
-
         name_inputs(gm, names)
-        return_inputs_themselves(gm)
-        merge_repeats(gm)
-        numbers = take_returned_numbers(gm)
-        if options.capture_sizes:
-            settle_waits(gm)
-        moe_sites = dispatch_where_agreed(gm, groups, channels, device, options, self.supervisor)
-        candidates = self._find(gm, device)
-        absent = why_no_all_reduce(gm) if not candidates and not moe_sites else None
-        sizes = self._sizes(gm, candidates, static)
-        assigned = assign(candidates, groups, channels, device, options, self.supervisor, self._planned)
-        assigned = assign_moe(gm, assigned, channels, device, options, self.supervisor)
-        ranged = self._leave_beyond(candidates, assigned)
-        sites = self._fuse(gm, ranged.candidates, assigned)
-        carriers, assigned = described(assigned), assigned.of(carried_groups(gm))
-        written = written_inputs(gm)
+        of_modules = inputs_of_modules(gm, names)
+        return TracedGraph(
+            gm, device, groups, channels, input_names(gm, names), static_inputs(example_inputs), of_modules
+        )
+
+    def _unmatched(self) -> dict[str, list[str]]:
+        """Ops that options name and that no graph had so far."""
+        return {o: [name for name in names if name not in self._seen_ops] for o, names in self._named_ops.items()}
+
+    def _assign(self, graph: TracedGraph, found: Found) -> Assignment:
+        groups, channels, device = graph.groups, graph.channels, graph.device
+        options, supervisor = self.options, self.supervisor
+        assigned = assign(found.candidates, groups, channels, device, options, supervisor, self._planned)
+        return assign_moe(graph.gm, assigned, channels, device, options, supervisor)
+
+    def _limit(self, assigned: Assignment, site: Site) -> Limit | None:
+        return assigned.limit(site.group, site.hidden_size or 0, getattr(torch, site.dtype))
+
+    def _leave_beyond(self, found: Found, assigned: Assignment) -> Ranged:
+        if self.options.deterministic:  # every call is within the limit, or refused
+            return Ranged(list(found.candidates))
+        return leave_beyond(found.candidates, functools.partial(self._limit, assigned), assigned.groups)
+
+    def _fuse(self, gm: GraphModule, ranged: Ranged, assigned: Assignment) -> list[Site]:
+        sites = name_collectives(gm, ranged.candidates, assigned, self.options)
         self._seen_ops |= ops_in(gm)
         dump_graph("fused", gm)
+        return sites
 
-        graphs = (
-            graphs_for(self.options, device, assigned) if options.capture_sizes and sizes.tokens is not None else None
-        )
-        captured = options.capture_sizes if graphs is not None else ()
-        verdicts, assigned = self._judge(gm, assigned, sites, bool(captured) or options.outer_capture)
-        outer = judge_outer(gm, assigned, verdicts, options) if graphs is None else OuterCapture()
-        views = numbers | take_returned_views(gm, views_of_inputs())
-        kept = written | read_by_place(gm)
-        pads = padding(gm, sizes, kept) if options.pad_to_capture_size else None
-        plan, whole = self._split(gm, verdicts, device if graphs is not None else None)
-        proof = self._prove(plan, verdicts, assigned, captured, pads)
-        dump_graph("split", whole)
+    def _judge(self, graph: TracedGraph, sites: Sequence[Site], assigned: Assignment, sizes: SizeRule) -> Judged:
+        return judge_graph(graph, sites, assigned, sizes, self.options)
 
-        sizes = with_shared_sizes(gm, sizes, groups)
+    def _in_full(self, graph: TracedGraph, plan: Plan, whole: GraphModule) -> Plan:
+        """What is proved and reported of a plan. whole: the split graph."""
+        return plan
+
+    def _agree(self, graph: TracedGraph, judged: Judged, memory: CallersMemory, sizes: SizeRule) -> Supervision:
+        """Compare with the other ranks what must be equal on all."""
         agreed = digest(
-            gm,
-            verdicts,
+            graph.gm,
+            judged.verdicts,
             sizes,
-            groups,
-            options=options.as_dict(),
+            graph.groups,
+            options=self.options.as_dict(),
             versions=self._versions,
-            device=device,
-            captures=graphs is not None,
-            pads=pads is not None,
-            inputs=inputs,
+            device=graph.device,
+            captures=judged.graphs is not None,
+            pads=memory.pads is not None,
+            inputs=graph.inputs,
         )
-        supervision = self.supervisor.supervise(channels, agreed)  # before compiling takes minutes
+        return self.supervisor.supervise(graph.channels, agreed)
 
-        compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
-        program = lower(plan, whole, compile_piece, inputs, static, kept, views, static & written - of_modules)
-        if options.outer_capture:
-            program = with_seams(program, device)
-        runner = PiecewiseRunner(
+    def _runner(
+        self, program: Program, sizes: SizeRule, judged: Judged, memory: CallersMemory, supervision: Supervision
+    ) -> PiecewiseRunner:
+        options, assigned = self.options, judged.assigned
+        return PiecewiseRunner(
             program,
             sizes,
-            graphs if self._planned is None else None,  # the plan is for another machine
+            judged.graphs if self._planned is None else None,  # the plan is for another machine
             options.capture_sizes,
-            padding=pads,
+            padding=memory.pads,
             closed=lambda: assigned.closed,
             max_tokens=options.max_tokens if options.deterministic and assigned.ready else None,
             static_outputs=options.static_outputs,
@@ -255,130 +286,6 @@ class Backend(OneObject):
             wasted=functools.partial(self._account.wasted, len(self.reports)),
             collective=assigned.judged,
         )
-        outcome = Outcome(
-            inputs,
-            absent,
-            candidates,
-            sizes,
-            written,
-            device,
-            assigned,
-            graphs is not None,
-            pads is not None,
-            self._unmatched(),
-            outer,
-            moe_sites,
-        )
-        self._report(
-            CompileReport(
-                sites=tuple(sites),
-                moe_sites=tuple(moe_sites),
-                pieces=plan.pieces,
-                verdicts=tuple(verdicts),
-                options=options.as_dict(),
-                versions=self._versions,
-                graphs=graphs.name if graphs is not None else None,
-                collectives=carriers,
-                notes=(*ranged.notes, *notes(options, outcome)),
-                plan=proof,
-                judged_as=str(self._planned) if self._planned is not None else None,
-                captured=captured,
-                serves=served(gm, inputs, static | kept),
-                name=supervision.graph,
-            ),
-            runner,
-        )
-        return boxed(guarded(self.looking(runner), outer.barred, device, cut=options.outer_capture))
-
-    def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
-        self._account.add(self._use.told(report), runner)
-
-    def _look_for_named_ops(self, gm: GraphModule) -> None:
-        for option, names in self._named_ops.items():
-            check_not_decomposed(gm, option, names)
-        self._seen_ops |= ops_in(gm)
-
-    def _unmatched(self) -> dict[str, list[str]]:
-        """Ops that options name and that no graph had so far."""
-        return {o: [name for name in names if name not in self._seen_ops] for o, names in self._named_ops.items()}
-
-    def _find(self, gm: GraphModule, device: torch.device) -> list[Candidate]:
-        options = self.options
-        found = find(
-            gm,
-            strict=options.numerics == "strict",
-            groups=same_groups(groups_of(gm), options.groups) if options.groups is not None else None,
-            all_reduce_ops=options.all_reduce_ops,
-            norm_ops=norm_ops_of(gm, options.norm_ops, device),
-        )
-        candidates = switch_off(found, fuse=options.fuse, skip_sites=options.skip_sites)
-        check_not_empty(gm, candidates)
-        checked = verify(candidates, device) if options.verify else candidates
-        return [*checked, *called_sites(gm, len(checked))]
-
-    def _sizes(self, gm: GraphModule, candidates: Sequence[Candidate], static: frozenset[int]) -> SizeRule:
-        sizes = size_rule(gm, candidates, static)
-        if self.options.deterministic and sizes.tokens is None and any(c.fuses for c in candidates):
-            raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
-        return sizes
-
-    def _limit(self, assigned: Assignment, site: Site) -> Limit | None:
-        return assigned.limit(site.group, site.hidden_size or 0, getattr(torch, site.dtype))
-
-    def _leave_beyond(self, candidates: Sequence[Candidate], assigned: Assignment) -> Ranged:
-        if self.options.deterministic:  # every call is within the limit, or refused
-            return Ranged(list(candidates))
-        return leave_beyond(candidates, functools.partial(self._limit, assigned), assigned.groups)
-
-    def _fuse(self, gm: GraphModule, candidates: Sequence[Candidate], assigned: Assignment) -> list[Site]:
-        return name_collectives(gm, candidates, assigned, self.options)
-
-    def _judge(
-        self, gm: GraphModule, assigned: Assignment, sites: Sequence[Site], capture: bool
-    ) -> tuple[list[Verdict], Assignment]:
-        """Verdicts, which the graph follows from now on, and the assignment with the facts that they rest on."""
-        options = self.options
-        verdicts, assigned = judge_with_facts(
-            gm,
-            assigned,
-            capture=capture,
-            split_ops=options.split_ops,
-            all_reduce_ops=options.all_reduce_ops,
-            on_hazard=options.on_hazard,
-            profile=options.profile,
-        )
-        refuse_sites(gm, verdicts)
-        clean_payload(gm, {v.site for v in verdicts if v.clean and v.site is not None})
-        if options.deterministic:
-            check_deterministic(sites, verdicts, assigned)
-        return verdicts, assigned
-
-    def _split(
-        self, gm: GraphModule, verdicts: Sequence[Verdict], captured_on: torch.device | None
-    ) -> tuple[SplitPlan, GraphModule]:
-        """Cut the graph where the verdicts say, with writes in place and the sizes that each piece needs."""
-        eager = self.options.piece_compiler == "eager"
-        fix_storage_offsets(gm)
-        before = FunctionalNumbers(gm) if self.options.check_parts else None
-        parts = write_in_place(gm, cut(gm, verdicts), eager_pieces=eager)
-        if not eager:
-            parts = give_sizes(gm, parts)
-        if before is not None:
-            check_parts(gm, parts, before, captured_on, sizes=not eager)
-        return split(gm, parts)
-
-    def _prove(
-        self,
-        plan: SplitPlan,
-        verdicts: Sequence[Verdict],
-        assigned: Assignment,
-        captured: Sequence[int],
-        pads: Padding | None,
-    ) -> PlanVerdict:
-        proof = prove(plan, verdicts, assigned, captured, padding=pads is not None)
-        if self.options.on_hazard == "raise" and proof.failed:
-            raise HazardError(f"the plan can fail: {proof.message}")
-        return proof
 
     def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         warnings.warn(f"ringfence: {GRAD_MODE}", UserWarning, stacklevel=2)

@@ -24,11 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from .aot import boxed
 from .backend import Backend
 from .compile_passes.assignment import Assignment, Limit
-from .compile_passes.judge import Verdict
 from .compile_passes.match import Site
-from .compile_passes.prove import PlanVerdict
 from .compile_passes.report import CompileReport
-from .compile_passes.split import SplitPlan
 from .fake_model import CONTEXT, FakeModel, ModelCall, fake_model, quantised_by, read_config
 from .layers import Folding
 from .machines import Planned, planned
@@ -36,6 +33,7 @@ from .options import Options
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.errors import OptionsError, RingfenceError, TargetError
 from .runtime.replay.runner import PiecewiseRunner
+from .stages import Judged, Plan, TracedGraph
 from .unfold import Unfolding
 
 #: Options that may be about one layer alone, so that none may stand for another.
@@ -140,7 +138,6 @@ class _Compiler(Backend):
         self._machine = planned
         self._unfolding = Unfolding(folding) if folding is not None else None
         self._places: dict[str, int] = {}
-        self._found: dict[str, Any] = {}
 
     def _compile(self, *args: Any) -> Callable[..., Any]:
         compiled = super()._compile(*args)
@@ -149,37 +146,19 @@ class _Compiler(Backend):
     def _limit(self, assigned: Assignment, site: Site) -> Limit | None:
         return self._machine.limit(site)
 
-    def _fuse(self, *args: Any) -> list[Site]:
-        sites = super()._fuse(*args)
-        self._found["sites"] = sites
-        return sites
-
-    def _judge(self, gm: GraphModule, *args: Any) -> tuple[list[Verdict], Assignment]:
+    def _judge(self, graph: TracedGraph, *args: Any) -> Judged:
         if self._unfolding is not None:  # later some of the nodes that are judged are gone
-            self._places = self._unfolding.places(gm.graph.nodes)
-        return super()._judge(gm, *args)
+            self._places = self._unfolding.places(graph.gm.graph.nodes)
+        return super()._judge(graph, *args)
 
-    def _split(self, gm: GraphModule, *args: Any) -> tuple[SplitPlan, GraphModule]:
-        plan, whole = super()._split(gm, *args)
-        self._found["split"] = gm, whole
-        return plan, whole
-
-    def _prove(self, plan: SplitPlan, verdicts: Sequence[Verdict], assigned: Assignment, *args: Any) -> PlanVerdict:
-        if self._unfolding is not None:
-            sites, index = self._unfolding.sites(self._found["sites"])
-            verdicts = self._unfolding.verdicts(verdicts, self._places, index)
-            gm, whole = self._found["split"]
-            plan = self._unfolding.plan(plan, gm, whole, index)
-            self._found["sites"] = sites
-        self._found |= {"pieces": plan.pieces, "verdicts": verdicts}
-        return super()._prove(plan, verdicts, assigned, *args)
+    def _in_full(self, graph: TracedGraph, plan: Plan, whole: GraphModule) -> Plan:
+        if self._unfolding is None:
+            return plan
+        sites, index = self._unfolding.sites(plan.sites)
+        verdicts = self._unfolding.verdicts(plan.verdicts, self._places, index)
+        return Plan(sites, verdicts, self._unfolding.plan(plan.split, graph.gm, whole, index))
 
     def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
-        found = self._found
-        if found:
-            report = replace(
-                report, sites=tuple(found["sites"]), pieces=found["pieces"], verdicts=tuple(found["verdicts"])
-            )
         if self._unfolding is not None:
             report = replace(report, moe_sites=tuple(self._unfolding.moe_sites(report.moe_sites)))
         super()._report(self._machine.told(report), runner)

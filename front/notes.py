@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import torch
+from collections.abc import Iterator, Mapping, Sequence
 
 from .compile_passes.assignment import Assignment
-from .compile_passes.match import Candidate, Site
+from .compile_passes.match import Site
 from .compile_passes.moe_sites import MoeSite
 from .compile_passes.outer import OuterCapture
 from .compile_passes.switch_off import names_site
@@ -16,6 +13,7 @@ from .options import Options
 from .runtime.groups import same_groups
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.replay.program import SizeRule
+from .stages import CallersMemory, Found, Judged, TracedGraph
 
 GRAD_MODE = (
     "compiled without fusion: grad mode is on and an input or parameter requires grad, and the fused "
@@ -23,56 +21,45 @@ GRAD_MODE = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a graph, as far as notes are about it.
-
-    inputs: their names. absent: what it has instead of an all-reduce, where it has none. written: inputs that it
-    writes into. assigned: who carries out its sites. captures, pads: whether sizes are captured, and smaller ones
-    padded to them. unmatched: by option, named ops that no graph had so far. outer: what a capture
-    may hold that somebody else makes.
-    """
-
-    inputs: Sequence[str]
-    absent: str | None
-    candidates: Sequence[Candidate]
-    sizes: SizeRule
-    written: Collection[int]
-    device: torch.device
-    assigned: Assignment
-    captures: bool
-    pads: bool
-    unmatched: Mapping[str, Sequence[str]]
-    outer: OuterCapture = field(default_factory=OuterCapture)
-    moe_sites: Sequence[MoeSite] = ()
-
-
-def notes(options: Options, outcome: Outcome) -> Iterator[str]:
-    """The notes of one graph."""
-    yield from _about_all_reduces(options, outcome)
-    for option, names in outcome.unmatched.items():
+def notes(
+    options: Options,
+    graph: TracedGraph,
+    found: Found,
+    judged: Judged,
+    memory: CallersMemory,
+    unmatched: Mapping[str, Sequence[str]],
+) -> Iterator[str]:
+    """The notes of one graph. unmatched: by option, named ops that no graph had so far."""
+    yield from _about_all_reduces(options, found, judged.assigned)
+    for option, names in unmatched.items():
         if names:
             yield f"{option} names {', '.join(names)}: no graph so far has such an op"
-    if outcome.device.type == "cuda":
-        yield from _about_moe(outcome.assigned)
-    yield from _about_capture(options, outcome)
-    if options.outer_capture or outcome.device.type == "cuda":
-        yield from _about_outer_capture(outcome.outer)
+    if graph.device.type == "cuda":
+        yield from _about_moe(judged.assigned)
+    yield from _about_capture(options, graph, found.sizes, judged)
+    if options.pad_to_capture_size and memory.pads is None:
+        yield (
+            "not padded: the graph writes into its inputs, where padded rows would land too"
+            if memory.written
+            else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
+        )
+    if options.outer_capture or graph.device.type == "cuda":
+        yield from _about_outer_capture(judged.outer)
 
 
-def _about_all_reduces(options: Options, outcome: Outcome) -> Iterator[str]:
-    sites: list[Site | MoeSite] = [*(c.site for c in outcome.candidates), *outcome.moe_sites]
+def _about_all_reduces(options: Options, found: Found, assigned: Assignment) -> Iterator[str]:
+    sites: list[Site | MoeSite] = [*(c.site for c in found.candidates), *found.moe_sites]
     there = {site.group for site in sites}
-    if outcome.absent is not None:
-        yield outcome.absent
+    if found.absent is not None:
+        yield found.absent
     elif unknown := [n for n in options.groups or () if not same_groups(filter(None, there), [n])]:
         yield f"option groups names {unknown}, and the graph's sites are over {sorted(map(str, there))}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
         yield f"skip_sites names {', '.join(idle)}: no site of this graph has such a module or source"
-    fused = any(c.fuses for c in outcome.candidates)
+    fused = any(c.fuses for c in found.candidates)
     if not fused and (meaningless := _about_fused_sites(options)):
         yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
-    yield from dict.fromkeys(note for carrier in outcome.assigned.ready.values() for note in carrier.notes)
+    yield from dict.fromkeys(note for carrier in assigned.ready.values() for note in carrier.notes)
 
 
 def _about_moe(assigned: Assignment) -> Iterator[str]:
@@ -110,28 +97,22 @@ def _about_fused_sites(options: Options) -> list[str]:
     return [f"{name}={given[name]!r}" for name in names]
 
 
-def _about_capture(options: Options, outcome: Outcome) -> Iterator[str]:
-    sizes, barred = outcome.sizes, barred_from_capture(outcome.assigned.judged_collectives)
+def _about_capture(options: Options, graph: TracedGraph, sizes: SizeRule, judged: Judged) -> Iterator[str]:
+    captures, barred = judged.graphs is not None, barred_from_capture(judged.assigned.judged_collectives)
     if options.capture_sizes and sizes.tokens is None:
         yield "nothing is captured: the token count cannot be read from the sizes of the inputs"
-    elif options.capture_sizes and not outcome.captures and options.profile == "conservative" and barred is not None:
+    elif options.capture_sizes and not captures and options.profile == "conservative" and barred is not None:
         yield f"nothing is captured: {barred.why} (profile='conservative'; {barred.source})"
-    elif options.capture_sizes and not outcome.captures:
+    elif options.capture_sizes and not captures:
         yield (
-            f"nothing is captured: {outcome.device.type} has no CUDA graphs; graphs='simulated' captures with a "
+            f"nothing is captured: {graph.device.type} has no CUDA graphs; graphs='simulated' captures with a "
             "simulation of them, for tests"
         )
-    if outcome.captures and sizes.leading is not None:
-        name = outcome.inputs[sizes.leading]
+    if captures and sizes.leading is not None:
+        name = graph.inputs[sizes.leading]
         yield f"the token count is the first dimension of input '{name}', as no all-reduce tells it"
-    if outcome.captures and len(sizes.bindings) > 1:
+    if captures and len(sizes.bindings) > 1:
         yield (
             f"{len(sizes.bindings)} sizes of the inputs are dynamic: a capture serves calls that agree in all of "
             "them, and each token count is captured for at most 8 combinations"
-        )
-    if options.pad_to_capture_size and not outcome.pads:
-        yield (
-            "not padded: the graph writes into its inputs, where padded rows would land too"
-            if outcome.written
-            else "not padded: the graph has no single dynamic size that all its dynamic dimensions equal"
         )
