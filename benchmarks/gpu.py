@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -163,35 +164,31 @@ def sites(ranks: r.Ranks, options: argparse.Namespace) -> None:
         if not ranks.time_left():
             break
         ranks.forget()
-        x, residual = inputs(ranks, options, tokens)
-        makers = {PEER: lambda x=x, y=residual: nccl_and_inductor(ranks, chain, x, y)}
-        for name in options.collectives:
-            makers[f"ringfence {name}"] = lambda n=name, x=x, y=residual: compiled_by_ringfence(options, n, chain, x, y)
-            if ranks.cuda and name != "auto":
-                for pdl in (False, True) if name in ("trtllm", "mnnvl") else (False,):
-                    makers[bare_name(name, pdl)] = lambda n=name, p=pdl, x=x, y=residual: bare(
-                        ranks, options, n, p, chain, x, y
-                    )
-        contenders: list[Contender] = []
-        for name, make in makers.items():
-            contender, why = ranks.together(make)
-            if why is None:
-                contenders.append(contender)
-            else:
-                ranks.record(part="sites", tokens=tokens, contender=name, failed=why)
-        samples, why = ranks.together(lambda c=contenders: race(ranks, options, c))
-        for contender, (stream, host, difference) in zip(contenders, samples or (), strict=False):
-            report = contender.keep if isinstance(contender.keep, ringfence.CompileReport) else None
-            ranks.record(
-                part="sites",
-                tokens=tokens,
-                contender=contender.name,
-                us=ranks.median_of_max(stream),
-                host_us=ranks.median_of_max(host),
-                difference=max(ranks.gather(difference)),
-                **({"runs_as": report.summary} if report else {}),
-            )
-        del contenders, contender, makers
+        sites_of(ranks, options, chain, tokens)
+
+
+def sites_of(ranks: r.Ranks, options: argparse.Namespace, chain: Chain, tokens: int) -> None:
+    """At one token count; what the contenders hold is given back afterwards."""
+    x, residual = inputs(ranks, options, tokens)
+    makers: dict[str, Callable[[], Contender]] = {PEER: partial(nccl_and_inductor, ranks, chain, x, residual)}
+    for name in options.collectives:
+        makers[f"ringfence {name}"] = partial(compiled_by_ringfence, options, name, chain, x, residual)
+        if ranks.cuda and name != "auto":
+            for pdl in (False, True) if name in ("trtllm", "mnnvl") else (False,):
+                makers[bare_name(name, pdl)] = partial(bare, ranks, options, name, pdl, chain, x, residual)
+    contenders = ranks.made(makers, part="sites", tokens=tokens)
+    samples, _ = ranks.together(lambda: race(ranks, options, contenders))
+    for contender, (stream, host, difference) in zip(contenders, samples or (), strict=False):
+        report = contender.keep if isinstance(contender.keep, ringfence.CompileReport) else None
+        ranks.record(
+            part="sites",
+            tokens=tokens,
+            contender=contender.name,
+            us=ranks.median_of_max(stream),
+            host_us=ranks.median_of_max(host),
+            difference=max(ranks.gather(difference)),
+            **({"runs_as": report.summary} if report else {}),
+        )
 
 
 def race(

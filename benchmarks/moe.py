@@ -185,13 +185,7 @@ def pairs(ranks: r.Ranks, options: argparse.Namespace, hidden: int, tokens: int)
         makers["bare, staged"] = partial(bare, ranks, options, given, staged=True)
     makers["reference"] = partial(compiled, options, "reference", given.ids, given, tokens)
     makers[SWAP] = partial(swaps, ranks, options, given)
-    contenders: list[Contender] = []
-    for name, make in makers.items():
-        contender, why = ranks.together(make)
-        if why is None:
-            contenders.append(contender)
-        else:
-            ranks.record(part="pairs", hidden=hidden, tokens=tokens, contender=name, failed=why)
+    contenders = ranks.made(makers, part="pairs", hidden=hidden, tokens=tokens)
     samples, _ = ranks.together(lambda: race(ranks, options, contenders, given))
     for contender, (us, difference) in zip(contenders, samples or (), strict=False):
         checked = {"difference": max(ranks.gather(difference))} if difference is not None else {}

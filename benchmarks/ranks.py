@@ -23,14 +23,16 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ringfence.runtime.errors import CaptureFailedWarning
+
+T = TypeVar("T")
 
 #: NVLink multicast has taken whole hosts out of service; nothing here may create an object of it.
 NO_MULTICAST = {
@@ -178,6 +180,17 @@ class Ranks:
         return statistics.median(max(each) for each in zip(*self.gather(samples), strict=True))
 
     # -- results -------------------------------------------------------------------
+
+    def made(self, makers: Mapping[str, Callable[[], T]], **about: Any) -> list[T]:
+        """What could be made on all ranks, by contender; of the others why not is recorded. about: of the record."""
+        found = []
+        for name, make in makers.items():
+            contender, why = self.together(make)
+            if why is None:
+                found.append(contender)
+            else:
+                self.record(**about, contender=name, failed=why)
+        return found
 
     def record(self, **fields: Any) -> None:
         """Keep one measurement, and print it: what was measured survives a hang in the next step."""

@@ -118,8 +118,8 @@ class Candidate:
         return self.match is not None or self.called
 
     @property
-    def form(self) -> tuple[bool, bool]:
-        """Whether the fused op has a residual, and a weight."""
+    def operands(self) -> tuple[bool, bool]:
+        """Which the fused op has beside its input: a residual, a weight."""
         if self.match is None:
             return self.site.has_residual, self.weighted
         return self.match.epilogue.residual, self.match.norm.weight is not None

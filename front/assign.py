@@ -30,7 +30,7 @@ from .runtime.collectives.opt_outs import nccl_setting
 from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
 from .runtime.collectives.size_table import TABLE, read_table
-from .runtime.collectives.workspace import Form, workspaces_of
+from .runtime.collectives.workspace import Operands, workspaces_of
 from .runtime.errors import CollectiveUnavailableError, OptionsError
 from .runtime.groups import Group, nccl_version
 from .runtime.hazards.engine_default import barred_from_capture
@@ -64,10 +64,10 @@ def assign(
         if planned is not None or options.collective == "reference" or why is not None:
             missing = why
         else:
-            forms = {c.form for c in candidates if c.fuses and c.site.group == name}
-            missing, all_forms = _sites_of_all(channels[name], len(sites), forms)
+            operands = {c.operands for c in candidates if c.fuses and c.site.group == name}
+            missing, of_all = _sites_of_all(channels[name], len(sites), operands)
             if missing is None and sites:
-                wanted = replace(_wanted(sites, summed, options), forms=all_forms)
+                wanted = replace(_wanted(sites, summed, options), operands=of_all)
                 ready[name] = _prepare(wanted, group, channels[name], device, supervisor)
                 if ready[name].workspace is None and options.collective == "auto":
                     left[name] = f"no kernels are to be had over group '{name}'"
@@ -136,15 +136,17 @@ def nccl_situation(
     return replace(like, collective=Collective.NCCL, flashinfer=None, facts=facts)
 
 
-def _sites_of_all(channel: Channel, sites: int, forms: Collection[Form]) -> tuple[str | None, tuple[Form, ...]]:
+def _sites_of_all(
+    channel: Channel, sites: int, operands: Collection[Operands]
+) -> tuple[str | None, tuple[Operands, ...]]:
     """Why no rank may have kernels though some have sites: others have none. None where all or none have some.
 
-    And the forms of the sites of all ranks.
+    And the operands of the sites of all ranks.
     """
-    answers = channel.exchange("sites to fuse", (sites, tuple(sorted(forms))))
+    answers = channel.exchange("sites to fuse", (sites, tuple(sorted(operands))))
     without = [rank for rank, (count, _) in zip(channel.ranks, answers, strict=True) if not count]
     why = f"nothing is fused on {ranks_text(without)}" if 0 < len(without) < len(answers) else None
-    return why, tuple(sorted({form for _, theirs in answers for form in theirs}))
+    return why, tuple(sorted({each for _, theirs in answers for each in theirs}))
 
 
 def _check_not_insisted(options: Options, group: Group, planned: Situation | None, why: str | None) -> None:

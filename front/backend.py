@@ -44,7 +44,7 @@ from .runtime.watch.supervision import Asked, Supervision
 from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
 from .stages import (
     CallersMemory,
-    Found,
+    FoundSites,
     Judged,
     Plan,
     TracedGraph,
@@ -224,7 +224,7 @@ class Backend(OneObject):
         """Ops that options name and that no graph had so far."""
         return {o: [name for name in names if name not in self._seen_ops] for o, names in self._named_ops.items()}
 
-    def _assign(self, graph: TracedGraph, found: Found) -> Assignment:
+    def _assign(self, graph: TracedGraph, found: FoundSites) -> Assignment:
         groups, channels, device = graph.groups, graph.channels, graph.device
         options, supervisor = self.options, self.supervisor
         assigned = assign(found.candidates, groups, channels, device, options, supervisor, self._planned)
@@ -233,7 +233,7 @@ class Backend(OneObject):
     def _limit(self, assigned: Assignment, site: Site) -> Limit | None:
         return assigned.limit(site.group, site.hidden_size or 0, getattr(torch, site.dtype))
 
-    def _leave_beyond(self, found: Found, assigned: Assignment) -> Ranged:
+    def _leave_beyond(self, found: FoundSites, assigned: Assignment) -> Ranged:
         if self.options.deterministic:  # every call is within the limit, or refused
             return Ranged(list(found.candidates))
         return leave_beyond(found.candidates, functools.partial(self._limit, assigned), assigned.groups)

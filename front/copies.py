@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 #: Which device copies to which, and whether the data arrived; None: it is on its way. Or why it could not be tried.
-Step = tuple[int, int, bool | str | None]
+TriedPair = tuple[int, int, bool | str | None]
 
 #: Why nothing is known of copies that nobody asked for.
 NOT_TRIED = "not tried: --copies"
@@ -59,7 +59,7 @@ def _run(send: Connection, count: int) -> None:
     send.close()
 
 
-def steps(count: int, reachable: Callable[[int, int], bool], copy: Callable[[int, int], bool]) -> Iterator[Step]:
+def steps(count: int, reachable: Callable[[int, int], bool], copy: Callable[[int, int], bool]) -> Iterator[TriedPair]:
     """Every pair that is within reach, both ways; each is announced."""
     for of, to in itertools.permutations(range(count), 2):
         try:

@@ -13,7 +13,7 @@ from .options import Options
 from .runtime.groups import same_groups
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.replay.program import SizeRule
-from .stages import CallersMemory, Found, Judged, TracedGraph
+from .stages import CallersMemory, FoundSites, Judged, TracedGraph
 
 GRAD_MODE = (
     "compiled without fusion: grad mode is on and an input or parameter requires grad, and the fused "
@@ -24,7 +24,7 @@ GRAD_MODE = (
 def notes(
     options: Options,
     graph: TracedGraph,
-    found: Found,
+    found: FoundSites,
     judged: Judged,
     memory: CallersMemory,
     unmatched: Mapping[str, Sequence[str]],
@@ -47,7 +47,7 @@ def notes(
         yield from _about_outer_capture(judged.outer)
 
 
-def _about_all_reduces(options: Options, found: Found, assigned: Assignment) -> Iterator[str]:
+def _about_all_reduces(options: Options, found: FoundSites, assigned: Assignment) -> Iterator[str]:
     sites: list[Site | MoeSite] = [*(c.site for c in found.candidates), *found.moe_sites]
     there = {site.group for site in sites}
     if found.absent is not None:

@@ -71,7 +71,7 @@ class TracedGraph:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSites:
     """What there is to fuse. absent: what the graph has in place of an all-reduce, where it has none."""
 
     candidates: Sequence[Candidate]
@@ -130,7 +130,7 @@ def settle(gm: GraphModule, options: Options) -> dict[int, ReturnedView]:
     return numbers
 
 
-def find_sites(graph: TracedGraph, options: Options, supervisor: Supervisor) -> Found:
+def find_sites(graph: TracedGraph, options: Options, supervisor: Supervisor) -> FoundSites:
     """Experts are rewritten where all ranks agree; then every all-reduce is a candidate, and so are our own calls."""
     gm, device = graph.gm, graph.device
     moe_sites = dispatch_where_agreed(gm, graph.groups, graph.channels, device, options, supervisor)
@@ -149,7 +149,7 @@ def find_sites(graph: TracedGraph, options: Options, supervisor: Supervisor) -> 
     sizes = size_rule(gm, candidates, graph.static)
     if options.deterministic and sizes.tokens is None and any(c.fuses for c in candidates):
         raise OptionsError("deterministic=True: the token count cannot be read from the sizes of the inputs")
-    return Found(candidates, moe_sites, absent, sizes)
+    return FoundSites(candidates, moe_sites, absent, sizes)
 
 
 def judge_graph(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import mnnvl, ready, reference, table, trtllm
+from ringfence.runtime.collectives import group_facts, mnnvl, reference, table, trtllm
 from ringfence.runtime.collectives.epilogue import Epilogue
 from ringfence.runtime.collectives.kernels import (
     Implementation,
@@ -177,7 +177,7 @@ def installed(package: FakeFlashInfer, facts: RankFacts = FACTS) -> Iterator[Fak
     """This process has FlashInfer and a GPU, as far as can be told."""
     with (
         mock.patch.object(table, "ALL", fakes(lambda: package, own=package.own)),
-        mock.patch.object(ready, "probe", lambda device: facts),
+        mock.patch.object(group_facts, "probe", lambda device: facts),
         mock.patch("ringfence.assign.why_reference_only", lambda group, device: None),
     ):
         yield package

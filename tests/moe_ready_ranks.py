@@ -20,7 +20,7 @@ from torch import Tensor
 
 import ringfence
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import moe_reference, ready
+from ringfence.runtime.collectives import group_facts, moe_reference
 from ringfence.runtime.collectives.measure_moe import measure_moe
 from ringfence.runtime.collectives.moe_one_sided import MoeMemory, MoeSizes, compiled_top_k
 from ringfence.runtime.collectives.size_table import MoeRow, write_table
@@ -81,7 +81,7 @@ def on_gpus(wrong: bool = False, broken: bool = False, facts: Any = FACTS) -> It
         return made[-1]
 
     with (
-        mock.patch.object(ready, "probe", lambda device: facts),
+        mock.patch.object(group_facts, "probe", lambda device: facts),
         mock.patch("ringfence.moe_assign.why_reference_only", lambda group, device: None),
         mock.patch("ringfence.runtime.collectives.moe_one_sided.create", create),
         mock.patch("ringfence.runtime.collectives.flashinfer.installed", lambda: None),

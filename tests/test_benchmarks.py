@@ -39,3 +39,29 @@ def test_the_caches_are_written_by_every_backend_and_timed_beside_inductor(bench
     uncaptured, captured = bench.bench_caches()  # it compares what each of them wrote
     assert "1.5x" in uncaptured.target and not captured.target
     assert all(r.ours.endswith(" ms") and "x)" in r.peer for r in (uncaptured, captured))
+
+
+def test_who_cannot_be_made_is_recorded_and_the_others_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import ranks
+
+    class Alone(ranks.Ranks):
+        def __init__(self) -> None:
+            self.rank, self.size, self.cuda, self.results = 0, 1, False, []
+
+        def _limit(self) -> None: ...
+        def gather(self, value: Any) -> list[Any]:
+            return [value]
+
+        def record(self, **fields: Any) -> None:
+            self.results.append(fields)
+
+    def fails() -> str:
+        raise RuntimeError("no such kernel")
+
+    alone = Alone()
+    assert alone.made({"one": lambda: "1", "two": fails, "three": lambda: "3"}, part="sites", tokens=4) == ["1", "3"]
+    assert alone.results == [
+        {"part": "sites", "tokens": 4, "contender": "two", "failed": "rank 0: RuntimeError: no such kernel"}
+    ]
+    sys.modules.pop("ranks")

@@ -151,14 +151,21 @@ def test_nothing_is_importable_from_the_clone_by_accident(module: str, instead: 
     assert result.returncode == 1 and instead in result.stderr.splitlines()[-1], result.stderr
 
 
+_TYPE_NAME = re.compile(r"[A-Z][a-z]\w+$")
+
+
 def test_no_class_name_has_two_homes() -> None:
     """One word, one meaning: a reader who meets a name knows which class it is."""
     homes: defaultdict[str, set[str]] = defaultdict(set)
     for top in ("front", "compile_passes", "runtime"):
         for path in (ROOT / top).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ClassDef):
-                    homes[node.name].add(str(path.relative_to(ROOT)))
+                names = [node.name] if isinstance(node, ast.ClassDef) else []
+                if isinstance(node, ast.Assign | ast.AnnAssign) and node.col_offset == 0:  # a type by another name
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    names = [t.id for t in targets if isinstance(t, ast.Name) and _TYPE_NAME.match(t.id)]
+                for name in names if "TypeVar" not in ast.unparse(node) or isinstance(node, ast.ClassDef) else ():
+                    homes[name].add(str(path.relative_to(ROOT)))
     double = {name: sorted(files) for name, files in homes.items() if len(files) > 1}
     assert not double
 

@@ -37,7 +37,7 @@ STAGE_ALIGNMENT = 32
 WRAPPING_BUFFER = 2**30
 
 #: Offset and size in bytes: of the front of a buffer, and of the sums of two-shot.
-Parts = tuple[tuple[int, int], tuple[int, int]]
+BufferParts = tuple[tuple[int, int], tuple[int, int]]
 
 
 # -- what a call must look like ------------------------------------------------------
@@ -92,7 +92,7 @@ class Layout:
     """
 
     words: tuple[str, ...]
-    previous: Callable[[KernelMemory, Mapping[str, int]], tuple[int, Parts]]
+    previous: Callable[[KernelMemory, Mapping[str, int]], tuple[int, BufferParts]]
     uses: Callable[[KernelMemory, Launched], tuple[int, int]]
     readings: Callable[[KernelMemory, Any, Any], list[Any]]
     strategy_before: Callable[[Mapping[str, int]], Strategy | None]
@@ -122,7 +122,7 @@ class KernelMemory:
         """A call with input ``x`` of ``[tokens, hidden]`` is launched, or captured."""
         self.calls.add(Launched(strategy, x.shape[0], x.shape[1] * x.element_size()))
 
-    def parts(self) -> Parts:
+    def parts(self) -> BufferParts:
         """Offset and size of what the largest calls use of a buffer: its front, and the sums of two-shot."""
         front = back = 0
         for call in tuple(self.calls):  # the main thread may add one

@@ -29,11 +29,12 @@ from ..hazards.situation import Strategy
 from . import table as collectives
 from .epilogue import Epilogue, RmsNorm
 from .flashinfer import FlashInfer, load
+from .group_facts import facts_of_all
 from .kernels import KernelCall
 from .links import Topology
 from .opt_outs import own_opt_outs
 from .rank_facts import topology_of
-from .ready import Wanted, facts_of_all, prepare
+from .ready import Wanted, prepare
 from .size_table import MoeRow, SizeRow, write_table
 from .workspace import Workspace, close_workspaces
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from ..channel import DEFAULT_SECONDS, Channel, open_channel
 from ..errors import CollectiveUnavailableError
 from ..groups import Group, resolve_group
+from .group_facts import facts_of_all
 from .measure import slowest_us, worth_up_to
 from .moe_one_sided import OneSided
 from .moe_ready import MOE, MoeWanted, needed, prepare_moe
 from .rank_facts import topology_of
-from .ready import facts_of_all
 from .size_table import MoeRow
 from .workspace import close_workspaces
 

@@ -21,7 +21,17 @@ from . import flashinfer, flashinfer_rules, kernels, rank_facts
 from .buffer_dump import Cells, Part, Reading
 from .epilogue import DTYPES, Epilogue
 from .flashinfer import ChannelBackend, FlashInfer, unicast_memory
-from .kernels import BUFFERS, EndlessWaits, Implementation, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
+from .kernels import (
+    BUFFERS,
+    BufferParts,
+    EndlessWaits,
+    Implementation,
+    KernelMemory,
+    Kernels,
+    Launched,
+    Layout,
+    Requirement,
+)
 from .rank_facts import RankFacts
 
 #: The kernel waits for the one before it before it reads anything, and every one of a chain waits; so one-shot is
@@ -195,7 +205,7 @@ def _pdl(x: Tensor, strategy: Strategy) -> bool:
 # [token // ranks][source] in the first half, sums [token] in the second.
 
 
-def _previous(memory: KernelMemory, words: Mapping[str, int]) -> tuple[int, Parts]:
+def _previous(memory: KernelMemory, words: Mapping[str, int]) -> tuple[int, BufferParts]:
     front, half = words["clear_bytes_0"], memory.buffer_bytes // 2
     back = words["clear_bytes_1"] if words["dirty_stages"] > 1 else 0
     return words["dirty_buffer"], ((0, min(front, memory.buffer_bytes)), (half, min(back, half)))

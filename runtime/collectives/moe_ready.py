@@ -20,10 +20,10 @@ from ..hazards.hazard import Action
 from ..hazards.situation import Collective, Situation
 from . import flashinfer, moe_one_sided
 from .choice import Considered
+from .group_facts import facts_of_all, with_copies
 from .moe_one_sided import MoeSizes, compiled_top_k, id_bytes, within
 from .moe_self_test import self_test
 from .rank_facts import RankFacts, facts_of_group, linked, numbered, topology_of
-from .ready import facts_of_all, with_copies
 from .size_table import MOE_TABLE, MoeRow, find_moe_row
 from .workspace import MOE_WAY, MoeWorkspace, Workspaces, workspaces_of
 

@@ -11,37 +11,26 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from ..channel import Channel, failures_text, first_difference
-from ..errors import CollectiveUnavailableError, PeerFailedError, RankMismatch
+from ..channel import Channel
+from ..errors import CollectiveUnavailableError, PeerFailedError
 from ..groups import Group, resolve_group
 from ..hazards.situation import Fact, Situation, Strategy
 from . import table as collectives
 from .choice import Choice, Considered, choose
+from .group_facts import facts_of_all, with_copies
 from .kernels import Implementation, KernelCall
-from .links import FULL
-from .peer_copy import CudaMemory, try_copies
-from .rank_facts import RankFacts, facts_of_group, peers_out_of_reach, probe, topology_of
+from .rank_facts import RankFacts, facts_of_group
 from .reference import IMPLEMENTATION as REFERENCE
 from .self_test import self_test
 from .size_table import TABLE, SizeRow
-from .workspace import FORMS, Form, SelfTest, Tested, Workspace, Workspaces, workspaces_of
+from .workspace import EVERY_OPERANDS, Operands, SelfTest, Tested, Workspace, Workspaces, workspaces_of
 
 #: Token counts of the self-test, beside those that will be captured.
 _TESTED_TOKENS = (1, 4, 32)
 _MOST_TESTED = 8
-
-
-class WantedOfAll(Protocol):
-    """What a collective is wanted for: by what name, and what must be equal on all ranks."""
-
-    @property
-    def collective(self) -> str: ...
-    @property
-    def parts(self) -> tuple[tuple[str, str], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class Wanted:
     hidden: the largest hidden size of the sites. dtype: that of most sites. sizes: the token counts that will be
     captured. other_dtypes: what else is summed in the group; served where the same memory can and a self-test passes.
     max_tokens: the largest token count to serve; None leaves it to the size table. wait_seconds: how long a kernel
-    waits for a peer, where its waits have an end. forms: of the sites of all ranks; every one, where none is known.
+    waits for a peer, where its waits have an end. operands: of the sites of all ranks; every one, where none is known.
     alone: also for all-reduces that nothing follows.
     """
 
@@ -65,7 +54,7 @@ class Wanted:
     table: tuple[SizeRow, ...] = TABLE
     other_dtypes: tuple[torch.dtype, ...] = ()
     wait_seconds: float = 30.0
-    forms: tuple[Form, ...] = FORMS
+    operands: tuple[Operands, ...] = EVERY_OPERANDS
     alone: bool = True
 
     @property
@@ -140,15 +129,14 @@ def prepare(
     insists on one that cannot be had, :class:`RankMismatch` where the ranks want different things,
     and :class:`WorkspaceError` where workspaces that a failure left behind cannot be given back.
     """
-    workspaces = workspaces_of(group.name)
+    request = _Request(channel, group, device, wanted, workspaces_of(group.name))
     try:
-        ranks = facts_of_all(channel, device, wanted, workspaces)
+        ranks = facts_of_all(channel, device, wanted, request.workspaces)
     except PeerFailedError as error:
         if wanted.collective != "auto" or wanted.deterministic:
             raise CollectiveUnavailableError(f"collective='{wanted.collective}' cannot be had: {error}") from error
         return reference_collective(group.size, str(error), wanted)
-    ranks, notes = with_copies(channel, device, ranks, wanted, workspaces)
-    dtype = str(wanted.dtype).removeprefix("torch.")
+    ranks, notes = with_copies(channel, device, ranks, wanted, request.workspaces)
     unfit: dict[tuple[str, str | None], str] = {}  # of these sites, and not of the group
     while True:
         choice = choose(
@@ -156,121 +144,94 @@ def prepare(
             wanted=wanted.collective,
             transport=wanted.transport,
             deterministic=wanted.deterministic,
-            dtype=dtype,
+            dtype=_name(wanted.dtype),
             table=wanted.table,
-            failed=unfit | workspaces.failed,
+            failed=unfit | request.workspaces.failed,
             numbers=channel.ranks,
             among=among,
         )
         if choice.row is None:
-            situation = situation_of(choice, ranks, dtype=dtype)
-            return ReadyCollective(
-                choice.collective, situation, choice.candidates, notes=(*notes, *_meaningless(wanted))
-            )
-        way = (choice.collective, choice.transport)
-        limit = capacity(choice.row, wanted)
-        call = KernelCall(1, wanted.hidden, wanted.dtype, group.size, Strategy.ONE_SHOT)
-        if requirement := choice.implementation.unmet(call):
-            unfit[way] = f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
-            continue
-        _check_alone(workspaces, choice, group)
-        workspace = workspaces.find(choice.collective, device, wanted.dtype, limit)
-        shared = workspace is not None
-        if workspace is None:
-            made = workspaces.create(
-                channel,
-                lambda choice=choice, limit=limit: _make(group, channel, device, choice, wanted, limit),  # type: ignore[misc]
-                *way,
-            )
-            if made.workspace is None:
-                continue
-            workspace = made.workspace
-        result = _tested(workspace, channel, wanted, wanted.dtype, limit)
-        if result.eager is not None:
-            why_not = f"its self-test failed: {result.eager}"
-            if shared:  # with graphs that were captured over it, and for whose calls it passed
-                unfit[way] = why_not
-            else:
-                workspaces.retire(workspace, channel, why_not)
-            continue
+            situation = situation_of(choice, ranks, dtype=_name(wanted.dtype))
+            notes = (*notes, *_meaningless(wanted))
+            return ReadyCollective(choice.collective, situation, choice.candidates, notes=notes)
+        tested = _try(request, choice, unfit)
+        if tested is not None:
+            return _ready(request, choice, ranks, tested, notes)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """workspaces: of the group, with what was made and tried there before."""
+
+    channel: Channel
+    group: Group
+    device: torch.device
+    wanted: Wanted
+    workspaces: Workspaces
+
+
+@dataclass(frozen=True)
+class _TestedWorkspace:
+    """results: by dtype; the wanted one's calls run, and each other that does not is the reference's."""
+
+    workspace: Workspace
+    results: dict[torch.dtype, SelfTest]
+
+
+def _try(request: _Request, choice: Choice, unfit: dict[tuple[str, str | None], str]) -> _TestedWorkspace | None:
+    """The workspace of a candidate, found or made, with its test. None: it is passed over, as ``unfit`` or the group's
+    workspaces say from now on. Every rank must call.
+    """
+    wanted, channel, workspaces = request.wanted, request.channel, request.workspaces
+    assert choice.row is not None
+    way, limit = (choice.collective, choice.transport), capacity(choice.row, wanted)
+    call = KernelCall(1, wanted.hidden, wanted.dtype, request.group.size, Strategy.ONE_SHOT)
+    if requirement := choice.implementation.unmet(call):
+        unfit[way] = f"hidden size {wanted.hidden} of {wanted.dtype}: {requirement.message} ({requirement.source})"
+        return None
+    _check_alone(workspaces, choice, request.group)
+    found = workspaces.find(choice.collective, request.device, wanted.dtype, limit)
+    workspace = found or workspaces.create(channel, lambda: _make(request, choice, limit), *way).workspace
+    if workspace is None:
+        return None
+    result = _tested(workspace, channel, wanted, wanted.dtype, limit)
+    if result.eager is None:
         others = _others_tested(workspace, channel, wanted, limit)
-        captured = next((r.captured for r in (result, *others.values()) if r.captured), None)
-        part_of_world = group.size < torch.distributed.get_world_size()
-        return ReadyCollective(
-            choice.collective,
-            situation_of(
-                choice,
-                ranks,
-                dtype=dtype,
-                sizes=wanted.sizes,
-                part_of_world=part_of_world,
-                largest=workspace.largest,
-            ),
-            choice.candidates,
-            workspace,
-            f"its self-test failed: {captured}" if captured else None,
-            (
-                *notes,
-                *(
-                    f"calls of {dtype} are carried out by the reference: {r.eager}"
-                    for dtype, r in others.items()
-                    if r.eager
-                ),
-            ),
-        )
+        return _TestedWorkspace(workspace, {wanted.dtype: result, **others})
+    why_not = f"its self-test failed: {result.eager}"
+    if found is not None:  # with graphs that were captured over it, and for whose calls it passed
+        unfit[way] = why_not
+    else:
+        workspaces.retire(workspace, channel, why_not)
+    return None
 
 
-def facts_of_all(
-    channel: Channel, device: torch.device, wanted: WantedOfAll | None = None, workspaces: Workspaces | None = None
-) -> list[RankFacts]:
-    """What every rank knows of itself, by rank; invalid workspaces of the group are given back on the way.
-
-    wanted: what has to be the same on all. Every rank must call. Raises :class:`PeerFailedError` where one cannot
-    tell, :class:`RankMismatch` where they want different things.
-    """
-    facts: RankFacts | str
-    try:
-        facts = probe(device)
-    except Exception as error:  # the others are told, instead of left waiting
-        facts = f"{type(error).__name__}: {error}"
-    mine = wanted.parts if wanted is not None else ()
-    answers = channel.exchange("facts of each rank", (facts, mine, workspaces.invalid if workspaces else None))
-    asked = [parts for _, parts, _ in answers]
-    if len(set(asked)) > 1:
-        raise RankMismatch(f"the ranks want different collectives: {first_difference(asked, channel.ranks)}")
-    if workspaces is not None and (invalid := next((why for _, _, why in answers if why is not None), None)):
-        workspaces.discard(channel, invalid)
-    failures = tuple(
-        (rank, why) for rank, (why, _, _) in zip(channel.ranks, answers, strict=True) if isinstance(why, str)
+def _ready(
+    request: _Request, choice: Choice, ranks: Sequence[RankFacts], tested: _TestedWorkspace, notes: tuple[str, ...]
+) -> ReadyCollective:
+    results, wanted = tested.results, request.wanted
+    captured = next((r.captured for r in results.values() if r.captured), None)
+    situation = situation_of(
+        choice,
+        ranks,
+        dtype=_name(wanted.dtype),
+        sizes=wanted.sizes,
+        part_of_world=request.group.size < torch.distributed.get_world_size(),
+        largest=tested.workspace.largest,
     )
-    if failures:
-        raise PeerFailedError(failures_text(failures), failures)
-    return [facts for facts, _, _ in answers]
-
-
-def with_copies(
-    channel: Channel, device: torch.device, ranks: Sequence[RankFacts], wanted: WantedOfAll, workspaces: Workspaces
-) -> tuple[list[RankFacts], tuple[str, ...]]:
-    """The facts with what copies between all pairs brought, and notes. Tried once for each group.
-
-    Not where NCCL was told to keep off peer memory and no kernel would use it either: a copy may hang the device.
-    """
-    linked = topology_of(ranks) in FULL or wanted.collective not in ("auto", "reference")
-    told_off = any(facts.nccl_p2p_off for facts in ranks) and not linked
-    if device.type != "cuda" or told_off or peers_out_of_reach(ranks) is not None:
-        return list(ranks), ()
-    if workspaces.copies is None:
-        workspaces.copies = try_copies(channel, CudaMemory)
-    copies = workspaces.copies
-    if copies.untried is not None:
-        return list(ranks), (f"copies between the ranks' memories could not be tried: {copies.untried}",)
-    if not copies.lost:
-        return list(ranks), ()
-    note = (
-        f"peer memory does not work here: {copies.lost[0]}. NCCL uses it too and may hang or corrupt: set "
-        "NCCL_P2P_DISABLE=1, or turn PCIe access control (ACS) off (hazard M51)"
+    left = (f"calls of {dtype} are carried out by the reference: {r.eager}" for dtype, r in results.items() if r.eager)
+    return ReadyCollective(
+        choice.collective,
+        situation,
+        choice.candidates,
+        tested.workspace,
+        f"its self-test failed: {captured}" if captured else None,
+        (*notes, *left),
     )
-    return [dataclasses.replace(facts, lost=copies.lost) for facts in ranks], (note,)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_alone(workspaces: Workspaces, choice: Choice, group: Group) -> None:
@@ -290,9 +251,9 @@ def _tested(workspace: Workspace, channel: Channel, wanted: Wanted, dtype: torch
     fewest = sorted({*wanted.sizes, *_TESTED_TOKENS})[: _MOST_TESTED - 1]
     changes = (n for n in workspace.implementation.changes_at if n <= most)
     chosen = sorted({*fewest, *changes, most})
-    key = Tested(wanted.hidden, dtype, tuple(chosen), bool(wanted.sizes), wanted.forms, wanted.alone)
+    key = Tested(wanted.hidden, dtype, tuple(chosen), bool(wanted.sizes), wanted.operands, wanted.alone)
     if key not in workspace.tested:
-        result = self_test(workspace, channel, *key[:3], capture=key.capture, forms=key.forms, alone=key.alone)
+        result = self_test(workspace, channel, *key[:3], capture=key.capture, operands=key.operands, alone=key.alone)
         workspace.tested[key] = result
         if result.eager is None:
             workspace.passed.add(dtype)
@@ -327,13 +288,11 @@ def capacity(row: SizeRow, wanted: Wanted) -> int:
     return max(limit // row_bytes, 1) * row_bytes
 
 
-def _make(
-    group: Group, channel: Channel, device: torch.device, choice: Choice, wanted: Wanted, limit: int
-) -> Workspace:
-    one = choice.implementation
+def _make(request: _Request, choice: Choice, limit: int) -> Workspace:
+    one, wanted, group, device = choice.implementation, request.wanted, request.group, request.device
     assert choice.row is not None and one.make is not None
     tokens = limit // (wanted.hidden * wanted.dtype.itemsize)
-    kernels = one.make(channel, resolve_group(group.name, device), tokens, wanted.hidden, wanted.dtype)
+    kernels = one.make(request.channel, resolve_group(group.name, device), tokens, wanted.hidden, wanted.dtype)
     dtypes = one.dtypes(wanted.dtype)
     workspace = Workspace(one, choice.row, kernels, device, group.size, limit, dtypes)
     workspace.wait_for(wanted.wait_seconds)

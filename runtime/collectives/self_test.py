@@ -26,7 +26,7 @@ from . import reference
 from .epilogue import Epilogue, RmsNorm
 from .kernels import KernelCall
 from .payloads import PAYLOADS, PROTOCOL, RANGES, draw
-from .workspace import Form, SelfTest, Workspace
+from .workspace import Operands, SelfTest, Workspace
 
 #: Largest |out - reference| / (|reference| + rms of the row): the sum over the ranks, its sum with the
 #: residual and the norm are rounded once each.
@@ -134,12 +134,12 @@ def self_test(
     tokens: Sequence[int],
     *,
     capture: bool,
-    forms: Sequence[Form] = (),
+    operands: Sequence[Operands] = (),
     alone: bool = False,
 ) -> SelfTest:
     """Test a workspace with calls of these token counts. Every rank must call.
 
-    forms: what sites look like. Those that the kernels carry out otherwise than a call with residual and weight are
+    operands: of the sites. Those that the kernels carry out otherwise than a call with residual and weight are
     tried too, with the fewest tokens of each strategy, and of each of its kernels that is served.
     alone: an all-reduce that nothing follows is tried too, where the size table says that it is worth it.
 
@@ -158,7 +158,7 @@ def self_test(
     ]
     asked = [c for c in asked if workspace.implementation.unmet(c) is None and workspace.kernels.holds(c)]
     fewest = _fewest(workspace, asked)
-    others = [Epilogue(residual, RmsNorm(_EPS, has_weight=weight)) for residual, weight in forms]
+    others = [Epilogue(residual, RmsNorm(_EPS, has_weight=weight)) for residual, weight in operands]
     pairs = [(call, _EPILOGUE) for call in asked]
     pairs += [
         (call, other)

@@ -18,7 +18,17 @@ from . import flashinfer, flashinfer_rules, kernels
 from .buffer_dump import Cells, Reading, Rows
 from .epilogue import Epilogue
 from .flashinfer import ChannelBackend, FlashInfer
-from .kernels import BUFFERS, EndlessWaits, Implementation, KernelMemory, Kernels, Launched, Layout, Parts, Requirement
+from .kernels import (
+    BUFFERS,
+    BufferParts,
+    EndlessWaits,
+    Implementation,
+    KernelMemory,
+    Kernels,
+    Launched,
+    Layout,
+    Requirement,
+)
 from .rank_facts import RankFacts, peers_out_of_reach
 
 #: Programmatic dependent launch is never asked for: the kernel reads the residual before it waits for the kernel that
@@ -180,7 +190,7 @@ class Trtllm(EndlessWaits):
 # per source, which count barriers modulo 3.
 
 
-def _previous(memory: KernelMemory, words: Mapping[str, int]) -> tuple[int, Parts]:
+def _previous(memory: KernelMemory, words: Mapping[str, int]) -> tuple[int, BufferParts]:
     front, half = words["clear_elements"] * memory.element, memory.buffer_bytes // 2
     return (words["buffer"] + BUFFERS - 1) % BUFFERS, ((0, min(front, memory.buffer_bytes)), (half, 0))
 

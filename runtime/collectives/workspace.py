@@ -42,10 +42,10 @@ MOE_WAY = (str(Collective.MOE_ALL_TO_ALL), "peer")
 _SECONDS_TO_COME_BACK = 5.0
 
 
-#: Of a fused site: whether it has a residual, and a weight.
-Form = tuple[bool, bool]
-#: Every form that a site may have.
-FORMS: tuple[Form, ...] = ((False, False), (False, True), (True, False), (True, True))
+#: Which operands a fused site has beside its input: a residual, a weight.
+Operands = tuple[bool, bool]
+#: All that a site may have.
+EVERY_OPERANDS: tuple[Operands, ...] = ((False, False), (False, True), (True, False), (True, True))
 
 
 class Tested(NamedTuple):
@@ -55,7 +55,7 @@ class Tested(NamedTuple):
     dtype: torch.dtype
     tokens: tuple[int, ...]
     capture: bool
-    forms: tuple[Form, ...]
+    operands: tuple[Operands, ...]
     alone: bool
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..channel import ranks_text
 from . import checked
-from .position import COMPILES, Calls, Position, sizes_text
+from .position import COMPILES, CallSpan, Position, sizes_text
 
 #: For ranks of which one compiles alone.
 REMEDY = (
@@ -57,7 +57,7 @@ class Finding:
     remedy: str = ""
 
 
-def where(position: Position, said: Calls | None = None) -> str:
+def where(position: Position, said: CallSpan | None = None) -> str:
     """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``. said: a call not to be repeated."""
     if position.step < 0:
         return "no step yet"
@@ -208,7 +208,7 @@ def compiles_too_long(position: Position) -> Finding:
 
 
 def _behind_or_past(
-    positions: Mapping[int, Position], rank: int, call: Calls, members: Sequence[int], ended: Mapping[int, str]
+    positions: Mapping[int, Position], rank: int, call: CallSpan, members: Sequence[int], ended: Mapping[int, str]
 ) -> Finding | None:
     """Who keeps ``rank`` waiting in ``call``?"""
     known = [r for r in members if r in positions]

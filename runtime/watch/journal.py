@@ -29,7 +29,7 @@ from typing import Any
 from . import user_code
 from .folder import BEGUN, Origin, file_of, put_away
 from .marks import CudaMarks
-from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, Calls, PieceNote, Position, ProgramNote, sizes_text
+from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, CallSpan, PieceNote, Position, ProgramNote, sizes_text
 from .record import Record
 from .report import Report
 from .rings import Marks, Rings
@@ -40,7 +40,7 @@ __all__ = [
     "FORMAT",
     "REPLAY",
     "UNCAPTURED",
-    "Calls",
+    "CallSpan",
     "CudaMarks",
     "Journal",
     "Marks",

@@ -19,7 +19,7 @@ from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
 from .deadlines import Deadlines
 from .folder import BEGUN, Origin, is_put_away, older_ranks, rank_that_wrote
 from .journal import FORMAT
-from .position import REPLAY, Calls, Position, sizes_text
+from .position import REPLAY, CallSpan, Position, sizes_text
 from .report import Report
 from .user_code import CodePlace
 
@@ -40,7 +40,7 @@ class Mark:
     sizes: tuple[int, ...]
     entered: float
     left: float | None
-    calls: tuple[Calls, ...]
+    calls: tuple[CallSpan, ...]
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _marks(value: Mapping[str, Any]) -> Iterator[Mark]:
             for group, more in groups:
                 first = counts.get(group, 0)
                 counts[group] = first + more
-                calls.append(Calls(group, first, first + more - 1))
+                calls.append(CallSpan(group, first, first + more - 1))
             yield Mark(
                 number,
                 i,

@@ -50,7 +50,7 @@ class ProgramNote:
 
 
 @dataclass(frozen=True)
-class Calls:
+class CallSpan:
     """Collective calls of one group, from number ``first`` to number ``last``."""
 
     group: str
@@ -86,7 +86,7 @@ class Position:
     name: str = ""
     kind: str = ""
     collective: str = ""
-    calls: tuple[Calls, ...] = ()
+    calls: tuple[CallSpan, ...] = ()
     submitted: Mapping[str, int] = field(default_factory=dict)
     completed: Mapping[str, int] = field(default_factory=dict)
     exchange: str = ""
@@ -131,6 +131,6 @@ class Position:
         return cls(**{name: forms[name](field) for name, field in fields.items()})
 
 
-def _calls(value: Any) -> tuple[Calls, ...]:
-    calls = (Calls(**call) for call in value)
-    return tuple(Calls(checked.text(c.group), checked.integer(c.first), checked.integer(c.last)) for c in calls)
+def _calls(value: Any) -> tuple[CallSpan, ...]:
+    calls = (CallSpan(**call) for call in value)
+    return tuple(CallSpan(checked.text(c.group), checked.integer(c.first), checked.integer(c.last)) for c in calls)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import ConcurrentCallError
 from .marks import DeviceMarks
-from .position import CAPTURE, Calls, PieceNote, ProgramNote
+from .position import CAPTURE, CallSpan, PieceNote, ProgramNote
 
 
 class Marks:
@@ -252,11 +252,11 @@ class Rings(Marks):
         earlier = count_calls(self.programs[self._program[slot]].pieces[:piece])
         return {g: self._before[i][slot] + earlier.get(g, 0) for i, g in enumerate(self._groups)}
 
-    def _calls_in(self, step: int, start: int, stop: int) -> tuple[Calls, ...]:
+    def _calls_in(self, step: int, start: int, stop: int) -> tuple[CallSpan, ...]:
         """The collective calls from one piece of a step to before another."""
         before = self._calls_before(step, start)
         pieces = self.programs[self._program[step & self._step_mask]].pieces[start:stop]
-        return tuple(Calls(g, before[g], before[g] + n - 1) for g, n in count_calls(pieces).items())
+        return tuple(CallSpan(g, before[g], before[g] + n - 1) for g, n in count_calls(pieces).items())
 
     # -- completion -------------------------------------------------------------------------
 

@@ -222,7 +222,7 @@ def _draft(fault: Fault, options: Any) -> Any:
 
 def _stop_before_the_others_come(mine: bool, say: Callable[..., None]) -> None:
     """One rank is stopped in its compilation. To the others any request to the store is the first that hangs."""
-    from ringfence import backend
+    from ringfence import stages
     from ringfence.runtime.watch.supervisor import Supervisor
 
     opened = Supervisor.open
@@ -237,7 +237,7 @@ def _stop_before_the_others_come(mine: bool, say: Callable[..., None]) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     if mine:
-        backend.find = stop
+        stages.find = stop
     else:
         Supervisor.open = late
 
@@ -309,7 +309,7 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
     from fake_flashinfer import FakeFlashInfer, installed
 
     import ringfence
-    from ringfence import backend as backend_module
+    from ringfence import stages
     from ringfence.runtime.meeting import world_store
     from ringfence.runtime.watch import agree
 
@@ -360,7 +360,7 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
             say("fault")
             raise ValueError("the compiler was told to throw")
 
-        backend_module.lower = lower
+        stages.lower = lower
     if fault.name == "stopped compiling":
         _stop_before_the_others_come(mine, say)
     if rank == fault.could_not_write:

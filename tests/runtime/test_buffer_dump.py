@@ -12,7 +12,7 @@ from fake_flashinfer import memory as make_memory
 from torch import Tensor
 
 from ringfence.runtime.collectives.buffer_dump import CELL, FLAGS, Cells, describe
-from ringfence.runtime.collectives.kernels import KernelMemory, Launched, Parts
+from ringfence.runtime.collectives.kernels import BufferParts, KernelMemory, Launched
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
@@ -40,7 +40,7 @@ class Buffer:
         payload[1::3] = self.sentinel + 5
         self.elements[place] = payload
 
-    def cells(self, parts: Parts | None = None) -> tuple[Cells, Cells]:
+    def cells(self, parts: BufferParts | None = None) -> tuple[Cells, Cells]:
         words = self.elements.view(torch.int32)
         found = []
         for offset, size in parts if parts is not None else self.memory.parts():

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from fake_flashinfer import FACTS, FakeFlashInfer, fakes
 
 from ringfence.runtime.channel import open_channel
+from ringfence.runtime.collectives import group_facts, rank_facts, table
 from ringfence.runtime.collectives import mnnvl as mnnvl_module
 from ringfence.runtime.collectives import opt_outs as opt_outs_module
-from ringfence.runtime.collectives import rank_facts, ready, table
 from ringfence.runtime.collectives import trtllm as trtllm_module
 from ringfence.runtime.collectives.choice import Choice, choose
 from ringfence.runtime.collectives.links import Links, Topology
@@ -436,7 +436,7 @@ def made(facts: list[RankFacts], wanted: str, transport: str, monkeypatch: pytes
 
     packages: dict[int, FakeFlashInfer] = {}
     monkeypatch.setattr(table, "ALL", fakes(lambda: packages[dist.get_rank()]))
-    monkeypatch.setattr(ready, "probe", lambda device: facts[dist.get_rank()])
+    monkeypatch.setattr(group_facts, "probe", lambda device: facts[dist.get_rank()])
     return run_threaded(count, body)
 
 
@@ -491,7 +491,7 @@ def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatc
 
     packages: dict[int, FakeFlashInfer] = {}
     monkeypatch.setattr(table, "ALL", fakes(lambda: packages[dist.get_rank()]))
-    monkeypatch.setattr(ready, "probe", lambda device: replace(H200, flashinfer="0.7.2.post1"))
+    monkeypatch.setattr(group_facts, "probe", lambda device: replace(H200, flashinfer="0.7.2.post1"))
     for small, fits, again in run_threaded(2, body):
         assert small == again and small[0] is REFERENCE and "trtllm/peer: hidden size 100 of torch.float32" in small[1]
         assert fits[0] is MNNVL

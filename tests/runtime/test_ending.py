@@ -15,10 +15,10 @@ import pytest
 
 from ringfence.runtime.watch.culprit import Failure, find_culprit
 from ringfence.runtime.watch.ending import broken_off, how_it_ends, on_uncaught
-from ringfence.runtime.watch.position import Calls, Position
+from ringfence.runtime.watch.position import CallSpan, Position
 from ringfence.runtime.watch.process import UNKNOWN, this_process, why_silent
 
-WAITS = Position(0, "step", 7, (8,), 3, "submod_3", "island", "", (Calls("0", 14, 14),), {"0": 15}, {"0": 14})
+WAITS = Position(0, "step", 7, (8,), 3, "submod_3", "island", "", (CallSpan("0", 14, 14),), {"0": 15}, {"0": 14})
 BETWEEN = Position(1, "idle", 6, (8,), submitted={"0": 14}, completed={"0": 14})
 
 

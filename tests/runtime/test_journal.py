@@ -21,7 +21,7 @@ from ringfence.runtime.watch.journal import (
     CAPTURE,
     REPLAY,
     UNCAPTURED,
-    Calls,
+    CallSpan,
     Journal,
     Marks,
     PieceNote,
@@ -76,7 +76,7 @@ def test_a_rank_inside_a_call() -> None:
     position = j.position()
     assert (position.phase, position.step, position.piece, position.name) == ("step", 1, 1, "submod_1")
     assert (position.kind, position.sizes, position.collective) == ("island", (4,), "reference")
-    assert position.calls == (Calls("tp", 3, 3),)
+    assert position.calls == (CallSpan("tp", 3, 3),)
     assert (position.submitted, position.completed) == ({"tp": 4}, {"tp": 3})
 
 
@@ -85,7 +85,7 @@ def test_a_captured_piece_holds_several_calls() -> None:
     step(j)
     step(j, enter=3, leave=2)
     position = j.position()
-    assert position.kind == "graph" and position.calls == (Calls("tp", 4, 5),)
+    assert position.kind == "graph" and position.calls == (CallSpan("tp", 4, 5),)
     assert str(position.calls[0]) == "calls 4 to 5 of group 'tp'"
 
 
@@ -158,7 +158,7 @@ def test_on_a_device_a_step_is_outstanding_until_its_mark() -> None:
     step(j)
     position = j.position()
     assert (position.phase, position.step, position.stuck_in_piece) == ("step", 0, True)
-    assert position.calls == (Calls("tp", 0, 2),) and position.completed == {"tp": 0}
+    assert position.calls == (CallSpan("tp", 0, 2),) and position.completed == {"tp": 0}
     assert position.submitted == {"tp": 6}  # the host has run ahead
     before = position.moved
     device.pending.clear()

@@ -13,12 +13,14 @@ import pytest
 from ringfence.runtime.watch import journals
 from ringfence.runtime.watch.culprit import Failure, Finding
 from ringfence.runtime.watch.journal import FORMAT
-from ringfence.runtime.watch.position import Calls, Position
+from ringfence.runtime.watch.position import CallSpan, Position
 from ringfence.runtime.watch.report import Report
 
 RANKS = (0, 1, 2)
 #: In call 14, whose turn it is; before that call, in an island; and long after it.
-WAITS = Position(0, "step", 7, (8,), 3, "submod_3", "island", "reference", (Calls("0", 14, 14),), {"0": 15}, {"0": 14})
+WAITS = Position(
+    0, "step", 7, (8,), 3, "submod_3", "island", "reference", (CallSpan("0", 14, 14),), {"0": 15}, {"0": 14}
+)
 STUCK = Position(0, "step", 7, (8,), 1, "submod_1", "island", "reference", (), {"0": 14}, {"0": 14})
 WENT_ON = Position(0, "idle", 18, (8,), submitted={"0": 38}, completed={"0": 38})
 BETWEEN = Position(0, "idle", 6, (8,), submitted={"0": 14}, completed={"0": 14})

@@ -14,7 +14,7 @@ from ringfence.runtime.channel import Channel
 from ringfence.runtime.errors import ConcurrentCallError
 from ringfence.runtime.watch import page as module
 from ringfence.runtime.watch.culprit import find_alone
-from ringfence.runtime.watch.journal import REPLAY, Calls, Journal, Marks, PieceNote, Position, ProgramNote
+from ringfence.runtime.watch.journal import REPLAY, CallSpan, Journal, Marks, PieceNote, Position, ProgramNote
 from ringfence.runtime.watch.page import Neighbours, Page
 
 NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp", "tp"))), "", "target 0/0")
@@ -101,7 +101,7 @@ def test_calls_of_a_step_inside_another_are_counted() -> None:
     assert journal.missed == 1 and journal.position().submitted == {"tp": 1, "dp": 1}
     outer.enter()
     position = journal.position()
-    assert position.calls == (Calls("tp", 1, 2),) and position.submitted == {"tp": 3, "dp": 1}
+    assert position.calls == (CallSpan("tp", 1, 2),) and position.submitted == {"tp": 3, "dp": 1}
     assert position.completed == {"tp": 1, "dp": 1}
     outer.leave(), outer.end()
     step(journal, draft)
@@ -146,7 +146,7 @@ def test_exchanges_of_two_threads_leave_nothing_behind() -> None:
 
 
 def inside(rank: int, first: int, still: float = 5, group: str = "tp") -> Position:
-    calls = (Calls(group, first, first),)
+    calls = (CallSpan(group, first, first),)
     return Position(rank, "step", 7, (4,), 1, "submod_1", "island", "", calls, {group: first + 1}, {}, still=still)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fake_flashinfer import FACTS, FakeFlashInfer, fakes
 
 from ringfence.runtime.channel import Channel, open_channel
-from ringfence.runtime.collectives import peer_copy, ready, table
+from ringfence.runtime.collectives import group_facts, peer_copy, ready, table
 from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.peer_copy import SIZE, Copies, CudaMemory, try_copies
 from ringfence.runtime.collectives.rank_facts import RankFacts
@@ -309,8 +309,8 @@ def prepared(machine: Machine, facts: RankFacts, monkeypatch: pytest.MonkeyPatch
 
     packages: dict[int, FakeFlashInfer] = {}
     monkeypatch.setattr(table, "ALL", fakes(lambda: packages[dist.get_rank()]))
-    monkeypatch.setattr(ready, "probe", lambda device: facts)
-    monkeypatch.setattr(ready, "CudaMemory", lambda: machine.device(dist.get_rank()))
+    monkeypatch.setattr(group_facts, "probe", lambda device: facts)
+    monkeypatch.setattr(group_facts, "CudaMemory", lambda: machine.device(dist.get_rank()))
     monkeypatch.setattr(ready, "_tested", lambda *_: ready.SelfTest(None, None, 1))
     monkeypatch.setattr(peer_copy, "_SECONDS", 3)
     return run_threaded(2, body)

@@ -12,7 +12,7 @@ import pytest
 
 from ringfence.runtime.drawing import ALARM, ALARM_FILL, lines_of, width_of
 from ringfence.runtime.watch import journals, picture
-from ringfence.runtime.watch.position import Calls, Position
+from ringfence.runtime.watch.position import CallSpan, Position
 
 CODE = {"file": "job.py", "line": 30, "function": "serve", "text": "time.sleep(3600)"}
 PROGRAM = {
@@ -58,7 +58,7 @@ def write(
             "submod_1",
             "island",
             "",
-            (Calls("tp", call, call),),
+            (CallSpan("tp", call, call),),
             {"tp": call + 1},
             {"tp": call},
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import ringfence
 from ringfence.runtime.channel import open_channel
-from ringfence.runtime.collectives import ops, ready
+from ringfence.runtime.collectives import group_facts, ops, ready
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.kernels import Implementation
 from ringfence.runtime.collectives.ready import Wanted, prepare, situation_of
@@ -403,7 +403,7 @@ def _unlike(rank: int, what: str) -> str:
     sizes = (4, 8) if what == "sizes" and rank == 1 else (4,)
     collective = {"forced": "trtllm"}.get(what, "auto")
     with installed(FakeFlashInfer(name)):
-        broken = mock.patch.object(ready, "probe", side_effect=RuntimeError("no driver"))
+        broken = mock.patch.object(group_facts, "probe", side_effect=RuntimeError("no driver"))
         with broken if rank == 1 and what != "sizes" else contextlib.nullcontext():
             try:
                 wanted = Wanted(collective, "auto", H, torch.float32, sizes=sizes, max_tokens=8)

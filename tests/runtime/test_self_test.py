@@ -24,7 +24,7 @@ from ringfence.runtime.collectives.kernels import KernelCall, KernelMemory
 from ringfence.runtime.collectives.payloads import PAYLOADS, RANGES, draw
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
-from ringfence.runtime.collectives.workspace import FORMS, SelfTest, Workspace
+from ringfence.runtime.collectives.workspace import EVERY_OPERANDS, SelfTest, Workspace
 from ringfence.runtime.errors import GroupFailureError, HangError, SelfTestHungError, WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
@@ -65,7 +65,7 @@ class Kernels:
     memory: KernelMemory = field(default_factory=memory)
     words: tuple[int, ...] = (0, 0)
     calls: list[tuple[int, Strategy]] = field(default_factory=list)
-    forms: list[tuple[bool, bool]] = field(default_factory=list)
+    operands: list[tuple[bool, bool]] = field(default_factory=list)
     recorded: list[Callable[[], None]] | None = None
     seconds: float = 0.0
     alone: list[tuple[int, Strategy]] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Kernels:
         def run() -> None:
             residual, weight = (t.float() if t is not None else None for t in operands)
             self.calls.append((x.shape[0], strategy))
-            self.forms.append((residual is not None, weight is not None))
+            self.operands.append((residual is not None, weight is not None))
             normed, total = reference.apply(epilogue, self.meeting.total(self.rank, x), residual, weight)
             out.copy_(total)
             norm.copy_(normed)
@@ -161,22 +161,22 @@ def test_kernels_that_are_right(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, (False, True), (True, False), (False, False)])
-def test_every_form_that_sites_have_is_tried_where_the_kernels_have_one_of_their_own(wrong: Any) -> None:
+def test_all_operands_that_sites_have_are_tried_where_the_kernels_do_without_the_others(wrong: Any) -> None:
     def body(kernels: Kernels, channel: Channel) -> Any:
         def fault(call: int, strategy: Strategy, x: Tensor, norm: Tensor, out: Tensor) -> None:
-            if kernels.forms[call] == wrong:
+            if kernels.operands[call] == wrong:
                 norm[0] *= 2
 
         kernels.fault = fault
         served = workspace(kernels)
-        forms = FORMS if wrong is None else (wrong,)
-        padded = self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False, forms=forms)
-        assert set(kernels.forms) == {(True, True)}, "FlashInfer's kernels are given zeros and ones"
+        tried = EVERY_OPERANDS if wrong is None else (wrong,)
+        padded = self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False, operands=tried)
+        assert set(kernels.operands) == {(True, True)}, "FlashInfer's kernels are given zeros and ones"
         kernels.calls.clear()
-        kernels.forms.clear()
+        kernels.operands.clear()
         served.implementation = dataclasses.replace(served.implementation, takes=lambda epilogue: True)
-        own = self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False, forms=forms)
-        assert set(kernels.forms) == {(True, True), *forms}
+        own = self_test(served, channel, H, torch.bfloat16, TOKENS, capture=False, operands=tried)
+        assert set(kernels.operands) == {(True, True), *tried}
         return padded, own
 
     for padded, own in on_ranks(body, {}):
@@ -198,9 +198,9 @@ def test_the_sum_alone_and_each_kernel_that_is_served_are_tried(wrong: bool) -> 
             served.implementation, changes_at=(2, 4, 8, 16), takes=lambda epilogue: True
         )
         kernels.fault_alone = wrong and channel.rank == 1
-        tried, forms = (1, 2, 4, 8, 16), ((False, True),)
-        result = self_test(served, channel, H, torch.bfloat16, tried, capture=False, forms=forms, alone=True)
-        bare = [call for call, form in zip(kernels.calls, kernels.forms, strict=True) if form == forms[0]]
+        tried, operands = (1, 2, 4, 8, 16), ((False, True),)
+        result = self_test(served, channel, H, torch.bfloat16, tried, capture=False, operands=operands, alone=True)
+        bare = [call for call, each in zip(kernels.calls, kernels.operands, strict=True) if each == operands[0]]
         return result.eager, kernels.alone, bare
 
     (said, alone, bare), other = on_ranks(body, {})

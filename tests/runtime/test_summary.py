@@ -16,13 +16,13 @@ import pytest
 from ringfence.cli import main
 from ringfence.runtime.watch import journals, summary, user_code
 from ringfence.runtime.watch.culprit import came_with, find_culprit
-from ringfence.runtime.watch.position import Calls, Position
+from ringfence.runtime.watch.position import CallSpan, Position
 
 CODE = {"file": "job.py", "line": 30, "function": "serve", "text": "time.sleep(3600)"}
 
 
 def waits(rank: int, call: int = 14, sizes: tuple[int, ...] = (8,)) -> Position:
-    calls, done = (Calls("tp", call, call),), {"tp": call}
+    calls, done = (CallSpan("tp", call, call),), {"tp": call}
     return Position(rank, "step", 7, sizes, 3, "submod_3", "island", "", calls, {"tp": call + 1}, done, still=3.0)
 
 

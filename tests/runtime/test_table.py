@@ -15,7 +15,7 @@ from torch import Tensor
 from ringfence.compile_passes.rules import _DEVICE_EPOCH
 from ringfence.options import Options
 from ringfence.runtime.channel import Channel, open_channel
-from ringfence.runtime.collectives import ops, ready, reference, table
+from ringfence.runtime.collectives import group_facts, ops, reference, table
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.collectives.kernels import Implementation, KernelCall
@@ -92,7 +92,7 @@ def _own(rank: int) -> Any:
     facts = dataclasses.replace(FACTS, flashinfer=None, flashinfer_missing="FlashInfer is not installed")
     row = SizeRow("gather", "gloo", (9, 0), 2, 64 << 10, 64 << 10, 64 << 10, "a test")
     wanted = Wanted("auto", "auto", H, torch.bfloat16, max_tokens=8, table=(row,))
-    with mock.patch.object(ready, "probe", lambda device: facts):
+    with mock.patch.object(group_facts, "probe", lambda device: facts):
         made = prepare(open_channel(name, seconds=30), describe_group(name, CPU), CPU, wanted, (GATHER, *table.ALL))
     assert made.workspace is not None
     tested = made.workspace.kernels.calls
