@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ..runtime.collectives.moe import KNOWN_IDS
 from ..runtime.groups import Group
 from ..runtime.hazards.situation import Collective
 from ..runtime.replay.program import SizeRule
@@ -191,7 +192,8 @@ def _what(node: Node) -> str:
     """What a peer meets: of the reference collective that is torch's all-reduce, whatever follows it."""
     name = op_names(node)[1]
     if is_moe(node):
-        return f"{op_names(node)[0]} by {op_arguments(node)['collective']}"
+        by = str(op_arguments(node)["collective"]).removesuffix(KNOWN_IDS)  # each rank may know more of its own ids
+        return f"{op_names(node)[0]} by {by}"
     if name.startswith("ringfence::"):
         collective = str(arguments(node)[-1])
         return "sum" if collective == Collective.REFERENCE else f"{name} by {collective}"

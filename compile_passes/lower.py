@@ -15,7 +15,7 @@ import torch._inductor.config as inductor_config
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
-from ..runtime.collectives.moe import moe_dispatch
+from ..runtime.collectives.moe import moe_combine_buffer, moe_dispatch
 from ..runtime.errors import ArgumentError
 from ..runtime.replay.program import Program, ReturnedView, Step
 from .elided import keep_snapshots
@@ -176,8 +176,8 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
 
 
 def _planes_left_alone(piece: GraphModule) -> contextlib.AbstractContextManager[Any]:
-    """Inductor writes later results into memory that an op returned, and a dispatch's may be a workspace's."""
-    if not any(calls(node, moe_dispatch) for node in piece.graph.nodes):
+    """Inductor writes later results into memory that an op returned, and that may be a workspace's."""
+    if not any(calls(node, moe_dispatch, moe_combine_buffer) for node in piece.graph.nodes):
         return contextlib.nullcontext()
     patched: contextlib.AbstractContextManager[Any] = inductor_config.patch(
         allow_buffer_reuse=False, inplace_buffers=False

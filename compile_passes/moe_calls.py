@@ -7,6 +7,7 @@ reads by itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.fx.node import map_arg
 
 from ..runtime.collectives import moe
 from ..runtime.collectives.moe_one_sided import MoeSizes
@@ -22,10 +24,10 @@ from ..runtime.errors import RefusedError
 from ..runtime.hazards.situation import Collective, Fact
 from .aliases import viewed
 from .host import stream_of
-from .moe_sites import MoeMatch
+from .moe_sites import MoeMatch, experts_of
 from .op_calls import nodes_of, op_arguments, op_names, written_arguments
 from .provenance import label
-from .roles import arguments, tensor
+from .roles import arguments, aten, calls, tensor
 
 #: Key of ``node.meta`` of a dispatch whose capacity is the same on all ranks because a gather of it would be even.
 EVEN = "ringfence_even"
@@ -175,17 +177,37 @@ def _largest(capacity: int | torch.SymInt, even: bool, capacities: Sequence[int]
     return max((seen, *capacities))  # one workspace for all sizes that come
 
 
-def carried_out_by(calls_: Sequence[Node], collective: str) -> None:
+def carried_out_by(calls_: Sequence[Node], collective: str, *, fuses: bool = False) -> None:
     """Let all calls of a group name who carries them out.
 
-    Kernels take ids of four bytes. Where ids are a graph's own choice, of experts that there are, it is made there, so
-    that it is part of what is computed before and after.
+    Around kernels, what is launched for ids is made the graph's: they take numbers of four bytes, and where ids are
+    seen to be of experts that there are, nobody clamps them. Where nobody reads the ids of empty rows, nobody writes
+    them; fuses: what is computed of each number joins its reader, so that is asked for the first time there.
     """
     for node in calls_:
-        known = EVEN in node.meta and collective == Collective.MOE_ALL_TO_ALL
-        if known:
+        named = collective
+        if not is_dispatch(node):
+            for buffer in _buffers_of(node):
+                buffer.args = (*buffer.args[:-1], collective)
+        elif collective == Collective.MOE_ALL_TO_ALL:
+            named += moe.KNOWN_IDS if _knows_ids(node) else ""
             _narrow_ids(node)
-        node.args = (*node.args[:-1], f"{collective}{moe.KNOWN_IDS if known else ''}")
+            _ids_of_empty_rows(node, fuses)
+        node.args = (*node.args[:-1], named)
+
+
+def _buffers_of(combine: Node) -> list[Node]:
+    """What experts may have been given to write for it."""
+    route: Any = op_arguments(combine)["route"]
+    return [user for user in route.users if calls(user, moe.moe_combine_buffer)]
+
+
+def _knows_ids(dispatch: Node) -> bool:
+    """Whether each id is of an expert that there is: by a gather form, the graph, or the caller's word."""
+    given = op_arguments(dispatch)
+    among = experts_of(given["topk_ids"])
+    seen = among is not None and among <= int(given["num_experts"])
+    return seen or EVEN in dispatch.meta or str(given["collective"]).endswith(moe.KNOWN_IDS)
 
 
 def _narrow_ids(dispatch: Node) -> None:
@@ -198,11 +220,50 @@ def _narrow_ids(dispatch: Node) -> None:
         narrow = graph.call_function(convert, (ids, torch.int32))
     narrow.meta = {**ids.meta, "val": tensor(ids).to(torch.int32)}
     dispatch.args = (payloads, narrow, *others)
-    rows, received, route = dispatch.meta["val"]
-    dispatch.meta["val"] = (rows, received.to(torch.int32), route)
-    for item in [n for n in dispatch.users if n.args[1] == 1]:
+    rows, received, *rest = dispatch.meta["val"]
+    dispatch.meta["val"] = (rows, received.to(torch.int32), *rest)
+    for item in _received_ids(dispatch):
         with graph.inserting_after(item):
             back = graph.call_function(convert, (item, wide))
         back.meta = dict(item.meta)
         item.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)  # type: ignore[misc]
         item.meta["val"] = tensor(item).to(torch.int32)
+
+
+def _received_ids(dispatch: Node) -> list[Node]:
+    return [n for n in dispatch.users if n.args[1] == 1]
+
+
+def _ids_of_empty_rows(dispatch: Node, fuses: bool) -> None:
+    """Let none be written by a kernel of their own where nobody reads them, or where a reader's kernel can do it."""
+    payloads, ids, capacity, num_experts, empty_id, *others = dispatch.args
+    items = _received_ids(dispatch)
+    if empty_id is None or (any(item.users for item in items) and not fuses):
+        return
+    dispatch.args = (payloads, ids, capacity, num_experts, None, *others)
+    for item in items:
+        if item.users:
+            _told_by_counts(dispatch, item, capacity, empty_id)
+
+
+def _told_by_counts(dispatch: Node, item: Node, capacity: Any, empty_id: Any) -> None:
+    """``empty_id`` in place of the ids of rows that nobody sent: those from its count on, in the block of each rank."""
+    graph, readers = dispatch.graph, list(item.users)
+    last = item
+
+    def add(target: Any, *args: Any, **named: Any) -> Node:
+        nonlocal last
+        with graph.inserting_after(last):
+            last = graph.call_function(target, args, named)
+        values, others = map_arg((args, named), lambda n: n.meta["val"])  # type: ignore[no-untyped-call]
+        with tensor(item).fake_mode:  # type: ignore[attr-defined]
+            last.meta = dict(item.meta) | {"val": target(*values, **others)}
+        return last
+
+    about = {"dtype": torch.int32, "device": tensor(item).device, "requires_grad": False}
+    counts = add(operator.getitem, dispatch, 3)
+    numbers = add(torch.ops.prims.iota.default, capacity, start=0, step=1, **about)
+    filled = add(aten.lt.Tensor, numbers, add(aten.unsqueeze.default, counts, 1))
+    kept = add(aten.where.ScalarOther, add(aten.view.default, filled, [-1, 1]), item, empty_id)
+    for reader in readers:
+        reader.replace_input_with(item, kept)

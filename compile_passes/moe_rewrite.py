@@ -141,7 +141,8 @@ def _describe(match: MoeMatch, call: Node, received: Node, rows: list[Node], ids
     way = given.new_empty((given.shape[0], match.group.size), dtype=torch.int32)
     start = arguments(match.ids)[0].meta
     about = {key: start[key] for key in _PROVENANCE if key in start}
-    described: list[tuple[Node, Any]] = [(call, (values, tensor(match.ids), way)), (received, values)]
+    returned = (values, tensor(match.ids), way, way.new_empty(match.group.size))
+    described: list[tuple[Node, Any]] = [(call, returned), (received, values)]
     described += [*zip(rows, values, strict=True), (ids, tensor(match.ids)), (route, way)]
     for node, value in described:
         node.meta = about | {"val": value}

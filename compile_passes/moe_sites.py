@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives.epilogue import DTYPES
-from ..runtime.collectives.moe import MOST_PAYLOADS
+from ..runtime.collectives.moe_checks import MOST_PAYLOADS
 from ..runtime.collectives.moe_reference import first_expert
 from ..runtime.groups import Group
 from .expert_rows import silent_experts
@@ -139,7 +139,7 @@ def _gather_form(
     integers = [g for g in gathers if is_tensor(g) and not tensor(g).dtype.is_floating_point]
     if not integers:
         return None
-    experts = {g: e for g in integers if (e := _experts_of(_gathered(g))) is not None}
+    experts = {g: e for g in integers if (e := experts_of(_gathered(g))) is not None}
     site = _site(index, scatter, name, len(gathers) - 1, next(iter(experts.values()), None))
     decline = _shape_of_site(scatter, partial, gathers, region, name, groups, experts)
     if decline is not None:
@@ -261,7 +261,7 @@ def _closed(scatter: Node, partial: Node, gathers: tuple[Node, ...], region: tup
     return None
 
 
-def _experts_of(ids: object) -> int | None:
+def experts_of(ids: object) -> int | None:
     """Among how many experts these numbers choose; None where that is not known."""
     if calls(ids, operator.getitem) and calls(ids.args[0], aten.topk.default) and ids.args[1] == 1:
         topk = ids.args[0]
@@ -270,7 +270,7 @@ def _experts_of(ids: object) -> int | None:
         size = tensor(scores).shape[-1]
         return size if isinstance(size, int) and tensor(scores).ndim == 2 and dim in (-1, 1) else None
     if calls(ids, *VIEWS, *CASTS, aten.clone.default, aten.contiguous.default):
-        return _experts_of(ids.args[0]) if tensor(ids).dtype in _IDS and tensor(ids).ndim == 2 else None
+        return experts_of(ids.args[0]) if tensor(ids).dtype in _IDS and tensor(ids).ndim == 2 else None
     if calls(ids, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
         return _either_of(ids.args[1], ids.args[2])
     if calls(ids, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
@@ -280,7 +280,7 @@ def _experts_of(ids: object) -> int | None:
 
 def _either_of(a: object, b: object) -> int | None:
     """Of numbers with padding: a constant in place of some, or of two choices."""
-    known = [e for e in (_experts_of(a), _experts_of(b)) if e is not None]
+    known = [e for e in (experts_of(a), experts_of(b)) if e is not None]
     numbers = [n for n in (_number(a), _number(b)) if n is not None]
     if len(known) + len(numbers) != 2 or len(set(known)) != 1:
         return None

@@ -11,6 +11,13 @@ the same order, with the same capacity; a rank without tokens makes them with no
     ringfence.moe.prepare(ep_group, capacity=128, top_k=8, hidden=4096, dtype=torch.bfloat16)
 
 before the first of them, on every rank, lets kernels carry them out that know no count and no copy by the host.
+
+Where experts go by counts and write where they are told, a captured pair is the library's kernels and nothing else:
+
+    sent = ringfence.moe.dispatch([x], topk_ids, capacity=128, num_experts=64, empty_id=None, known_ids=True)
+    buffer = ringfence.moe.combine_buffer(sent, 4096, torch.bfloat16)
+    experts(*sent.payloads, sent.ids, sent.counts, out=buffer)
+    y = ringfence.moe.combine(buffer, sent.route)
 """
 
 from __future__ import annotations
@@ -47,13 +54,15 @@ class Dispatched(NamedTuple):
     """What a rank received, from all ranks.
 
     payloads: ``[R * capacity, width]`` each. ids: ``[R * capacity, top_k]``; of a row that nobody sent, ``empty_id``,
-    and its payloads are undefined. route: opaque, for the combine. Rows are in no order that may be relied on, and
-    nothing may be written into them.
+    and its payloads are undefined. route: opaque, for the combine. counts: ``[R]`` int32, how many rows each rank sent:
+    the first of its ``capacity``. Rows are in no order that may be relied on. They and the counts are read before the
+    combine, and nothing may be written into them.
     """
 
     payloads: list[Tensor]
     ids: Tensor
     route: Tensor
+    counts: Tensor
 
 
 def dispatch(
@@ -62,7 +71,8 @@ def dispatch(
     *,
     capacity: int,
     num_experts: int,
-    empty_id: int = -1,
+    empty_id: int | None = -1,
+    known_ids: bool = False,
     group: dist.ProcessGroup | str | None = None,
 ) -> Dispatched:
     """Send each token's row of every payload once to each rank that owns one of its experts.
@@ -76,6 +86,13 @@ def dispatch(
     they agree on the graph, and an int among the inputs before each capture and, with ``check_every_step``, before each
     step (hazard M62).
     empty_id: what the ids of a row that nobody sent are; -1, or an expert of another rank where experts mask theirs.
+    None: whatever lies there, any number, which spares kernels a launch. That is for readers that look at no row from
+    ``counts`` on, and for those that take any number for an id and look at each row by itself: what they make of an
+    empty row is not combined, because a combine reads the rows that were sent and no other.
+    known_ids: by the caller's word each id is an expert's, as top-k over ``num_experts`` scores gives them; kernels are
+    then given the ids as they are, and one of no expert writes beyond their counters (hazard M65). Without it ids are
+    clamped for them, by a launch more. On the CPU ids are looked at in either case. In a graph of ringfence's, ids
+    that come from such a top-k are known without being told.
     group: a process group, or its name; None is the default group.
 
     Raises :class:`InputError`, :class:`GroupError`, :class:`GradModeError`, and in a capture that may not hold the call
@@ -85,8 +102,28 @@ def dispatch(
     given = list(payloads)
     tensors = bool(given) and all(isinstance(one, Tensor) for one in (*given, topk_ids))  # else it is refused there
     call = torch.ops.ringfence.moe_dispatch if tensors and is_traced(topk_ids) else moe.dispatched
-    received, ids, route = call(given, topk_ids, capacity, num_experts, empty_id, name, PREPARED)
-    return Dispatched(list(received), ids, route)
+    collective = PREPARED + moe.KNOWN_IDS if known_ids else PREPARED
+    received, ids, route, counts = call(given, topk_ids, capacity, num_experts, empty_id, name, collective)
+    return Dispatched(list(received), ids, route, counts)
+
+
+def combine_buffer(
+    sent: Dispatched, hidden: int, dtype: torch.dtype, *, group: dist.ProcessGroup | str | None = None
+) -> Tensor:
+    """``[R * capacity, hidden]`` for what experts make of the rows of a dispatch, to be given to its combine.
+
+    Where kernels carry the pair out it is the memory that the other ranks combine from, and a combine that is given it,
+    whole, copies nothing; elsewhere it is memory of the caller's. It is undefined until it is written, and rows that
+    nobody sent may stay so. Write it **after the dispatch and before the combine**, on the same stream, and at no other
+    time: before, other ranks may still read what they combined last, and afterwards they read this.
+
+    hidden, dtype: of the combined rows; float16, bfloat16 or float32. Raises what :func:`combine` raises.
+    """
+    name = name_of_group(group)
+    traced = is_traced(sent.route)
+    call = torch.ops.ringfence.moe_combine_buffer if traced else moe.combine_buffer
+    result: Tensor = call(sent.route, sent.ids.shape[0], hidden, dtype, name, PREPARED)
+    return result
 
 
 def combine(
@@ -95,8 +132,9 @@ def combine(
     """``[T, H]``: the sum over the ranks of what became of each token, taken in float32 and rounded once.
 
     partial: ``[R * capacity, H]``, float16, bfloat16 or float32: of each received row, the weighted sum over this
-    rank's experts; rows that nobody sent may hold anything. route: of the dispatch that it answers. out: where the
-    result is written and what is returned, if given. Raises what :func:`dispatch` raises.
+    rank's experts; rows that nobody sent may hold anything. It may be a :func:`combine_buffer`. route: of the dispatch
+    that it answers. out: where the result is written and what is returned, if given. Raises what :func:`dispatch`
+    raises.
     """
     name = name_of_group(group)
     traced = is_traced(partial)

@@ -62,7 +62,7 @@ def assign_moe(
             found[name] = _without_kernels(options.moe_collective, group, sizes if isinstance(sizes, str) else None)
         else:
             found[name] = ready_pair(_wanted(sizes, options), group, channels.get(name), device, supervisor)
-        carried_out_by(calls, found[name].collective)
+        carried_out_by(calls, found[name].collective, fuses=options.piece_compiler == "inductor")
     return replace(assigned, moe=found)
 
 

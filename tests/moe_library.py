@@ -3,17 +3,22 @@
 It does what ``trtllm_moe_alltoall.cu`` of 0.6.18 does with pointers, and checks what that checks and no more: where
 rows go follows from the capacity and the widths of a call, planes lie one behind the other, a combine reads its region
 in the ranks that the last dispatch sent to. Ranks wait for each other as the kernels do, by barriers.
+
+:class:`Launches` counts what a device would be given: the library's kernels, and each op of torch's that is no view.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ringfence.runtime.collectives.flashinfer import FlashInfer
 from ringfence.runtime.collectives.moe_reference import owner_of
@@ -38,6 +43,41 @@ def offsets(ranks: int, tokens: int) -> list[int]:
     for size in (4 * ranks, 4 * ranks, 88 * tokens, 88 * tokens, 0):
         found.append(up(found[-1] + size))
     return found
+
+
+class Launches(TorchDispatchMode):
+    """What a thread launches, by name, in order."""
+
+    #: Ops of torch's that launch nothing, besides views.
+    QUIET = ("empty", "detach", "alias", "lift", "_reinterpret")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0]
+        looks = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not looks and not any(word in name for word in self.QUIET):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function of the library that launches these, and nothing of torch's."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            for mode in _get_current_dispatch_mode_stack():
+                if isinstance(mode, Launches):
+                    mode.names += names
+            with _disable_current_modes():
+                return function(*args, **named)
+
+        return call
+
+    return wrap
 
 
 class Library:
@@ -103,6 +143,7 @@ class Api:
         at = int(meta[NAMES.index(name)])
         return workspace[rank, at : at + 4 * count].view(torch.int32)
 
+    @kernels("prepare_dispatch", "dispatch")
     def moe_a2a_dispatch(
         self, token_selected_experts: Tensor, input_payloads: list[Tensor], workspace: Tensor, metainfo: Tensor,
         runtime_max_tokens_per_rank: int, ep_rank: int, ep_size: int, top_k: int, num_experts: int,
@@ -151,6 +192,7 @@ class Api:
             workspace[to, row : row + width] = payload[token].view(torch.uint8)
             at += workspace.shape[0] * capacity * width
 
+    @kernels("sanitize")
     def moe_a2a_sanitize_expert_ids(
         self, expert_ids: Tensor, workspace: Tensor, metainfo: Tensor, ep_rank: int, invalid_expert_id: int,
         enable_pdl: bool | None = None,
@@ -160,12 +202,13 @@ class Api:
         for source, count in enumerate(counts):
             expert_ids[source, count:] = invalid_expert_id
 
+    @kernels("prepare_combine", "combine")
     def moe_a2a_combine(
         self, payload: Tensor, local_num_tokens: int, workspace: Tensor, metainfo: Tensor,
         runtime_max_tokens_per_rank: int, ep_rank: int, ep_size: int, top_k: int, combine_payload_offset: int,
         payload_in_workspace: bool = False, *, output: Tensor, enable_pdl: bool | None = None,
     ) -> Tensor:  # fmt: skip
-        assert payload.is_contiguous() and output.is_contiguous() and not payload_in_workspace
+        assert payload.is_contiguous() and output.is_contiguous()
         assert payload.shape[:2] == (ep_size, runtime_max_tokens_per_rank) and output.dtype == payload.dtype
         assert payload.data_ptr() % 16 == 0 and output.data_ptr() % 16 == 0
         assert list(output.shape) == [local_num_tokens, payload.shape[2]]
@@ -173,9 +216,16 @@ class Api:
         assert combine_payload_offset + size <= workspace.shape[1]
         flag = self._words(workspace, ep_rank, metainfo, "FLAG_VAL", 1)
         flag += 1
-        self._library.calls[ep_rank].append({"k": top_k, "pdl": enable_pdl, "at": combine_payload_offset})
+        about = {"k": top_k, "pdl": enable_pdl, "at": combine_payload_offset, "copied": not payload_in_workspace}
+        self._library.calls[ep_rank].append(about)
         region = workspace[:, combine_payload_offset : combine_payload_offset + size]
-        region[ep_rank] = payload.view(-1).view(torch.uint8)
+        if payload_in_workspace:
+            assert payload.data_ptr() == region[ep_rank].data_ptr(), "payload_in_workspace, and it is elsewhere"
+        else:
+            counts = self._words(workspace, ep_rank, metainfo, "RECV_COUNTERS", ep_size).tolist()
+            rows = region[ep_rank].view(payload.dtype).view(payload.shape)
+            for source, count in enumerate(counts):  # no row that nobody sent
+                rows[source, :count] = payload[source, :count]
         for to in range(ep_size):
             self._words(workspace, to, metainfo, "COMBINE_COMPLETION_FLAGS", ep_size)[ep_rank] = int(flag[0])
         self._library.meeting.wait()

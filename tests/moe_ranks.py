@@ -125,8 +125,16 @@ def check_one(
     out = torch.full_like(x, float("nan"))
     result = ringfence.moe.combine(partial, sent.route, group=group)
     assert result.dtype == dtype and result.shape == x.shape and _same(result, want, in_order)
-    again = ringfence.moe.dispatch([x], ids, capacity=capacity, num_experts=experts, group=group)
-    assert ringfence.moe.combine(partial, again.route, out=out, group=group) is out and _same(out, want, in_order)
+    again = ringfence.moe.dispatch(
+        [x, weights], ids, capacity=capacity, num_experts=experts, empty_id=None, known_ids=True, group=group
+    )
+    asked = [((i >= low) & (i < high)).any(1).sum() for _, i, _ in batches]
+    assert again.counts.dtype == torch.int32 and again.counts.tolist() == [int(n) for n in asked]
+    first = (torch.arange(capacity) < again.counts[:, None]).view(-1)  # of each block; what lies behind is anything
+    buffer = ringfence.moe.combine_buffer(again, H, dtype, group=group).fill_(float("nan"))
+    rows = [t[first] for t in (again.payloads[0], again.ids, again.payloads[1])]
+    buffer[first] = expert_rows(rank, ranks, experts, *rows)
+    assert ringfence.moe.combine(buffer, again.route, out=out, group=group) is out and _same(out, want, in_order)
 
 
 def _same(result: Tensor, want: Tensor, in_order: bool) -> bool:

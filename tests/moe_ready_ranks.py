@@ -48,16 +48,16 @@ class Pair:
         ids: Tensor,
         capacity: int,
         num_experts: int,
-        empty_id: int,
+        empty_id: int | None,
         *,
         known: bool = False,
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         self.calls.append(("dispatch", capacity))
         self.kinds.append((str(ids.dtype).removeprefix("torch."), known))
-        rows, got, self._route = moe_reference.dispatch(
+        rows, got, self._route, counts = moe_reference.dispatch(
             payloads, ids, capacity, num_experts, empty_id, "world", self.ranks
         )
-        return rows, got
+        return rows, got, counts
 
     def combine(self, partial: Tensor, out: Tensor) -> None:
         self.calls.append(("combine", partial.shape[0] // self.ranks))

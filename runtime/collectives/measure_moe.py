@@ -87,7 +87,7 @@ def _timing(
     out = torch.empty_like(x)
 
     def pair() -> None:
-        (rows, _), _ = kernels.dispatch([x, weights], sent[1], tokens, _EXPERTS, -1)
+        (rows, _), *_ = kernels.dispatch([x, weights], sent[1], tokens, _EXPERTS, -1)
         kernels.combine(rows, out)
 
     def nccl() -> None:

@@ -1,7 +1,9 @@
 """MoE dispatch and combine, as ops that a graph may hold.
 
     ringfence::moe_dispatch(payloads, topk_ids, capacity, num_experts, empty_id, group, collective)
-        -> (received, ids, route)
+        -> (received, ids, route, counts)
+    ringfence::moe_combine_buffer(route, rows, hidden, dtype, group, collective)
+        -> buffer
     ringfence::moe_combine(partial, route, group, collective)
         -> result
     ringfence::moe_combine_into(out, partial, route, group, collective)
@@ -14,13 +16,19 @@ call**: it decides where each rank's rows lie in every other's memory.
 
 received: ``[R * capacity, c]`` each, the rows of source rank after source rank, in no order that may be relied on.
 ids: ``[R * capacity, k]``; a row that nobody sent has ``empty_id`` in all places, and undefined payloads. So what
-reads the rows must look at each by itself. route: ``[T, R]`` int32, opaque: it ties a combine to its dispatch.
+reads the rows must look at each by itself. counts: ``[R]`` int32, the rows that each rank sent, which are the first of
+its block. With ``empty_id=None`` nobody writes the ids of empty rows, which costs a kernel: they are undefined, for
+readers that go by counts or by none. route: ``[T, R]`` int32, opaque: it ties a combine to its dispatch.
 
 partial: ``[R * capacity, H]``, float16, bfloat16 or float32: of each row, the weighted sum over the experts of this
-rank. result: ``[T, H]``, the sum over the ranks a token went to, taken in float32 and rounded once.
+rank; rows that nobody sent are not read. result: ``[T, H]``, the sum over the ranks a token went to, taken in float32
+and rounded once. buffer: ``[R * capacity, H]``, undefined, to be written and given as ``partial``; of kernels it is the
+memory that peers combine from, so that nothing is copied there.
 
 A dispatch is answered by one combine before the next dispatch of the group, on every rank. All readers of ``received``
-come before that combine, and nothing may be written into it: it may be memory of a workspace.
+and ``counts`` come before that combine, and nothing may be written into them: they may be memory of a workspace. A
+buffer is written between the two and at no other time: before this dispatch has ended peers may still read what they
+combined last (``protocol/moe_planes.py``). That it is made of the route keeps whoever writes it behind the dispatch.
 
 ``collective`` says who carries the pair out: "reference"; "moe_all_to_all", kernels over the group's workspace; or, in
 a call that a person wrote, "prepared": the kernels where :func:`ringfence.moe.prepare` has made them ready. A pair
@@ -42,95 +50,14 @@ from ..groups import HOST_BACKENDS, describe_group, resolve_group
 from ..hazards.situation import Collective
 from ..seams import run_between
 from . import moe_reference as reference
-from .epilogue import DTYPES
+from .moe_checks import check_buffer, check_combine, check_dispatch, check_out
 from .moe_one_sided import MoeSizes, id_bytes, unserved
 from .ops import PREPARED
 from .workspace import MoeWorkspace, workspaces_of
 
-#: Behind the name of a dispatch's collective: each id is an expert's, as the graph shows, so nobody need clamp it.
+#: Behind the name of a dispatch's collective: each id is an expert's, as the graph shows or the caller knows, so nobody
+#: need clamp it.
 KNOWN_IDS = ", known ids"
-#: FlashInfer's kernels carry six, of which the ids are one.
-MOST_PAYLOADS = 5
-_IDS = (torch.int32, torch.int64)
-
-
-# -- what a call must look like ---------------------------------------------------------
-
-
-def check_dispatch(
-    payloads: Sequence[Tensor], topk_ids: Tensor, capacity: int, num_experts: int, empty_id: int, ranks: int
-) -> None:
-    """Raises :class:`InputError` for what kernels would write over somebody else's rows with, and not tell."""
-    if not payloads or not all(isinstance(one, Tensor) for one in (*payloads, topk_ids)):
-        raise InputError("a dispatch takes a list of payloads, and topk_ids, all of them tensors")
-    _check_ids(topk_ids, num_experts, empty_id, ranks)
-    if not 1 <= len(payloads) <= MOST_PAYLOADS:
-        raise InputError(
-            f"a dispatch takes 1 to {MOST_PAYLOADS} payloads beside the ids, and was given {len(payloads)}"
-        )
-    tokens = topk_ids.shape[0]
-    for i, payload in enumerate(payloads):
-        if payload.ndim != 2 or payload.shape[0] != tokens or payload.shape[1] < 1:
-            raise InputError(
-                f"payload {i} is {list(payload.shape)}; with topk_ids of {list(topk_ids.shape)} it is [{tokens}, width]"
-            )
-        if payload.device != topk_ids.device:
-            raise InputError(f"payload {i} is on {payload.device}, and topk_ids on {topk_ids.device}")
-    if capacity < 1:
-        raise InputError(f"a capacity of {capacity}; it is at least 1, also where no rank has a token")
-    if tokens > capacity:
-        raise InputError(
-            f"{tokens} tokens do not fit a capacity of {capacity}: the rest would lie over another rank's rows. The "
-            "capacity is the largest number of tokens that any rank has in this call"
-        )
-
-
-def _check_ids(topk_ids: Tensor, num_experts: int, empty_id: int, ranks: int) -> None:
-    if topk_ids.ndim != 2 or topk_ids.shape[1] < 1 or topk_ids.dtype not in _IDS:
-        raise InputError(
-            f"topk_ids is {topk_ids.dtype} {list(topk_ids.shape)}; it is [tokens, top_k] of int32 or int64"
-        )
-    if num_experts < ranks:
-        raise InputError(f"{num_experts} experts on {ranks} ranks; every rank has at least one")
-    if topk_ids.shape[1] > num_experts:
-        raise InputError(f"top_k is {topk_ids.shape[1]}, and there are {num_experts} experts")
-    if not -(2**31) <= empty_id < 2**31:
-        raise InputError(f"empty_id={empty_id} is no int32")
-    if topk_ids.device.type == "cpu" and topk_ids.numel() and not is_capturing(topk_ids.device):  # no wait for a device
-        low, high = (int(bound) for bound in topk_ids.aminmax())
-        if low < 0 or high >= num_experts:
-            raise InputError(
-                f"topk_ids holds {low if low < 0 else high}, and the experts are 0 to {num_experts - 1}; a row that is "
-                "only padding has an expert of this rank, and a weight of 0"
-            )
-
-
-def check_combine(partial: Tensor, route: Tensor, ranks: int) -> None:
-    """Raises :class:`InputError`."""
-    if route.ndim != 2 or route.dtype != torch.int32 or route.shape[1] != ranks:
-        raise InputError(
-            f"route is {route.dtype} {list(route.shape)}; pass the one that the dispatch over these {ranks} ranks gave"
-        )
-    if partial.dtype not in DTYPES:
-        raise InputError(f"partial is {partial.dtype}; it is one of {', '.join(map(str, DTYPES))}")
-    if partial.ndim != 2 or partial.shape[0] % ranks or partial.shape[1] < 1:
-        raise InputError(f"partial is {list(partial.shape)}; it is [{ranks} * capacity, hidden], as what was received")
-    if partial.device != route.device:
-        raise InputError(f"partial is on {partial.device}, and route on {route.device}")
-    if route.shape[0] * ranks > partial.shape[0]:
-        raise InputError(
-            f"route is of {route.shape[0]} tokens, and partial has {partial.shape[0] // ranks} rows for each rank: it "
-            "belongs to another dispatch"
-        )
-
-
-def check_out(out: Tensor, partial: Tensor, route: Tensor) -> None:
-    """Raises :class:`InputError`."""
-    wanted = [route.shape[0], partial.shape[1]]
-    if list(out.shape) != wanted or out.dtype != partial.dtype or out.device != partial.device:
-        raise InputError(
-            f"out is {out.dtype} {list(out.shape)} on {out.device}; it is {partial.dtype} {wanted} on {partial.device}"
-        )
 
 
 def _ranks(group: str) -> int:
@@ -181,14 +108,14 @@ def dispatched(
     topk_ids: Tensor,
     capacity: int,
     num_experts: int,
-    empty_id: int,
+    empty_id: int | None,
     group: str,
     collective: str,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """``(received, ids, route)``; see above."""
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """``(received, ids, route, counts)``; see above."""
     payloads = list(payloads)
-    ranks = _ranks(group)
-    compared = workspaces_of(group).moe_compared if collective == PREPARED else None
+    ranks, known = _ranks(group), collective.endswith(KNOWN_IDS)
+    compared = workspaces_of(group).moe_compared if collective.removesuffix(KNOWN_IDS) == PREPARED else None
     told: tuple[tuple[str, str], ...] = (("refused", "no"),)
     try:
         check_dispatch(payloads, topk_ids, capacity, num_experts, empty_id, ranks)
@@ -207,18 +134,28 @@ def dispatched(
             compared(told)
 
     def run(*operands: Tensor) -> tuple[Tensor, ...]:
+        given, asked = operands[:-1], operands[-1]
         if workspace is not None:
-            rows, ids = workspace.kernels.dispatch(
-                operands[:-1], operands[-1], capacity, num_experts, empty_id, known=collective.endswith(KNOWN_IDS)
+            rows, ids, counts = workspace.in_order().dispatch(
+                given, asked, capacity, num_experts, empty_id, known=known
             )
-            return (*rows, ids, ids.new_empty(operands[-1].shape[0], ranks, dtype=torch.int32))  # the kernels keep it
-        received, ids, route = reference.dispatch(
-            operands[:-1], operands[-1], capacity, num_experts, empty_id, group, ranks
-        )
-        return (*received, ids, route)
+            return (*rows, ids, ids.new_empty(asked.shape[0], ranks, dtype=torch.int32), counts)  # kernels keep it
+        received, *others = reference.dispatch(given, asked, capacity, num_experts, empty_id, group, ranks)
+        return (*received, *others)
 
-    *received, ids, route = _carried(run, "dispatch", group, collective, workspace, *payloads, topk_ids)
-    return received, ids, route
+    *received, ids, route, counts = _carried(run, "dispatch", group, collective, workspace, *payloads, topk_ids)
+    return received, ids, route, counts
+
+
+def combine_buffer(route: Tensor, rows: int, hidden: int, dtype: torch.dtype, group: str, collective: str) -> Tensor:
+    """``[rows, hidden]`` that experts may write for the combine of ``route``, with nothing launched; see above."""
+    ranks = _ranks(group)
+    check_buffer(route, rows, hidden, dtype, ranks)
+    call = MoeSizes(rows // ranks, 0, hidden * dtype.itemsize, 1)
+    workspace = _serving(group, collective, call, route.device)
+    if workspace is None:
+        return route.new_empty(rows, hidden, dtype=dtype)
+    return workspace.kernels.combine_rows(rows, hidden, dtype)
 
 
 def combined(partial: Tensor, route: Tensor, group: str, collective: str) -> Tensor:
@@ -230,7 +167,7 @@ def combined(partial: Tensor, route: Tensor, group: str, collective: str) -> Ten
         if workspace is None:
             return (reference.combine(partial, route, group),)
         out = partial.new_empty(route.shape[0], partial.shape[1])
-        workspace.kernels.combine(partial, out)
+        workspace.in_order().combine(partial, out)
         return (out,)
 
     result: Tensor = _carried(run, "combine", group, collective, workspace, partial, route)[0]
@@ -247,7 +184,7 @@ def combined_into(out: Tensor, partial: Tensor, route: Tensor, group: str, colle
         if workspace is None:
             out.copy_(reference.combine(partial, route, group))
         else:
-            workspace.kernels.combine(partial, out)
+            workspace.in_order().combine(partial, out)
         return ()
 
     _carried(run, "combine", group, collective, workspace, out, partial, route)
@@ -310,15 +247,15 @@ def _fake_dispatch(
     topk_ids: Tensor,
     capacity: int,
     num_experts: int,
-    empty_id: int,
+    empty_id: int | None,
     group: str,
     collective: str,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     ranks = _ranks(group)
     rows = ranks * capacity
     received = [payload.new_empty(rows, payload.shape[1]) for payload in payloads]
     route = topk_ids.new_empty(topk_ids.shape[0], ranks, dtype=torch.int32)
-    return received, topk_ids.new_empty(rows, topk_ids.shape[1]), route
+    return received, topk_ids.new_empty(rows, topk_ids.shape[1]), route, route.new_empty(ranks)
 
 
 def _fake_combine(partial: Tensor, route: Tensor, group: str, collective: str) -> Tensor:
@@ -326,7 +263,7 @@ def _fake_combine(partial: Tensor, route: Tensor, group: str, collective: str) -
 
 
 def _register(
-    name: str, run: Callable[..., Any], fake: Callable[..., Any], schema: str, writes: tuple[str, ...]
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], schema: str, writes: tuple[str, ...] = ()
 ) -> Any:
     op = torch.library.custom_op(f"ringfence::{name}", run, mutates_args=writes, schema=schema)
     op.register_fake(fake)
@@ -337,16 +274,20 @@ moe_dispatch = _register(
     "moe_dispatch",
     dispatched,
     _fake_dispatch,
-    "(Tensor[] payloads, Tensor topk_ids, SymInt capacity, int num_experts, int empty_id, str group, str collective) "
-    "-> (Tensor[] received, Tensor ids, Tensor route)",
-    (),
+    "(Tensor[] payloads, Tensor topk_ids, SymInt capacity, int num_experts, int? empty_id, str group, str collective) "
+    "-> (Tensor[] received, Tensor ids, Tensor route, Tensor counts)",
+)
+moe_combine_buffer = _register(
+    "moe_combine_buffer",
+    combine_buffer,
+    lambda route, rows, hidden, dtype, group, collective: route.new_empty(rows, hidden, dtype=dtype),
+    "(Tensor route, SymInt rows, int hidden, ScalarType dtype, str group, str collective) -> Tensor",
 )
 moe_combine = _register(
     "moe_combine",
     combined,
     _fake_combine,
     "(Tensor partial, Tensor route, str group, str collective) -> Tensor",
-    (),
 )
 moe_combine_into = _register(
     "moe_combine_into",

@@ -6,7 +6,7 @@ received rows of one call, then at an offset that no call moves (hazard M63) the
     | kept | planes: R * capacity rows of each payload | ... | combine region: R * capacity rows |
 
 What the library does not check and what would be written over is checked before a flag moves: :func:`unserved` here,
-and :func:`.moe.check_dispatch`. Nothing here creates a multicast object: memory comes from
+and :func:`.moe_checks.check_dispatch`. Nothing here creates a multicast object: memory comes from
 ``SymmDeviceMemory(enable_multicast=False)``, and the kernels have no instruction that could use one.
 
 PDL is off: that a replay behind any kernel is safe with it was not shown (hazard M19).
@@ -228,14 +228,16 @@ class OneSided:
         ids: Tensor,
         capacity: int,
         num_experts: int,
-        empty_id: int,
+        empty_id: int | None,
         *,
         known: bool = False,
-    ) -> tuple[list[Tensor], Tensor]:
-        """``(received, ids)`` as :mod:`.moe` describes them, in the workspace's memory: the next dispatch writes there.
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """``(received, ids, counts)`` as :mod:`.moe` describes them, in the workspace's memory.
 
-        ids: int32 or int64 ``[T, k]``. An id of no expert goes to the rank of the nearest one, which does not know it.
-        known: there is none such.
+        The next dispatch writes there. ids: int32 or int64 ``[T, k]``. An id of no expert goes to the rank of the
+        nearest one, which does not know it; known: there is none such. Besides the library's dispatch, a kernel is
+        launched for ids that are to be clamped, for each conversion between int64 and int32, and for the ids of empty
+        rows unless ``empty_id`` is None; operands that no kernel can read are copied.
         """
         sent = [*(_readable(p.contiguous()) for p in payloads), _readable(ids.to(torch.int32).contiguous())]
         widths = [t.shape[1] * t.element_size() for t in sent]
@@ -258,10 +260,13 @@ class OneSided:
             received[i] = self._planes.rows(at, rows, sent[i].shape[1], sent[i].dtype)
             at += rows * widths[i]
         got = received.pop(len(sent) - 1)
-        self._api.moe_a2a_sanitize_expert_ids(
-            got.view(self.ranks, capacity, -1), self._workspace, self._meta, self.rank, empty_id, enable_pdl=_PDL
-        )
-        return [received[i] for i in range(len(payloads))], got if got.dtype == ids.dtype else got.to(ids.dtype)
+        if empty_id is not None:
+            self._api.moe_a2a_sanitize_expert_ids(
+                got.view(self.ranks, capacity, -1), self._workspace, self._meta, self.rank, empty_id, enable_pdl=_PDL
+            )
+        counts = self._planes.rows(self._own + self._offsets["RECV_COUNTERS"], self.ranks, 1, torch.int32).view(-1)
+        got = got if got.dtype == ids.dtype else got.to(ids.dtype)
+        return [received[i] for i in range(len(payloads))], got, counts
 
     def _targets(self, ids: Tensor, num_experts: int, known: bool) -> Tensor:
         """The ids that decide where a token goes: of experts that there are, as many as kernels were compiled for."""
@@ -269,10 +274,19 @@ class OneSided:
         inside = ids if known else ids.clamp(0, num_experts - 1)  # or counts are beyond the counters (hazard M65)
         return inside if not more else torch.cat((inside, inside[:, :1].expand(-1, more)), dim=1)  # once to a rank
 
+    def combine_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        """``[rows, hidden]`` of the memory that peers combine from; see :func:`.moe.combine_buffer`."""
+        return self._planes.rows(self._own + self.combine_at, rows, hidden, dtype)
+
     def combine(self, partial: Tensor, out: Tensor) -> None:
-        """Into ``out`` ``[T, H]``: the sum over the ranks that each token of the last dispatch went to."""
+        """Into ``out`` ``[T, H]``: the sum over the ranks that each token of the last dispatch went to.
+
+        Rows of :meth:`combine_rows` are where peers read; of others, those that were sent are copied there, in a kernel
+        that is launched anyway. Nothing else is launched, unless a kernel cannot read ``partial`` or write ``out``.
+        """
         tokens, hidden = out.shape
-        given = _readable(partial.contiguous()).view(self.ranks, -1, hidden)
+        there = partial.is_contiguous() and partial.data_ptr() == self._own + self.combine_at
+        given = (partial if there else _readable(partial.contiguous())).view(self.ranks, -1, hidden)
         into = out if out.is_contiguous() and out.data_ptr() % _VECTOR == 0 else partial.new_empty(tokens, hidden)
         self._api.moe_a2a_combine(
             given,
@@ -284,7 +298,7 @@ class OneSided:
             self.ranks,
             self.sizes.top_k,
             self.combine_at,
-            payload_in_workspace=False,
+            payload_in_workspace=there,
             output=into,
             enable_pdl=_PDL,
         )

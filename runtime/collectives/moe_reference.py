@@ -35,15 +35,26 @@ def first_expert(rank: int, num_experts: int, ranks: int) -> int:
 
 
 def dispatch(
-    payloads: Sequence[Tensor], ids: Tensor, capacity: int, num_experts: int, empty_id: int, group: str, ranks: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """``(received, ids, route)``, as :mod:`.moe` describes them."""
+    payloads: Sequence[Tensor],
+    ids: Tensor,
+    capacity: int,
+    num_experts: int,
+    empty_id: int | None,
+    group: str,
+    ranks: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """``(received, ids, route, counts)``, as :mod:`.moe` describes them."""
     route = route_of(ids, num_experts, ranks)
     source, filled = _sources(route, capacity)
     received = [_exchanged(_rows(payload, source), group, ranks) for payload in payloads]
-    empty = torch.full((), empty_id, dtype=ids.dtype, device=ids.device)
-    sent_ids = torch.where(filled[:, None], _rows(ids, source), empty)
-    return received, _exchanged(sent_ids, group, ranks), route
+    sent_ids = _rows(ids, source)
+    if empty_id is not None:
+        empty = torch.full((), empty_id, dtype=ids.dtype, device=ids.device)
+        sent_ids = torch.where(filled[:, None], sent_ids, empty)
+    counts = (route >= 0).sum(0, dtype=ids.dtype)
+    together = torch.cat((sent_ids.view(ranks, -1), counts[:, None]), 1)  # in the message of the ids
+    got = _exchanged(together, group, ranks)
+    return received, got[:, :-1].reshape(sent_ids.shape), route, got[:, -1].clone().to(torch.int32)
 
 
 def route_of(ids: Tensor, num_experts: int, ranks: int) -> Tensor:

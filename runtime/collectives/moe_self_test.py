@@ -72,7 +72,7 @@ class _PairTrial:
     def run(self) -> None:
         """One pair, with nothing that asks the host."""
         kernels = self._kernels
-        (rows,), ids = kernels.dispatch([self._x], self._mine, self.capacity, self._experts, _EMPTY)
+        (rows,), ids, _ = kernels.dispatch([self._x], self._mine, self.capacity, self._experts, _EMPTY)
         self.rows.copy_(rows)
         self.got.copy_(ids)
         partial = self._values.index_select(0, self._places(rows)) * self._scale(kernels.rank)

@@ -195,11 +195,25 @@ class MoeWorkspace:
     captures_tested: bool = False
     capture_failure: str | None = None
     closed: bool = False
+    _last: torch.cuda.Stream | None = None
 
     @property
     def sizes(self) -> MoeSizes:
         """What it serves at most; a call of a larger capacity is the reference's."""
         return self.kernels.sizes
+
+    def in_order(self) -> OneSided:
+        """The kernels, for a call that begins after the one before it, also where that was on another stream.
+
+        Two calls at once would be two rounds of one flag (hazard M37). Not inside a capture, which may wait for nothing
+        outside of itself: whoever captures keeps its calls on one stream, and replays them in order.
+        """
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last != stream:
+                stream.wait_stream(self._last)
+            self._last = stream
+        return self.kernels
 
 
 Made = TypeVar("Made", Workspace, MoeWorkspace)

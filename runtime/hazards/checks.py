@@ -47,7 +47,9 @@ CAPACITY = Check(
     "int input before each capture, and each step with check_every_step; eager calls are, where prepare was told so "
     "(check_every_call)",
 )
-ROUTING = Check("runtime/collectives/moe.py::check_dispatch", "token counts, widths and, on the host, ids are checked")
+ROUTING = Check(
+    "runtime/collectives/moe_checks.py::check_dispatch", "token counts, widths and, on the host, ids are checked"
+)
 AGREEMENT = Check(
     "runtime/watch/agree.py::GroupAgreement", "ranks compare their plans, and what they capture, before they go on"
 )

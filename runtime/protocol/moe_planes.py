@@ -3,7 +3,9 @@
 :mod:`.moe_a2a` has the flags alone. Here rows are words of a rank's memory:
 
     planes           R blocks of ``capacity`` rows, one for each source, written by the sources in a dispatch
-    combine region   as many rows, written by their owner between dispatch and combine, read by the sources
+    combine region   as many rows, written by their owner, read by the sources in the combine
+
+The owner's rows are copied there in the combine's own launch, or experts write them there (:class:`Writes`).
 
 The combine region begins behind the planes of its own call, unless it is at one offset for all calls. A dispatch or a
 combine raises its flag at every peer, waits for theirs, and then reads; nothing says that a rank has finished reading.
@@ -17,7 +19,8 @@ Source: moeAlltoAllKernels.cu and trtllm_moe_alltoall.py of FlashInfer 0.6.18.po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from enum import Enum
 
 from ..hazards.situation import Strategy
 from .calls import Call, Calls
@@ -25,7 +28,18 @@ from .machine import EMPTY, CellTable, Launch, Machine, Op, OpKind, flag, tag
 from .rules import MoeRules
 
 
-def moe_planes(programs: Sequence[Calls], rules: MoeRules, *, initialises: bool = False) -> Machine:
+class Writes(Enum):
+    """When the combine region is written."""
+
+    IN_COMBINE = "a copy in the combine's launch"
+    BETWEEN = "experts, after the dispatch"
+    EARLY = "experts, before the dispatch"
+    LATE = "experts, after the combine"
+
+
+def moe_planes(
+    programs: Sequence[Calls], rules: MoeRules, *, initialises: bool = False, writes: Writes = Writes.IN_COMBINE
+) -> Machine:
     """The machine that these programs of dispatches and combines, one per rank, make of a workspace.
 
     A call sends ``tokens`` rows of ``width`` words to every rank. initialises: each rank first clears its own memory.
@@ -33,7 +47,7 @@ def moe_planes(programs: Sequence[Calls], rules: MoeRules, *, initialises: bool 
     memory = CellTable()
     largest = max((call.capacity * call.width for calls in programs for call in calls), default=0)
     ranks = [_Rank(memory, rules, rank, len(programs), largest) for rank in range(len(programs))]
-    launches = tuple(rank.launches(calls, initialises) for rank, calls in zip(ranks, programs, strict=True))
+    launches = tuple(tuple(rank.launches(c, initialises, writes)) for rank, c in zip(ranks, programs, strict=True))
     return Machine(launches, memory.names)
 
 
@@ -44,19 +58,34 @@ class _Rank:
         self._memory, self._rules, self._rank, self._world = memory, rules, rank, range(world_size)
         self._largest = largest
 
-    def launches(self, calls: Calls, initialises: bool) -> tuple[Launch, ...]:
-        first = [Launch(-1, "initialise", self._initialise())] if initialises else []
-        done = (Launch(call.id, call.title, self._ops(call, number)) for number, call in enumerate(calls, 1))
-        return (*first, *done)
+    def launches(self, calls: Calls, initialises: bool, writes: Writes) -> Iterator[Launch]:
+        if initialises:
+            yield Launch(-1, "initialise", self._initialise())
+        for number, (call, after) in enumerate(zip(calls, (*calls[1:], None), strict=True), 1):
+            if writes is Writes.EARLY and after is not None and after.strategy is Strategy.COMBINE:
+                yield self._experts(after)
+            if writes is Writes.BETWEEN and call.strategy is Strategy.COMBINE:
+                yield self._experts(call)
+            yield Launch(call.id, call.title, self._ops(call, number, writes))
+            if writes is Writes.LATE and call.strategy is Strategy.COMBINE:
+                yield self._experts(call)
 
-    def _ops(self, call: Call, number: int) -> tuple[Op, ...]:
+    def _experts(self, combine: Call) -> Launch:
+        """What experts write where peers will combine it from."""
+        return Launch(combine.id, "experts", self._made(combine))
+
+    def _made(self, combine: Call) -> tuple[Op, ...]:
+        made = (self._combined(combine, self._rank, source) for source in self._world)
+        return tuple(self._push(self._rank, cells, combine, self._rank, of=of) for of, cells in enumerate(made))
+
+    def _ops(self, call: Call, number: int, writes: Writes) -> tuple[Op, ...]:
+        sent: Sequence[Op]
         if call.strategy is Strategy.DISPATCH:
             sent = [self._push(peer, self._plane(call, peer, self._rank), call, self._rank) for peer in self._world]
             due = [self._plane(call, self._rank, source) for source in self._world]
             read = [self._read(cells, call, source, f"rows of rank {source}") for source, cells in enumerate(due)]
         else:
-            made = [self._combined(call, self._rank, source) for source in self._world]
-            sent = [self._push(self._rank, cells, call, self._rank, of=source) for source, cells in enumerate(made)]
+            sent = self._made(call) if writes is Writes.IN_COMBINE else ()
             back = [self._combined(call, peer, self._rank) for peer in self._world]
             what = [f"what rank {peer} made of its own" for peer in self._world]
             read = [self._read(back[p], call, p, what[p], of=self._rank) for p in self._world]

@@ -98,9 +98,9 @@ def pairs(rank: int) -> dict[str, Any]:
     def layer(x: Tensor, ids: Tensor, weights: Tensor, capacity: int, collective: str) -> Tensor:
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         if collective == "reference":
-            (rows, w), got, route = moe.dispatched([x, weights], ids, capacity, experts, -1, name, collective)
+            (rows, w), got, route, _ = moe.dispatched([x, weights], ids, capacity, experts, -1, name, collective)
         else:
-            (rows, w), got, route = ringfence.moe.dispatch([x, weights], ids, capacity=capacity, num_experts=experts)
+            (rows, w), got, route, _ = ringfence.moe.dispatch([x, weights], ids, capacity=capacity, num_experts=experts)
         half = experts // 2
         mine = (got >= 0) & (got // half == rank)
         scale = torch.where(mine, w * (1 + got.float() / 64), 0.0)

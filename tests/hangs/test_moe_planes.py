@@ -9,7 +9,7 @@ import pytest
 from ringfence.runtime.protocol.calls import Calls, changed, rounds
 from ringfence.runtime.protocol.explore import ModelFailure, explore
 from ringfence.runtime.protocol.machine import Machine
-from ringfence.runtime.protocol.moe_planes import moe_planes
+from ringfence.runtime.protocol.moe_planes import Writes, moe_planes
 from ringfence.runtime.protocol.rules import MoeRules, moe_rules
 
 RULES = moe_rules("0.6.18")
@@ -86,3 +86,33 @@ def test_m64_without_a_barrier_a_first_flag_is_wiped() -> None:
     met = replace(RULES, barrier_after_init=True)
     assert check(moe_planes([sized(1)] * 2, met, initialises=True)) is None
     assert moe_rules("0.7.2").barrier_after_init
+
+
+@pytest.mark.parametrize("capacities", [(1, 1), (1, 2), (2, 1)])
+def test_experts_may_write_what_is_combined_between_their_dispatch_and_its_combine(capacities: tuple[int, ...]) -> None:
+    """A peer's flag of this dispatch says that it has done with the combine before."""
+    assert check(moe_planes([sized(*capacities)] * 2, FIXED, writes=Writes.BETWEEN)) is None
+    none = changed(sized(1, 1), 0, 1, 2, 3, tokens=0)
+    assert check(moe_planes([sized(1, 1)] * 2, FIXED, writes=Writes.BETWEEN)) is None
+    assert check(moe_planes([none] * 2, FIXED, writes=Writes.BETWEEN)) is None
+
+
+def test_three_ranks_experts_may_write_there() -> None:
+    assert check(moe_planes([sized(1)] * 3, FIXED, writes=Writes.BETWEEN)) is None
+
+
+def test_experts_that_write_before_their_dispatch_overwrite_what_a_slow_rank_combines() -> None:
+    result = explore(moe_planes([sized(1, 1)] * 2, FIXED, writes=Writes.EARLY))
+    assert result.failure is ModelFailure.LOST_WRITE
+    last = result.trace[-1]
+    assert last.action == "push" and last.call == 3 and "in call 1, unread" in last.detail
+    assert check(moe_planes([sized(1)] * 2, FIXED, writes=Writes.EARLY)) is None, "nobody combined before the first"
+
+
+def test_experts_that_write_after_their_combine_began_are_not_waited_for() -> None:
+    result = explore(moe_planes([sized(1)] * 2, FIXED, writes=Writes.LATE))
+    assert result.failure is ModelFailure.STALE_READ
+
+
+def test_m63_a_region_that_moves_is_no_place_for_experts_either() -> None:
+    assert check(moe_planes([sized(1, 2)] * 2, RULES, writes=Writes.BETWEEN)) is ModelFailure.LOST_WRITE

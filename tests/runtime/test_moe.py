@@ -101,13 +101,19 @@ def test_the_sum_is_rounded_once() -> None:
 
 # -- as ops
 
+#: Of an op whose result is memory to be written: all but what compares values.
+OF_UNDEFINED = ("test_schema", "test_faketensor")
+
 
 @pytest.mark.usefixtures("fake_group")
 def test_the_ops_pass_torchs_own_checks() -> None:
     x, ids = torch.randn(5, 8).bfloat16(), torch.randint(0, E, (5, 2))
     for indices in (ids, ids.int()):
         torch.library.opcheck(moe.moe_dispatch, ([x, x.float()], indices, C, E, -1, "world", "reference"))
+    torch.library.opcheck(moe.moe_dispatch, ([x], ids, C, E, None, "world", "reference" + moe.KNOWN_IDS))
     route = moe_reference.route_of(ids, E, 2)
+    buffer = (route, 2 * C, 8, torch.bfloat16, "world", "reference")
+    torch.library.opcheck(moe.moe_combine_buffer, buffer, test_utils=OF_UNDEFINED)
     partial = torch.randn(2 * C, 8).bfloat16()
     torch.library.opcheck(moe.moe_combine, (partial, route, "world", "reference"))
     torch.library.opcheck(moe.moe_combine_into, (torch.empty_like(x), partial, route, "world", "reference"))
@@ -128,7 +134,14 @@ def _layer_into(x: Tensor, ids: Tensor, weights: Tensor, capacity: int) -> Tenso
     return out + 1
 
 
-@pytest.mark.parametrize("layer", [_layer, _layer_into])
+def _layer_into_buffer(x: Tensor, ids: Tensor, weights: Tensor, capacity: int) -> Tensor:
+    sent = ringfence.moe.dispatch([x], ids, capacity=capacity, num_experts=E, empty_id=None, known_ids=True)
+    buffer = ringfence.moe.combine_buffer(sent, 16, x.dtype)
+    torch.mul(sent.payloads[0], sent.counts, out=buffer)  # of the one rank
+    return ringfence.moe.combine(buffer, sent.route)
+
+
+@pytest.mark.parametrize("layer", [_layer, _layer_into, _layer_into_buffer])
 def test_traced_by_anybody(layer: Callable[..., Tensor]) -> None:
     """Dynamo sees one op for each half, with the capacity as a number that may change."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -201,6 +214,27 @@ def test_a_combine_that_answers_another_dispatch_is_an_error() -> None:
         with pytest.raises(InputError, match=message):
             ringfence.moe.combine(given_partial, given_route, out=out)
     ringfence.moe.combine(partial, route)
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden": 0}, r"a buffer of \[12, 0\]"),
+        ({"dtype": torch.float64}, "torch.float64; it is one of"),
+        ({"route": torch.zeros(3, 2)}, "route is torch.float32"),
+        ({"route": torch.zeros(7, 2, dtype=torch.int32)}, r"a buffer of \[12, 8\] for 7 tokens"),
+        ({"ids": torch.zeros(5, 2)}, r"a buffer of \[5, 8\] for 3 tokens; it is \[2 \* capacity, hidden\]"),
+    ],
+)
+def test_a_buffer_for_another_dispatch_is_an_error(changed: dict[str, Any], message: str) -> None:
+    payloads, ids, others = a_dispatch()
+    sent, about = ringfence.moe.dispatch(payloads, ids, **others), {"hidden": 8, "dtype": torch.float32}
+    fields = {name: value for name, value in changed.items() if name not in about}
+    with pytest.raises(InputError, match=message):
+        ringfence.moe.combine_buffer(
+            sent._replace(**fields), **(about | {n: changed[n] for n in about if n in changed})
+        )
 
 
 @pytest.mark.usefixtures("fake_group")

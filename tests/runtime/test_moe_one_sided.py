@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -15,12 +16,12 @@ import moe_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from moe_library import Library, host_bytes, offsets, up
+from moe_library import Launches, Library, host_bytes, offsets, up
 from torch import Tensor
 
 import ringfence
 from ringfence.runtime.channel import Channel
-from ringfence.runtime.collectives import flashinfer, moe_one_sided
+from ringfence.runtime.collectives import flashinfer, moe_checks, moe_one_sided
 from ringfence.runtime.collectives.moe_dump import describe_moe
 from ringfence.runtime.collectives.moe_one_sided import MoeMemory, MoeSizes, OneSided, compiled_top_k, unserved, within
 from ringfence.runtime.collectives.moe_ready import needed
@@ -159,6 +160,7 @@ def test_every_routing_against_the_oracle(ranks: int) -> None:
     for calls in library.calls:
         assert len(calls) == 25 * 4 and all(call["k"] == 4 and call["pdl"] is False for call in calls)
         assert len({call["at"] for call in calls if "at" in call}) == 1, "no call moves the combine region (hazard M63)"
+        assert [call["copied"] for call in calls if "at" in call] == [True, False] * 25, "the second was written there"
 
 
 def test_payloads_are_opaque_bytes_in_any_order() -> None:
@@ -197,13 +199,57 @@ def test_an_id_of_no_expert_writes_nothing_beyond_the_counters() -> None:
 
     def body(kernels: OneSided, channel: Channel) -> list[list[int]]:
         ids = torch.tensor([[-1, 0], [4, 3], [2**31 - 1, -7]])
-        rows, got = kernels.dispatch([torch.ones(3, 4)], ids, 3, 4, -1)
+        rows, got, _ = kernels.dispatch([torch.ones(3, 4)], ids, 3, 4, -1)
         assert got.dtype == torch.int64 and rows[0].shape == (6, 4)
         return got[got.ne(-1).any(1)].tolist()
 
     _, (first, second) = on_ranks(2, body)
     assert sorted(first) == sorted(2 * [[-1, 0], [2**31 - 1, -7]])
     assert sorted(second) == sorted(2 * [[4, 3], [2**31 - 1, -7]])
+
+
+# -- what is launched ---------------------------------------------------------------------------
+
+PAIR = ["prepare_dispatch", "dispatch", "prepare_combine", "combine"]
+
+
+def launched(ids: Tensor, *, empty_id: int | None, known: bool, there: bool) -> list[str]:
+    """By one rank of two for a pair, the result of which is right."""
+
+    def body(kernels: OneSided, channel: Channel) -> list[str]:
+        served(kernels)
+        x = torch.randn(4, moe_ranks.H, generator=torch.Generator().manual_seed(channel.rank))
+        want = x * (ids // 2 == 0).any(1, keepdim=True) + x * (ids // 2 == 1).any(1, keepdim=True)
+        with Launches() as seen:
+            sent = ringfence.moe.dispatch([x], ids, capacity=5, num_experts=4, empty_id=empty_id, known_ids=known)
+            partial = ringfence.moe.combine_buffer(sent, moe_ranks.H, x.dtype) if there else sent.payloads[0]
+        if there:
+            partial.copy_(sent.payloads[0])  # the experts
+        with seen:
+            result = ringfence.moe.combine(partial, sent.route)
+        assert torch.equal(result, want)
+        return seen.names
+
+    functions = sys.modules[ringfence.moe.dispatch.__module__]
+    no_tracer, no_look = {"is_traced": lambda _: False}, {"is_capturing": lambda _: True}  # at ids, as on a device
+    with mock.patch.multiple(functions, **no_tracer), mock.patch.multiple(moe_checks, **no_look):
+        library, (first, second) = on_ranks(2, body, needed(4 * moe_ranks.H, ids.shape[1], 4 * moe_ranks.H, 10))
+    assert first == second
+    assert all(call["copied"] is not there for calls in library.calls for call in calls if "copied" in call)
+    return first
+
+
+def test_a_pair_is_the_librarys_kernels_and_nothing_else_where_the_caller_knows() -> None:
+    """Each further launch is one that was asked for."""
+    ids = torch.tensor([[0, 1], [2, 3], [3, 0], [1, 1]], dtype=torch.int32)
+    assert launched(ids, empty_id=None, known=True, there=True) == PAIR
+    assert launched(ids, empty_id=None, known=True, there=False) == PAIR, "rows are copied in a launch that is made"
+    assert launched(ids, empty_id=-1, known=True, there=True) == [*PAIR[:2], "sanitize", *PAIR[2:]]
+    assert launched(ids, empty_id=None, known=False, there=True) == ["clamp", *PAIR]
+    wide = launched(ids.long(), empty_id=None, known=True, there=True)
+    assert wide == ["_to_copy", *PAIR[:2], "_to_copy", *PAIR[2:]]
+    three = torch.cat((ids, ids[:, 1:]), 1)  # padded to four, for which kernels were compiled
+    assert launched(three, empty_id=None, known=True, there=True) == ["cat", *PAIR]
 
 
 # -- which calls it serves -------------------------------------------------------------------
@@ -251,6 +297,7 @@ def test_the_capacity_alone_decides_who_carries_a_pair_out(capacity: int) -> Non
     with mock.patch("ringfence.runtime.collectives.moe.reference") as reference:
         reference.dispatch.side_effect = lambda payloads, ids, *_: (
             [p.new_zeros(22, p.shape[1]) for p in payloads],
+            ids,
             ids,
             ids,
         )
