@@ -12,7 +12,7 @@ from ..runtime.collectives.epilogue import DTYPES
 from ..runtime.errors import RefusedError
 from ..runtime.hazards.situation import Collective
 from .judge import Decision, Verdict
-from .moe_calls import calls_of, in_pairs
+from .moe_calls import calls_of, in_pairs, name_collective
 from .roles import arguments, bound_arguments, c10d, calls, tensor
 
 #: What of a node's metadata is also true of the op that replaces it: not, for one, what its arguments were.
@@ -27,6 +27,7 @@ def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
     """
     refused = {v.node for v in verdicts if v.decision is Decision.REFUSE}
     nodes = [n for n in gm.graph.nodes if n.name in refused and calls(n, ops.all_reduce, *ops.FUSED)]
+    halves = 0
     for group, of_group in calls_of(gm).items():
         if refused.isdisjoint(node.name for node in of_group):
             continue
@@ -36,10 +37,12 @@ def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
                 f"the other half of a dispatch or combine over group '{group}' is not in this graph, so the reference "
                 f"cannot have this one alone: {why} Compile both halves as one graph"
             )
-        nodes += of_group
+        for node in of_group:
+            name_collective(node, str(Collective.REFERENCE))
+        halves += len(of_group)
     for node in nodes:
         node.args = (*node.args[:-1], str(Collective.REFERENCE))
-    return len(nodes)
+    return len(nodes) + halves
 
 
 def replace_plain_all_reduces(

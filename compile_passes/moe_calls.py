@@ -186,20 +186,23 @@ def carried_out_by(calls_: Sequence[Node], collective: str, *, fuses: bool = Fal
     """
     for node in calls_:
         named = collective
-        if not is_dispatch(node):
-            for buffer in _buffers_of(node):
-                buffer.args = (*buffer.args[:-1], collective)
-        elif collective == Collective.MOE_ALL_TO_ALL:
+        if is_dispatch(node) and collective == Collective.MOE_ALL_TO_ALL:
             named += moe.KNOWN_IDS if _knows_ids(node) else ""
             _narrow_ids(node)
             _ids_of_empty_rows(node, fuses)
-        node.args = (*node.args[:-1], named)
+        name_collective(node, named)
 
 
-def _buffers_of(combine: Node) -> list[Node]:
-    """What experts may have been given to write for it."""
-    route: Any = op_arguments(combine)["route"]
-    return [user for user in route.users if calls(user, moe.moe_combine_buffer)]
+def name_collective(node: Node, collective: str) -> None:
+    """Let a dispatch or a combine name who carries it out; with a combine, what experts are given to write for it."""
+    if not is_dispatch(node):
+        route: Any = op_arguments(node)["route"]
+        for buffer in [user for user in route.users if calls(user, moe.moe_combine_buffer)]:
+            buffer.args = (*buffer.args[:-1], collective)
+    if "collective" in node.kwargs:  # of a call that AOT wraps because it writes
+        node.kwargs = {**node.kwargs, "collective": collective}
+    else:
+        node.args = (*node.args[:-1], collective)
 
 
 def _knows_ids(dispatch: Node) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
+from ringfence.runtime.collectives import moe
 from ringfence.runtime.collectives.flashinfer import FlashInfer
 from ringfence.runtime.collectives.moe_reference import owner_of
 
@@ -45,6 +46,14 @@ def offsets(ranks: int, tokens: int) -> list[int]:
     return found
 
 
+_PAIR: dict[Any, Callable[..., Any]] = {
+    moe.moe_dispatch: moe.dispatched,
+    moe.moe_combine: moe.combined,
+    moe.moe_combine_into: moe.combined_into,
+    moe.moe_combine_buffer: moe.combine_buffer,
+}
+
+
 class Launches(TorchDispatchMode):
     """What a thread launches, by name, in order."""
 
@@ -56,6 +65,9 @@ class Launches(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PAIR:  # what is launched inside is meant
+            with self:
+                return _PAIR[func](*args, **(kwargs or {}))
         name = func.name().split("::")[1].split(".")[0]
         looks = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not looks and not any(word in name for word in self.QUIET):

@@ -39,7 +39,9 @@ class Pair:
         self.sizes = replace(sizes, top_k=compiled_top_k(sizes.top_k) or 0)
         self.memory = MoeMemory(self.rank, self.ranks, 0, 0, 0, 0)
         self.calls: list[tuple[str, int]] = []
-        self.kinds: list[tuple[str, bool]] = []
+        self.kinds: list[tuple[str, bool, int | None]] = []
+        self.copied: list[bool] = []
+        self._region = torch.empty(1 << 16)
         self._wrong = wrong
 
     def dispatch(
@@ -53,13 +55,20 @@ class Pair:
         known: bool = False,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         self.calls.append(("dispatch", capacity))
-        self.kinds.append((str(ids.dtype).removeprefix("torch."), known))
+        self.kinds.append((str(ids.dtype).removeprefix("torch."), known, empty_id))
         rows, got, self._route, counts = moe_reference.dispatch(
             payloads, ids, capacity, num_experts, empty_id, "world", self.ranks
         )
+        if empty_id is None:  # as in a workspace: the id of an expert that is here, say
+            empty = torch.arange(capacity) >= counts[:, None]
+            got[empty.view(-1)] = self.rank * (num_experts // self.ranks)
         return rows, got, counts
 
+    def combine_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        return self._region.view(dtype)[: rows * hidden].view(rows, hidden)
+
     def combine(self, partial: Tensor, out: Tensor) -> None:
+        self.copied.append(partial.data_ptr() != self._region.data_ptr())
         self.calls.append(("combine", partial.shape[0] // self.ranks))
         out.copy_(moe_reference.combine(partial, self._route, "world"))
         if self._wrong and out.numel():
