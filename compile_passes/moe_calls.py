@@ -258,7 +258,7 @@ def _told_by_counts(dispatch: Node, item: Node, capacity: Any, empty_id: Any) ->
         nonlocal last
         with graph.inserting_after(last):
             last = graph.call_function(target, args, named)
-        values, others = map_arg((args, named), lambda n: n.meta["val"])  # type: ignore[no-untyped-call]
+        values, others = map_arg((args, named), lambda n: n.meta["val"])
         with tensor(item).fake_mode:  # type: ignore[attr-defined]
             last.meta = dict(item.meta) | {"val": target(*values, **others)}
         return last

@@ -316,6 +316,25 @@ def test_the_capacity_alone_decides_who_carries_a_pair_out(capacity: int) -> Non
     assert reference.dispatch.called is reference.combine.called is not by_kernels
 
 
+def test_m37_an_eager_call_waits_for_the_one_before_it_on_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[str, str]] = []
+    streams = {name: mock.Mock(wait_stream=lambda other, n=name: waits.append((n, other.name))) for name in "ab"}
+    for name, stream in streams.items():
+        stream.name = name
+    capturing, now = [False], ["a"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[now[0]])
+    kernels = mock.Mock()
+    workspace = MoeWorkspace(kernels, torch.device("cuda", 0), Situation(Collective.MOE_ALL_TO_ALL))
+    for stream, captures in (("a", False), ("a", False), ("b", False), ("b", True), ("a", True), ("b", False)):
+        now[0], capturing[0] = stream, captures
+        assert workspace.in_order() is kernels
+    assert waits == [("b", "a")], "a capture waits for nothing outside of itself, and is no call of its stream"
+    now[0], capturing[0] = "a", False
+    workspace.in_order()
+    assert waits == [("b", "a"), ("a", "b")]
+
+
 # -- the self-test -----------------------------------------------------------------------------
 
 
