@@ -7,20 +7,35 @@ from collections.abc import Mapping
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives import ops
+from ..runtime.errors import InputError
 from .fuse import SITE
 from .match import Candidate, Site
 from .op_calls import op_arguments
-from .provenance import module_of, source_of
+from .provenance import label, module_of, source_of
 from .roles import calls, dtype_text, first_node, tensor
 
 
 def called_sites(gm: GraphModule, first: int) -> list[Candidate]:
-    """One candidate for each, numbered from ``first``; their nodes know it from now on."""
+    """One candidate for each, numbered from ``first``; their nodes know it from now on.
+
+    Raises :class:`InputError` for operands that do not fit: from here on nobody looks at them any more.
+    """
+    for node in gm.graph.nodes:
+        if calls(node, *ops.OPS) and node.args[-1] == ops.PREPARED:
+            _check(node)
     nodes = [n for n in gm.graph.nodes if calls(n, *ops.FUSED) and SITE not in n.meta]
     return [
         Candidate(_site(node, first + i), None, called=True, weighted=op_arguments(node)["weight"] is not None)
         for i, node in enumerate(nodes)
     ]
+
+
+def _check(node: Node) -> None:
+    given = {k: v.meta["val"] if isinstance(v, Node) else v for k, v in op_arguments(node).items()}
+    try:
+        ops.check_operands(**{k: v for k, v in given.items() if k not in ("group", "collective")})
+    except InputError as error:
+        raise InputError(f"{label(node)}: {error}") from error
 
 
 def _site(node: Node, index: int) -> Site:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
@@ -46,12 +47,13 @@ class AllReduceOp:
     group: str | None = None
     ignored: tuple[str, ...] = ()
     only: Mapping[str, object] = field(default_factory=dict)
-    over: str | Mapping[str, str] | None = None
+    over: str | dist.ProcessGroup | Mapping[str, str | dist.ProcessGroup] | None = None
 
 
 #: What an option says of an engine's op: it takes the name of its process group as an argument (None), it runs over
-#: this one, or the names that it takes are the engine's own and stand for these; or all of its roles.
-GroupOf = str | Mapping[str, str] | AllReduceOp | None
+#: this one, or the names that it takes are the engine's own and stand for these; or all of its roles. Where the option
+#: was read, names stand in place of process groups.
+GroupOf = str | dist.ProcessGroup | Mapping[str, str | dist.ProcessGroup] | AllReduceOp | None
 
 #: Where the schema does not tell all.
 KNOWN: Mapping[str, AllReduceOp] = {
@@ -62,7 +64,9 @@ KNOWN: Mapping[str, AllReduceOp] = {
 
 #: Names of an argument that says what is reduced with. 0 is the sum, of torch and of NCCL.
 _REDUCE_OP_NAMES = ("reduce_op", "op")
-#: And of tensors that are no part of the sum.
+#: And what its name says of an argument that tells how, and never over which group.
+_HOW = ("strategy", "method", "algo", "mode")
+#: Names of tensors that are no part of the sum.
 _MEMORY = ("workspace", "buffer", "scratch")
 
 
@@ -103,7 +107,7 @@ def engine_call(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> EngineCall
     group, whole = said, isinstance(row.over, str)
     if isinstance(row.over, str):
         group = row.over
-    elif row.over is not None and isinstance(said, str):
+    elif isinstance(row.over, Mapping) and isinstance(said, str):
         group = row.over.get(said, said)
     return EngineCall(name, row, arguments, node.meta.get(GROUP, group), said if isinstance(said, str) else None, whole)
 
@@ -128,8 +132,7 @@ def row_of(op: torch._ops.OpOverload, said: GroupOf, given: Mapping[str, Any]) -
         return said
     known = KNOWN.get(op._schema.name)
     if known is not None:
-        meaningless = said is None or (known.group is None and not isinstance(said, str))
-        return known if meaningless else replace(known, over=said)
+        return known if said is None else replace(known, over=said)
     arguments = op._schema.arguments
     tensors = [a.name for a in arguments if "Tensor" in str(a.type)]
     ignored = tuple(name for name in tensors if any(word in name.lower() for word in _MEMORY))
@@ -140,7 +143,8 @@ def row_of(op: torch._ops.OpOverload, said: GroupOf, given: Mapping[str, Any]) -
     if group is None:
         strings = [n for n, v in given.items() if isinstance(v, str) and n not in _REDUCE_OP_NAMES]
         named = [n for n in strings if given[n] in said] if isinstance(said, Mapping) else []
-        named = named or ([] if said is not None else [n for n in strings if group_exists(given[n])])
+        groups_of = [n for n in strings if not any(how in n for how in _HOW) and group_exists(given[n])]
+        named = named or ([] if said is not None else groups_of)
         group = named[0] if len(named) == 1 else None
     return AllReduceOp(first, group, ignored, over=said)
 

@@ -25,7 +25,7 @@ from .all_reduce import ALL_REDUCES, AllReduce, nested_all_reduces, recognise_al
 from .engine_ops import GroupOf
 from .given import check_graph, named_ops, with_what_writes
 from .match import Candidate, Match, Site
-from .norm_ops import NormCall, NormOp, is_foreign, norm_ops_of, op_of, read_call
+from .norm_ops import NormCall, NormOp, is_foreign, names_of, norm_ops_of, op_of, read_call
 from .norms import Norm, norm_of_call, recognise_rms_norm
 from .op_calls import op_names
 from .provenance import label, module_of, source_of
@@ -82,7 +82,7 @@ def find(
 
 def _norm_calls(gm: GraphModule, rows: Mapping[str, NormOp | str]) -> dict[Node, NormCall | str]:
     ops = ((node, op_of(node)) for node in gm.graph.nodes)
-    named = ((node, rows.get(op._schema.name)) for node, op in ops if op is not None)
+    named = ((node, next((rows[n] for n in names_of(op) if n in rows), None)) for node, op in ops if op is not None)
     return {node: row if isinstance(row, str) else read_call(node, row) for node, row in named if row is not None}
 
 

@@ -66,14 +66,15 @@ _WRAPPERS = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.
 class NormOp:
     """An op by the names of its arguments.
 
-    x: the input, to which ``residual`` is added where there is one. out: written with the norm, which is not returned.
+    x: the input, to which ``residual`` is added where there is one. weight: None for an op that takes none.
+    out: written with the norm, which is not returned.
     in_place: ``x`` becomes the norm and ``residual`` the sum. sum_first: it returns ``(sum, norm)``.
     weight_bias: added to the weight, 1.0 for Gemma's. name: ``"namespace::name"``. proven: its name is in no list, and
     it was run.
     """
 
     x: str
-    weight: str
+    weight: str | None
     eps: str
     residual: str | None = None
     out: str | None = None
@@ -88,6 +89,8 @@ def check_row(row: NormOp, schema: torch.FunctionSchema) -> str | None:
     """Why an op of this schema cannot have the roles that are said of it; None where it can."""
     arguments = {a.name: a for a in schema.arguments}
     said = {"x": row.x, "weight": row.weight, "residual": row.residual, "out": row.out}
+    if row.x in (row.weight, row.residual) or (row.weight is not None and row.weight == row.residual):
+        return f"one argument is said to be two of x='{row.x}', weight='{row.weight}' and residual='{row.residual}'"
     for role, name in {**said, "eps": row.eps}.items():
         if name is None:
             continue
@@ -115,6 +118,9 @@ def read_schema(schema: torch.FunctionSchema, weight_bias: float = 0.0) -> NormO
         return f"{schema.name} takes {len(numbers)} floats where an RMSNorm takes its epsilon, or lists of tensors"
     names, returns = [a.name for a in tensors], len(schema.returns)
     op = NormOp(names[0], names[-1], numbers[0].name, weight_bias=weight_bias, name=schema.name)
+    misplaced = any("weight" in name or "gamma" in name for name in names[:-1]) or "residual" in names[-1]
+    if misplaced and len(names) in (2, 3):
+        return f"{schema} has its tensors in another order than (x, [residual], weight); say which is which: a NormOp"
     if not written and (len(names), returns) == (2, 1):
         return op
     if not written and (len(names), returns) == (3, 2):
@@ -147,23 +153,29 @@ _TORCHS = ("aten", "prims", "_c10d_functional", "c10d", "higher_order", "ringfen
 def norm_ops_of(
     gm: GraphModule, given: Mapping[str, float | NormOp] | None = None, device: torch.device | None = None
 ) -> dict[str, NormOp | str]:
-    """By name: the ops of a graph that are an RMSNorm, or why one that looks like it is not taken for one.
+    """By name and overload: the ops of a graph that are an RMSNorm, or why one that looks like it is not taken for one.
 
-    given: what the user says of ops, as in :data:`KNOWN`, or all of their roles. device: where ops of other names are
-    run; None runs none.
+    given: what the user says of ops, as in :data:`KNOWN`, or all of their roles; of one overload, or of all. device:
+    where ops of other names are run; None runs none.
     """
     found: dict[str, NormOp | str] = {}
     listed: dict[str, float | NormOp] = {**KNOWN, **(given or {})}
     for node in gm.graph.nodes:
         op = op_of(node)
-        if op is None or (name := op._schema.name) in found:
+        if op is None or (full := names_of(op)[0]) in found:
             continue
-        if name in listed:
-            found[name] = _believed(op._schema, listed[name])
-        elif _looks_like_one(name):
+        said = next((listed[name] for name in names_of(op) if name in listed), None)
+        if said is not None:
+            found[full] = _believed(op._schema, said)
+        elif _looks_like_one(op._schema.name):
             row = read_schema(op._schema)
-            found[name] = row if isinstance(row, str) else _proven(op, row, node, device)
+            found[full] = row if isinstance(row, str) else _proven(op, row, node, device)
     return found
+
+
+def names_of(op: torch._ops.OpOverload) -> tuple[str, str]:
+    """With its overload, and without."""
+    return f"{op._schema.name}.{op._overloadname}", op._schema.name
 
 
 def _believed(schema: torch.FunctionSchema, said: float | NormOp) -> NormOp | str:
@@ -235,7 +247,7 @@ def read_call(node: Node, row: NormOp) -> NormCall | str:
         norm, summed, mine = node, None, set()
     if norm is not node and (len(items) != len(node.users) or not {i for i, u in items.items() if u.users} <= mine):
         return f"{row.name} returns more than the norm and the sum"
-    return NormCall(row, node, x, residual if row.residual else None, given.get(row.weight), eps, norm, summed)
+    return NormCall(row, node, x, residual if row.residual else None, given.get(row.weight or ""), eps, norm, summed)
 
 
 def _roles(row: NormOp) -> tuple[str | None, ...]:
@@ -327,8 +339,9 @@ def _agrees(
         weight = (torch.rand(hidden, generator=generator) + 0.5).to(dtype).to(device)
         summed = x + residual if row.residual is not None else x
         expected = reference.rms_norm(summed, weight, eps, bias)
-        given = {**rest, row.x: x.clone(), row.weight: weight.clone(), row.eps: eps}
-        for name, value in ((row.residual, residual.clone()), (row.out, torch.full_like(x, torch.nan))):
+        given = {**rest, row.x: x.clone(), row.eps: eps}
+        written = torch.full_like(x, torch.nan)
+        for name, value in ((row.weight, weight.clone()), (row.residual, residual.clone()), (row.out, written)):
             if name is not None:
                 given[name] = value
         result = op(**given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,11 +62,12 @@ def all_reduce_ops(value: object) -> dict[str, GroupOf]:
     """By op, what is said of its groups or of all its arguments."""
     ops: dict[str, GroupOf]
     if isinstance(value, Mapping):
-        ops = {k: _roles("all_reduce_ops", v) if isinstance(v, Mapping) else v for k, v in value.items()}
+        ops = {k: _named(_roles("all_reduce_ops", v) if isinstance(v, Mapping) else v) for k, v in value.items()}
         if not all(isinstance(k, str) and _names_groups(v) for k, v in ops.items()):
             raise OptionsError(
-                f"all_reduce_ops={value!r} does not map op names to group names (strings, None, or mappings from the "
-                "names that the op takes; of a ProcessGroup pass .group_name), nor to ringfence.AllReduceOp"
+                f"all_reduce_ops={value!r} does not map op names to groups (process groups, their group_name, None, or "
+                "mappings to these from the names that the op takes), nor to ringfence.AllReduceOp, whose fields are "
+                "names of arguments"
             )
     else:
         ops = dict.fromkeys(strings("all_reduce_ops", value))
@@ -74,10 +76,29 @@ def all_reduce_ops(value: object) -> dict[str, GroupOf]:
     return ops
 
 
+def _named(value: Any) -> Any:
+    """What is said of an op, with names in place of process groups."""
+    if isinstance(value, dist.ProcessGroup):
+        return name_of_group(value)
+    if isinstance(value, Mapping):
+        return {name: _named(group) for name, group in value.items()}
+    if isinstance(value, AllReduceOp):
+        return dataclasses.replace(value, over=_named(value.over))
+    return value
+
+
 def _names_groups(value: object) -> bool:
     if isinstance(value, Mapping):
         return bool(value) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
-    return isinstance(value, str | None | AllReduceOp)
+    if isinstance(value, AllReduceOp):
+        names = (value.input, *([] if value.group is None else [value.group]))
+        lists = isinstance(value.ignored, list | tuple) and isinstance(value.only, Mapping)
+        return (
+            lists
+            and all(isinstance(name, str) for name in (*names, *value.ignored, *value.only))
+            and (value.over is None or (_names_groups(value.over) and not isinstance(value.over, AllReduceOp)))
+        )
+    return isinstance(value, str | None)
 
 
 def norm_ops(value: object) -> dict[str, float | NormOp]:
@@ -85,13 +106,24 @@ def norm_ops(value: object) -> dict[str, float | NormOp]:
     ops = dict(value) if isinstance(value, Mapping) else dict.fromkeys(strings("norm_ops", value), 0.0)
     ops = {name: _roles("norm_ops", said) if isinstance(said, Mapping) else said for name, said in ops.items()}
     for name, said in ops.items():
-        if not isinstance(name, str) or isinstance(said, bool) or not isinstance(said, int | float | NormOp):
+        if not isinstance(name, str) or not (_is_number(said) or _is_norm_op(said)):
             raise OptionsError(
                 f"norm_ops={value!r} does not map op names to what is added to the weight (0.0, 1.0), nor to "
-                "ringfence.NormOp"
+                "ringfence.NormOp, whose roles are names of arguments and whose weight_bias is such a number"
             )
         check_op_name("norm_ops", name)
     return {name: said if isinstance(said, NormOp) else float(said) for name, said in ops.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_norm_op(value: object) -> bool:
+    if not isinstance(value, NormOp) or not _is_number(value.weight_bias):
+        return False
+    needed, others = (value.x, value.eps), (value.weight, value.residual, value.out)
+    return all(isinstance(n, str) for n in needed) and all(isinstance(n, str | None) for n in others)
 
 
 def check_roles(option: str, name: str, said: Any, op: torch._ops.OpOverload) -> None:

@@ -32,7 +32,7 @@ from .runtime.collectives.prepared import Prepared
 from .runtime.collectives.ready import ReadyCollective
 from .runtime.collectives.workspace import Workspaces, workspaces_of
 from .runtime.errors import OptionsError, WorkspaceError
-from .runtime.groups import Group, describe_group, device_of_group, name_of_group
+from .runtime.groups import Group, describe_group, device_for, name_of_group
 from .runtime.replay.tape import Tape
 from .runtime.watch.agree import PlanDigest, agree
 from .runtime.watch.supervision import Asked
@@ -114,7 +114,7 @@ def prepare(
         hidden, dtype, max_tokens, collective, transport, size_table, on_hazard, agree_seconds=agree_seconds
     )
     name = name_of_group(group)
-    on = torch.device(device) if device is not None else device_of_group(name)
+    on = device_for(name, device)
     described = describe_group(name, on)
     if is_capturing(on):
         raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
@@ -163,8 +163,8 @@ def _ready(
     channels = supervisor.open([group], device)
     parts = {"hidden": hidden, "dtype": dtype, "max_tokens": options.max_tokens, "collective": options.collective}
     if channels:
-        digest = PlanDigest(tuple((name, str(value)) for name, value in parts.items()))
-        agree(channels[group.name], digest, what="arguments of ringfence.prepare")
+        told = tuple((name, str(value)) for name, value in parts.items())
+        agree(channels[group.name], PlanDigest(told, what="arguments of ringfence.prepare"))
     begin_anew(channels.get(group.name), workspaces_of(group.name))
     sizes = tuple(sorted({1, options.max_tokens or 1}))  # an engine captures several
     wanted = wanted_by(options, hidden, dtype, sizes)

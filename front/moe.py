@@ -44,7 +44,7 @@ from .runtime.collectives.moe_reference import first_expert
 from .runtime.collectives.ops import PREPARED
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import InputError, OptionsError, RankMismatch, WorkspaceError
-from .runtime.groups import describe_group, device_of_group, name_of_group, resolve_group
+from .runtime.groups import describe_group, device_for, name_of_group, resolve_group
 from .runtime.watch.agree import PlanDigest, agree
 from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import supervisor_for
@@ -206,7 +206,7 @@ def prepare(
         raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, DTYPES))}")
     Options.parse({"moe_collective": collective, "agree_seconds": agree_seconds, "check_every_step": check_every_call})
     name = name_of_group(group)
-    on = torch.device(device) if device is not None else device_of_group(name)
+    on = device_for(name, device)
     if is_capturing(on):
         raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
     row = payload_bytes if payload_bytes is not None else hidden * dtype.itemsize + 4 * top_k
@@ -243,7 +243,7 @@ def _ready(
         channel = supervisor.open([described], device).get(name)
         if channel is not None:
             parts = (*wanted.parts, ("check_every_call", str(check_every_call)))
-            agree(channel, PlanDigest(parts), what="arguments of ringfence.moe.prepare")
+            agree(channel, PlanDigest(parts, what="arguments of ringfence.moe.prepare"))
         begin_anew(channel, workspaces_of(name))
         return ready_pair(wanted, described, channel, device, supervisor), channel
 

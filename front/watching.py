@@ -11,7 +11,7 @@ from torch import nn
 from .keywords import WatchKeywords
 from .options import Options
 from .runtime.errors import OptionsError
-from .runtime.groups import device_of_group, name_of_group
+from .runtime.groups import device_for, device_of_group, name_of_group
 from .runtime.watch.steps import Watch, watch_group
 from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import OF_PROCESS
@@ -57,4 +57,4 @@ def watch(
     name = name_of_group(group)
     process = {key: getattr(given, key) for key in OF_PROCESS if key in options}
     asked = Asked(process, agree_seconds=given.agree_seconds, every_step=given.check_every_step)
-    return watch_group(name, torch.device(device) if device is not None else device_of_group(name), asked)
+    return watch_group(name, device_for(name, device), asked)

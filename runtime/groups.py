@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from .errors import GroupError
+from .errors import GroupError, OptionsError
 
 #: Backends whose collectives are carried out by the host, or by nobody.
 HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
@@ -111,6 +111,22 @@ def device_of_group(name: str) -> torch.device:
         if _serves(resolve_group(name, device), device):
             return device
     return torch.device("cpu")
+
+
+def device_for(name: str, asked: torch.device | str | None) -> torch.device:
+    """The device that a caller named, or :func:`device_of_group`.
+
+    Raises :class:`OptionsError` for one that this process does not have.
+    """
+    if asked is None:
+        return device_of_group(name)
+    try:
+        device = torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        raise OptionsError(f"device={asked!r} is no device of torch's: 'cpu', 'cuda', 'cuda:1'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionsError(f"device={str(asked)!r}, and this process sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def group_exists(name: str) -> bool:

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
 
 import ringfence
 from ringfence.runtime.collectives.prepared import Prepared
 from ringfence.runtime.collectives.workspace import workspaces_of
 from ringfence.runtime.errors import (
+    ArgumentError,
     CaptureError,
     CollectiveUnavailableError,
     GradModeError,
@@ -114,16 +116,46 @@ def test_operands_that_do_not_fit() -> None:
         ((x, r, w[:1]), r"weight is torch\.float32 \[1\]"),
         ((x, r, w.half()), "weight is torch.float16"),
         ((x[:0], r[:0], w), "empty tensor"),
+        ((x, [1.0], w), r"residual is \[1\.0\]; with an input"),
+        ((x, r, 1.0), "weight is 1.0; with an input"),
+        ((x.to_sparse(), r, w), r"was given torch\.float32 \[3, 256\] \(torch\.sparse_coo\)"),
+        ((x, r, w, None), "eps=None is no finite number"),
+        ((x, r, w, "1e-6"), "eps='1e-6' is no finite number"),
+        ((x, r, w, float("nan")), "eps=nan is no finite"),
+        ((x, r, w, -1e-6), "eps=-1e-06 is negative"),
     ]
     for operands, message in cases:
         with pytest.raises(InputError, match=message):
             ringfence.all_reduce_add_rms_norm(*operands)
     with pytest.raises(InputError, match="takes"):
         ringfence.all_reduce(x.int())
+    with pytest.raises(InputError, match="weight_bias=True is no finite"):
+        ringfence.all_reduce_add_rms_norm(x, r, w, weight_bias=True)
     with pytest.raises(GradModeError, match="no backward"):
         ringfence.all_reduce_add_rms_norm(x, r, w.requires_grad_())
     with torch.no_grad():
         assert ringfence.all_reduce_add_rms_norm(x, r, w)[1].shape == x.shape
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("backend", ["aot_eager", "ringfence"])
+def test_operands_that_do_not_fit_are_told_where_it_is_compiled(backend: str) -> None:
+    """By ringfence's own backend when it compiles: what it compiles looks at no operands any more."""
+    x, r, w = given()
+    for operands, message in (
+        ((x, r[:1], w), "residual is torch.float32"),
+        ((x, r.bfloat16(), w), "residual is torch.bfloat16"),
+        ((x.double(), r.double(), w.double()), "was given torch.float64"),
+        ((x, r, w[:1]), "weight is torch.float32"),
+        ((x, r, w, float("nan")), "eps=nan"),
+        ((x[0, 0], None, None), "takes"),
+    ):
+        torch._dynamo.reset()
+        backends = {"ringfence": ringfence.Backend(piece_compiler="eager")}
+        call = torch.compile(ringfence.all_reduce_add_rms_norm, backend=backends.get(backend, backend), fullgraph=True)
+        with torch.no_grad(), pytest.raises((InputError, BackendCompilerFailed), match=message) as raised:
+            call(*operands)
+        assert isinstance(getattr(raised.value, "inner_exception", raised.value), InputError)
 
 
 def test_groups_that_are_not_there() -> None:
@@ -146,6 +178,9 @@ def test_bad_arguments_of_prepare() -> None:
         ((None, H, torch.bfloat16, 8), {"collective": "fast"}, "collective='fast' is not one of"),
         ((None, H, torch.bfloat16, 8), {"on_hazard": "clean"}, "on_hazard='clean' rewrites a graph"),
         ((None, H, torch.bfloat16, 8), {"agree_seconds": -1}, "agree_seconds=-1"),
+        ((None, H, torch.bfloat16, 8), {"device": "gpu:0"}, "device='gpu:0' is no device of torch's"),
+        ((None, H, torch.bfloat16, 8), {"device": 1.5}, "device=1.5 is no device"),
+        ((None, H, torch.bfloat16, 8), {"device": "cuda:9"}, r"device='cuda:9', and this process sees \d CUDA devices"),
     ]
     for args, options, message in cases:
         with pytest.raises(OptionsError, match=message):
@@ -209,7 +244,10 @@ def test_after_a_failure_nothing_is_called() -> None:
 def test_steps_of_an_engine_are_written_down_and_a_failure_is_told(tmp_path: Any) -> None:
     first, second = run_ranks(2, callable_ranks.watched, str(tmp_path))
     for found in (first, second):
-        assert "step_seconds differs: rank 0: 30" in found["unlike"] and "rank 1: 31" in found["unlike"]
+        assert (
+            "agree on the options of the watch: step_seconds differs: rank 0: 30" in found["unlike"]
+            and "rank 1: 31" in found["unlike"]
+        )
         position = found["before"]
         assert (position.step, position.sizes, position.phase) == (3, (4,), "idle")
         assert position.submitted == position.completed == {"world": 4}, "a step counts as one call"
@@ -226,9 +264,24 @@ def test_bad_arguments_of_watch() -> None:
         ringfence.watch(capture_sizes=[4])
     with pytest.raises(OptionsError, match="on_hang='shout'"):
         ringfence.watch(on_hang="shout")
+    with pytest.raises(OptionsError, match="device='gpu' is no device"):
+        ringfence.watch(device="gpu")
     with pytest.raises(GroupError, match="'nope'"):
         ringfence.watch("nope")
     watch = ringfence.watch()
+    steps: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((None,), {}, "None is no name"),
+        (("",), {}, "'' is no name"),
+        (("decode", "4"), {}, "tokens='4' is no number"),
+        (("decode", None), {}, "tokens=None"),
+        (("decode", torch.tensor(4)), {}, "of a tensor pass its length"),
+        (("decode", True), {}, "tokens=True"),
+        (("decode", -1), {}, "tokens=-1 is negative"),
+        (("decode", 4), {"replay": "yes"}, "replay='yes' is not a bool"),
+    ]
+    for args, options, message in steps:
+        with pytest.raises(ArgumentError, match=message), watch.step(*args, **options):
+            pytest.fail("the step began")
     with pytest.raises(KeyError), watch.step("decode", 4):
         raise KeyError("mine")
     with watch.step("decode", 4):

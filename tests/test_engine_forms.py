@@ -185,13 +185,46 @@ def test_a_user_says_which_argument_is_what(tp: dist.ProcessGroup) -> None:
         report, _ = run(odd, all_reduce_ops={name: row})
         assert fused_once(report) and report.sites[0].group == "ranks:0,1", str(report)
     assert report.to_dict()["options"]["all_reduce_ops"][name]["ignored"] == ["stuff"]
+    report, _ = run(odd, all_reduce_ops={name: ringfence.AllReduceOp("payload", ignored=("stuff",), over=tp)})
+    assert fused_once(report) and report.sites[0].group == "1", "a process group in place of its name"
     for wrong, message in (
         (ringfence.AllReduceOp("payload", group="crew"), "group names 'crew', which is no argument"),
         (ringfence.AllReduceOp("mode"), "input='mode' is str"),
         ({"input": "payload", "groups": "team"}, "it needs \\['input'\\]"),
+        (ringfence.AllReduceOp(0), "whose fields are names of arguments"),  # type: ignore[arg-type]
+        (ringfence.AllReduceOp("payload", over=0), "whose fields are names"),  # type: ignore[arg-type]
+        (ringfence.AllReduceOp("payload", ignored="stuff"), "whose fields are names"),  # type: ignore[arg-type]
     ):
         with pytest.raises((BackendCompilerFailed, OptionsError), match=message):
             run(odd, all_reduce_ops={name: wrong})
+
+
+def test_a_strategy_is_no_group_whatever_groups_are_called(tp: dist.ProcessGroup) -> None:
+    """AutoDeploy's op takes no group; a mapping of its strategies to groups says nothing, and is not passed over."""
+    register_group("AUTO", tp)
+    name = "auto_deploy::trtllm_dist_all_reduce"
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm(auto_deploy(x), r, w)
+
+    for said, group in (({name}, "world"), ({name: tp}, "1"), ({name: {"AUTO": tp}}, None)):
+        report, _ = run(model, all_reduce_ops=said)
+        assert report.sites[0].group == group, str(report)
+    assert not fused_once(report) and "names no process group; say which one" in report.sites[0].message
+
+    def mine(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm(torch.ops.forms_test.how_all_reduce(x * 2, "AUTO"), r, w)
+
+    report, _ = run(mine, all_reduce_ops=["forms_test::how_all_reduce"])
+    assert not fused_once(report) and "names no process group" in report.sites[0].message
+
+
+@torch.library.custom_op("forms_test::how_all_reduce", mutates_args=())
+def how_all_reduce(x: Tensor, strategy: str) -> Tensor:
+    return x.clone()
+
+
+how_all_reduce.register_fake(lambda x, strategy: torch.empty_like(x))
 
 
 # -- norms
@@ -233,6 +266,9 @@ def test_known_norms_fit_the_schemas_that_are_installed() -> None:
         assert isinstance(row, NormOp), row
         (overload,) = engine_ops.op(name).overloads()
         assert check_row(row, getattr(engine_ops.op(name), overload)._schema) is None
+    library = torch.library.Library("forms_test", "FRAGMENT")
+    library.define("weight_first(Tensor x, Tensor weight, Tensor residual, float eps) -> (Tensor, Tensor)")
+    assert "in another order than (x, [residual], weight)" in str(installed_ops(["forms_test::weight_first"]))
     assert "takes 1 floats" not in (said := str(installed_ops(["trtllm::allreduce"]))) and "another form" in said, said
 
 
@@ -256,17 +292,42 @@ def test_a_users_norm_is_data(tp: dist.ProcessGroup) -> None:
     assert not fused_once(report)
     roles = {"x": "hidden", "weight": "gain", "eps": "eps", "residual": "skip", "sum_first": True}
     for row in (ringfence.NormOp(**roles), roles):
-        report, _ = run(model, norm_ops={name: row}, **options)
-        assert fused_once(report), str(report)
+        for key in (name, f"{name}.default"):
+            report, _ = run(model, norm_ops={key: row}, **options)
+            assert fused_once(report), str(report)
     for wrong, message in (
         ({**roles, "x": "input"}, "x='input' is no argument"),
         ({**roles, "out": "hidden"}, "writes nothing, and is said to write"),
         ({**roles, "residual": None}, "returns 2 values, and is said to return 1"),
         ({**roles, "in_place": True}, "writes nothing"),
         ({"x": "hidden"}, "it needs"),
+        ({**roles, "residual": "hidden"}, "said to be two of x='hidden'"),
+        ({**roles, "weight": 3}, "whose roles are names of arguments"),
+        ({**roles, "weight_bias": "one"}, "whose weight_bias is such a number"),
+        (float("nan"), "does not map op names to what is added"),
     ):
         with pytest.raises((BackendCompilerFailed, OptionsError), match=message):
             run(model, norm_ops={name: wrong}, **options)
+
+
+@torch.library.custom_op("forms_test::weightless", mutates_args=())
+def weightless(x: Tensor, eps: float) -> Tensor:
+    return engine_ops.rms(x, None, eps)
+
+
+@weightless.register_fake
+def _(x: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_users_norm_may_have_no_weight(tp: dist.ProcessGroup) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        h = vllm(x) + r
+        return torch.ops.forms_test.weightless(h, 1e-5), h
+
+    row = ringfence.NormOp("x", None, "eps")
+    report, graph = run(model, norm_ops={"forms_test::weightless": row}, all_reduce_ops={"vllm::all_reduce": tp})
+    assert fused_once(report) and ", None, 1e-05, 0.0, 'tp:0'" in graph.code, graph.code
 
 
 def test_vllms_embedding_ends_with_a_view_of_its_own_dtype(tp: dist.ProcessGroup) -> None:

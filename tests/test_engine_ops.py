@@ -175,7 +175,7 @@ def test_one_mapping_for_two_groups() -> None:
 
 @pytest.mark.parametrize("value", [{"a::b": {}}, {"a::b": {"tp:0": None}}, {"a::b": 3}, {"a::b": ["0"]}])
 def test_a_mapping_that_names_no_groups(value: object) -> None:
-    with pytest.raises(OptionsError, match=r"does not map op names to group names .*group_name"):
+    with pytest.raises(OptionsError, match=r"does not map op names to groups .*group_name"):
         ringfence.Backend(all_reduce_ops=value)
 
 

@@ -26,7 +26,9 @@ on zero tokens, and a rank that returned early would leave the others waiting.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -132,6 +134,9 @@ def normed(
     collective: str,
 ) -> tuple[Tensor, ...]:
     """``(norm, sum)``; see above."""
+    if collective == PREPARED:
+        check_operands(input, residual, weight, eps, weight_bias)
+        _check_no_grad(input, residual, weight)
     epilogues = _epilogues(residual is not None, eps, weight_bias, weight is not None)
 
     def run(collective: str, *operands: Any) -> tuple[Tensor, ...]:
@@ -175,6 +180,9 @@ _SUM = Epilogue()
 
 def summed(input: Tensor, group: str, collective: str) -> Tensor:
     """The sum; see above."""
+    if collective == PREPARED:
+        check_operands(input)
+        _check_no_grad(input)
 
     def run(collective: str, input: Tensor) -> tuple[Tensor]:
         return (_summed(input, group, collective),)
@@ -208,7 +216,6 @@ def _carried(run: Callable[..., tuple[Tensor, ...]], group: str, collective: str
     input: Tensor = operands[0]
     prepared = None
     if collective == PREPARED:
-        _check(*operands)
         prepared = _prepared(group, input.dtype)
         if prepared is not None and not prepared.largest:
             named = reference.IMPLEMENTATION.name
@@ -239,25 +246,55 @@ def _prepared(group: str, dtype: torch.dtype) -> Prepared | None:
     return workspaces.prepared.get(dtype)
 
 
-def _check(input: Tensor, residual: Tensor | None = None, weight: Tensor | None = None) -> None:
-    """Of a call that a person wrote: a graph's was matched."""
-    if not isinstance(input, Tensor) or input.dtype not in DTYPES or not input.dim():
-        raise InputError(
-            f"a fused all-reduce takes [..., hidden] of {', '.join(map(str, DTYPES))}, and was given "
-            f"{f'{input.dtype} {list(input.shape)}' if isinstance(input, Tensor) else repr(input)}"
-        )
-    wanted = {"residual": (residual, list(input.shape)), "weight": (weight, [input.shape[-1]])}
+def check_operands(
+    input: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+    weight_bias: float = 0.0,
+) -> None:
+    """Of a call that a person wrote, before it reaches the other ranks: a graph's was matched.
+
+    May be asked of fake tensors, whose sizes are compared as far as they are known. Raises :class:`InputError`.
+    """
+    if not isinstance(input, Tensor) or input.layout != torch.strided or input.dtype not in DTYPES or not input.dim():
+        raise InputError(f"a fused all-reduce takes [..., hidden] of {_TAKEN}, and was given {_told(input)}")
+    wanted = {"residual": (residual, input.shape), "weight": (weight, input.shape[-1:])}
     for name, (value, shape) in wanted.items():
-        if value is not None and (value.dtype, value.device, list(value.shape)) != (input.dtype, input.device, shape):
+        if value is not None and not _fits(value, input, shape):
             raise InputError(
-                f"{name} is {value.dtype} {list(value.shape)} on {value.device}; with an input of {input.dtype} "
-                f"{list(input.shape)} on {input.device} it is {input.dtype} {shape} there"
+                f"{name} is {_told(value)}; with an input of {_told(input)} it is {input.dtype} {list(shape)} there"
             )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, weight)):
+    for name, number in {"eps": eps, "weight_bias": weight_bias}.items():
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            raise InputError(f"{name}={number!r} is no finite number")
+        if name == "eps" and number < 0:
+            raise InputError(f"eps={number!r} is negative, and an RMSNorm takes the root of a mean plus it")
+
+
+def _check_no_grad(*operands: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         raise GradModeError(
             "the fused all-reduce has no backward and was called in grad mode with tensors that require grad; call it "
             "under torch.no_grad() or torch.inference_mode()"
         )
+
+
+_TAKEN = ", ".join(map(str, DTYPES))
+
+
+def _told(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    layout = "" if value.layout == torch.strided else f" ({value.layout})"
+    return f"{value.dtype} {list(value.shape)}{layout} on {value.device}"
+
+
+def _fits(value: object, input: Tensor, shape: Sequence[int]) -> bool:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.dim() != len(shape):
+        return False
+    known = ((a, b) for a, b in zip(value.shape, shape, strict=True) if isinstance(a, int) and isinstance(b, int))
+    return (value.dtype, value.device) == (input.dtype, input.device) and all(a == b for a, b in known)
 
 
 def _contiguous_like(input: Tensor) -> Tensor:

@@ -26,12 +26,13 @@ class PlanDigest:
 
     Causes come before consequences (versions before ops), so that the first difference is
     the one to mend. ``sources`` say where in the user's code a part comes from; they may differ. ``lockstep``:
-    collectives are captured, so that all ranks must capture in the same steps.
+    collectives are captured, so that all ranks must capture in the same steps. ``what`` the ranks agree on, in words.
     """
 
     parts: tuple[tuple[str, str], ...]
     sources: tuple[tuple[str, str], ...] = ()
     lockstep: bool = True
+    what: str = "compiled graph"
 
     @property
     def told(self) -> tuple[tuple[str, str], ...]:
@@ -45,17 +46,17 @@ class PlanDigest:
         return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()[:16]
 
 
-def agree(channel: Channel, digest: PlanDigest, *, what: str = "compiled graph") -> None:
+def agree(channel: Channel, digest: PlanDigest) -> None:
     """Return where all ranks hold the same digest; otherwise raise :class:`RankMismatch` on every rank.
 
     Only hashes are sent unless they differ. Also raises what :meth:`Channel.exchange` raises.
     """
-    topic = f"agree on the {what}"
+    topic = f"agree on the {digest.what}"
     if len(set(channel.exchange(topic, digest.short))) == 1:
         return
     digests = channel.exchange(f"{topic}: the difference", (digest.parts, digest.told))
     difference = first_difference([parts for parts, _ in digests], channel.ranks, [told for _, told in digests])
-    raise RankMismatch(f"the ranks do not agree on the {what}: {difference}")
+    raise RankMismatch(f"the ranks do not agree on the {digest.what}: {difference}")
 
 
 def vote(channel: Channel, topic: str, failure: str | None) -> Failures:

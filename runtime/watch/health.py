@@ -45,7 +45,7 @@ class Health:
         if self.poisoned is not None:
             raise PoisonedError(
                 f"the ranks are out of step, so the model is not called any more: {self.poisoned}. Start the job "
-                "again; or, where the process group still works, compile anew on every rank: torch._dynamo.reset() "
-                "and another ringfence.Backend",
+                "again; or, where the process group still works, begin anew on every rank: torch._dynamo.reset() "
+                "and another ringfence.Backend, or ringfence.watch again",
                 self.ranks,
             )

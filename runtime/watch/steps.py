@@ -11,10 +11,13 @@ is the one that the others wait for. Ranks must run the same steps.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Collection, Iterator
+from typing import SupportsIndex
 
 import torch
 
+from ..errors import ArgumentError
 from ..groups import describe_group
 from .agree import PlanDigest
 from .journal import REPLAY, UNCAPTURED, Journal, PieceNote, ProgramNote
@@ -35,8 +38,9 @@ class Watch:
         """Around one step. name: what kind it is; tokens: how many it takes; replay: it replays a captured graph.
 
         What is raised inside goes on to the other ranks; where another rank is its cause, that is raised instead.
-        Raises :class:`PoisonedError` where the ranks are out of step.
+        Raises :class:`PoisonedError` where the ranks are out of step, and :class:`ArgumentError`.
         """
+        tokens = _checked(name, tokens, replay)
         number = self._numbers.get(name)
         if number is None:
             note = ProgramNote((PieceNote(name, not replay, (self._name,)),), name=name)
@@ -67,6 +71,20 @@ class Watch:
         leave(self._asked)
 
 
+def _checked(name: object, tokens: object, replay: object) -> int:
+    """The tokens of a step. What is wrong here would be found in the journal, after a hang."""
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"a step is named by its kind, as 'decode', and {name!r} is no name")
+    if not isinstance(replay, bool):
+        raise ArgumentError(f"replay={replay!r} is not a bool")
+    if isinstance(tokens, bool) or not isinstance(tokens, SupportsIndex) or isinstance(tokens, torch.Tensor):
+        raise ArgumentError(f"tokens={tokens!r} is no number of tokens; of a tensor pass its length")
+    count = operator.index(tokens)
+    if count < 0:
+        raise ArgumentError(f"tokens={count} is negative; it is how many the step takes")
+    return count
+
+
 def watch_group(
     name: str,
     device: torch.device,
@@ -86,5 +104,5 @@ def watch_group(
     told = tuple((key, str(value)) for key, value in settings if key not in own)
     with supervisor.compiling(asked), supervisor.compilation():
         channels = supervisor.open([group], device)
-        supervision = supervisor.supervise(channels, PlanDigest(told, lockstep=False))
+        supervision = supervisor.supervise(channels, PlanDigest(told, lockstep=False, what="options of the watch"))
     return Watch(name, supervision, supervisor.journal, asked)
