@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,7 +191,16 @@ class Api:
             self._words(workspace, to, metainfo, "RECV_COUNTERS", ep_size)[ep_rank] = counts[to]
             self._words(workspace, to, metainfo, "DISPATCH_COMPLETION_FLAGS", ep_size)[ep_rank] = int(flag[0])
         library.meeting.wait()
-        return [], -1, None
+        return list(self._planes(workspace, metainfo, ep_rank, capacity, input_payloads)), -1, None
+
+    @staticmethod
+    def _planes(workspace: Tensor, meta: Tensor, rank: int, capacity: int, payloads: list[Tensor]) -> Iterator[Tensor]:
+        """What the library returns: ``[ranks, capacity, width]`` of each payload, in the workspace."""
+        at, ranks = int(meta[-1]), workspace.shape[0]
+        for payload in payloads:
+            size = ranks * capacity * payload.shape[1] * payload.element_size()
+            yield workspace[rank, at : at + size].view(payload.dtype).view(ranks, capacity, -1)
+            at += size
 
     def _store(
         self, workspace: Tensor, meta: Tensor, to: int, rank: int, capacity: int, slot: int, token: int,
