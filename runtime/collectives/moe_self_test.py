@@ -49,7 +49,8 @@ class _PairTrial:
         mine = tokens[kernels.rank]
         self._x = self._bytes(mine, width)
         self._mine = torch.zeros(mine, self._k, dtype=torch.int32, device=self._device)
-        self.out = torch.zeros(mine, hidden, dtype=_DTYPE, device=self._device)
+        self.out = torch.zeros(2, mine, hidden, dtype=_DTYPE, device=self._device)
+        self.counts = torch.zeros(ranks, dtype=torch.int32, device=self._device)
         self.rows, self.got = self._bytes(ranks * capacity, width), self._ids.new_zeros(ranks * capacity, self._k)
 
     def _bytes(self, *shape: int) -> Tensor:
@@ -68,16 +69,25 @@ class _PairTrial:
         self._x.copy_(self._sent[rank, :mine])
         self._mine.copy_(self._ids[rank, :mine])
         self.out.fill_(float("nan"))
+        self.counts.fill_(-1)
 
     def run(self) -> None:
-        """One pair, with nothing that asks the host."""
+        """Two pairs, with nothing that asks the host: one by the ids of empty rows, and one by counts, in place."""
         kernels = self._kernels
         (rows,), ids, _ = kernels.dispatch([self._x], self._mine, self.capacity, self._experts, _EMPTY)
         self.rows.copy_(rows)
         self.got.copy_(ids)
-        partial = self._values.index_select(0, self._places(rows)) * self._scale(kernels.rank)
-        partial = torch.where((ids != _EMPTY).any(1, keepdim=True), partial, torch.full_like(partial, float("nan")))
-        kernels.combine(partial, self.out)
+        kernels.combine(self._made(rows, (ids != _EMPTY).any(1, keepdim=True)), self.out[0])
+        (rows,), _, counts = kernels.dispatch([self._x], self._mine, self.capacity, self._experts, None, known=True)
+        self.counts.copy_(counts)
+        filled = torch.arange(self.capacity, device=self._device) < counts[:, None]
+        made = self._made(rows, filled.view(-1, 1))
+        kernels.combine(kernels.combine_rows(*made.shape, made.dtype).copy_(made), self.out[1])
+
+    def _made(self, rows: Tensor, filled: Tensor) -> Tensor:
+        """What this rank's experts make of rows, and nothing that may be combined of the others."""
+        made = self._values.index_select(0, self._places(rows)) * self._scale(self._kernels.rank)
+        return torch.where(filled, made, torch.full_like(made, float("nan")))
 
     def _places(self, rows: Tensor) -> Tensor:
         """Of each received row, the place of its token among those of all ranks; somewhere, for rows of nobody."""
@@ -103,22 +113,25 @@ class _PairTrial:
             found = places[filled].sort().values
             if not torch.equal(found, sent.nonzero().flatten()):
                 return f"dispatch {what} brought {int(filled.sum())} of {int(sent.sum())} rows of rank {source}"
+            if int(self.counts[source]) != int(sent.sum()):
+                return f"dispatch {what} counts {int(self.counts[source])} of {int(sent.sum())} rows of rank {source}"
             wrong = (rows != self._sent[source][places]).any(1) | (ids != self._ids[source][places]).any(1)
             if bool((wrong & filled).any()):
                 return f"dispatch {what} brought a row of rank {source} that is not what was sent"
         return self._wrong_sum(asked[kernels.rank], what)
 
     def _wrong_sum(self, asked: Tensor, what: str) -> str | None:
-        rank, mine = self._kernels.rank, self.out.shape[0]
+        rank, mine = self._kernels.rank, self.out.shape[1]
         values = self._values.view(-1, self.capacity, self._values.shape[1])[rank, :mine]
         total = torch.zeros_like(values, dtype=torch.float32)
         for other in range(self._kernels.ranks):
             goes = (asked[:mine] == other).any(1, keepdim=True)
             total += torch.where(goes, (values * self._scale(other)).float(), 0.0)
         # Of two ranks the sum is one; of more it is taken in another order, which may round the other way.
-        if torch.allclose(self.out.float(), total.to(_DTYPE).float(), rtol=2.0**-7, atol=1e-4):
-            return None
-        return f"combine {what} is off by {float((self.out.float() - total).abs().max()):.2g}"
+        for out, how in zip(self.out, ("", " in place"), strict=True):
+            if not torch.allclose(out.float(), total.to(_DTYPE).float(), rtol=2.0**-7, atol=1e-4):
+                return f"combine{how} {what} is off by {float((out.float() - total).abs().max()):.2g}"
+        return None
 
 
 def self_test(workspace: MoeWorkspace, channel: Channel, *, capture: bool) -> MoeTested:
