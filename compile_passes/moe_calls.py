@@ -27,7 +27,7 @@ from .host import stream_of
 from .moe_sites import MoeMatch, experts_of
 from .op_calls import nodes_of, op_arguments, op_names, written_arguments
 from .provenance import label
-from .roles import arguments, aten, calls, tensor
+from .roles import arguments, asks_for_shape, aten, calls, tensor
 
 #: Key of ``node.meta`` of a dispatch whose capacity is the same on all ranks because a gather of it would be even.
 EVEN = "ringfence_even"
@@ -57,13 +57,15 @@ def misuses(gm: GraphModule) -> Iterator[tuple[Node, Fact, str]]:
     """Where a graph breaks what calls on a workspace ask for: the node, the fact, and how.
 
     All calls of a group are on one stream. A dispatch's rows are read before its combine and written by nobody, and the
-    next dispatch follows that combine. A dispatch and its combine may lie in different pieces. The reference, whose
-    rows are its caller's, asks for nothing of that.
+    next dispatch follows that combine: not in the graph's order alone, which a compiler keeps only where a value says
+    so. A dispatch and its combine may lie in different pieces. The reference, whose rows are its caller's, asks for
+    nothing of that.
     """
     nodes = list(gm.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     calls_ = [node for node in nodes if is_moe(node)]
     streams: dict[object, set[int | None]] = {}
+    earlier = _out_of_turn(nodes)
     for i, node in enumerate(calls_):
         seen = streams.setdefault(op_arguments(node)["group"], set())
         seen.add(stream_of(node))
@@ -72,17 +74,59 @@ def misuses(gm: GraphModule) -> Iterator[tuple[Node, Fact, str]]:
         if not is_dispatch(node):
             continue
         group = op_arguments(node)["group"]
+        if (before := earlier.get(node)) is not None:
+            text = (
+                f"{label(node)} needs nothing that follows from {label(before)}, so a compiler may move it before that"
+            )
+            yield node, Fact.DISPATCH_UNANSWERED, text
         later = [n for n in calls_[i + 1 :] if op_arguments(n)["group"] == group]
         if later and is_dispatch(later[0]):
             text = f"{label(later[0])} follows {label(node)}, which no combine has answered"
             yield later[0], Fact.DISPATCH_UNANSWERED, text
         end = place[later[0]] if later else len(nodes)
         rows = _rows_of(node)
-        for reader in (r for row in rows for r in row.users if r not in rows):
+        followed = _needed_for(later[0]) if later and not is_dispatch(later[0]) else None
+        for reader in (r for row in rows for r in row.users if r not in rows and not asks_for_shape(r)):
             if place[reader] > end or (reader.op == "output" and later):
                 yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} reads rows of {label(node)} after their combine"
+            elif followed is not None and reader not in followed:
+                text = (
+                    f"{label(reader)} reads rows of {label(node)} and their combine does not need it, so a compiler may"
+                )
+                yield reader, Fact.PLANES_OUTLIVE, f"{text} move it behind that"
             elif any(written in rows for written in written_arguments(reader)):
                 yield reader, Fact.PLANES_OUTLIVE, f"{label(reader)} writes into rows of {label(node)}"
+
+
+def _out_of_turn(nodes: Sequence[Node]) -> dict[Node, Node]:
+    """Dispatches that need nothing of the combine of their group before them, with that."""
+    found: dict[Node, Node] = {}
+    last: dict[object, Node] = {}
+    after: dict[Node, dict[object, Node]] = {}  # by group, the latest combine that a node needs
+    for node in nodes:
+        needs: dict[object, Node] = {}
+        for source in node.all_input_nodes:
+            needs |= {g: max(n, needs.get(g, n)) for g, n in after[source].items()}
+        if is_moe(node):
+            group = op_arguments(node)["group"]
+            if not is_dispatch(node):
+                last[group] = needs[group] = node
+            elif group in last and needs.get(group) is not last[group]:
+                found[node] = last[group]
+        after[node] = needs
+        for written in written_arguments(node):
+            after[written] = after[written] | needs
+    return found
+
+
+def _needed_for(node: Node) -> set[Node]:
+    """It, and all that its value follows from."""
+    found, queue = {node}, [node]
+    while queue:
+        new = [n for n in queue.pop().all_input_nodes if n not in found]
+        found.update(new)
+        queue += new
+    return found
 
 
 def _rows_of(dispatch: Node) -> set[Node]:

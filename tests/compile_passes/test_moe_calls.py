@@ -149,8 +149,26 @@ def unanswered(x: Tensor, ids: Tensor) -> Tensor:
     return made[0] + made[1]
 
 
+def side_by_side(x: Tensor, ids: Tensor) -> Tensor:
+    """In order as they stand, which no value says."""
+    return layer(x, ids, 8) + layer(x.sin(), ids, 8)
+
+
+def counted(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Read before the combine as they stand, which no value says."""
+    sent = ringfence.moe.dispatch([x], ids, capacity=8, num_experts=E)
+    load = sent.ids.sum()
+    y = ringfence.moe.combine(sent.payloads[0], sent.route)
+    return y, load + y.sum()
+
+
 def in_turn(x: Tensor, ids: Tensor) -> Tensor:
     return layer(layer(x, ids, 8), ids, 9)
+
+
+def into_twice(x: Tensor, ids: Tensor) -> Tensor:
+    """The second needs what the first wrote."""
+    return into(into(x, ids, 8), ids, 9)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +177,10 @@ def in_turn(x: Tensor, ids: Tensor) -> Tensor:
         (outliving, "M69", "planes_outlive"),
         (returned, "M69", "planes_outlive"),
         (unanswered, "M69", "dispatch_unanswered|planes_outlive"),
+        (side_by_side, "M69", "dispatch_unanswered"),
+        (counted, "M69", "planes_outlive"),
         (in_turn, None, ""),
+        (into_twice, None, ""),
     ],
 )
 def test_m69_rows_that_outlive_their_combine_and_unanswered_dispatches(
