@@ -82,7 +82,7 @@ class _PairTrial:
         self.counts.copy_(counts)
         filled = torch.arange(self.capacity, device=self._device) < counts[:, None]
         made = self._made(rows, filled.view(-1, 1))
-        kernels.combine(kernels.combine_rows(*made.shape, made.dtype).copy_(made), self.out[1])
+        kernels.combine(kernels.combine_rows(made.shape[0], made.shape[1], made.dtype).copy_(made), self.out[1])
 
     def _made(self, rows: Tensor, filled: Tensor) -> Tensor:
         """What this rank's experts make of rows, and nothing that may be combined of the others."""
