@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import HangError
-from .culprit import Failure, Finding, place_of, where
+from .culprit import Failure, place_of, where
 from .position import Position
-from .report import Report, failed, lost_wait
+from .report import Report, ended, failed, lost_wait
 
 
 def how_it_ends(error: BaseException, *, waits: bool) -> str | None:
@@ -34,11 +34,16 @@ def how_it_ends(error: BaseException, *, waits: bool) -> str | None:
     return None
 
 
+def is_in_order(how: str) -> bool:
+    """Of what a rank said of its end: whether its process ends with 0."""
+    return "(SystemExit: 0)" in how
+
+
 def broken_off(error: BaseException, position: Position, place: str | None, *, victim: bool) -> Report:
     """What there is to say of an exception on this rank; place: where, if not in a step. victim: it looks like one."""
     rank, waits = position.rank, bool(position.calls or position.exchange)
     if how := how_it_ends(error, waits=waits):
-        return Report("end", rank, Finding((), (), f"rank {rank} {how}, {place_of(position)}"))
+        return ended(rank, how, place_of(position))
     if isinstance(error, HangError):
         return lost_wait(rank, error)
     where_ = place if place is not None else where(position)

@@ -37,7 +37,8 @@ _SECONDS_TO_END, _SECONDS_TO_BREAK = 15.0, 2.0
 class _Peer:
     """What was last heard of another rank.
 
-    token: of its process. end: how it ended, in its own words. closed: it may go on, and nobody talks for it.
+    token: of its process. end: how it ended, in its own words; ended_at: when that was first heard.
+    closed: it may go on, and nobody talks for it.
     """
 
     token: str
@@ -47,6 +48,7 @@ class _Peer:
     reports: int = 0  # how many it has read
     process: tuple[str, int] = ("", 0)
     end: str = ""
+    ended_at: float = 0.0
     closed: bool = False
     read_ends: frozenset[int] = frozenset()  # of which ranks it knows that they ended
     gone: float | None = None  # since when its process is seen to have ended
@@ -139,6 +141,8 @@ class Heartbeat:
             if said["beat"] != peer.beat:
                 peer.position = Position.from_dict(said["position"])
                 peer.beat, peer.reports, peer.heard = said["beat"], said["reports"], time.monotonic()
+                if said["end"] and not peer.end:  # it may go on to talk while its process ends
+                    peer.ended_at = peer.heard
                 peer.end, peer.closed, peer.read_ends = said["end"], said["closed"], frozenset(said["ends"])
                 peer.process = (str(said["process"][0]), int(said["process"][1]))
                 self._learn([Report.from_dict(value) for value in said["told"]])
@@ -215,7 +219,7 @@ class Heartbeat:
                 continue
             if peer.gone is None and why_silent(*peer.process) == ENDED:
                 peer.gone = now
-            limit = peer.heard + _SECONDS_TO_END if peer.gone is None else peer.gone + _SECONDS_TO_BREAK
+            limit = peer.ended_at + _SECONDS_TO_END if peer.gone is None else peer.gone + _SECONDS_TO_BREAK
             if now < limit:
                 ending.append(rank)
         return tuple(ending)
@@ -223,7 +227,7 @@ class Heartbeat:
     def seconds_since_end(self, rank: int) -> float:
         """0 of a rank that goes on, or only closed."""
         peer = self.peers.get(rank)
-        return time.monotonic() - peer.heard if peer is not None and peer.end and not peer.closed else 0.0
+        return time.monotonic() - peer.ended_at if peer is not None and peer.end and not peer.closed else 0.0
 
     def positions(self) -> dict[int, Position]:
         """Where each rank is: this one now, the others when they were last heard of."""
@@ -274,6 +278,7 @@ class Heartbeat:
         self._talked += seconds
         for peer in self.peers.values():
             peer.heard += seconds
+            peer.ended_at += seconds
 
 
 def first_lines(text: str) -> str:

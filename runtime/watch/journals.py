@@ -20,7 +20,7 @@ from .deadlines import Deadlines
 from .folder import BEGUN, Origin, is_put_away, older_ranks, rank_that_wrote
 from .journal import FORMAT
 from .position import REPLAY, CallSpan, Position, sizes_text
-from .report import Report
+from .report import Report, in_brief
 from .user_code import CodePlace
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Merged:
     """What the journals say together. sentence: which rank stopped first, where, and who waits for it.
 
     missing: ranks without a file. could_not_write: those of them that others heard talk until they wrote themselves.
+    begun: those whose file says that they began, and no more.
     nothing_from: rank -> the ranks whose memory holds nothing of it, though they wait in a call.
     """
 
@@ -92,11 +93,13 @@ class Merged:
     divergence: str | None
     nothing_from: Mapping[int, tuple[int, ...]]
     could_not_write: tuple[int, ...] = ()
+    begun: tuple[int, ...] = ()
+    brief: str = ""
 
     @property
     def short(self) -> str:
         """The sentence without the places."""
-        return (self.finding.short if self.finding is not None else "") or self.sentence
+        return (self.finding.short if self.finding is not None else self.brief) or self.sentence
 
     def to_dict(self) -> dict[str, Any]:
         """The schema is docs/report.md."""
@@ -253,7 +256,7 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     journals = tuple(j for j in journals if not j.has_begun_only)
     if not journals:
         sentence = f"{ranks_text(begun)} began and wrote nothing since: they run, or were ended before they could write"
-        return Merged(sentence, None, (), begun, None, {})
+        return Merged(sentence, None, (), begun, None, {}, begun=begun)
     ranks = {j.rank for j in journals}
     missing = tuple(sorted({r for group in members.values() for r in group} - ranks))
     heard = {rank for j in journals for rank in j.heard}
@@ -261,7 +264,8 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     could_not_write = tuple(rank for rank in missing if rank in heard and rank not in silent)
     told = _told(journals)
     finding = told.finding if told is not None else _found(journals, members, missing, could_not_write, silent)
-    ends = [j.report.sentence for j in journals if j.report is not None and j.report.kind == "end"]
+    ends = [j.report for j in journals if j.report is not None and j.report.kind == "end"]
+    brief = ""
     if told is None and ends and finding is not None:
         standing = stood_still({j.rank: j.position for j in journals}, finding, Deadlines().alone)
         # A rank that was watched would have written itself that others waited for it when it was told to end.
@@ -271,13 +275,14 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     if finding is not None:
         sentence = finding.sentence
     elif ends:
-        sentence = f"nobody waited for long: {'; '.join(ends)}"
+        sentence = f"nobody waited for long: {'; '.join(r.sentence for r in ends)}"
+        brief = f"nobody waited for long: {in_brief(ends)}"
     else:
         sentence = divergence or "no rank waits: every step that was begun is complete"
         if divergence is None and len({j.reason for j in journals}) == 1:
             sentence = f"{journals[0].reason}; {sentence}"
     nothing_from = _nothing_from(journals)
-    return Merged(sentence, finding, tuple(journals), missing, divergence, nothing_from, could_not_write)
+    return Merged(sentence, finding, tuple(journals), missing, divergence, nothing_from, could_not_write, begun, brief)
 
 
 def _told(journals: Sequence[RankJournal]) -> Report | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..channel import ranks_text
 from ..errors import HangError
 from . import checked
 from .culprit import Failure, Finding, blamed_for
@@ -66,6 +67,21 @@ class Report:
 def failed(failure: Failure) -> Report:
     """What a rank reports of its own exception."""
     return Report("failure", failure.rank, blamed_for(failure), failure)
+
+
+def ended(rank: int, how: str, place: str) -> Report:
+    """Of a rank that ends in order. how: ``was told to end (SystemExit: 0)``; place: ``in step 7``."""
+    return Report("end", rank, Finding((), (), f"rank {rank} {how}, {place}", f"rank {rank} {how}"))
+
+
+def in_brief(ends: Sequence[Report]) -> str:
+    """``ranks 0, 1 were told to end (SystemExit: 0)``: how ranks ended, without the places."""
+    ranks: dict[str, list[int]] = {}
+    for report in ends:
+        ranks.setdefault(report.brief.sentence.removeprefix(f"rank {report.reporter} "), []).append(report.reporter)
+    return "; ".join(
+        f"{ranks_text(some)} {how.replace('was ', 'were ', 1) if len(some) > 1 else how}" for how, some in ranks.items()
+    )
 
 
 def lost_wait(rank: int, error: HangError) -> Report:

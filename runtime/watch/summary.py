@@ -17,7 +17,8 @@ WIDTH = 80
 
 def text(merged: Merged, width: int = WIDTH) -> str:
     """At most ``width`` columns wide, but for a word that is longer."""
-    lines = [*answer(merged), "", *(rank_line(merged, rank) for rank in ranks_of(merged)), *_more(merged)]
+    ranks = ranks_of(merged) if merged.journals else []  # of none more is known than the answer says
+    lines = [*answer(merged), *[""] * bool(ranks), *(rank_line(merged, rank) for rank in ranks), *_more(merged)]
     return "\n".join(wrapped(line, width) for line in lines)
 
 
@@ -68,7 +69,11 @@ def rank_line(merged: Merged, rank: int) -> str:
 
 def no_file(merged: Merged, rank: int) -> str:
     """What is known of a rank without one."""
-    said = "could not write its file" if rank in merged.could_not_write else "left no file"
+    said = "left no file"
+    if rank in merged.could_not_write:
+        said = "could not write its file"
+    elif rank in merged.begun:
+        said = "began, and wrote nothing since"
     last = last_heard(merged, rank)
     known = f"; when last heard of, it {where(last, several_groups(merged.journals))}" if last is not None else ""
     return said + known
@@ -132,8 +137,10 @@ def _more(merged: Merged) -> Iterator[str]:
 
 def _says_the_same(reason: str, merged: Merged) -> bool:
     """Whether a rank wrote because of what the files together say: of the same ranks."""
-    told = reason.partition(": ")[2] if re.match(r"(hang|failure|alone): ", reason) else reason
+    told = reason.partition(": ")[2] if re.match(r"(hang|failure|alone|end): ", reason) else reason
     blamed = ranks_text(merged.finding.ranks) if merged.finding is not None and merged.finding.ranks else None
+    if reason.startswith("end: "):
+        blamed = None  # that a rank was told to end says nothing of what it did before
     return told in merged.sentence or (blamed is not None and re.match(rf"{blamed}\b(?!,)", told) is not None)
 
 

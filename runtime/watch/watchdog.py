@@ -20,26 +20,28 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch.distributed import DistError
 
 from ..channel import Store
 from ..errors import ChannelTimeoutError, HangError, RingfenceError
+from . import looping
 from .cause import cause_of, waited_for
 from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, place_of, where
 from .deadlines import Deadlines
-from .ending import how_it_ends
+from .ending import how_it_ends, is_in_order
 from .health import Health
 from .heartbeat import Heartbeat, first_lines
 from .journal import Journal
 from .position import Position
 from .reaction import EXIT_CODE, Reaction, bounded
-from .report import Report, failed, lost_wait
+from .report import Report, ended, failed, lost_wait
+from .told import Told
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Watchdog:
         self.reaction, self.deadlines = reaction, deadlines if deadlines is not None else Deadlines()
         self.report: Report | None = None
         self.others = Heartbeat(journal, connect, self.deadlines, host, token)
+        self.told = Told()
         self._rank = journal.rank
         self._read = 0  # reports before this one are done with
         self._reported_at = -1  # what the journal's counter was
@@ -89,22 +92,12 @@ class Watchdog:
             return
         self._runs, self._stop = True, threading.Event()
         self.others.goes_on()
-        bid_farewell = {"talk": self.others.bid_farewell}
-        threads = [
-            threading.Thread(
-                target=_loop,
-                args=(weakref.ref(self), self._stop, name, bid_farewell.get(name)),
-                name=f"ringfence-{name}",
-                daemon=True,
-            )
-            for name in ("talk", "watch")
-        ]
-        weakref.finalize(self, _end, self._stop, threads)  # also when the interpreter exits
-        for thread in threads:
-            thread.start()
+        self.told.listen()
+        looping.start(self, self._stop, {"talk": self.others.bid_farewell, "watch": None})
 
     def close(self) -> None:
         """Stop watching, and say so. The threads end within a beat, unless the store keeps one of them."""
+        self.told.close()
         self.others.closes()
         self._stop.set()
 
@@ -172,15 +165,17 @@ class Watchdog:
         how = how_it_ends(error, waits=bool(position.calls or position.exchange))
         if how is None or self._stop.is_set():
             return False
+        self._end(position, how)
+        return True
+
+    def _end(self, position: Position, how: str) -> None:
         self._ended_at = position.moved
-        sentence = f"rank {self._rank} {how}, {place_of(position)}"
-        found, end = waited_for(self.others), Report("end", self._rank, Finding((), (), sentence))
-        bounded(lambda: log.warning("ringfence: %s", sentence), 0.2)
+        found, end = waited_for(self.others), ended(self._rank, how, place_of(position))
+        bounded(lambda: log.warning("ringfence: %s", end.sentence), 0.2)
         if found is not None:
             bounded(lambda: self._write(found), 1.0)
         bounded(lambda: self._write(end), 1.0)
-        self.others.tell_end(sentence)
-        return True
+        self.others.tell_end(end.sentence)
 
     @property
     def _ends(self) -> bool:
@@ -223,9 +218,11 @@ class Watchdog:
                 went_on = f"rank {self._rank} went on after that"
                 bounded(lambda: self.journal.withdraw(self.reaction.folder, went_on), 1.0)
             return
-        heard = self._heard_of_failure()
+        heard, number = self._heard_of_failure(), self.told.look(position.moved)
         if heard is not None:
             self._act(heard)
+        elif number is not None and position.waits and self.reaction.on_hang != "report" and self._waits_in_vain():
+            self._end_unheard(position, number)
         elif (lost := self.reaction.waits.lost()) is not None and not self._told_lost:
             self._told_lost = True  # whoever only reports tells it once
             self._tell(lost_wait(self._rank, lost))
@@ -236,6 +233,20 @@ class Watchdog:
             finding = self._finding(position, now - self._moved_at)
             if finding is not None:
                 self._tell(Report("hang", self._rank, finding))
+
+    def _waits_in_vain(self) -> bool:
+        """Whether all that this rank waits for have ended, so long ago that its collective would have broken."""
+        ended = self.others.ended()
+        finding = find_culprit(self.others.positions(), self.others.silent(), (), self.others.members, ended)
+        return finding is not None and set(finding.ranks) <= ended.keys() - set(self.others.still_ends())
+
+    def _end_unheard(self, position: Position, number: signal.Signals) -> None:
+        """End this process for its main thread, which will not hear of it."""
+        self._end(position, f"was told to end ({number.name}), and could not hear of it where it waits")
+        code = 0 if all(is_in_order(how) for how in self.others.ended().values()) else 128 + number
+        text = f"ringfence: rank {self._rank} ends with exit code {code}: {number.name}, and its peers have ended\n"
+        bounded(lambda: (sys.stderr.write(text), sys.stderr.flush()), 0.2)
+        self.reaction.end(code)
 
     def _tell(self, report: Report) -> None:
         self.report = report
@@ -362,33 +373,6 @@ def open_watchdog(
     )
     watchdog.start()
     return watchdog
-
-
-def _end(stop: threading.Event, threads: Sequence[threading.Thread]) -> None:
-    """Stop the threads, and wait a moment: one that is inside torch when the interpreter is gone aborts the process."""
-    stop.set()
-    for thread in threads:
-        if thread.ident is not None and thread is not threading.current_thread():
-            thread.join(0.5)
-
-
-def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str, last: Callable[[], None] | None) -> None:
-    """Without keeping the watchdog alive: who drops the model drops the threads. last: what is done at the end."""
-    beat, told, said = 0.0, False, ""
-    while not stop.wait(beat) and (watchdog := reference()) is not None:
-        if not told:
-            watchdog.journal.watch_from_here()
-            told = True
-        beat = watchdog.deadlines.beat
-        try:
-            getattr(watchdog, name)()
-        except Exception as error:  # a watchdog that dies of its own mistake would be the silence that it is against
-            if repr(error) != said:
-                said = repr(error)
-                log.exception("ringfence: the watchdog's thread '%s' goes on after an error", name)
-        del watchdog
-    if last is not None:
-        last()
 
 
 def is_of_a_peer(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import pytest
 from ringfence.cli import main
 from ringfence.runtime.watch import journals, summary, user_code
 from ringfence.runtime.watch.culprit import came_with, find_culprit
+from ringfence.runtime.watch.folder import BEGUN
 from ringfence.runtime.watch.position import CallSpan, Position
+from ringfence.runtime.watch.report import ended
 
+TOLD = "was told to end (SystemExit: 0)"
 CODE = {"file": "job.py", "line": 30, "function": "serve", "text": "time.sleep(3600)"}
 
 
@@ -87,6 +91,39 @@ def test_a_rank_without_a_file_has_a_line_too(tmp_path: Path) -> None:
     assert said.endswith(f"rank 1 could not write its file; {heard} rank 2 could not write its file")
     write(tmp_path, waits(0), 3, silent={"2": "has not been heard of for 3.0 s"})
     assert printed(tmp_path).splitlines()[-2:] == ["rank 1 left no file", "rank 2 left no file"]
+
+
+def test_a_shutdown_is_told_once(tmp_path: Path) -> None:
+    """Not once in the answer, with three places, and again for each rank that wrote because of it."""
+    for position, how in (
+        (waits(0), TOLD),
+        (idle(1), TOLD),
+        (waits(2, call=15), "was interrupted (KeyboardInterrupt)"),
+    ):
+        report = ended(position.rank, how, f"in step 7 of sizes (8,), piece {position.rank}")
+        heard = {str(r): idle(r).to_dict() for r in range(3) if r != position.rank}
+        reason = f"end: {report.sentence}"
+        write(tmp_path, position, 3, reason, report=asdict(report), later=[], heard=heard)
+    assert printed(tmp_path).splitlines() == [
+        "nobody waited for long: ranks 0, 1 were told to end (SystemExit: 0); rank 2 was",
+        "    interrupted (KeyboardInterrupt)",
+        "",
+        "rank 0 waits in call 14: step 7 of sizes (8,), piece 3 'submod_3'",
+        "rank 1 is outside of the model since 3.0 s, after step 6 of sizes (4,)",
+        "rank 2 waits in call 15: step 7 of sizes (8,), piece 3 'submod_3'",
+    ]
+    assert "in step 7 of sizes (8,), piece 1" in journals.merge(journals.read_folder(tmp_path)).sentence
+
+
+def test_who_has_begun_has_a_file(tmp_path: Path) -> None:
+    for position in (waits(0), idle(1)):
+        write(tmp_path, position, 2, BEGUN)
+    assert printed(tmp_path).splitlines() == [
+        "ranks 0, 1 began and wrote nothing since: they run, or were ended before they",
+        "    could write",
+    ]
+    write(tmp_path, waits(0), 2, "hang: rank 1 has not been heard of", silent={"1": "has not been heard of for 3.0 s"})
+    assert printed(tmp_path).splitlines()[-1] == "rank 1 began, and wrote nothing since"
 
 
 def test_long_names_and_lines_are_wrapped(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Looping: the threads of a watchdog, which do not keep it alive."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+def start(watchdog: Watchdog, stop: threading.Event, names: dict[str, Callable[[], None] | None]) -> None:
+    """A daemon thread for each name, which calls that method at every beat; its value is what is done at the end."""
+    threads = [
+        threading.Thread(
+            target=_loop, args=(weakref.ref(watchdog), stop, name, last), name=f"ringfence-{name}", daemon=True
+        )
+        for name, last in names.items()
+    ]
+    weakref.finalize(watchdog, _end, stop, threads)  # also when the interpreter exits
+    for thread in threads:
+        thread.start()
+
+
+def _end(stop: threading.Event, threads: Sequence[threading.Thread]) -> None:
+    """Stop the threads, and wait a moment: one that is inside torch when the interpreter is gone aborts the process."""
+    stop.set()
+    for thread in threads:
+        if thread.ident is not None and thread is not threading.current_thread():
+            thread.join(0.5)
+
+
+def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str, last: Callable[[], None] | None) -> None:
+    """Without keeping the watchdog alive: who drops the model drops the threads. last: what is done at the end."""
+    beat, told, said = 0.0, False, ""
+    while not stop.wait(beat) and (watchdog := reference()) is not None:
+        if not told:
+            watchdog.journal.watch_from_here()
+            told = True
+        beat = watchdog.deadlines.beat
+        try:
+            getattr(watchdog, name)()
+        except Exception as error:  # a watchdog that dies of its own mistake would be the silence that it is against
+            if repr(error) != said:
+                said = repr(error)
+                log.exception("ringfence: the watchdog's thread '%s' goes on after an error", name)
+        del watchdog
+    if last is not None:
+        last()
