@@ -4,6 +4,7 @@
     op(x, residual, weight, eps) -> (norm, sum)     vllm_ir::fused_add_rms_norm
     op(out!, x, weight, eps)                        _C::rms_norm, sgl_kernel::rmsnorm
     op(x!, residual!, weight, eps)                  _C::fused_add_rms_norm: x becomes the norm, residual the sum
+    op(x!, residual!, weight, eps) -> (norm, sum)   vllm_ir::fused_add_rms_norm.maybe_inplace: given away, read no more
 
 The form follows from an op's schema, because all engines order the arguments alike; a user may say it instead
 (:class:`NormOp`), and that is checked against the schema. What it computes follows from
@@ -68,7 +69,8 @@ class NormOp:
 
     x: the input, to which ``residual`` is added where there is one. weight: None for an op that takes none.
     out: written with the norm, which is not returned.
-    in_place: ``x`` becomes the norm and ``residual`` the sum. sum_first: it returns ``(sum, norm)``.
+    in_place: ``x`` becomes the norm and ``residual`` the sum; donated: they may be written, and nobody reads them any
+    more, because it returns both. sum_first: it returns ``(sum, norm)``.
     weight_bias: added to the weight, 1.0 for Gemma's. name: ``"namespace::name"``. proven: its name is in no list, and
     it was run.
     """
@@ -79,6 +81,7 @@ class NormOp:
     residual: str | None = None
     out: str | None = None
     in_place: bool = False
+    donated: bool = False
     sum_first: bool = False
     weight_bias: float = 0.0
     name: str = ""
@@ -98,12 +101,13 @@ def check_row(row: NormOp, schema: torch.FunctionSchema) -> str | None:
         if kind not in (("Tensor", "Optional[Tensor]") if role != "eps" else ("float", "Optional[float]", "number")):
             return f"{role}='{name}' is {kind} of {schema}"
     written = {name for name, argument in arguments.items() if argument.is_write}
-    expected = {row.out} if row.out is not None else {row.x, row.residual} if row.in_place else set()
-    if row.in_place and (row.residual is None or row.out is not None):
-        return "in_place=True means that x becomes the norm and residual the sum, and not both are named"
+    both = row.in_place or row.donated
+    expected = {row.out} if row.out is not None else {row.x, row.residual} if both else set()
+    if both and (row.residual is None or row.out is not None or row.in_place == row.donated):
+        return "in_place=True and donated=True mean that x and residual are written, and one of the two says how"
     if written != expected:
         return f"{schema} writes {sorted(written) or 'nothing'}, and is said to write {sorted(map(str, expected))}"
-    returns = 0 if expected else 2 if row.residual is not None else 1
+    returns = 0 if expected and not row.donated else 2 if row.residual is not None else 1
     if len(schema.returns) != returns:
         return f"{schema} returns {len(schema.returns)} values, and is said to return {returns}"
     return None
@@ -129,6 +133,8 @@ def read_schema(schema: torch.FunctionSchema, weight_bias: float = 0.0) -> NormO
         return replace(op, x=names[1], out=names[0])
     if len(names) == 3 and returns == 0 and [a.name for a in written] == names[:2]:
         return replace(op, residual=names[1], in_place=True)
+    if len(names) == 3 and returns == 2 and [a.name for a in written] == names[:2]:
+        return replace(op, residual=names[1], donated=True)
     return f"{schema} has another form than the RMSNorm ops that are known: (x, [residual], weight, eps)"
 
 
@@ -234,6 +240,8 @@ def read_call(node: Node, row: NormOp) -> NormCall | str:
     if not isinstance(x, Node) or (row.residual is not None and not isinstance(residual, Node)) or eps is None:
         return f"{row.name} is called with something else than tensors and a number for epsilon"
     items = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+    if node.target not in _WRAPPERS and (row.out is not None or row.in_place or row.donated):
+        return f"{row.name} writes into its arguments; hand on a functional graph, in which AOT has wrapped it"
     if row.out is not None:
         norm, summed, mine = items.get(written[row.out]), None, {written[row.out]}
     elif row.in_place:

@@ -38,6 +38,8 @@ class _Numbers:
         #: Of a number that stands for a transpose, the view and its arguments that undo it, and what it is one of.
         self._turned: dict[int, tuple[str, Hashable, int]] = {}
         self._calls: dict[Node, tuple[Mutation, int]] = {}
+        #: Of ops that write in place and return several values: the op and the number of the call.
+        self._in_place: dict[Node, tuple[Any, int]] = {}
 
     def number(self, *key: Hashable) -> int:
         return self._table.setdefault(key, len(self._table))
@@ -136,6 +138,8 @@ class _Numbers:
             self._calls[node] = change, call
             return call
         taken_of: Any = node.args[0] if calls(node, operator.getitem) else None
+        if taken_of in self._in_place:
+            return self.returned_by(*self._in_place[taken_of], arguments(node)[1])
         if taken_of not in self._calls:
             return self.result(node)
         change, call = self._calls[taken_of]
@@ -143,9 +147,13 @@ class _Numbers:
         for written in change.written:
             if written.output == index:
                 return self.after(call, *written.names[0][:2])
-        returned = change.op._schema.returns[index].alias_info
+        return self.returned_by(change.op, call, index)
+
+    def returned_by(self, op: Any, call: int, index: int) -> int:
+        """One of the values that an op returns that writes into arguments."""
+        returned = op._schema.returns[index].alias_info
         if returned is not None and returned.is_write:  # the op returns what it wrote into
-            return self.after(call, next(mutable_names(change.op)), None)
+            return self.after(call, next(mutable_names(op)), None)
         return self.number("item", call, index)
 
     def after(self, call: int, name: str, place: int | None) -> int:
@@ -227,6 +235,8 @@ class InPlaceNumbers(_Numbers):
                 self._write(memory, self.after(call, name, place))
             seen.add(memory)
         self.define(node, self.number("item", call, 0) if len(op._schema.returns) == 1 else call)
+        if len(op._schema.returns) > 1:
+            self._in_place[node] = op, call
 
     def _write(self, memory: Node, number: int) -> None:
         source = viewed(memory)

@@ -21,11 +21,11 @@ ALL_REDUCES = (
     "auto_deploy::trtllm_dist_all_reduce(Tensor t, str strategy) -> Tensor",
 )
 NORMS = (
-    "vllm_ir::rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
+    "vllm_ir::rms_norm(Tensor x, Tensor? weight, float epsilon, SymInt? variance_size=None) -> Tensor",
     "vllm_ir::fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, "
-    "int? variance_size=None) -> (Tensor, Tensor)",
-    "_C::rms_norm(Tensor(a!) result, Tensor input, Tensor weight, float epsilon) -> ()",
-    "_C::fused_add_rms_norm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float epsilon) -> ()",
+    "SymInt? variance_size=None) -> (Tensor, Tensor)",
+    "_C::rms_norm(Tensor(a!) out, Tensor input, Tensor? weight, float epsilon) -> ()",
+    "_C::fused_add_rms_norm(Tensor(a!) input, Tensor(b!) residual, Tensor? weight, float epsilon) -> ()",
     "sgl_kernel::rmsnorm(Tensor(a!) output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
     "sgl_kernel::fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool enable_pdl) "
     "-> ()",
@@ -43,6 +43,13 @@ NORMS = (
     "trtllm::flashinfer_gemma_rmsnorm(Tensor input, Tensor weight, float eps) -> Tensor",
     "trtllm::flashinfer_gemma_fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps) -> ()",
     "auto_deploy::torch_rmsnorm(Tensor input, Tensor weight, float eps) -> Tensor",
+)
+
+
+#: What vLLM's models call where it compiles: the arguments are given away.
+MAYBE_IN_PLACE = (
+    "vllm_ir::fused_add_rms_norm.maybe_inplace(Tensor(a0!) x, Tensor(a1!) x_residual, Tensor? weight, float epsilon, "
+    "SymInt? variance_size=None) -> (Tensor, Tensor)"
 )
 
 

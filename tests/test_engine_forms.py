@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 import ringfence
-from ringfence.compile_passes.norm_ops import KNOWN, NormOp, check_row, installed_ops
+from ringfence.compile_passes.norm_ops import KNOWN, NormOp, check_row, installed_ops, read_schema
 from ringfence.compile_passes.report import CompileReport
 from ringfence.runtime.errors import GroupError, NotSavableError, OptionsError
 from ringfence.runtime.groups import group_exists, register_group, resolve_group
@@ -264,12 +265,78 @@ def test_known_norms_fit_the_schemas_that_are_installed() -> None:
     assert {engine_ops.name_of(schema) for schema in engine_ops.NORMS} == rows.keys() == KNOWN.keys()
     for name, row in rows.items():
         assert isinstance(row, NormOp), row
-        (overload,) = engine_ops.op(name).overloads()
-        assert check_row(row, getattr(engine_ops.op(name), overload)._schema) is None
+        first = engine_ops.op(name).overloads()[0]
+        assert check_row(row, getattr(engine_ops.op(name), first)._schema) is None
+    schema = torch._C.parse_schema(engine_ops.MAYBE_IN_PLACE)
+    donated = read_schema(schema)
+    assert isinstance(donated, NormOp) and donated.donated and check_row(donated, schema) is None, donated
     library = torch.library.Library("forms_test", "FRAGMENT")
     library.define("weight_first(Tensor x, Tensor weight, Tensor residual, float eps) -> (Tensor, Tensor)")
     assert "in another order than (x, [residual], weight)" in str(installed_ops(["forms_test::weight_first"]))
     assert "takes 1 floats" not in (said := str(installed_ops(["trtllm::allreduce"]))) and "another form" in said, said
+
+
+#: An op with both overloads of vLLM's; torch cannot forget one that has several, so it is none of ``engines``.
+GIVEN = torch.library.Library("forms_test", "FRAGMENT")
+_ARGUMENTS = engine_ops.MAYBE_IN_PLACE.partition("maybe_inplace")[2]
+for name, arguments in (("", _ARGUMENTS.replace("(a0!)", "").replace("(a1!)", "")), (".maybe_inplace", _ARGUMENTS)):
+    GIVEN.define(f"given{name}{arguments}")
+
+
+def _given(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *_: Any) -> tuple[Tensor, Tensor]:
+    return engine_ops.rms(x + residual, weight, eps), x + residual
+
+
+def _given_away(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """The arguments hold rubbish afterwards, which vLLM allows."""
+    results = _given(x, residual, *others)
+    x.fill_(torch.nan)
+    residual.fill_(torch.nan)
+    return results
+
+
+GIVEN.impl("given", _given, "CPU")
+GIVEN.impl("given.maybe_inplace", _given_away, "CPU")
+for name in ("given", "given.maybe_inplace"):
+    GIVEN.impl(name, lambda x, *_: (torch.empty_like(x), torch.empty_like(x)), "Meta")
+
+
+def test_a_norm_that_is_given_its_arguments(tp: dist.ProcessGroup) -> None:
+    """An overload of its own, beside the functional one; a call whose arguments are read again is another thing."""
+    register_group("tp:0", tp)
+    norm: Any = torch.ops.forms_test.given
+    options: dict[str, Any] = {"all_reduce_ops": LISTED, "norm_ops": ["forms_test::given"]}
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        x, r = norm(vllm(x), r * 2, w, 1e-5)
+        return norm.maybe_inplace(vllm(x), r, w, 1e-5)  # type: ignore[no-any-return]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        report, graph = run(model, dtype=dtype, **options)
+        assert [site.fused for site in report.sites] == [True, True], str(report)
+        assert "forms_test" not in graph.code
+
+    def read_again(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        r = r * 2
+        return *norm.maybe_inplace(vllm(x), r, w, 1e-5), r.nan_to_num()
+
+    report, _ = run(read_again, **options)
+    assert not fused_once(report) and "returns more than the norm and the sum" in report.sites[0].message
+
+
+def test_a_graph_that_writes_is_told_so(tp: dist.ProcessGroup) -> None:
+    """As find is given one by hand."""
+    graph = torch.fx.Graph()
+    x, r, w = map(graph.placeholder, "xrw")
+    with FakeTensorMode():
+        for node, shape in ((x, (4, H)), (r, (4, H)), (w, (H,))):
+            node.meta["val"] = torch.empty(shape)
+        total = graph.call_function(engine_ops.op("vllm::all_reduce").default, (x, "1"))
+        total.meta["val"] = torch.empty(4, H)
+    graph.call_function(engine_ops.op("_C::fused_add_rms_norm").default, (total, r, w, 1e-6)).meta["val"] = None
+    graph.output((total, r))
+    (found,) = ringfence.find(GraphModule({}, graph), all_reduce_ops=["vllm::all_reduce"])
+    assert found.site.decline is not None and "hand on a functional graph" in found.site.message, found.site
 
 
 @torch.library.custom_op("forms_test::sum_and_norm", mutates_args=())

@@ -180,6 +180,17 @@ def test_a_moved_target_is_one_warning_and_no_action(
                 assert wrapped(*(t for t in ALL_TARGETS if t is not target)) == []
 
 
+def test_only_the_process_that_starts_the_engine_warns(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """The engine's core and its workers find the same: with eight ranks it would be said ten times."""
+    monkeypatch.setenv("RINGFENCE", "pass")
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
+    replaced(hooked.CONFIGURE, None, monkeypatch)
+    register()
+    assert said == [] and wrapped() == []
+
+
 def test_a_later_release_that_was_read_is_no_other_one(
     vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

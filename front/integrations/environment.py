@@ -6,12 +6,20 @@ It imports nothing of ringfence until something is wrong: a process that asks fo
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 from collections.abc import Mapping
 from typing import Any
 
 MODE, OPTIONS = "RINGFENCE", "RINGFENCE_OPTIONS"
 #: Words that ask for nothing.
 OFF = ("off", "none", "0")
+
+
+def warn(log: logging.Logger, message: str, *args: object) -> None:
+    """Once for an engine: in the process that starts it. The others find the same, and it is news to nobody there."""
+    level = logging.DEBUG if multiprocessing.parent_process() is not None else logging.WARNING
+    log.log(level, message, *args)
 
 
 def is_off(environment: Mapping[str, str]) -> bool:

@@ -38,7 +38,8 @@ def register() -> None:
     except OptionsError as error:
         raise SystemExit(f"ringfence: {error}") from None
     if found := moved(TARGETS[settings.mode]):
-        _log.warning(
+        environment.warn(
+            _log,
             "ringfence does nothing in SGLang %s, which is not the one that it was written for (%s): %s",
             version_of("sglang"),
             ", ".join(TESTED),

@@ -384,3 +384,28 @@ def test_a_write_through_a_transpose_is_one_into_the_whole() -> None:
         twin = c.clone()
         torch.testing.assert_close(compiled(c, r, x), step(twin, r, x))
         torch.testing.assert_close(c, twin)
+
+
+@torch.library.custom_op("ringfence_test::attend_into", mutates_args=("out",))
+def attend_into(q: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """As kernels of attention do: into a tensor of the caller's, and what they return is new."""
+    out.copy_(q * 2)
+    return q.sum(-1), q.amax(-1)
+
+
+attend_into.register_fake(lambda q, out: (q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])))
+
+
+@pytest.mark.parametrize("capture", [(), (2,)], ids=["", "captured"])
+def test_an_op_that_writes_and_returns_several_values(capture: tuple[int, ...]) -> None:
+    def step(q: Tensor) -> tuple[Tensor, ...]:
+        out = torch.empty_like(q)
+        total, most = torch.ops.ringfence_test.attend_into(q, out)
+        return total + 1, most, out.sin()
+
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=capture, graphs="simulated")
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            q = torch.randn(2, H)
+            torch.testing.assert_close(compiled(q), step(q))

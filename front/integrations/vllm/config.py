@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...runtime.errors import OptionsError
+from ..environment import warn
 from ..targets import moved
 from . import hooked, request, worker
 from .digest import digest_of
@@ -65,7 +66,8 @@ def warn_moved(gone: Sequence[str]) -> None:
     import vllm
 
     low, high = hooked.SUPPORTED
-    log.warning(
+    warn(
+        log,
         "ringfence does nothing in vLLM %s, which is not the one that it was written for (%s to before %s): %s",
         vllm.__version__,
         low,
@@ -126,7 +128,8 @@ def _after(config: Any, asked: Request) -> Request | None:
     compilation = config.compilation_config
     needs = {"pass": CompilationMode.VLLM_COMPILE, "backend": CompilationMode.DYNAMO_TRACE_ONCE}.get(asked.mode)
     if needs is not None and compilation.mode != needs:
-        log.warning(
+        warn(
+            log,
             "ringfence does nothing: RINGFENCE=%s needs vLLM's compilation mode %s, and for this model and platform "
             "it is %s; RINGFENCE=guard works without",
             asked.mode,
