@@ -63,7 +63,14 @@ class GroupFailureError(RingfenceError):
 
 
 class HangError(GroupFailureError):
-    """Nothing moved until the deadline; ``ranks`` are those that the others wait for."""
+    """Nothing moved until the deadline; ``ranks`` are those that the others wait for.
+
+    told: this rank has not waited so long itself, and was told by another that has.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), *, told: bool = False) -> None:
+        super().__init__(message, ranks)
+        self.told = told
 
 
 class PoisonedError(GroupFailureError):

@@ -46,4 +46,4 @@ class Lost:
             "the outputs since then are NaN: start all ranks anew, or compile and call again on all; for a peer "
             "that is slow and not lost, raise kernel_wait_seconds"
         )
-        return HangError(f"{self}; {remedy}", self.missing)
+        return HangError(f"{self}; {remedy}", self.missing, told=self.told)

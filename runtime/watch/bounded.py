@@ -7,6 +7,9 @@ A rank that compiles, captures or runs a graph for the first time is late by min
 rank does, or another that is heard of, kernels wait as long as the watch would. A wait counts from its own beginning.
 So patience with another rank ends a bound after the last that was heard of its warm-up: a kernel that has waited for a
 compilation gives that rank as much time to come as any other.
+
+To a device a call is complete whose kernel has given up, and the host goes on. Where the rank waited is what was seen
+last before that: a look is at most a beat old, and each wait has lasted longer.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ..errors import HangError
@@ -51,6 +54,8 @@ class BoundedWaits:
         self._timer: threading.Timer | None = None  # of the patience after a preparation
         self._reasons: dict[str, float] = {}  # why there is more patience, and how many seconds
         self._one = threading.Lock()
+        self._seen: tuple[float, Position | None] = (0.0, None)  # when no kernel had given up, and where this rank was
+        self._gave_up: tuple[float, Position | None] | None = None  # the same of the wait that a kernel has given up
 
     def add(self, name: str, kernels: Bounded, seconds: float) -> None:
         """Kernels of a group wait ``seconds``, or the least that was asked for of it."""
@@ -71,6 +76,27 @@ class BoundedWaits:
             except HangError as error:
                 return error
         return None
+
+    def stands(self, read: Callable[[], Position]) -> Position:
+        """Where this rank is: where its kernels waited, once one has given up. read: where the journal says it is."""
+        at, position = self._clock(), read()
+        lost = self.lost()
+        if lost is None:  # so none had when the position was read
+            self._seen, self._gave_up = (at, position), None
+            return position
+        if self._gave_up is None:
+            self._gave_up = self._seen if self._in_a_wait(lost) else (at, None)
+        since, there = self._gave_up
+        if there is None or position.exchange or position.compiles:
+            return position
+        return replace(there, still=there.still + at - since, moved=position.moved)
+
+    def _in_a_wait(self, lost: HangError) -> bool:
+        """Whether this rank was last seen in the wait that a kernel has given up, which has lasted for a bound."""
+        at, position = self._seen
+        waited = position is not None and position.stuck_in_piece and not lost.told
+        least = min((entry.seconds for entry in tuple(self._kernels.values()) if entry.of() is not None), default=0.0)
+        return waited and self._clock() - at < least
 
     def patient(self, why: str, seconds: float) -> None:
         """Wait at least ``seconds`` until :meth:`steady` is called with the same reason."""

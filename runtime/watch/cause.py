@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
+
+from torch.distributed import DistError
 
 from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
 from .heartbeat import Heartbeat
@@ -11,14 +14,28 @@ from .report import Report
 
 #: When one rank was told to end, so long a rank whose collective breaks waits for being told too: launchers do not
 #: signal all at once.
-_SECONDS_TO_BE_TOLD = 5.0
+SECONDS_TO_BE_TOLD = 5.0
+
+#: What an exception of a collective says when its cause is another rank.
+_OF_A_PEER = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed? ?out|aborted|socket|remote|peer", re.IGNORECASE
+)
+
+
+def is_of_a_peer(error: BaseException) -> bool:
+    """Whether it looks like what a collective raises when another rank is gone."""
+    return isinstance(error, RuntimeError) and _OF_A_PEER.search(str(error)) is not None
+
+
+def is_of_the_store(error: BaseException) -> bool:
+    return isinstance(error, DistError)
 
 
 def cause_of(failure: Failure, others: Heartbeat) -> Report | None:
     """Who made a collective of this rank fail? Waits until a dead rank would have become silent."""
     deadlines, began = others.deadlines, time.monotonic()
     until = began + deadlines.silence + 2 * deadlines.beat
-    patient = max(until, began + min(deadlines.steady, _SECONDS_TO_BE_TOLD))
+    patient = max(until, began + min(deadlines.steady, SECONDS_TO_BE_TOLD))
     while True:
         if (other := next((r for r in others.reports if r.conclusive), None)) is not None:
             return other

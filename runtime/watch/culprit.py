@@ -10,7 +10,7 @@ on what they wrote down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Finding:
-    """ranks: to blame. waiting: for them. sentence: both, and where. short: without the places. remedy: if any."""
+    """ranks: to blame. waiting: for them. sentence: both, and where. short: without the places. remedy: if any.
+
+    evidence: what a kernel said that gave up waiting for them; the sentence ends with it.
+    """
 
     ranks: tuple[int, ...]
     waiting: tuple[int, ...]
     sentence: str
     short: str = ""
     remedy: str = ""
+    evidence: str = ""
 
 
 def where(position: Position, said: CallSpan | None = None) -> str:
@@ -73,13 +77,14 @@ def find_culprit(
     failures: Sequence[Failure] = (),
     members: Mapping[str, Sequence[int]] | None = None,
     ended: Mapping[int, str] | None = None,
+    victims: Collection[int] = (),
 ) -> Finding | None:
     """The ranks that the others wait for; None where nobody waits.
 
     positions: by rank, the last that is known. silent: ranks that no longer answer, and how
     that shows. failures: in the order in which they were reported. members: the ranks of each
     group; a group that is not in it is taken to hold all. ended: ranks that said so, and how; their positions
-    are those of that moment.
+    are those of that moment. victims: ranks whose kernels have waited in vain, so that no count of calls blames them.
     """
     ended = ended or {}
     waiting = tuple(sorted(r for r, p in positions.items() if p.waits and r not in silent))
@@ -99,13 +104,13 @@ def find_culprit(
     stuck = sorted((c.first, r, c) for r in waiting for c in positions[r].calls)
     for _, rank, call in stuck:
         finding = _behind_or_past(positions, rank, call, (members or {}).get(call.group) or tuple(positions), ended)
-        if finding is not None:
+        if finding is not None and not set(finding.ranks) & set(victims):
             return finding
     left = tuple(r for r in sorted(ended) if r not in waiting)
     if left and waiting:
         said = "; ".join(ended[r] for r in left)
         return Finding(left, waiting, "; ".join(filter(None, [said, _who_waits(positions, waiting)])))
-    alone = tuple(r for r in waiting if positions[r].stuck_in_piece and not positions[r].calls)
+    alone = tuple(r for r in waiting if positions[r].stuck_in_piece and not positions[r].calls and r not in victims)
     if alone:
         rank = alone[0]
         others = tuple(r for r in waiting if r not in alone)
@@ -123,6 +128,7 @@ def find_culprit(
         if odd:
             others = tuple(r for r in together if r not in odd) or together
             return Finding(odd, others, f"{short}: {places}", short)
+    if stuck and not victims:
         short = f"every rank has entered {stuck[0][2]} and none gets on"
         return Finding(together, together, f"every rank has entered the call and none gets on: {places}", short)
     if failures:

@@ -229,6 +229,11 @@ class Heartbeat:
         peer = self.peers.get(rank)
         return time.monotonic() - peer.ended_at if peer is not None and peer.end and not peer.closed else 0.0
 
+    def heard_since(self, rank: int, moment: float) -> bool:
+        """Whether a rank has talked since then; this one always has."""
+        peer = self.peers.get(rank)
+        return rank == self.rank or (peer is not None and peer.heard > moment)
+
     def positions(self) -> dict[int, Position]:
         """Where each rank is: this one now, the others when they were last heard of."""
         known = {rank: p.position for rank, p in self.peers.items() if p.position is not None and not p.closed}

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from . import user_code
+from .bounded import BoundedWaits
 from .folder import BEGUN, Origin, file_of, put_away
 from .marks import CudaMarks
 from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, CallSpan, PieceNote, Position, ProgramNote, sizes_text
@@ -66,6 +67,8 @@ class Journal(Rings):
         self.record = Record()
         #: Which process writes it.
         self.origin = Origin()
+        #: Kernels of this rank that end their waits by themselves.
+        self.waits: BoundedWaits | None = None
         self._ranks_of: dict[str, tuple[int, ...]] = {}
         self._compiling: list[str] = []
         self._exchanges: list[tuple[str, tuple[int, ...]]] = []  # of several threads, perhaps
@@ -108,7 +111,13 @@ class Journal(Rings):
     # -- where is this rank? ---------------------------------------------------------------
 
     def position(self) -> Position:
-        """Where this rank is now. May be asked from any thread; waits for nothing."""
+        """Where this rank is now, or where it waited if a kernel has given up.
+
+        May be asked from any thread; waits for nothing.
+        """
+        return self._settled() if self.waits is None else self.waits.stands(self._settled)
+
+    def _settled(self) -> Position:
         for _ in range(10):  # the runner's thread may be writing; a rank that never stops is not looked at closely
             before = self._submitted, self._returned, self._steps, self._open
             position = self._position()

@@ -59,6 +59,7 @@ class Report:
             checked.text(told["sentence"]),
             checked.text(told.get("short", "")),
             checked.text(told.get("remedy", "")),
+            checked.text(told.get("evidence", "")),
         )
         failure = Failure.from_dict(value["failure"]) if value.get("failure") is not None else None
         return cls(str(value["kind"]), int(value["reporter"]), finding, failure, int(value["stamp"]))
@@ -84,6 +85,14 @@ def in_brief(ends: Sequence[Report]) -> str:
     )
 
 
-def lost_wait(rank: int, error: HangError) -> Report:
-    """Of a kernel on ``rank`` that has given up waiting, and named who did not come."""
-    return Report("hang", rank, Finding(error.ranks, (rank,), str(error)))
+def lost_wait(rank: int, error: HangError, finding: Finding | None = None) -> Report:
+    """Of a kernel on ``rank`` that has given up waiting, and named who did not come.
+
+    finding: what positions say of it. Where they say nothing, what the kernel said stands alone.
+    """
+    said = str(error)
+    if finding is None:
+        return Report("hang", rank, Finding(error.ranks, (rank,), said))
+    short = finding.short or finding.sentence
+    whole = replace(finding, sentence=f"{finding.sentence}; {said}", short=short, evidence=said)
+    return Report("hang", rank, whole)

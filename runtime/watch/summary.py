@@ -117,7 +117,7 @@ def call_text(first: int, last: int, group: str, groups: bool) -> str:
 
 def _more(merged: Merged) -> Iterator[str]:
     """What is known beside the positions."""
-    notes = []
+    notes = [merged.finding.evidence] if merged.finding is not None and merged.finding.evidence else []
     for rank, waiting in merged.nothing_from.items():
         wait = "waits" if len(waiting) == 1 else "wait"
         notes.append(f"nothing of rank {rank} has arrived in the memory of {ranks_text(waiting)}, which {wait} for it")

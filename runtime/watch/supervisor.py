@@ -34,6 +34,7 @@ from ..meeting import Start, leave_last_words, meet, start_of, world_store
 from . import user_code
 from .agree import GroupAgreement, PlanDigest
 from .bounded import BoundedWaits
+from .cause import is_of_a_peer
 from .culprit import Finding, alone_text, place_of
 from .deadlines import Deadlines
 from .ending import broken_off, how_it_ends, on_uncaught
@@ -46,7 +47,7 @@ from .reaction import Reaction
 from .recompile import CompiledGraph, graph_being_compiled
 from .report import Report
 from .supervision import Asked, Supervision
-from .watchdog import Watchdog, is_of_a_peer, open_watchdog
+from .watchdog import Watchdog, open_watchdog
 
 #: The options that are the process's, not one graph's.
 OF_PROCESS = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")

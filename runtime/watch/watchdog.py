@@ -19,39 +19,32 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import DistError
-
 from ..channel import Store
 from ..errors import ChannelTimeoutError, HangError, RingfenceError
 from . import looping
-from .cause import cause_of, waited_for
+from .cause import cause_of, is_of_a_peer, is_of_the_store, waited_for
 from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, place_of, where
 from .deadlines import Deadlines
 from .ending import how_it_ends, is_in_order
 from .health import Health
 from .heartbeat import Heartbeat, first_lines
+from .in_vain import InVain
 from .journal import Journal
 from .position import Position
 from .reaction import EXIT_CODE, Reaction, bounded
-from .report import Report, ended, failed, lost_wait
+from .report import Report, ended, failed
 from .told import Told
 
 log = logging.getLogger(__name__)
 
 #: How long a main thread leaves the watchdog to write, and to end the process where it does.
 _SECONDS_TO_ACT = 10.0
-
-#: What an exception of a collective says when its cause is another rank.
-_OF_A_PEER = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed? ?out|aborted|socket|remote|peer", re.IGNORECASE
-)
 
 
 class Watchdog:
@@ -77,9 +70,9 @@ class Watchdog:
         self._read = 0  # reports before this one are done with
         self._reported_at = -1  # what the journal's counter was
         self._moved, self._moved_at, self._ticked = -1, time.monotonic(), time.monotonic()
-        self._acted = threading.Event()
-        self._ended = threading.Event()
-        self._told_lost = False
+        self._acted, self._ended = threading.Event(), threading.Event()
+        self._in_vain = InVain(self.others)
+        journal.waits = reaction.waits
         self._own = False  # what was reported is this rank's own failure
         self._reached = False  # the main thread came here with an exception, so nobody need wake it
         self._runs = False
@@ -125,15 +118,13 @@ class Watchdog:
             (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)
             return self._error(self.report)
         if isinstance(error, HangError):  # a kernel has named who did not come
-            self.health.poison(str(error), error.ranks)
-            self._blame(lost := lost_wait(self._rank, error))
-            return self._error(lost)
+            return self._given_up(error)
         position = self.journal.position()
         text = f"{type(error).__name__}: {first_lines(str(error))}"
         if isinstance(error, ChannelTimeoutError):
             self._blame(Report("failure", self._rank, Finding(error.ranks, (self._rank,), text)))
             return error
-        victim = is_of_a_peer(error) if place is None and position.calls else _is_of_the_store(error)
+        victim = is_of_a_peer(error) if place is None and position.calls else is_of_the_store(error)
         failure = Failure(self._rank, place if place is not None else where(position), text, victim)
         if victim:
             found = cause_of(failure, self.others)
@@ -150,6 +141,22 @@ class Watchdog:
         self._write(report, error)
         self.others.until_read(told)
         return error
+
+    def _given_up(self, error: HangError) -> BaseException:
+        """This thread tells who is to blame, unless the one that watches has found it."""
+        self._in_vain.claimed = True
+        while (found := self.report or self._found(error)) is None:
+            time.sleep(self.deadlines.beat / 4)
+        if self.report is None:
+            self._blame(found)
+        elif self.reaction.on_hang != "report":
+            (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)
+        self.health.poison(found.sentence, found.ranks)
+        return self._error(found)
+
+    def _found(self, error: HangError) -> Report | None:
+        heard = self._heard_of_failure()
+        return heard if heard is not None and heard.conclusive else self._in_vain.report(error)
 
     def _blame(self, report: Report) -> None:
         """Another rank is the cause of what this main thread met."""
@@ -205,8 +212,11 @@ class Watchdog:
             self._moved_at += slept
             self.others.forgive(slept)
         gone = {self._rank, *self.others.silent(), *self.others.ended()}
-        living = (p for rank, p in self.others.positions().items() if rank not in gone)
-        self.reaction.waits.hears(living, self.deadlines.warm_up)
+        positions = self.others.positions()
+        self.reaction.waits.hears((p for r, p in positions.items() if r not in gone), self.deadlines.warm_up)
+        lost = self.reaction.waits.lost()
+        if lost is None:
+            self._in_vain.nobody_gave_up(positions)
         if self._ended_at is not None:
             if position.moved == self._ended_at:
                 return  # the process is about to end, which takes its time
@@ -223,9 +233,10 @@ class Watchdog:
             self._act(heard)
         elif number is not None and position.waits and self.reaction.on_hang != "report" and self._waits_in_vain():
             self._end_unheard(position, number)
-        elif (lost := self.reaction.waits.lost()) is not None and not self._told_lost:
-            self._told_lost = True  # whoever only reports tells it once
-            self._tell(lost_wait(self._rank, lost))
+        elif lost is not None:  # whoever only reports tells it once
+            if not self._in_vain.claimed and (found := self._in_vain.report(lost)) is not None:
+                self._in_vain.claimed = True
+                self._tell(found)
         elif (alone := self._alone()) is not None:
             compiles = any(p.compiles for r, p in self.others.positions().items() if r in alone.ranks)
             self._tell(Report("alone" if compiles else "hang", self._rank, alone))
@@ -373,12 +384,3 @@ def open_watchdog(
     )
     watchdog.start()
     return watchdog
-
-
-def is_of_a_peer(error: BaseException) -> bool:
-    """Whether it looks like what a collective raises when another rank is gone."""
-    return isinstance(error, RuntimeError) and _OF_A_PEER.search(str(error)) is not None
-
-
-def _is_of_the_store(error: BaseException) -> bool:
-    return isinstance(error, DistError)

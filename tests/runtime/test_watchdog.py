@@ -10,75 +10,20 @@ import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from watchdogs import SHORT, Rank, look, ranks
 
 from ringfence.runtime.errors import GroupFailureError, HangError, PoisonedError
 from ringfence.runtime.watch import journals
-from ringfence.runtime.watch.deadlines import Deadlines
 from ringfence.runtime.watch.health import Health
-from ringfence.runtime.watch.journal import CAPTURE, REPLAY, Journal, PieceNote, ProgramNote
+from ringfence.runtime.watch.journal import CAPTURE, REPLAY, PieceNote, ProgramNote
 from ringfence.runtime.watch.told import Told
-from ringfence.runtime.watch.watchdog import EXIT_CODE, Reaction, Watchdog
+from ringfence.runtime.watch.watchdog import EXIT_CODE, Reaction
 from support import run_python
-
-NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",))))
-SHORT = Deadlines(steady=0.15, warm_up=0.6, beat=0.02, silence=0.1, grace=0.05)
-
-
-class Rank:
-    """A journal, a watchdog that is never started, and what the end of its process would have been."""
-
-    def __init__(self, rank: int, store: Any, ranks: int = 2, on_hang: str = "raise", **reaction: Any) -> None:
-        self.ended: list[int] = []
-        self.journal = Journal(rank)
-        self.journal.register(NOTE)
-        self.watchdog = Watchdog(
-            self.journal, lambda: store, Reaction(on_hang, end=self.ended.append, **reaction), SHORT, host=None
-        )
-        self.watchdog.others.join_group("tp", tuple(range(ranks)))
-
-    def step(self, enter: int = 2, leave: int = 2, how: str = REPLAY) -> None:
-        marks = self.journal.begin(0, (4,), how)
-        for i in range(enter):
-            marks.enter()
-            if i < leave:
-                marks.leave()
-        if leave == 2:
-            marks.end()
-
-
-def ranks(count: int = 2, *, begun: bool = True, **options: Any) -> list[Rank]:
-    store = dist.HashStore()
-    made = [Rank(rank, store, count, **options) for rank in range(count)]
-    for rank in made if begun else ():
-        rank.step()  # so that the next one is no warm-up
-    return made
-
-
-def look(some: list[Rank], seconds: float, between: Callable[[], object] = lambda: None) -> None:
-    """What the threads would do for a while."""
-    done = threading.Event()
-
-    def talk() -> None:
-        while not done.wait(SHORT.beat):
-            for rank in some:
-                rank.watchdog.talk()
-
-    talker = threading.Thread(target=talk)
-    talker.start()
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        for rank in some:
-            rank.watchdog.watch()
-        between()
-        time.sleep(SHORT.beat)
-    done.set()
-    talker.join()
 
 
 def test_who_did_not_come_is_named_on_all_ranks(tmp_path: Path) -> None:
@@ -707,7 +652,7 @@ def test_a_step_that_meets_it_blames_who_did_not_come_and_not_itself(tmp_path: P
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_groups_are_not_aborted_for_kernels_that_do_not_wait_any_more(goes_on: bool) -> None:
     aborted: list[int] = []
-    first, _ = ranks(on_hang="raise", abort_groups=lambda: aborted.append(0))
+    first, second = ranks(on_hang="raise", abort_groups=lambda: aborted.append(0))
     kept = with_lost_wait(first)
     first.step(enter=1, leave=0)
     done = threading.Event()
@@ -719,7 +664,7 @@ def test_groups_are_not_aborted_for_kernels_that_do_not_wait_any_more(goes_on: b
 
     thread = threading.Thread(target=goes)
     thread.start()
-    first.watchdog.watch()
+    look([first, second], 0.3)
     done.set()
     thread.join()
     assert kept is not None and (aborted, first.ended) == (([], []) if goes_on else ([0], [EXIT_CODE]))
