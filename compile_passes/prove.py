@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime.errors import NotDecidedError, PlanError, VersionError
-from ..runtime.hazards.situation import Collective, Payload, Situation
+from ..runtime.hazards.situation import Collective, Payload, Situation, Strategy
 from ..runtime.protocol import plan as model
 from ..runtime.protocol.answer import ask
 from ..runtime.protocol.bound import Bound
@@ -23,6 +23,8 @@ from .split import Piece, SplitPlan
 
 #: What a proof may cost in a compile, for all groups of a graph together: about a second (docs/measurements.md).
 MOST_STATES, MOST_CALLS = 15_000, 60_000
+_DISPATCH = ("ringfence::moe_dispatch",)
+_COMBINES = ("ringfence::moe_combine", "ringfence::moe_combine_into")
 
 
 @dataclass(frozen=True)
@@ -53,26 +55,47 @@ def prove(
 ) -> PlanVerdict:
     """Ask the models of the collectives about the sites that they carry out, on equal ranks.
 
-    Each group is asked about by itself: its workspace is no other's. A site that is refused runs on the reference
-    collective and is left out; sites whose payload is cleaned send ordinary words. Each capture size is captured and
-    replayed, sizes go up and down, and one step is not captured. The first group that can fail speaks for the plan.
+    Each group is asked about by itself, and about its dispatches and combines by themselves: a workspace is no
+    other's. A site that is refused runs on the reference collective and is left out; sites whose payload is cleaned
+    send ordinary words. Each capture size is captured and replayed, sizes go up and down, and one step is not
+    captured. The first group that can fail speaks for the plan.
     """
     carried: dict[str | None, dict[int, Verdict]] = {}
     for verdict in verdicts:
         if verdict.site is not None and verdict.decision is not Decision.REFUSE:
             carried.setdefault(verdict.group, {})[verdict.site] = verdict
-    if not carried:
+    pairs = _pairs(verdicts, assigned)
+    if not carried and not pairs:
         return PlanVerdict("safe", f"no call is left to {assigned.judged}, so none waits in its kernels")
     kernels = [group for group in carried if assigned.collective(group) != Collective.REFERENCE]
-    asked = kernels or list(carried)
+    asked = kernels or ([] if pairs else list(carried))
     bound = Bound(MOST_STATES, shortest=MOST_STATES // 6)
-    proofs = [_prove(plan, carried[g], assigned.situation(g), capture_sizes, padding, bound) for g in asked]
+    proofs = [_prove_sites(plan, carried[g], assigned.situation(g), capture_sizes, padding, bound) for g in asked]
+    proofs += [_prove(halves, s, capture_sizes, padding, bound) for s, halves in pairs]
     order = (lambda p: p.failed, lambda p: p.kind == "not_decided", lambda p: p.kind == "not_modelled")
     worst = next((p for worse in order for p in proofs if worse(p)), None)
     return worst or replace(proofs[0], states=sum(p.states for p in proofs))
 
 
-def _prove(
+def _pairs(verdicts: Sequence[Verdict], assigned: Assignment) -> list[tuple[Situation, tuple[model.PlannedPiece, ...]]]:
+    """For each group whose dispatches and combines kernels carry out: what is asked about them, and they, in order.
+
+    Each is a piece by itself: their epoch is on the device, so it is all one what is captured together.
+    """
+    found: dict[str | None, list[model.PlannedPiece]] = {}
+    for verdict in verdicts:
+        half = Strategy.DISPATCH if verdict.op in _DISPATCH else Strategy.COMBINE if verdict.op in _COMBINES else None
+        if half is None or verdict.decision is Decision.REFUSE or assigned.moe_situation(verdict.group) is None:
+            continue
+        site = model.PlannedSite(verdict.node, half)
+        found.setdefault(verdict.group, []).append(
+            model.PlannedPiece(verdict.node, verdict.decision is Decision.SPLIT, (site,))
+        )
+    situations = {group: assigned.moe_situation(group) for group in found}
+    return [(s, tuple(found[group])) for group, s in situations.items() if s is not None]
+
+
+def _prove_sites(
     plan: SplitPlan,
     carried: Mapping[int, Verdict],
     situation: Situation | None,
@@ -82,17 +105,26 @@ def _prove(
 ) -> PlanVerdict:
     """The same of the sites of one group."""
     situation = situation or Situation(Collective.REFERENCE)
-    if situation.collective not in model.MODELLED:
-        return PlanVerdict("not_modelled", f"no protocol was explored: there is no model of {situation.collective}")
     if all(v.clean for v in carried.values()):
         situation = replace(situation, payload=Payload.ORDINARY)
-    sizes = tuple(sorted(capture_sizes))
-    rank = model.exercise(
-        tuple(_planned(part, situation, carried) for part in plan.pieces), sizes, situation.world_size, padding=padding
-    )
-    calls = len(carried) * len(rank.steps)
+    pieces = tuple(_planned(part, situation, carried) for part in plan.pieces)
+    return _prove(pieces, situation, capture_sizes, padding, bound)
+
+
+def _prove(
+    pieces: tuple[model.PlannedPiece, ...],
+    situation: Situation,
+    capture_sizes: Sequence[int],
+    padding: bool,
+    bound: Bound,
+) -> PlanVerdict:
+    if situation.collective not in model.MODELLED:
+        return PlanVerdict("not_modelled", f"no protocol was explored: there is no model of {situation.collective}")
+    rank = model.exercise(pieces, tuple(sorted(capture_sizes)), situation.world_size, padding=padding)
+    sites = sum(len(piece.sites) for piece in pieces)
+    calls = sites * len(rank.steps)
     if calls > MOST_CALLS:
-        why = f"{len(carried)} sites in {len(rank.steps)} steps are {calls} calls, and a compile looks at {MOST_CALLS}"
+        why = f"{sites} sites in {len(rank.steps)} steps are {calls} calls, and a compile looks at {MOST_CALLS}"
         return PlanVerdict("not_decided", f"not decided: {why}; ringfence check has more time")
     try:
         answer = ask(situation, model.programs([rank] * situation.world_size), bound)

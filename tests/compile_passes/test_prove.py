@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.prove import MOST_STATES, PlanVerdict, prove
 from ringfence.compile_passes.roles import c10d
 from ringfence.compile_passes.split import Piece, SplitPlan, split
+from ringfence.runtime.collectives.moe_ready import MoeReady, reference_pair
 from ringfence.runtime.collectives.ready import ReadyCollective
 from ringfence.runtime.errors import HazardError
 from ringfence.runtime.groups import Group
@@ -221,3 +223,37 @@ def test_facts_of_the_cut_are_judged_too() -> None:
     one, two = ({(v.decision, v.rule) for v in report.verdicts} for report in backend.reports)
     assert one == {(Decision.IN_GRAPH, "device_epoch")}
     assert two == {(Decision.REFUSE, "M37")}
+
+
+def of_pairs(*halves: str, island: bool = False, ranks: int = 2, sizes: tuple[int, ...] = (4, 8)) -> PlanVerdict:
+    """What a plan of these dispatches and combines by kernels is found to be."""
+    decision = Decision.SPLIT if island else Decision.IN_GRAPH
+    verdicts = [
+        Verdict(f"n{i}", f"ringfence::moe_{half}", decision, "", "", "", group="ep") for i, half in enumerate(halves)
+    ]
+    situation = Situation(Collective.MOE_ALL_TO_ALL, "0.7.2", world_size=ranks)
+    workspace: Any = object()
+    moe = {"ep": MoeReady("moe_all_to_all", situation, workspace=workspace)}
+    plan = SplitPlan((Piece(0, "submod_0", False, (), len(halves), ()),))
+    return prove(plan, verdicts, Assignment({"ep": Group("ep", "nccl", ranks, 0)}, moe=moe), sizes, padding=True)
+
+
+@pytest.mark.parametrize("island", [False, True])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_dispatches_and_combines_in_turn_are_proved(ranks: int, island: bool) -> None:
+    verdict = of_pairs("dispatch", "combine", "dispatch", "combine_into", island=island, ranks=ranks)
+    assert verdict.kind == "safe" and verdict.states > 15 and f"{ranks} ranks" in verdict.message
+    assert of_pairs(*("dispatch", "combine") * 94).kind == "safe"
+
+
+def test_a_dispatch_that_no_combine_answers_is_found_to_fail() -> None:
+    verdict = of_pairs("dispatch", "dispatch", "combine")
+    assert verdict.failed and verdict.trace, verdict
+
+
+def test_the_references_pairs_make_no_call_that_could_hang() -> None:
+    verdicts = [Verdict("n0", "ringfence::moe_dispatch", Decision.SPLIT, "", "", "", group="ep")]
+    plan = SplitPlan((Piece(0, "submod_0", True, (), 1, ()),))
+    assignment = Assignment({"ep": Group("ep", "gloo", 2, 0)}, moe={"ep": reference_pair(2)})
+    verdict = prove(plan, verdicts, assignment, (4,), padding=True)
+    assert (verdict.kind, verdict.states) == ("safe", 0)
