@@ -193,13 +193,14 @@ def _believed(schema: torch.FunctionSchema, said: float | NormOp) -> NormOp | st
 
 
 def installed_ops(names: Iterable[str] = KNOWN) -> dict[str, NormOp | str]:
-    """The roles of those ops that are registered in this process, or why their schema is none's."""
+    """The roles of those ops that are registered in this process, each overload, or why their schema is none's."""
     found: dict[str, NormOp | str] = {}
     for name in names:
         namespace, _, op = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), op, None)
-        if packet is not None:
-            found[name] = read_schema(getattr(packet, packet.overloads()[0])._schema, KNOWN.get(name, 0.0))
+        for overload in packet.overloads() if packet is not None else ():
+            full = name if overload == "default" else f"{name}.{overload}"
+            found[full] = read_schema(getattr(packet, overload)._schema, KNOWN.get(name, 0.0))
     return found
 
 

@@ -129,6 +129,11 @@ def test_off_wraps_nothing_and_overrules_the_configuration(vllm: FakeVllm, monke
         ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"numerics": 3}'}, "numerics=3 is not one of"),
         ({"RINGFENCE": "guard", "RINGFENCE_OPTIONS": '{"capture_sizes": [1]}'}, "nothing that mode 'guard' takes"),
         ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"on_hazard": "clean"}'}, "on_hazard='clean' is the backend's"),
+        ({"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"skip_sites": ["*.mlp", "layers.1"]}'}, "apart ('layers.1')"),
+        (
+            {"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"skip_sites": ["layers.[01].*"]}'},
+            "compiles those that are alike",
+        ),
         ({"RINGFENCE": "backend", "RINGFENCE_OPTIONS": '{"outer_capture": true}'}, "nothing that mode 'backend' takes"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -21,6 +22,9 @@ PREPARE = ("collective", "transport", "size_table", "max_tokens", "on_hazard", "
 FIND = ("numerics", "skip_sites", "norm_ops")
 #: Of the backend, these are vLLM's to say, or cannot be written as JSON.
 _NOT_GIVEN = ("all_reduce_ops", "group_names", "groups", "outer_capture", "on_report")
+
+#: In a pattern of skip_sites: a module with a number, or with some of several characters.
+_ONE_LAYER = re.compile(r"(^|\.)\d+(\.|$)|\[")
 
 #: The options of each mode.
 OF_MODE: dict[str, tuple[str, ...]] = {
@@ -116,4 +120,10 @@ def _checked(mode: object, options: object, mode_is: str, options_are: str) -> R
         raise OptionsError(f"{options_are}: {error}") from None
     if mode != "backend" and options.get("on_hazard") == "clean":
         raise OptionsError(f"{options_are}: on_hazard='clean' is the backend's; use 'split', 'refuse' or 'raise'")
+    one = next((p for p in options.get("skip_sites", ()) if _ONE_LAYER.search(p)), None)
+    if mode == "pass" and one is not None:
+        raise OptionsError(
+            f"{options_are}: skip_sites tells layers apart ('{one}'), and vLLM compiles those that are alike once: "
+            "name what they have in common ('*.o_proj'), or use RINGFENCE=backend"
+        )
     return Request(mode, options)
