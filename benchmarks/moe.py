@@ -135,7 +135,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--payload", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=16, help="of a chain: layers of a model")
+    parser.add_argument("--pairs", type=int, default=32, help="of a chain: layers of a model")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--calls", type=int, default=10, help="back-to-back calls of a repeat")
     parser.add_argument("--piece-compiler", choices=("inductor", "eager"), default="inductor")

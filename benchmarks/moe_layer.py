@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
-from moe_ways import KERNELS, Contender, by_hand
+from moe_ways import KERNELS, Contender, by_hand, prepare
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -68,7 +68,9 @@ class Layer(nn.Module):
 
 
 def layers(ranks: r.Ranks, options: argparse.Namespace) -> None:
-    for hidden in options.hidden:
+    made, why = ranks.together(lambda: prepare(ranks, options, max(options.hidden), max(options.tokens)))
+    ranks.say(made if why is None else why)
+    for hidden in options.hidden if why is None else ():
         layer = Layer(options, hidden, ranks.rank, ranks.size, ranks.device)
         for tokens in options.tokens:
             if ranks.time_left():
