@@ -347,6 +347,12 @@ def test_the_pass_fuses_every_site_and_needs_no_group(vllm: FakeVllm, monkeypatc
     assert not [n for n in gm.graph.nodes if "vllm" in str(n.target)]
 
 
+def test_the_pass_leaves_what_is_to_be_skipped(vllm: FakeVllm) -> None:
+    for skipped, kept in ((["test_integrations_vllm.py:*"], 0), (["another.py:*"], 2 * LAYERS + 1)):
+        one = passes.FusePass(request.Request("pass", {"skip_sites": skipped}), torch.device("cpu"))
+        assert sum(site.fused for site in one.fuse(aot_graph(layers, *inputs()).graph)) == kept
+
+
 def test_larger_steps_than_vllms_fusion_takes_stay_as_they_are(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond what a kernel serves, the op would be an all-reduce, an add and a norm that nothing compiles together."""
     monkeypatch.setenv("RINGFENCE", "pass")
