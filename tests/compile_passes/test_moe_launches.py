@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -62,6 +62,12 @@ def reader(x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     return ringfence.moe.combine(sent.payloads[0] * 2, sent.route), sent.ids + 1
 
 
+def even(x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of as many rows as there are tokens, and one."""
+    sent = ringfence.moe.dispatch([x], routed(scores), capacity=x.shape[0] + 1, num_experts=E)
+    return ringfence.moe.combine(sent.payloads[0], sent.route), sent.ids + 1
+
+
 def told(x: Tensor, ids: Tensor) -> Tensor:
     """Ids that the graph knows nothing of, by the caller's word."""
     sent = ringfence.moe.dispatch([x], ids, capacity=C, num_experts=E, known_ids=True)
@@ -97,8 +103,10 @@ def experts_in_torch() -> Iterator[None]:
         yield
 
 
-def by_kernels(fn: Callable[..., Any], *args: Tensor, fuses: bool = False) -> GraphModule:
-    gm = aot_graph(fn, *args, inductor=True)
+def by_kernels(
+    fn: Callable[..., Any], *args: Tensor, fuses: bool = False, dynamic: Sequence[tuple[int, int]] = ()
+) -> GraphModule:
+    gm = aot_graph(fn, *args, inductor=True, dynamic=dynamic)
     for calls in calls_of(gm).values():
         carried_out_by(calls, KERNELS, fuses=fuses)
     gm.graph.lint()
@@ -106,15 +114,16 @@ def by_kernels(fn: Callable[..., Any], *args: Tensor, fuses: bool = False) -> Gr
     return gm
 
 
-def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
+def inputs(seed: int = 0, tokens: int = 4) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(4, H, generator=g), torch.rand(4, E, generator=g)
+    return torch.randn(tokens, H, generator=g), torch.rand(tokens, E, generator=g)
 
 
-def in_order(gm: GraphModule, *args: Tensor) -> list[Tensor]:
-    """As the graph takes them, which are of unlike widths."""
+def in_order(gm: GraphModule, *args: Tensor) -> list[Any]:
+    """As the graph takes them, which are of unlike widths; a number is that of the tokens."""
     by_width = {arg.shape[1]: arg for arg in args}
-    return [by_width[n.meta["val"].shape[1]] for n in gm.graph.find_nodes(op="placeholder")]
+    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    return [by_width[v.shape[1]] if isinstance(v, Tensor) else args[0].shape[0] for v in values]
 
 
 def launches(gm: GraphModule, *args: Tensor) -> tuple[list[str], Any]:
@@ -147,6 +156,17 @@ def test_ids_that_are_read_are_written_by_the_kernel_that_reads_them_where_one_i
             twice, got = piece(*in_order(gm, x, scores))
         assert torch.equal(twice, 2 * x) and (got[4:] == -6).all()
         assert sorted(map(tuple, (got[:4] - 1).tolist())) == sorted(map(tuple, routed(scores).tolist()))
+
+
+def test_the_tokens_of_a_graph_may_vary(library: Library) -> None:
+    gm = by_kernels(even, *inputs(), fuses=True, dynamic=[(0, 0), (1, 0)])
+    piece = inductor_piece(gm)
+    for tokens in (4, 5, 2):
+        x, scores = inputs(tokens, tokens)
+        with torch.no_grad():
+            y, ids = piece(*in_order(gm, x, scores))
+        assert torch.equal(y, x) and ids.shape == (tokens + 1, 2) and ids[tokens:].tolist() == [[0, 0]]
+        assert sorted(map(tuple, (ids[:tokens] - 1).tolist())) == sorted(map(tuple, routed(scores).tolist()))
 
 
 def test_ids_are_clamped_unless_the_graph_or_the_caller_knows_them(library: Library) -> None:
