@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives import moe
+from ..runtime.collectives.moe_reference import counts_like
 from ..runtime.groups import Group
 from ..runtime.hazards.situation import Collective
 from .moe_calls import EVEN, check_capacities
@@ -141,7 +142,7 @@ def _describe(match: MoeMatch, call: Node, received: Node, rows: list[Node], ids
     way = given.new_empty((given.shape[0], match.group.size), dtype=torch.int32)
     start = arguments(match.ids)[0].meta
     about = {key: start[key] for key in _PROVENANCE if key in start}
-    returned = (values, tensor(match.ids), way, way.new_empty(match.group.size))
+    returned = (values, tensor(match.ids), way, counts_like(way))
     described: list[tuple[Node, Any]] = [(call, returned), (received, values)]
     described += [*zip(rows, values, strict=True), (ids, tensor(match.ids)), (route, way)]
     for node, value in described:

@@ -255,7 +255,7 @@ def _fake_dispatch(
     rows = ranks * capacity
     received = [payload.new_empty(rows, payload.shape[1]) for payload in payloads]
     route = topk_ids.new_empty(topk_ids.shape[0], ranks, dtype=torch.int32)
-    return received, topk_ids.new_empty(rows, topk_ids.shape[1]), route, route.new_empty(ranks)
+    return received, topk_ids.new_empty(rows, topk_ids.shape[1]), route, reference.counts_like(route)
 
 
 def _fake_combine(partial: Tensor, route: Tensor, group: str, collective: str) -> Tensor:

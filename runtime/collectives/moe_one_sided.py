@@ -35,6 +35,7 @@ COMPILED_TOP_K = (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 22)
 MOST_RANKS = 64
 _ALIGNMENT = 128  # of parts of the workspace
 _VECTOR = 16  # bytes that a thread copies at most
+_COUNT = 4  # bytes
 _PDL = False
 
 
@@ -153,9 +154,16 @@ def create(package: FlashInfer, channel: Channel, sizes: MoeSizes) -> OneSided:
     offsets = {name: int(meta[i]) for name, i in _indices(built).items()}
     if offsets["PAYLOAD_DATA"] != kept:
         raise WorkspaceError(f"FlashInfer keeps {offsets['PAYLOAD_DATA']} bytes, and had said {kept}")
+    if offsets["RECV_COUNTERS"] % _VECTOR != _COUNT * counts_offset(channel.size):
+        raise WorkspaceError(f"FlashInfer keeps its counts at {offsets['RECV_COUNTERS']}, where they were not before")
     return OneSided(
         api, workspace, kept_alive, meta, offsets, channel.rank, channel.size, sizes, combine_at, nbytes=size
     )
+
+
+def counts_offset(ranks: int) -> int:
+    """How many words behind a multiple of 16 bytes the library keeps counts: compilers are told, and assume no more."""
+    return (2 + ranks) % (_VECTOR // _COUNT)
 
 
 def _up(size: int) -> int:
@@ -237,7 +245,8 @@ class OneSided:
         The next dispatch writes there. ids: int32 or int64 ``[T, k]``. An id of no expert goes to the rank of the
         nearest one, which does not know it; known: there is none such. Besides the library's dispatch, a kernel is
         launched for ids that are to be clamped, for each conversion between int64 and int32, and for the ids of empty
-        rows unless ``empty_id`` is None; operands that no kernel can read are copied.
+        rows unless ``empty_id`` is None; operands that no kernel can read are copied, and small received rows behind
+        an odd number of others, which compilers take to lie at a multiple of 16 bytes as all tensors do.
         """
         sent = [*(_readable(p.contiguous()) for p in payloads), _readable(ids.to(torch.int32).contiguous())]
         widths = [t.shape[1] * t.element_size() for t in sent]
@@ -264,9 +273,13 @@ class OneSided:
             self._api.moe_a2a_sanitize_expert_ids(
                 got.view(self.ranks, capacity, -1), self._workspace, self._meta, self.rank, empty_id, enable_pdl=_PDL
             )
-        counts = self._planes.rows(self._own + self._offsets["RECV_COUNTERS"], self.ranks, 1, torch.int32).view(-1)
-        got = got if got.dtype == ids.dtype else got.to(ids.dtype)
-        return [received[i] for i in range(len(payloads))], got, counts
+        got = _readable(got) if got.dtype == ids.dtype else got.to(ids.dtype)
+        return [_readable(received[i]) for i in range(len(payloads))], got, self._counts()
+
+    def _counts(self) -> Tensor:
+        before = counts_offset(self.ranks)
+        start = self._own + self._offsets["RECV_COUNTERS"] - _COUNT * before
+        return self._planes.rows(start, before + self.ranks, 1, torch.int32).view(-1)[before:]
 
     def _targets(self, ids: Tensor, num_experts: int, known: bool) -> Tensor:
         """The ids that decide where a token goes: of experts that there are, as many as kernels were compiled for."""

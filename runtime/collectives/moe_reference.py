@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .moe_one_sided import counts_offset
 from .reference import c10d
 
 #: Dtypes that torch gathers rows of; others travel as bytes, which keeps their bits too.
@@ -54,7 +55,13 @@ def dispatch(
     counts = (route >= 0).sum(0, dtype=ids.dtype)
     together = torch.cat((sent_ids.view(ranks, -1), counts[:, None]), 1)  # in the message of the ids
     got = _exchanged(together, group, ranks)
-    return received, got[:, :-1].reshape(sent_ids.shape), route, got[:, -1].clone().to(torch.int32)
+    return received, got[:, :-1].reshape(sent_ids.shape), route, counts_like(route).copy_(got[:, -1])
+
+
+def counts_like(route: Tensor) -> Tensor:
+    """``[ranks]`` to be written, at an offset like that of the kernels' own."""
+    ranks, before = route.shape[1], counts_offset(route.shape[1])
+    return route.new_empty(before + ranks)[before:]
 
 
 def route_of(ids: Tensor, num_experts: int, ranks: int) -> Tensor:

@@ -119,6 +119,20 @@ def test_the_ops_pass_torchs_own_checks() -> None:
     torch.library.opcheck(moe.moe_combine_into, (torch.empty_like(x), partial, route, "world", "reference"))
 
 
+@pytest.mark.parametrize("ranks", [3, 4, 6, 8])
+def test_counts_lie_where_the_kernels_keep_them_and_fakes_say_so(ranks: int) -> None:
+    """A compiler takes an op's results to begin at a multiple of 16 bytes, unless they are seen not to."""
+    start_fake_group(ranks)
+    try:
+        x, ids = torch.randn(3, 8), torch.randint(0, 2 * ranks, (3, 2))
+        given_ = ([x], ids, C, 2 * ranks, -1, "world", "reference")
+        torch.library.opcheck(moe.moe_dispatch, given_, test_utils="test_faketensor")
+        counts = moe.moe_dispatch(*given_)[3]
+        assert counts.shape == (ranks,) and counts.storage_offset() * 4 == (8 + 4 * ranks) % 16
+    finally:
+        dist.destroy_process_group()
+
+
 def _layer(x: Tensor, ids: Tensor, weights: Tensor, capacity: int) -> Tensor:
     sent = ringfence.moe.dispatch([x, weights], ids, capacity=capacity, num_experts=E)
     rows, w = sent.payloads

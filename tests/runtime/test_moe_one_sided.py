@@ -194,6 +194,22 @@ def test_operands_that_a_kernel_cannot_read_are_copied() -> None:
     on_ranks(2, body)
 
 
+def test_what_is_received_lies_where_a_compiler_takes_it_to_lie() -> None:
+    """Rows of 4 bytes behind two of the same: at no multiple of 16 in the workspace."""
+
+    def body(kernels: OneSided, channel: Channel) -> None:
+        x, w, ids = torch.randn(1, 4), torch.rand(1, 1), torch.tensor([[channel.rank]], dtype=torch.int32)
+        for given in ([x, w], [w, x]):
+            rows, got, counts = kernels.dispatch(given, ids, 1, 2, -1)
+            assert all(t.data_ptr() % 16 == 0 for t in (*rows, got)), "copied where it was not"
+            for sent, arrived in zip(given, rows, strict=True):
+                assert torch.equal(arrived[channel.rank], sent[0])
+            assert got[channel.rank].tolist() == [channel.rank] and got[1 - channel.rank].tolist() == [-1]
+            assert counts.tolist() == [int(channel.rank == 0), int(channel.rank == 1)]
+
+    on_ranks(2, body, needed(4 * 4 + 4, 1, 4, 3))
+
+
 def test_an_id_of_no_expert_writes_nothing_beyond_the_counters() -> None:
     """On a device nobody looks at ids before the call (hazard M65): such an id is asked of nobody who has it."""
 
