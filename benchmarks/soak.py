@@ -3,6 +3,7 @@
     python benchmarks/soak.py --repetitions 50      every fault of tests/faults 50 times
     python benchmarks/soak.py --minutes 60          mixed sizes, captures and faults for an hour
     python benchmarks/soak.py --repetitions 3 --collective mnnvl    on two GPUs, with that collective
+    python benchmarks/soak.py --repetitions 9 --collective ringfence --jobs 4 --only "late, rank 1"    one row
 
 Among them are Ctrl-C on a frozen job ("interrupted"), SIGTERM to all ranks ("told to end"), a full disk, a debugger's
 pause ("paused") and a job that is started again in place ("restarted"). In all of them the ranks' clocks are two hours
@@ -10,6 +11,11 @@ apart.
 
 Prints a row per fault: runs, misses (a rank that did not end in time, or named no rank or the wrong one),
 false alarms, and how long the slowest rank took. Exits with 1 where there is a miss or a false alarm.
+
+Jobs on GPUs take the pairs of devices in turn, so there may be more of them than pairs. Processes of several jobs on
+one GPU run in time slices of milliseconds, and what faults are told apart by is seconds. While a run is at work, the
+next one's ranks import what they need. Nothing may be left on a GPU: looked at after each run where no other job has
+the pair, and after the last.
 """
 
 from __future__ import annotations
@@ -31,13 +37,15 @@ import torch
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from faults.ranks import HARD_END, Fault, Outcome, faults, lost_wait, quiet, run_fault
+from faults.gpus import left_behind, used
+from faults.own_kernels import on_gpus
+from faults.ranks import Ahead, Fault, Outcome, faults, quiet, run_fault
 
 
 def key(fault: Fault) -> str:
     which = f" after '{fault.before.name}'" if fault.before is not None else ""
     which += f", rank {fault.rank}"
-    which += ", its peers' kernels give up" if fault.options.get("kernel_wait_seconds", HARD_END) < HARD_END else ""
+    which += ", within the bound" if fault.name == "late" and fault.says is None else ""
     which += ", every step checked" if fault.options.get("check_every_step") else ""
     reported = ", after the report" if fault.name == "interrupted" and fault.on_hang == "report" else ""
     fall_back = ", others fall back" if "fails" in fault.name and fault.says is None else ""
@@ -55,21 +63,6 @@ def at_random(some: Sequence[Fault], like: Fault, seconds: float, seed: int) -> 
     while time.monotonic() < end:
         yield draw.choice(some)
         yield quiet(draw, like)
-
-
-def on_gpus(collective: str, first_device: int) -> tuple[Fault, ...]:
-    """The same on two GPUs. The reference makes no workspace, so it cannot fail at that.
-
-    ringfence's own kernels end their waits by themselves, after half of a deadline unless told otherwise; then whoever
-    is slower than that is lost. Here they wait like the others, and there is a fault in which they do not.
-    """
-    options: dict[str, object] = {"collective": collective}
-    if collective == "ringfence":
-        options["kernel_wait_seconds"] = HARD_END
-    some = faults(2, "cuda", first_device, **options)
-    if collective == "ringfence":
-        some += (lost_wait(some[0]),)
-    return tuple(f for f in some if collective != "reference" or "preparing" not in f.name)
 
 
 def table(outcomes: dict[str, list[Outcome]]) -> tuple[str, int]:
@@ -100,7 +93,7 @@ def main() -> int:
     length.add_argument("--repetitions", type=int)
     parser.add_argument("--only", action="append", default=[], metavar="FAULT")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; on GPUs each takes two")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; on GPUs each takes a pair")
     parser.add_argument(
         "--collective", choices=("ringfence", "mnnvl", "trtllm", "reference"), help="on GPUs, two ranks"
     )
@@ -108,30 +101,40 @@ def main() -> int:
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
     every = faults() if arguments.collective is None else on_gpus(arguments.collective, 0)
-    if unknown := set(arguments.only) - {f.name for f in every}:
+    if unknown := set(arguments.only) - {f.name for f in every} - set(map(key, every)):
         parser.error(f"there is no fault {sorted(unknown)}; there are {sorted({f.name for f in every})}")
-    if arguments.collective is not None and 2 * arguments.jobs > torch.cuda.device_count():
-        parser.error(f"--jobs {arguments.jobs} takes {2 * arguments.jobs} GPUs; there are {torch.cuda.device_count()}")
+    pairs = torch.cuda.device_count() // 2 if arguments.collective is not None else 0
+    if arguments.collective is not None and not pairs:
+        parser.error(f"--collective takes two GPUs; there are {torch.cuda.device_count()}")
+    first_devices = [2 * (job % pairs) if pairs else 0 for job in range(arguments.jobs)]
+    before = {first: used((first, first + 1)) for first in sorted(set(first_devices)) if pairs}
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts this in the background ignores SIGINT
         signal.signal(number, signal.default_int_handler)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     start, stop, lock = time.monotonic(), threading.Event(), threading.Lock()
 
     def work(job: int) -> None:
-        every = faults() if arguments.collective is None else on_gpus(arguments.collective, 2 * job)
-        some = tuple(f for f in every if not arguments.only or f.name in arguments.only)
+        every = faults() if not pairs else on_gpus(arguments.collective, first_devices[job])
+        some = tuple(f for f in every if not arguments.only or {f.name, key(f)} & set(arguments.only))
         if arguments.minutes is not None:
             turns = at_random(some, every[0], 60 * arguments.minutes, arguments.seed + job)
         else:
             turns = itertools.islice(in_turn(some, arguments.repetitions), job, None, arguments.jobs)
-        for fault in turns:
-            if stop.is_set():
-                return
-            outcome = run_fault(fault)
-            with lock:
-                outcomes[key(fault)].append(outcome)
-                for problem in outcome.problems():
-                    print(f"{time.monotonic() - start:.0f} s: {key(fault)}: {problem}", flush=True)
+        ahead = Ahead("cuda", 2) if pairs else None
+        try:
+            for fault in turns:
+                if stop.is_set():
+                    return
+                outcome = run_fault(fault, ahead)
+                if arguments.jobs <= pairs:
+                    outcome.left_on_gpus = left_behind(before[fault.first_device])
+                with lock:
+                    outcomes[key(fault)].append(outcome)
+                    for problem in outcome.problems():
+                        print(f"{time.monotonic() - start:.0f} s: {key(fault)}: {problem}", flush=True)
+        finally:
+            if ahead is not None:
+                ahead.close()
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         try:
@@ -144,7 +147,10 @@ def main() -> int:
     runs = sum(map(len, outcomes.values()))
     print(f"{runs} runs in {(time.monotonic() - start) / 60:.1f} minutes, {bad} with a miss or a false alarm")
     print(text)
-    return 1 if bad else 0
+    left = "; ".join(filter(None, map(left_behind, before.values())))
+    if pairs:
+        print(f"left on the GPUs: {left or 'nothing'}")
+    return 1 if bad or left else 0
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ringfence.runtime.channel import Channel
@@ -21,8 +23,10 @@ from ringfence.runtime.collectives.kernels import (
     always_adds_and_weights,
 )
 from ringfence.runtime.collectives.links import Links
+from ringfence.runtime.collectives.lost import Lost
 from ringfence.runtime.collectives.rank_facts import RankFacts
 from ringfence.runtime.errors import HangError, WorkspaceError
+from ringfence.runtime.groups import resolve_group
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
 _ALL = table.ALL
@@ -85,7 +89,7 @@ class FakeKernels:
         self.package.epilogues.append(epilogue)
         self.memory.note(x, strategy)
         self.words += 1
-        reduced = reference.all_reduce(x, self.group)
+        reduced = self._waited(x) if self.package.bounded else reference.all_reduce(x, self.group)
         if operands is None or norm is None or epilogue.norm is None:
             assert epilogue == Epilogue()
             out.copy_(reduced)
@@ -107,6 +111,18 @@ class FakeKernels:
             out.fill_(torch.nan)
             text = f"rank 0 waited in vain for rank {self.package.missing[0]}"
             self.lost = HangError(f"{text}; the outputs since then are NaN", self.package.missing)
+
+    def _waited(self, x: Tensor) -> Tensor:
+        """The sum of two ranks, or NaN where the other has not come in time: such a kernel sees nothing of sockets."""
+        total, began = x.clone(), time.monotonic()
+        work = dist.all_reduce(total, group=resolve_group(self.group), async_op=True) if self.lost is None else None
+        while work is not None and not (work.is_completed() and work.exception() is None):
+            if time.monotonic() - began > self.seconds:
+                rank = dist.get_rank()
+                self.lost = Lost(self.words, 0, 1 - rank, rank, (1 - rank,), sums=False, told=False).error()
+                break
+            time.sleep(0.001)
+        return total if self.lost is None else torch.full_like(x, torch.nan)
 
     def holds(self, call: KernelCall) -> bool:
         return True
@@ -134,6 +150,7 @@ class FakeFlashInfer:
     """One rank's package. ``wrong`` and ``broken`` name the kernels that are, on this rank.
 
     missing: the ranks for which kernels wait in vain from now on. own: stand-ins for ringfence's own kernels, too.
+    bounded: they wait for the other of two ranks, and no longer than they are told.
     """
 
     group: str
@@ -142,6 +159,7 @@ class FakeFlashInfer:
     version: str = "0.7.2.post1"
     missing: tuple[int, ...] = ()
     own: bool = False
+    bounded: bool = False
     calls: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     epilogues: list[Epilogue] = field(default_factory=list)
     made: list[tuple[str, int, int]] = field(default_factory=list)

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import fork_server
+from support import NO_MULTICAST, fork_server
 
 LAYERS = 2
 #: 512 bytes: what the kernels ask of a row.
@@ -55,7 +55,9 @@ class Fault:
     journal: the same of what the merged journals say, where that is another sentence. signalled: the signal that all
     ranks get, and how many seconds after the fault. exit_code: of every rank, where all must end in one way.
     could_not_write: a rank whose disk is full. before: how the attempt before this one went wrong, where the job is
-    started again in place, over one store and one folder.
+    started again in place, over one store and one folder. late: how many seconds the rank comes too late for a call.
+    settles: how many seconds all ranks wait before the step of the fault, so that no warm-up is heard of any more.
+    blamed: whom the errors name, where that is not ``rank`` alone.
     device: "cpu" or "cuda"; first_device: of rank 0.
     """
 
@@ -73,6 +75,9 @@ class Fault:
     exit_code: int | None = None
     could_not_write: int | None = None
     before: Fault | None = None
+    late: float = 0.0
+    settles: float = 0.0
+    blamed: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +102,7 @@ class Outcome:
     could_not_write: tuple[int, ...] = ()
     left_running: bool = False
     before: Outcome | None = None
+    left_on_gpus: str = ""
 
     @property
     def others(self) -> list[Ending]:
@@ -106,6 +112,7 @@ class Outcome:
         """What is not as it must be; empty where all is."""
         problems = [f"in the attempt before: {p}" for p in self.before.problems()] if self.before is not None else []
         problems += ["a process is left running"] if self.left_running else []
+        problems += [f"left on the GPUs: {self.left_on_gpus}"] if self.left_on_gpus else []
         if self.fault.could_not_write is not None and self.could_not_write != (self.fault.could_not_write,):
             problems.append(f"the journals do not say that it could not write, but {self.could_not_write}")
         if self.fault.journal is not None and not re.search(self.fault.journal, self.journal):
@@ -129,7 +136,7 @@ class Outcome:
                 problems.append(f"rank {e.rank} ended with {e.exit_code} and says nothing")
             elif not re.search(self.fault.says, e.error):
                 problems.append(f"rank {e.rank} does not say /{self.fault.says}/: {e.error}")
-            if e.culprits and tuple(e.culprits) != (self.fault.rank,):
+            if e.culprits and tuple(e.culprits) != (self.fault.blamed or (self.fault.rank,)):
                 problems.append(f"rank {e.rank} blames {e.culprits}: {e.error}")
             if e.seconds > DEADLINE + MARGIN + (self.fault.signalled or (0, 0.0))[1]:
                 problems.append(f"rank {e.rank} ended {e.seconds:.1f} s after the fault")
@@ -160,6 +167,9 @@ def _model(fault: Fault, rank: int, say: Callable[..., None]) -> Any:
             if fault.name in ("stuck", "disk full", "interrupted"):
                 say("fault")
                 time.sleep(3600)
+            if fault.name == "late":
+                say("fault")
+                time.sleep(fault.late)
         if fault.name == "slow":  # each step of one rank takes longer than the deadline, and five times the others'
             time.sleep(DEADLINE * 0.65 if mine else DEADLINE * 0.13)
         return x.clone()
@@ -281,7 +291,19 @@ def _while_a_workspace_is_made(strike: Callable[[], None]) -> None:
     FakeFlashInfer.make = mnnvl.create_peer = trtllm.create = ringfence.create = make
 
 
-def _rank_main(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, pipe: Connection) -> None:
+def _rank_main(orders: Connection, pipe: Connection) -> None:
+    """A process that has imported all that it needs when it is told which rank of which fault it is, or never is."""
+    import ringfence.backend  # noqa: F401
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        order: tuple[Fault, int, int, int | None, str] = orders.recv()
+    except EOFError:
+        return
+    _rank(*order, pipe)
+
+
+def _rank(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, pipe: Connection) -> None:
     def say(*message: Any) -> None:
         pipe.send((message[0], time.monotonic(), *message[1:]))
 
@@ -320,6 +342,7 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
     device = None
     where: dict[str, Any] = {"init_method": f"tcp://127.0.0.1:{port}"}
     if fault.device == "cuda":
+        os.environ.update(NO_MULTICAST)
         device = torch.device("cuda", fault.first_device + rank)
         torch.cuda.set_device(device)
     if attempt is not None:
@@ -343,10 +366,11 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
         },
     )
     model = torch.compile(_model(fault, rank, say), backend=backend, fullgraph=True, dynamic=True)
-    x = {n: torch.randn(n, HIDDEN[fault.device], device=device, dtype=DTYPE[fault.device]) for n in set(fault.sizes)}
+    x = {n: torch.randn(n, HIDDEN[fault.device], device=device, dtype=DTYPE[fault.device]) for n in {*fault.sizes, 4}}
     pretended = contextlib.ExitStack()
-    if fault.device == "cpu" and "preparing" in fault.name:  # kernels by torch, over gloo
-        pretended.enter_context(installed(FakeFlashInfer(dist.group.WORLD.group_name)))
+    own = fault.options.get("collective") == "ringfence"
+    if fault.device == "cpu" and ("preparing" in fault.name or own):  # kernels by torch, over gloo
+        pretended.enter_context(installed(FakeFlashInfer(dist.group.WORLD.group_name, own=own, bounded=own)))
     if mine and "preparing" in fault.name:
 
         def strike() -> None:
@@ -401,7 +425,13 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
             if mine and fault.name == "skipped step" and step == 7:
                 say("fault")
                 continue
-            out = model(x[fault.sizes[step % len(fault.sizes)]])
+            if step == 7:
+                time.sleep(fault.settles)
+            size = fault.sizes[step % len(fault.sizes)]
+            if mine and fault.name == "other size" and step == 7:
+                say("fault")
+                size = next(n for n in x if n != size)
+            out = model(x[size])
             if fault.device == "cuda":
                 out.sum().item()  # the main thread sits in a call of the device
             say("step", step)
@@ -433,14 +463,17 @@ def _fill_the_disk() -> None:
     Path.write_text = full
 
 
-def run_fault(fault: Fault) -> Outcome:
-    """Run it to its end; whatever still runs at the hard end is killed, and so is a stopped rank. Any thread may."""
+def run_fault(fault: Fault, ahead: Ahead | None = None) -> Outcome:
+    """Run it to its end; whatever still runs at the hard end is killed, and so is a stopped rank. Any thread may.
+
+    ahead: where its ranks come from, if not from new processes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if fault.before is None:
-            return _run_attempt(fault, _free_port(), None, folder)
+            return _run_attempt(fault, _free_port(), None, folder, ahead)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        before = _run_attempt(fault.before, store.port, 0, folder)
-        outcome = _run_attempt(fault, store.port, 1, folder)
+        before = _run_attempt(fault.before, store.port, 0, folder, ahead)
+        outcome = _run_attempt(fault, store.port, 1, folder, ahead)
         outcome.before = before
         return outcome
 
@@ -449,25 +482,61 @@ def run_fault(fault: Fault) -> Outcome:
 _CHILDREN = threading.Lock()
 
 
-def _run_attempt(fault: Fault, port: int, attempt: int | None, folder: str) -> Outcome:
+@dataclass
+class _Process:
+    """A rank that waits for its orders. orders, says: this process's ends of the pipes; said: the rank's, kept open."""
+
+    process: Any
+    orders: Connection
+    says: Connection
+    said: Connection
+
+
+def _start(device: str, count: int) -> list[_Process]:
     with _CHILDREN:
         # Where a server has looked for GPUs, its children cannot use them.
-        context = fork_server() if fault.device == "cpu" else multiprocessing.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(fault.ranks)]
-    processes = [
-        context.Process(target=_rank_main, args=(fault, rank, port, attempt, folder, pipes[rank][1]), daemon=True)
-        for rank in range(fault.ranks)
-    ]
+        context = fork_server() if device == "cpu" else multiprocessing.get_context("spawn")
+    started = []
+    for _ in range(count):
+        (theirs, orders), (says, said) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(theirs, said), daemon=True)
+        with _CHILDREN:
+            process.start()
+        theirs.close()  # so that it ends where nobody orders anything
+        started.append(_Process(process, orders, says, said))
+    return started
+
+
+class Ahead:
+    """The next run's ranks, which import what they need (six seconds) while this run's are at work."""
+
+    def __init__(self, device: str, count: int) -> None:
+        self._device, self._count = device, count
+        self._next = _start(device, count)
+
+    def take(self) -> list[_Process]:
+        taken, self._next = self._next, _start(self._device, self._count)
+        return taken
+
+    def close(self) -> None:
+        _end(self._next)
+
+
+def _end(some: list[_Process]) -> list[int | None]:
+    for one in some:
+        with _CHILDREN:
+            one.process.kill()
+    return [_exit_code(one.process, 60) for one in some]
+
+
+def _run_attempt(fault: Fault, port: int, attempt: int | None, folder: str, ahead: Ahead | None) -> Outcome:
+    some = ahead.take() if ahead is not None else _start(fault.device, fault.ranks)
     try:
-        for process in processes:
-            with _CHILDREN:
-                process.start()
-        outcome = _follow(fault, processes, [receiver for receiver, _ in pipes], folder)
+        for rank, one in enumerate(some):
+            one.orders.send((fault, rank, port, attempt, folder))
+        outcome = _follow(fault, [one.process for one in some], [one.says for one in some], folder)
     finally:
-        for process in processes:
-            with _CHILDREN, contextlib.suppress(ValueError, AttributeError):  # it may never have started
-                process.kill()
-        codes = [_exit_code(process, 60) for process in processes if process.pid is not None]
+        codes = _end(some)
     outcome.left_running = None in codes
     outcome.journal, outcome.could_not_write = _merged(folder)
     return outcome
@@ -642,13 +711,6 @@ def quiet(draw: random.Random, like: Fault, most_steps: int = 400) -> Fault:
     sizes = tuple(draw.choice((1, 2, 3, 4, 5, 8, 13)) for _ in range(draw.randrange(3, 30)))
     steps, on_hang = draw.randrange(50, most_steps), draw.choice(("raise", "abort"))
     return replace(like, name="no fault", rank=0, says=None, journal=None, on_hang=on_hang, steps=steps, sizes=sizes)
-
-
-def lost_wait(like: Fault) -> Fault:
-    """A rank that is stuck, where kernels end their waits by themselves, long before the deadline."""
-    says = r"rank 0 waited in vain for .*rank 1"
-    options = {**like.options, "kernel_wait_seconds": 0.5}
-    return replace(like, name="stuck", rank=1, says=says, journal=f"^{says}", on_hang="abort", options=options)
 
 
 def ends(fault: Callable[..., Fault], waits: str) -> tuple[Fault, ...]:

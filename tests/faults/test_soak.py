@@ -6,9 +6,12 @@ import random
 import runpy
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from faults.ranks import FAULTS, faults, quiet, run_fault
+from faults import gpus, ranks
+from faults.gpus import Used
+from faults.ranks import FAULTS, Ending, Fault, Outcome, faults, quiet, run_fault
 
 
 @pytest.mark.slow
@@ -41,15 +44,54 @@ def test_jobs_on_gpus_have_devices_of_their_own_and_every_row_is_one_fault() -> 
         }
         assert len({soak["key"](f) for f in some}) == len(some) >= 20
     assert len({soak["key"](f) for f in FAULTS}) == len(FAULTS)
-    gives_up = [f for f in soak["on_gpus"]("ringfence", 0) if f.options["kernel_wait_seconds"] < 1]
-    assert [f.says for f in gives_up] == [r"rank 0 waited in vain for .*rank 1"]
+    assert soak["on_gpus"].__module__ == "faults.own_kernels"
+
+
+def run_soak(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["soak.py", "--repetitions=1", *arguments])
+    runpy.run_path(str(SOAK), run_name="__main__")
 
 
 def test_jobs_are_refused_that_have_no_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("sys.argv", ["soak.py", "--repetitions=1", "--jobs=2", "--collective=mnnvl"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(SOAK), run_name="__main__")
-    assert "--jobs 2 takes 4 GPUs; there are 2" in capsys.readouterr().err
+        run_soak(monkeypatch, "--jobs=2", "--collective=mnnvl")
+    assert "--collective takes two GPUs; there are 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("jobs", "after_each"), [(2, True), (4, False)])
+def test_jobs_share_pairs_and_nothing_may_be_left_on_a_gpu(
+    jobs: int, after_each: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a job that shares its pair nobody can say after a run what is its own."""
+    ran: list[tuple[str, int]] = []
+    asked: list[tuple[int, ...]] = []
+    ahead: list[tuple[object, ...]] = []
+
+    def run(fault: Fault, _: object) -> Outcome:
+        ran.append((fault.name, fault.first_device))
+        return Outcome(fault, [Ending(1 - fault.rank, 1, SAID)], SAID)
+
+    def left(before: Used, *_: object) -> str:
+        asked.append(tuple(before.memory))
+        return "512 MiB of device 3" if 3 in before.memory and len(asked) == 3 * after_each + 2 else ""
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.setattr(ranks, "run_fault", run)
+    monkeypatch.setattr(ranks, "Ahead", lambda *given: ahead.append(given) or mock.Mock())
+    monkeypatch.setattr(gpus, "used", lambda devices: Used(dict.fromkeys(devices, 0)))
+    monkeypatch.setattr(gpus, "left_behind", left)
+    with pytest.raises(SystemExit, match="1"):
+        run_soak(monkeypatch, f"--jobs={jobs}", "--collective=ringfence", "--only=late, rank 1", "--repetitions=3")
+    assert sorted(ran) == [("late", 0)] * 2 + [("late", 2)] and ahead == [("cuda", 2)] * jobs
+    assert len(asked) == 3 * after_each + 2 and asked[-2:] == [(0, 1), (2, 3)]
+    said = capsys.readouterr().out
+    assert "3 runs" in said and "0 with a miss" in said and "left on the GPUs: 512 MiB of device 3" in said
+
+
+SAID = (
+    "rank 1 did not come to call 14 of group '0', in which rank 0 waits: rank 1 is in step 7; "
+    "rank 0 waited in vain for the part of rank 1 (call 313 of the workspace, token 2)"
+)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -38,6 +41,12 @@ def asked(probe: module.GroupProbe) -> tuple[Any, float]:
     thread.start()
     thread.join(10)
     return (answer[0], answer[1]) if answer else ("the probe did not come back", 10.0)
+
+
+def written(paths: Sequence[Path]) -> list[dict[str, Any]] | None:
+    """The journals of all ranks, once each holds what its probes found; before that a file says that its rank began."""
+    values = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return values if len(values) == len(paths) and all(value.get("probes") for value in values) else None
 
 
 def memory_of(workspace: emulate.Mnnvl | emulate.Trtllm, rank: int, calls: set[Launched]) -> KernelMemory:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from gpu import emulate
 from gpu.children import run_child
-from gpu.probes import HIDDEN, RELEASE, ROW, TOKENS, WARM_UP, asked
+from gpu.probes import HIDDEN, RELEASE, ROW, TOKENS, WARM_UP, asked, written
 from gpu.test_product import DTYPE, GROUP, H, make_model
 from support import run_ranks
 
@@ -204,10 +204,9 @@ def watched(rank: int, collective: str, folder: str) -> Any:
     threading.Thread(target=torch.cuda.synchronize, daemon=True).start()
     paths = [Path(folder) / f"journal-rank{r}.json" for r in range(2)]
     until = time.monotonic() + 30
-    values: list[dict[str, Any]] = []
-    while time.monotonic() < until and not (len(values) == 2 and all(v["probes"] for v in values)):
+    while (values := written(paths)) is None and time.monotonic() < until:
         time.sleep(0.1)
-        values = [json.loads(path.read_text()) for path in paths if path.exists()]
+    assert values is not None, [path.read_text()[:200] for path in paths if path.exists()]
     merged = merge(read_folder(Path(folder)))
     _until_probed(rank)
     return {"probes": [v["probes"] for v in values], "text": summary.text(merged, width=200), "json": merged.to_dict()}

@@ -11,6 +11,11 @@ import torch
 from gpu import emulate
 from gpu.cases import flush, with_payload
 from gpu.children import ENVIRONMENT, run_child
+from gpu.probes import written
+from ringfence.runtime.watch.culprit import Finding
+from ringfence.runtime.watch.folder import Origin
+from ringfence.runtime.watch.journal import Journal
+from ringfence.runtime.watch.report import Report
 
 
 def kinds(*items: str, timeout: float = 60) -> list[str]:
@@ -82,3 +87,18 @@ def test_what_was_cleaned_does_not_look_absent(payload: str) -> None:
     cleaned = flush(torch.float16)(x)
     assert looks_absent(x) and not looks_absent(cleaned)
     assert float((cleaned.float() - x.float()).abs().max()) < 2**-17
+
+
+def test_a_journal_that_only_began_holds_no_probes_yet(tmp_path: Path) -> None:
+    journals, paths = [Journal(rank) for rank in range(2)], [tmp_path / f"journal-rank{rank}.json" for rank in range(2)]
+    assert written(paths) is None
+    for journal in journals:
+        journal.begin_file(tmp_path, Origin(str(journal.rank)))
+    assert [path.exists() for path in paths] == [True, True] and written(paths) is None
+    hang = Report("hang", 0, Finding((1,), (0,), "rank 1 did not come"))
+    journals[0].dump(tmp_path, "hang", report=hang, probes={"words": [0]})
+    journals[1].dump(tmp_path, "hang", report=hang, probes={})
+    assert written(paths) is None, "the probes of a rank are written after the rest"
+    journals[1].dump(tmp_path, "hang", report=hang, probes={"words": [1]})
+    found = written(paths)
+    assert found is not None and [value["probes"] for value in found] == [{"words": [0]}, {"words": [1]}]
