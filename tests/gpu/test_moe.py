@@ -164,7 +164,7 @@ def pairs(rank: int) -> dict[str, Any]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = layer(*args, way)
-        for turn in range(40):
+        for turn in range(25):
             new = case(60 + turn, counts[rank], capacity, 8, torch.int64, torch.bfloat16)
             for to, value in zip(args[:3], new[:3], strict=True):
                 to.copy_(value)
@@ -192,7 +192,7 @@ def test_the_functions_on_two_gpus_against_the_reference() -> None:
     print(f"\ntwo GPUs: {first}\n{second}")
     for found in (first, second):
         assert found["collective"] == "moe_all_to_all", found["made"]
-        assert found["wrong"] == [] and found["replays"] == 240
+        assert found["wrong"] == [] and found["replays"] == 150
     assert first["calls"] == second["calls"] and len(first["calls"]) == 1
 
 
