@@ -125,11 +125,11 @@ def _prove(
     calls = sites * len(rank.steps)
     if calls > MOST_CALLS:
         why = f"{sites} sites in {len(rank.steps)} steps are {calls} calls, and a compile looks at {MOST_CALLS}"
-        return PlanVerdict("not_decided", f"not decided: {why}; ringfence check has more time")
+        return PlanVerdict("not_decided", f"{why}; ringfence check has more time")
     try:
         answer = ask(situation, model.programs([rank] * situation.world_size), bound)
     except NotDecidedError as error:
-        return PlanVerdict("not_decided", f"not decided: {error}; ringfence check has more time", error.states)
+        return PlanVerdict("not_decided", f"{error}; ringfence check has more time", error.states)
     except (PlanError, VersionError) as error:
         return PlanVerdict("not_modelled", f"no protocol was explored: {error}")
     what = f"{situation.world_size} ranks in {len(rank.steps)} steps"

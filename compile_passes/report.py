@@ -104,7 +104,7 @@ class CompileReport:
         """One line: how many all-reduces were fused, how the graph was cut."""
         islands = sum(p.island for p in self.pieces)
         cut = f"{len(self.pieces) - islands} pieces and {islands} islands" if islands else "one piece"
-        captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else self.graphs or "off"
+        captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else "off"
         replays = f"capture: {captured}" if self.wasted is None else "no replays: sizes change in every call"
         fused = f"{len(self.fused)} of {len(self.sites)} all-reduces fused"
         if self.judged_as is None:

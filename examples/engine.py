@@ -6,6 +6,9 @@ On GPUs, the group's backend and the device are others, and nothing else.
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 
@@ -35,4 +38,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        sys.exit("start its ranks: torchrun --nproc-per-node 2 examples/engine.py")
     main()

@@ -64,4 +64,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        sys.exit("start its ranks: torchrun --nproc-per-node 2 examples/generate.py")
     main()

@@ -7,6 +7,8 @@ has each step with its types and errors.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,4 +83,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        sys.exit("start its ranks: torchrun --nproc-per-node 2 examples/passes.py")
     main()

@@ -7,6 +7,7 @@ CUDA devices where there are any, and on the CPU, with gloo and without a captur
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -69,4 +70,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        sys.exit("start its ranks: torchrun --nproc-per-node 2 examples/torchrun.py")
     main()

@@ -108,6 +108,12 @@ def _about_capture(options: Options, graph: TracedGraph, sizes: SizeRule, judged
             f"nothing is captured: {graph.device.type} has no CUDA graphs; graphs='simulated' captures with a "
             "simulation of them, for tests"
         )
+    if captures and (others := sorted(set(options.capture_sizes) - set(judged.captured))):
+        assert sizes.tokens is not None
+        yield (
+            f"captures of {', '.join(map(str, others))} tokens are other graphs': this one is of {sizes.tokens(())} "
+            "alone, because its sizes are not dynamic"
+        )
     if captures and sizes.leading is not None:
         name = graph.inputs[sizes.leading]
         yield f"the token count is the first dimension of input '{name}', as no all-reduce tells it"

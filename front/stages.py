@@ -84,8 +84,8 @@ class FoundSites:
 class Judged:
     """The verdicts, which the graph follows from now on, and the assignment with the facts that they rest on.
 
-    graphs: what captures; None: nothing does. captured: the token counts. outer: what a capture may hold that somebody
-    else makes.
+    graphs: what captures; None: nothing does. captured: the token counts that this graph can meet. outer: what a
+    capture may hold that somebody else makes.
     """
 
     verdicts: Sequence[Verdict]
@@ -174,7 +174,7 @@ def judge_graph(
     if options.deterministic:
         check_deterministic(sites, verdicts, assigned)
     outer = judge_outer(gm, assigned, verdicts, options) if graphs is None else OuterCapture()
-    return Judged(verdicts, assigned, graphs, options.capture_sizes if graphs is not None else (), outer)
+    return Judged(verdicts, assigned, graphs, sizes.met(options.capture_sizes) if graphs is not None else (), outer)
 
 
 def callers_memory(

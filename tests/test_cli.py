@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,7 +142,7 @@ def test_wrong_call_is_refused(explain: Run, arguments: list[str], code: int, me
 
 def test_explain_says_what_it_cannot_know(explain: Run) -> None:
     code, out, err = explain("targets:without_all_reduce", "--tp", "2")
-    assert code == 0 and "has no all-reduce" in err and "note: the graph has no all-reduce" in out
+    assert code == FAILED and "has no all-reduce" in err and "note: the graph has no all-reduce" in out
     code, out, err = explain("targets:tuple_inputs", "--tp", "2", "--option", "capture_sizes=[3]")
     assert code == 0 and "over NCCL it is stream work" in out and "host" not in out, "as on GPUs"
 
@@ -287,7 +288,9 @@ def test_check_prints_the_plan_that_it_assumed(ringfence: Run) -> None:
     assert code == OK, err
     last = " ".join(out[out.index("plan: ") :].split())
     assert last == (
-        "plan: ringfence, 2 ranks, 2 layers of two calls in 2 pieces, token counts 4, 8, strategy auto, payload any"
+        "plan: ringfence, 2 ranks, 2 layers of two calls in 2 pieces, token counts 4, 8 (and no others: "
+        "--capture-sizes), strategy auto, payload any judged: the protocol of ringfence, which 'auto' takes first on "
+        "SM90 GPUs in pairs; for others: --collective mnnvl or trtllm"
     )
     code, out, err = ringfence("check", "--collective", "ringfence", "--tp", "2", "--flashinfer", "0.7.0")
     assert code == USAGE and "uses no FlashInfer" in err and not out
@@ -502,9 +505,42 @@ def test_explain_says_first_what_is_refused_and_fails_on_it(explain: Run) -> Non
     split = ("targets:tuple_inputs", "--tp", "2", "--option", "split_ops=['aten::mul']")
     assert explain(*split)[0] == OK and explain(*split, "--fail-on", "split,refused")[0] == FAILED
     declined = ("targets:tuple_inputs", "--tp", "2", "--option", "groups=['other']", "--fail-on", "declined")
-    assert explain(*declined)[0] == explain("targets:without_all_reduce", *declined[1:3], *declined[5:])[0] == FAILED
+    assert explain(*declined)[0] == FAILED
     code, _, err = explain("targets:tuple_inputs", "--tp", "2", "--fail-on", "hangs")
-    assert code == USAGE and "not a list of unsafe, refused, declined, split, nothing" in err
+    assert code == USAGE and "not a list of unsafe, undecided, refused, none, declined, split, nothing" in err
+
+
+def test_explain_fails_on_a_model_without_any_site(explain: Run) -> None:
+    """Nothing was fused and nothing was said of a plan, so nothing is as it should be."""
+    code, _, err = explain("targets:without_all_reduce", "--tp", "2")
+    assert code == FAILED and "has no all-reduce" in err
+    assert explain("targets:without_all_reduce", "--tp", "2", "--fail-on", "unsafe,declined")[0] == OK
+
+
+def test_explain_says_that_a_plan_was_not_decided(explain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringfence.compile_passes.prove.MOST_CALLS", 0)
+    two_shot = ("targets:tuple_inputs", "--tp", "2", "--collective", "trtllm", "--flashinfer", "0.7.2")
+    code, out, err = explain(*two_shot)
+    assert code == UNDECIDED and "plan: not_decided: 1 sites in 1 steps" in out, (out, err)
+    assert explain(*two_shot, "--fail-on", "unsafe,refused")[0] == OK
+    assert explain(*two_shot, "--fail-on", "undecided,split", "--option", "split_ops=['aten::mul']")[0] == FAILED
+
+
+@pytest.mark.parametrize(
+    ("sizes", "captured", "said"),
+    [("[3]", [3], None), ("[3,8]", [3], "captures of 8 tokens are"), ("[4,8]", [], "captures of 4, 8 tokens are")],
+)
+def test_explain_names_the_captures_of_its_own_graph(
+    explain: Run, sizes: str, captured: list[int], said: str | None
+) -> None:
+    as_mnnvl = ("--collective", "mnnvl", "--flashinfer", "0.7.2", "--option", f"capture_sizes={sizes}", "--json")
+    report = json.loads(explain("targets:tuple_inputs", "--tp", "2", *as_mnnvl)[1])
+    assert report["captured"] == captured
+    assert ("capture: off" in report["summary"]) == (not captured)
+    notes = [note for note in report["notes"] if "other graphs'" in note]
+    assert len(notes) == (said is not None) and all(
+        note.startswith(said) and "this one is of 3 alone" in note for note in notes
+    )
 
 
 def test_explain_names_an_unsafe_plan_first(explain: Run) -> None:
@@ -522,3 +558,38 @@ def test_explain_says_that_a_release_was_not_read(explain: Run) -> None:
 def test_explain_refuses_a_version_of_nothing(explain: Run) -> None:
     code, _, err = explain("targets:tuple_inputs", "--tp", "2", "--flashinfer", "0.7.0")
     assert code == USAGE and "without --collective" in err
+
+
+# -- wrong usage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["explian", "x"], "ringfence: 'explian' is no command; there are explain, check, .*; did you mean 'explain'?"),
+        (["jurnal", "/tmp"], ".*did you mean 'journal'?"),
+        (["frobnicate"], r"ringfence: 'frobnicate' is no command; there are [a-z, ]* \(see"),
+        ([], "ringfence: .*command"),
+        (["journal"], "ringfence journal: .*folder"),
+        (["check", "--colective", "mnnvl"], "ringfence check: .*--colective mnnvl; did you mean '--collective'?"),
+        (
+            ["check", "--collective", "mnvl"],
+            "ringfence check: .*--collective: invalid choice: .*did you mean 'mnnvl'",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line_with_what_was_meant(ringfence: Run, arguments: list[str], said: str) -> None:
+    code, out, err = ringfence(*arguments)
+    assert code == USAGE and not out
+    assert len(err.splitlines()) == 1 and re.match(said, err) and err.rstrip().endswith("--help)"), err
+
+
+def test_check_says_for_which_sizes_and_whose_protocol_it_speaks(ringfence: Run) -> None:
+    def said(*arguments: str) -> str:
+        return " ".join(ringfence("check", "--tp", "2", "--layers", "2", "--pieces", "2", *arguments)[1].split())
+
+    of_mnnvl = said("--collective", "mnnvl", "--flashinfer", "0.7.2")
+    assert "token counts 4, 8 (and no others: --capture-sizes)" in of_mnnvl
+    assert "judged: the protocol of mnnvl, whatever 'auto' takes" in of_mnnvl and "--collective ringfence" in of_mnnvl
+    assert "judged: the protocol of ringfence, which 'auto' takes first" in said("--collective", "ringfence")
+    assert "judged: the protocol of moe_all_to_all; " in said("--collective", "moe_all_to_all", "--flashinfer", "0.7.2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -43,3 +44,16 @@ def test_example(name: str) -> None:
     assert "FutureWarning" not in ran.stderr, ran.stderr
     said = [line for line in ran.stderr.splitlines() if line.startswith("ringfence: rank")]
     assert all(len(re.findall(r"call 5 of group", line)) == 1 for line in said) and len(said) in (0, 4), said
+
+
+def test_an_example_of_ranks_says_how_to_start_them() -> None:
+    for name, (command, _) in RUNS.items():
+        says = f'sys.exit("start its ranks: torchrun --nproc-per-node 2 examples/{name}")'
+        assert (says in (EXAMPLES / name).read_text()) == (command is TORCHRUN), name
+    alone = {name: value for name, value in os.environ.items() if name != "RANK"}
+    ran = subprocess.run([sys.executable, str(EXAMPLES / "engine.py")], capture_output=True, text=True, env=alone)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (
+        1,
+        "",
+        "start its ranks: torchrun --nproc-per-node 2 examples/engine.py\n",
+    )

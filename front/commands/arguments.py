@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+import difflib
+import re
+from collections.abc import Iterable
+from typing import NoReturn, TypeAlias
+
+from .terminal import USAGE
 
 #: Where a command adds its parser.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with what was meant by a name that is misspelt."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"^argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
+        if choice is not None:
+            what, given, names = choice.groups()
+            valid = [name.strip("' ") for name in names.split(",")]
+            if what == "command":
+                message = f"'{given}' is no command; there are {', '.join(valid)}"
+            message += meant(given, valid)
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """What this command does not know."""
+        option = next((name for name in unknown if name.startswith("--")), "")
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{meant(option, self._option_string_actions)}")
+
+
+def meant(given: str, valid: Iterable[str]) -> str:
+    """``; did you mean 'explain'?``, or nothing."""
+    near = difflib.get_close_matches(given, list(valid), 1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def world_size(text: str) -> int:

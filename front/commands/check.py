@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
             return json.dumps(why, indent=2) if arguments.json else f"not decided: {error}", UNDECIDED
         result, extra = (
             answer.result,
-            _as_dict(answer) | {"folded": _folded(arguments, answer), "plan": _assumed(arguments)},
+            _as_dict(answer)
+            | {"folded": _folded(arguments, answer), "plan": _assumed(arguments), "judged": _judged(arguments)},
         )
     lines = _lines(extra)
     if arguments.svg is not None:
@@ -100,7 +101,8 @@ def _lines(said: Mapping[str, Any]) -> list[str]:
     lines += [said["folded"]] if said.get("folded") is not None else []
     also = [find_hazard(id) for id in said.get("also", ())]
     plan = [said["plan"]] if said.get("plan") is not None else []
-    return lines + plan + [f"not in the model: {row.id}, {row.title.lower()}: {row.remedy}" for row in also]
+    asked = [said["judged"]] if said.get("judged") is not None else []
+    return lines + plan + asked + [f"not in the model: {row.id}, {row.title.lower()}: {row.remedy}" for row in also]
 
 
 def _assumed(arguments: argparse.Namespace) -> str:
@@ -112,15 +114,28 @@ def _assumed(arguments: argparse.Namespace) -> str:
     )
     return (
         f"plan: {arguments.collective}{release}, {arguments.tp} ranks, {arguments.layers} layers of two calls in "
-        f"{arguments.pieces} pieces, token counts {sizes}, strategy {arguments.strategy}, payload "
-        f"{arguments.payload}{skipped}"
+        f"{arguments.pieces} pieces, token counts {sizes} (and no others: --capture-sizes), strategy "
+        f"{arguments.strategy}, payload {arguments.payload}{skipped}"
+    )
+
+
+def _judged(arguments: argparse.Namespace) -> str:
+    """Whose protocol the answer is about, and how to ask for another one."""
+    whose = f"judged: the protocol of {arguments.collective}"
+    if arguments.collective == Collective.MOE_ALL_TO_ALL:
+        return f"{whose}; of all-reduces: --collective mnnvl, trtllm or ringfence"
+    if arguments.collective == Collective.RINGFENCE:
+        return f"{whose}, which 'auto' takes first on SM90 GPUs in pairs; for others: --collective mnnvl or trtllm"
+    return (
+        f"{whose}, whatever 'auto' takes: on SM90 GPUs in pairs ringfence's own kernels (--collective ringfence); "
+        "ringfence doctor says what it takes here"
     )
 
 
 def _said_before(saved: bytes) -> dict[str, Any]:
     """What the answer's JSON has beside the trace; one that is not as it was written is left out."""
     value = json.loads(saved)
-    said = {name: value.get(name) for name in ("payload", "hazard", "invariant", "remedy", "folded", "plan")}
+    said = {name: value.get(name) for name in ("payload", "hazard", "invariant", "remedy", "folded", "plan", "judged")}
     also = value.get("also")
     found: dict[str, Any] = {name: text for name, text in said.items() if isinstance(text, str)}
     return found | ({"also": also} if isinstance(also, list) and all(isinstance(id, str) for id in also) else {})

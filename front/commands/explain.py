@@ -12,14 +12,16 @@ from ..runtime.errors import OptionsError, TargetError
 from ..runtime.hazards.hazard import ALL_REDUCES
 from ..runtime.protocol.plan import MODELLED
 from .arguments import Commands, count, world_size
-from .terminal import FAILED, OK, say, say_if_unread, stage, write
+from .terminal import FAILED, OK, UNDECIDED, say, say_if_unread, stage, write
 
 if TYPE_CHECKING:
     from ..explaining import Explanation
 
-#: What the exit code may tell: a plan that can hang or corrupt; a site that the collective must not carry out; an
-#: all-reduce that is not fused; an op that splits the graph.
-_FAILURES = ("unsafe", "refused", "declined", "split", "nothing")
+#: What the exit code may tell: a plan that can hang or corrupt; one that was not decided; a site that the collective
+#: must not carry out; a model without any site; an all-reduce that is not fused; an op that splits the graph.
+_FAILURES = ("unsafe", "undecided", "refused", "none", "declined", "split", "nothing")
+
+_FAILS = "unsafe,undecided,refused,none"
 
 
 def add(commands: Commands) -> None:
@@ -28,8 +30,8 @@ def add(commands: Commands) -> None:
         help="say for each all-reduce of a model whether it is fused, and why not",
         description="Compile a model as one of N tensor-parallel ranks, without the other ranks and without a GPU, "
         "and print the report. Of a Hugging Face folder only config.json is read, and no number is computed. Exit 0 "
-        "when it is as it should be, 1 when --fail-on says otherwise, 2 on bad usage or a model that cannot be "
-        "explained.",
+        "when there is an all-reduce, none is refused and the plan is safe, or as --fail-on says; 1 when not, 2 on bad "
+        "usage or a model that cannot be explained, 3 when the plan was not decided.",
     )
     parser.add_argument(
         "target",
@@ -67,9 +69,9 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--fail-on",
-        default="unsafe,refused",
+        default=_FAILS,
         metavar="LIST",
-        help=f"of {', '.join(_FAILURES)}: what makes the exit code 1 (default unsafe,refused)",
+        help=f"of {', '.join(_FAILURES)}: what makes the exit code 1, or 3 for undecided (default {_FAILS})",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the report as JSON (described by: ringfence docs report)"
@@ -85,7 +87,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
         raise OptionsError("--svg draws one plan; ask for --prefill or --decode")
     found = _explained(arguments, options)
     for one in found:
-        if not one.report.sites:
+        if _has_none(one):
             plans = "" if arguments.expert_parallel else "; for a plan of the experts alone: --expert-parallel"
             say(f"'{arguments.target}' has no all-reduce: its tensor-parallel plan is empty, or not applied{plans}")
     if arguments.svg is not None:
@@ -93,8 +95,8 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
 
         write(arguments.svg, svg(found[0].report, f"{arguments.target}, {arguments.tp} ranks"))
     text = _json(found) if arguments.json else "\n\n".join(_text(one) for one in found)
-    failed = [reason for one in found for reason in _failures(one) if reason in fail_on]
-    return text, FAILED if failed else OK
+    failed = {reason for one in found for reason in _failures(one) if reason in fail_on}
+    return text, OK if not failed else UNDECIDED if failed == {"undecided"} else FAILED
 
 
 def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[Explanation]:
@@ -166,11 +168,18 @@ def _failures(one: Explanation) -> list[str]:
     report = one.report
     found = {
         "unsafe": report.plan is not None and report.plan.failed,
+        "undecided": report.plan is not None and report.plan.kind == "not_decided",
         "refused": bool(report.refused),
-        "declined": bool(report.declined) or not report.sites,
+        "none": _has_none(one),
+        "declined": bool(report.declined),
         "split": any(piece.island for piece in report.pieces),
     }
     return [name for name, is_so in found.items() if is_so]
+
+
+def _has_none(one: Explanation) -> bool:
+    """Whether there is no site at all: neither an all-reduce nor a dispatch or combine."""
+    return not one.report.sites and not one.report.moe_sites
 
 
 def _fail_on(text: str) -> list[str]:

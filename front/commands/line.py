@@ -22,6 +22,7 @@ from ..runtime.errors import (
     VersionError,
 )
 from . import bench, check, docs, doctor, explain, hazards, journal
+from .arguments import Parser
 from .terminal import FAILED, USAGE, answer, say
 
 #: None of these imports torch when it is imported: usage, --help and what needs no torch answer at once.
@@ -43,12 +44,14 @@ _BAD_USAGE = (
 
 def run(argv: Sequence[str] | None) -> int:
     """Run a command. Returns the exit code (:mod:`.terminal`)."""
-    parser = argparse.ArgumentParser(prog="ringfence", description=__doc__)
+    parser = Parser(prog="ringfence", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ringfence {importlib.metadata.version('ringfence')}")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add(commands)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[arguments.command].refuse(unknown)
     command_of: Callable[[argparse.Namespace], tuple[str, int]] = arguments.run
     try:
         text, code = command_of(arguments)

@@ -98,6 +98,12 @@ class SizeRule:
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(args[i] if d is None else args[i].shape[d] for i, d in self.bindings)
 
+    def met(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Those of these token counts that a call may have: a graph without dynamic sizes has one."""
+        if self.tokens is None:
+            return ()
+        return tuple(counts) if self.bindings else tuple(n for n in counts if n == self.tokens(()))
+
     def check(self, args: Sequence[Any], most: int) -> None:
         """Raises :class:`InputError` for a call of more tokens."""
         assert self.tokens is not None
