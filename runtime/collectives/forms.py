@@ -35,8 +35,8 @@ class CallArguments(Structure):
     _fields_ = (
         *((name, c_ulonglong) for name in ("input", "residual", "weight", "norm", "out", "inbox")),
         ("peers", c_ulonglong * 7),
-        *((name, c_ulonglong) for name in ("numbers", "received", "broken", "bound", "report", "buffer_bytes")),
-        *((name, c_uint) for name in ("number_count", "tokens", "rank")),
+        *((name, c_ulonglong) for name in ("begun", "received", "broken", "bound", "report", "buffer_bytes")),
+        *((name, c_uint) for name in ("tokens", "rank")),
         *((name, c_float) for name in ("eps", "weight_bias")),
     )
 

@@ -35,7 +35,7 @@ from .rank_facts import RankFacts, cannot_compile, differ, linked, peers_out_of_
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
 #: From here on blocks form clusters, and a kernel may begin before the one before it ends (PDL).
 _CLUSTERS_FROM = (9, 0)
-#: The most ranks, the bytes of the largest row, and the most blocks of a grid: each has a word with its last call.
+#: The most ranks, the bytes of the largest row, and the most blocks of a grid: each has a share of a call.
 MOST_RANKS, MOST_ROW_BYTES, MOST_BLOCKS = 8, 64 * 1024, 1024
 #: Up to how many tokens each is shared by how many blocks; from how many on a block has few warps, and many rounds.
 _SHARED, _NARROW_FROM, _NARROW = ((16, 4), (64, 2)), 129, 13
@@ -54,8 +54,8 @@ class RankMemory:
     """What the kernels of one rank work on. Addresses on its device; sizes in bytes.
 
     inbox: two buffers of ``buffer_bytes``, where the others write. peers: their inboxes, by rank, without its own.
-    numbers: int64, the number of the last call, for each block. received: int64, of how many of these the calls have
-    received everything. broken: int32, whether a wait ended without success.
+    begun, received: int64, how many shares of calls have begun, and of how many everything was received. A call has
+    MOST_BLOCKS shares. broken: int32, whether a wait ended without success.
     host: int64 in pinned memory: how long a wait may last, in nanoseconds, and what a kernel reports.
     names: what people call each rank of the group.
     """
@@ -65,7 +65,7 @@ class RankMemory:
     inbox: int
     peers: tuple[int, ...]
     buffer_bytes: int
-    numbers: Tensor
+    begun: Tensor
     received: Tensor
     broken: Tensor
     host: Tensor
@@ -74,11 +74,10 @@ class RankMemory:
     @staticmethod
     def make(device: int, rank: int, inbox: int, peers: Sequence[int], buffer_bytes: int) -> RankMemory:
         with torch.inference_mode(False):
-            numbers = torch.zeros(MOST_BLOCKS, dtype=torch.int64, device=f"cuda:{device}")
-            received = torch.zeros(1, dtype=torch.int64, device=f"cuda:{device}")
+            begun, received = (torch.zeros(1, dtype=torch.int64, device=f"cuda:{device}") for _ in range(2))
             broken = torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
             host = torch.zeros(_HOST_WORDS, dtype=torch.int64, pin_memory=True)
-        memory = RankMemory(device, rank, inbox, tuple(peers), buffer_bytes, numbers, received, broken, host)
+        memory = RankMemory(device, rank, inbox, tuple(peers), buffer_bytes, begun, received, broken, host)
         memory.wait_for(WAIT_SECONDS)
         return memory
 
@@ -108,10 +107,10 @@ def arguments(memory: RankMemory, x: Tensor, row_bytes: int) -> CallArguments:
     host = memory.host.data_ptr()
     peers = (c_ulonglong * 7)(*memory.peers)
     call = CallArguments(input=x.data_ptr(), inbox=memory.inbox, peers=peers)
-    call.numbers, call.received = memory.numbers.data_ptr(), memory.received.data_ptr()
+    call.begun, call.received = memory.begun.data_ptr(), memory.received.data_ptr()
     call.broken = memory.broken.data_ptr()
     call.bound, call.report = host, host + 8 * _REPORT
-    call.buffer_bytes, call.number_count = memory.buffer_bytes, len(memory.numbers)
+    call.buffer_bytes = memory.buffer_bytes
     call.tokens, call.rank = x.numel() * x.element_size() // row_bytes, memory.rank
     return call
 
@@ -257,9 +256,9 @@ class RingfenceKernels:
         return call.tokens * granules * GRANULE <= self.rank_memory.buffer_bytes
 
     def control_words(self) -> tuple[int, ...]:
-        """How far the calls are: the last number of each block, what was received, whether a wait was in vain."""
+        """How far the calls are: the shares that have begun and received all, and whether a wait was in vain."""
         memory = self.rank_memory
-        return (*memory.numbers.tolist(), *memory.received.tolist(), *memory.broken.tolist())
+        return tuple(int(words.item()) for words in (memory.begun, memory.received, memory.broken))
 
     def close(self) -> None:
         if self._closed:

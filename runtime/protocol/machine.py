@@ -13,7 +13,7 @@ A *cell* is one word of one rank's memory. Two kinds are in use:
 
 - data (PUSH, POLL, READ, CLEAR): empty while it holds the sentinel. A word that the receiver
   mistakes for the sentinel is there and is not seen: see :data:`UNSEEN`.
-- flags (RAISE, AWAIT_CHANGE, AWAIT_EQUAL): a number that meets the peers' number, whatever
+- flags (RAISE, AWAIT_CHANGE, AWAIT_EQUAL, AWAIT_COUNT): a number that meets the peers' number, whatever
   they are doing. The model keeps with it the call that it was raised in, which no kernel sees:
   see :func:`flag`.
 """
@@ -82,14 +82,15 @@ class OpKind(Enum):
     RAISE = "raise"
     AWAIT_CHANGE = "await change"
     AWAIT_EQUAL = "await equal"
+    AWAIT_COUNT = "await count"
 
     @property
     def waits(self) -> bool:
-        return self in (OpKind.POLL, OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL)
+        return self in (OpKind.POLL, OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL, OpKind.AWAIT_COUNT)
 
     @property
     def is_flag(self) -> bool:
-        return self in (OpKind.RAISE, OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL)
+        return self in (OpKind.RAISE, OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL, OpKind.AWAIT_COUNT)
 
     def passes(self, found: int, value: int) -> bool:
         """Whether a poll is content with this word where it waits for ``value``."""
@@ -98,12 +99,14 @@ class OpKind(Enum):
                 return found != EMPTY and abs(found) < UNSEEN
             case OpKind.AWAIT_CHANGE:
                 return found % 3 != (value - 1) % 3
+            case OpKind.AWAIT_COUNT:
+                return found % _FLAGS_OF_A_CALL >= value % _FLAGS_OF_A_CALL
             case _:
                 return found % _FLAGS_OF_A_CALL == value % _FLAGS_OF_A_CALL
 
     def right(self, found: int, value: int) -> bool:
         """Whether it is the word that was meant, unread; or a flag of that barrier or a later one, and of that call."""
-        if self is not OpKind.AWAIT_CHANGE:
+        if self not in (OpKind.AWAIT_CHANGE, OpKind.AWAIT_COUNT):
             return found == value
         call, number = divmod(value, _FLAGS_OF_A_CALL)
         return found % _FLAGS_OF_A_CALL >= number and call in (0, found // _FLAGS_OF_A_CALL)
@@ -262,10 +265,10 @@ def perform(op: Op, memory: list[int]) -> tuple[ModelFailure | None, str]:
 
 def describe(op: Op, found: int, value: int = EMPTY) -> str:
     """A word as a person would call it; ``value`` is what a poll waits for."""
-    if op.kind in (OpKind.AWAIT_CHANGE, OpKind.AWAIT_EQUAL):
+    if op.kind.waits and op.kind.is_flag:
         call, number = divmod(found, _FLAGS_OF_A_CALL)
         raised = f", raised in call {call - 1}" if call else ""
-        if op.kind is OpKind.AWAIT_EQUAL:
+        if op.kind is not OpKind.AWAIT_CHANGE:
             return f"{number}{raised}"
         return f"{number % 3} (barrier {number}{raised})"
     if found == EMPTY:

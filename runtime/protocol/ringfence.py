@@ -1,14 +1,14 @@
 """ringfence: the all-reduce of our own, one-shot and two-shot, whose flags travel with the data.
 
 A line says by the number of its call that it is there, and is taken for nothing else: so there is no sentinel, no
-payload that matters, and nothing to clear. The number is a word on the device for each block that a grid may have, and
-every call advances all of them, so it is the same in all blocks whatever their grids.
+payload that matters, and nothing to clear. A call has as many shares as a grid may have blocks, and a block counts its
+own of them on the device when it begins. What it finds says how many calls began before, whatever their grids.
 
 Why two buffers: who writes call n + 2, and so the buffer of call n, has received from every peer in call n + 1, so each
 peer had begun that call, and had received all of call n.
 
-A call lets its dependents begin once all of its blocks have advanced the numbers. They wait for its end, and so does a
-chain of them. A kernel in between that waits for nothing takes that away: then a call finds the numbers advanced, and
+A call lets its dependents begin once all of its blocks have counted. They wait for its end, and so does a chain of
+them. A kernel in between that waits for nothing takes that away: then a call finds that all before it have counted, and
 waits by itself until the blocks of all calls before it have received everything.
 
 Source: runtime/collectives/cuda.
@@ -35,9 +35,9 @@ _PERIOD = 6
 class Begin(StrEnum):
     """When a call of a rank may begin to send.
 
-    ENDED: the one before has ended. RECEIVED: the one before has advanced the numbers, and this one waits until it has
-    received everything, as behind a kernel that waits for nothing. These two are the kernels'. What they are not:
-    COUNTED, the same without that wait; and AT_ONCE, even before the numbers are advanced.
+    ENDED: the one before has ended. RECEIVED: the one before has counted, and this one waits until it has received
+    everything, as behind a kernel that waits for nothing. These two are the kernels'. What they are not: COUNTED, the
+    same without that wait; and AT_ONCE, even before the one before has counted.
     """
 
     ENDED = "ended"
@@ -50,13 +50,13 @@ class Begin(StrEnum):
 class LineRules:
     """The protocol, and what could be otherwise.
 
-    every_block_counts: a call advances the numbers of all blocks, and not of its own grid's alone.
+    every_share_counts: a call counts all of its shares, and not one for each block of its grid.
     flag_with_data: a line and its number arrive together; else the number may come first.
     """
 
     buffers: int = 2
     epoch: Epoch = Epoch.DEVICE
-    every_block_counts: bool = True
+    every_share_counts: bool = True
     flag_with_data: bool = True
     begin: Begin = Begin.ENDED
 
@@ -64,7 +64,7 @@ class LineRules:
 #: As the kernels are.
 RULES = LineRules()
 
-Numbers = tuple[int, ...]
+Shares = tuple[int, ...]
 
 
 def ringfence(programs: Sequence[Calls], rules: LineRules = RULES) -> Machine:
@@ -77,45 +77,45 @@ def ringfence(programs: Sequence[Calls], rules: LineRules = RULES) -> Machine:
 
 
 def ringfence_compiler(programs: Sequence[Calls], rules: LineRules = RULES) -> RingfenceCompiler:
-    """With as many numbers as the largest grid of these programs has blocks."""
+    """A call has as many shares as the largest grid of these programs has blocks."""
     blocks = max((call.ctas for calls in programs for call in calls), default=1)
     return RingfenceCompiler(len(programs), rules=rules, blocks=blocks)
 
 
 @dataclass(frozen=True)
-class RingfenceCompiler(Compiler[Numbers]):
-    """Its control words are the numbers of the blocks. A row is as many granules as there are ranks."""
+class RingfenceCompiler(Compiler[Shares]):
+    """Its control words: how often each share was counted. A row is as many granules as there are ranks."""
 
     rules: LineRules = field(kw_only=True)
     blocks: int = 1
 
-    def initial(self) -> Numbers:
+    def initial(self) -> Shares:
         return (0,) * self.blocks
 
     def kind(self, call: Call) -> Call:
         epoch = call.epoch if self.rules.epoch is Epoch.HOST else None
-        ctas = 1 if self.rules.every_block_counts else call.ctas
+        ctas = 1 if self.rules.every_share_counts else call.ctas
         return Call(0, call.strategy, call.tokens, ctas=ctas, epoch=epoch, workspace=call.workspace)
 
-    def after(self, words: Numbers, call: Call) -> Numbers:
+    def after(self, words: Shares, call: Call) -> Shares:
         return tuple(
-            number + 1 if self.rules.every_block_counts or block < call.ctas else number
+            number + 1 if self.rules.every_share_counts or block < call.ctas else number
             for block, number in enumerate(words)
         )
 
-    def rebased(self, words: Numbers) -> tuple[Numbers, int]:
+    def rebased(self, words: Shares) -> tuple[Shares, int]:
         least = min(words)
         moved = least - _FIRST_NUMBER - least % _PERIOD
         return tuple(number - moved for number in words), moved
 
-    def ops(self, rank: int, words: Numbers, call: Call) -> tuple[Op, ...]:
+    def ops(self, rank: int, words: Shares, call: Call) -> tuple[Op, ...]:
         return tuple(_RingfenceRank(self, rank, words, call).ops(range(call.tokens)))
 
 
 class _RingfenceRank:
     """Writes the ops of one rank's call."""
 
-    def __init__(self, compiler: RingfenceCompiler, rank: int, words: Numbers, call: Call) -> None:
+    def __init__(self, compiler: RingfenceCompiler, rank: int, words: Shares, call: Call) -> None:
         self._rank, self._world, self._call, self._words = rank, range(compiler.world_size), call, words
         self._rules, self._memory = compiler.rules, compiler.memory
         self._peers = [peer for peer in self._world if peer != rank]
@@ -157,11 +157,10 @@ class _RingfenceRank:
         return ops
 
     def _number(self, token: int) -> int:
-        """Of this call, as the block knows it that has this token."""
+        """Of this call, as a block knows it from what it found counted."""
         if self._rules.epoch is Epoch.HOST and self._call.epoch is not None:
             return self._call.epoch + 1
-        block = 0 if self._rules.every_block_counts else token % self._call.ctas
-        return self._words[block] + 1
+        return sum(self._words) // len(self._words) + 1
 
     def _cells(self, rank: int, number: int, slots: Sequence[int]) -> tuple[int, ...]:
         name = f"workspace {self._call.workspace} " if self._call.workspace else ""
@@ -193,36 +192,44 @@ def _place(source: int, at: int) -> int:
 def _overlapped(compiler: RingfenceCompiler, rank: int, calls: Calls) -> Launch:
     """All calls of a rank in one launch, each behind a kernel that waits for nothing.
 
-    A block takes the word of its number and advances those that are its own to advance, waits for what the calls before
-    have to receive, carries its tokens, and counts what it has received, for as many words. Here these are flags of
-    their own, not one sum: a call counts no word before all calls before it have counted theirs.
+    A block looks at what is counted, counts its own shares, and waits for what all calls but the last have to receive.
+    Then dependents may begin. It waits for the last too, carries its tokens, and counts that it has received them. Here
+    shares are flags of their own, not one sum: a call counts no share before all calls before it have counted theirs.
     """
     begin, memory = compiler.rules.begin, compiler.memory
-    numbers = tuple(memory.cell(rank, f"the number of block {block}") for block in range(compiler.blocks))
-    received = tuple(memory.cell(rank, f"what block {block} received") for block in range(compiler.blocks))
+    begun = tuple(memory.cell(rank, f"share {share}, begun") for share in range(compiler.blocks))
+    received = tuple(memory.cell(rank, f"share {share}, received") for share in range(compiler.blocks))
     words, ops, before = compiler.initial(), list[Op](), 0
     for number, call in enumerate(calls):
-        begun, grid = 0, call.ctas
+        dependents, grid = 0, call.ctas
         for block in range(grid):
             told, own = f"call {call.id}, block {block}", slice(block, None, grid)
-            counts = own if compiler.rules.every_block_counts else slice(block, block + 1)
-            last, taken = words[block], 1 << len(ops)
-            ops.append(Op(OpKind.AWAIT_EQUAL, (numbers[block],), (flag(last),), before, 1, f"{told}: its number"))
-            ops.append(_raise(numbers[counts], last + 1, taken, f"{told}: the next number"))
-            begun |= taken << 1
+            counts = own if compiler.rules.every_share_counts else slice(block, block + 1)
+
+            def add(op: Op) -> int:
+                ops.append(op)
+                return 1 << len(ops) - 1
+
+            found = add(_count(begun, number, before, f"{told}: its number", looks=False))
+            ready = dependents_of = add(_raise(begun[counts], number + 1, found, f"{told}: counted"))
             if begin is Begin.RECEIVED:
-                due = (flag(number),) * len(received)
-                taken = 1 << len(ops)
-                ops.append(Op(OpKind.AWAIT_CHANGE, received, due, taken >> 2, detail=f"{told}: the calls before"))
-                begun |= taken
+                dependents_of = add(_count(received, number - 1, ready, f"{told}: the calls before the last"))
+                ready = add(_count(received, number, dependents_of, f"{told}: the calls before"))
+            dependents |= dependents_of
             start, waits = len(ops), 0
             for op in _RingfenceRank(compiler, rank, words, call).ops(range(block, call.tokens, grid)):
                 waits |= (1 << len(ops)) if op.kind.waits else 0
-                ops.append(replace(op, after=op.after << start | taken))
-            ops.append(_raise(received[own], number + 1, waits, f"{told}: received"))
+                ops.append(replace(op, after=op.after << start | ready))
+            add(_raise(received[own], number + 1, waits, f"{told}: received"))
         words = compiler.after(words, call)
-        before = 0 if begin is Begin.AT_ONCE else begun
+        before = 0 if begin is Begin.AT_ONCE else dependents
     return Launch(0, f"{len(calls)} calls", tuple(ops))
+
+
+def _count(cells: tuple[int, ...], number: int, after: int, detail: str, *, looks: bool = True) -> Op:
+    """Wait until each has been counted so often; or only rely on it."""
+    due = (flag(max(number, 0)),) * len(cells)
+    return Op(OpKind.AWAIT_COUNT, cells, due, after, 0 if looks else len(cells), detail)
 
 
 def _raise(cells: tuple[int, ...], number: int, after: int, detail: str) -> Op:

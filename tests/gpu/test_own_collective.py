@@ -67,7 +67,7 @@ def test_ten_thousand_mixed_calls_return_the_bits_of_the_first_time(
 ) -> None:
     found = outcome_of(outcomes, f"{how} {world_size}")
     assert found["wrong"] == [] and found["lost"] == [] and found["bad"] == 0
-    assert found["calls"] >= CALLS and found["numbers_alike"] and found["noticed"]
+    assert found["calls"] >= CALLS and found["counts_alike"] and found["noticed"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs two CUDA devices, {torch.cuda.device_count()} here")
@@ -76,7 +76,7 @@ def test_a_million_mixed_calls_over_a_link() -> None:
     for found in run_ranks(2, own_ranks.over_a_link, 1_000_000, 0.05, backend="nccl", timeout=150):
         print(found)
         assert found["wrong"] == [] and found["lost"] == [] and found["bad"] == 0
-        assert found["calls"] >= 1_000_000 and found["eager"] > 10_000 and found["numbers_alike"] and found["noticed"]
+        assert found["calls"] >= 1_000_000 and found["eager"] > 10_000 and found["counts_alike"] and found["noticed"]
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), [(2, "one-shot"), (4, "one-shot"), (4, "two-shot")])

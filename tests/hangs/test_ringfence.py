@@ -44,7 +44,7 @@ def test_no_order_of_equal_programs_fails(name: str) -> None:
     assert result.safe and result.states > 100
 
 
-#: Calls of another grid each: a block advances the numbers, and counts, for blocks that are not there.
+#: Calls of another grid each: a block counts for blocks that are not there.
 GRIDS = tuple(replace(call, ctas=min(call.tokens, 1 + call.id % 2)) for call in program([2, 2, 1]))
 OVERLAPPED = {
     "one-shot": (2, UP_AND_DOWN),
@@ -55,7 +55,7 @@ OVERLAPPED = {
 
 
 @pytest.mark.parametrize("name", OVERLAPPED)
-def test_a_call_may_begin_once_the_numbers_are_advanced(name: str) -> None:
+def test_a_call_may_begin_once_the_one_before_has_counted(name: str) -> None:
     """Programmatic dependent launch behind a kernel that waits for nothing: the calls before must have received all."""
     world_size, calls = OVERLAPPED[name]
     result = explore(ringfence([calls] * world_size, replace(RULES, begin=Begin.RECEIVED)))
@@ -96,23 +96,23 @@ def test_without_the_wait_for_the_calls_before_a_line_is_written_over() -> None:
     assert result.failure is ModelFailure.DEADLOCK
 
 
-def test_a_number_that_is_read_before_it_was_advanced_is_an_old_one() -> None:
+def test_a_count_that_is_read_before_the_call_before_has_counted_is_an_old_one() -> None:
     result = explore(ringfence([UP_AND_DOWN] * 2, replace(RULES, begin=Begin.AT_ONCE)))
     assert result.failure is ModelFailure.STALE_READ and "its number" in result.trace[-1].detail
 
 
 @pytest.mark.parametrize(
     ("calls", "wrong"),
-    [(program([1] * 3), {"buffers": 1}), (GRIDS, {"every_block_counts": False})],
-    ids=["one buffer", "numbers of its own grid"],
+    [(program([1] * 3), {"buffers": 1}), (GRIDS, {"every_share_counts": False})],
+    ids=["one buffer", "shares of its own grid"],
 )
 def test_what_is_wrong_is_found_among_calls_that_overlap_too(calls: Calls, wrong: dict[str, Any]) -> None:
     assert not explore(ringfence([calls] * 2, replace(RULES, begin=Begin.RECEIVED, **wrong))).safe
 
 
-def test_numbers_of_the_blocks_that_took_part_depend_on_the_grid() -> None:
+def test_to_count_the_blocks_that_took_part_depends_on_the_grid() -> None:
     calls = (Call(0, tokens=2, ctas=2), Call(1, tokens=2, ctas=1), Call(2, tokens=2, ctas=2))
-    rules = replace(RULES, every_block_counts=False)
+    rules = replace(RULES, every_share_counts=False)
     assert explore(ringfence([calls] * 2, rules)).failure is ModelFailure.STALE_READ
     assert explore(ringfence([calls] * 2)).safe
 

@@ -29,7 +29,6 @@ NORM = Epilogue(norm=RmsNorm(EPS))
 FUSED = Epilogue(True, RmsNorm(EPS))
 GEMMA = Epilogue(True, RmsNorm(EPS, 1.0))
 BARE = Epilogue(True, RmsNorm(EPS, has_weight=False))
-NUMBERS = 64
 
 
 def missing() -> str | None:
@@ -96,7 +95,7 @@ class Outcome:
     turns: int
     lost: list[Lost | None]
     outputs: list[list[tuple[Tensor, Tensor]]]
-    numbers: list[list[int]]
+    counts: list[tuple[int, int]]
 
 
 @dataclass
@@ -115,7 +114,7 @@ class Ranks:
         self.library = library(self.forms, self.folder, self.change)
         self.size = max(buffer_bytes(self.world_size, s.tokens, s.hidden * s.dtype.itemsize) for s in self.steps)
         self.inboxes = [self._memory(2 * self.size) for _ in range(self.world_size)]
-        self.numbers = [torch.zeros(NUMBERS, dtype=torch.int64) for _ in range(self.world_size)]
+        self.begun = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         self.received = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         self.broken = [torch.zeros(1, dtype=torch.int32) for _ in range(self.world_size)]
         self.bounds = [torch.full((1,), self.bound, dtype=torch.int64) for _ in range(self.world_size)]
@@ -149,10 +148,10 @@ class Ranks:
                 call.input, call.residual, call.weight = (t.data_ptr() for t in (inputs[rank], residual, weight))
                 call.norm, call.out, call.inbox = norm.data_ptr(), out.data_ptr(), self.inboxes[rank]
                 call.peers[: self.world_size - 1] = [a for r, a in enumerate(self.inboxes) if r != rank]
-                call.numbers, call.received = self.numbers[rank].data_ptr(), self.received[rank].data_ptr()
+                call.begun, call.received = self.begun[rank].data_ptr(), self.received[rank].data_ptr()
                 call.broken = self.broken[rank].data_ptr()
                 call.bound, call.report = self.bounds[rank].data_ptr(), self.reports[rank].data_ptr()
-                call.buffer_bytes, call.number_count, call.tokens, call.rank = self.size, NUMBERS, step.tokens, rank
+                call.buffer_bytes, call.tokens, call.rank = self.size, step.tokens, rank
                 after = step.epilogue.norm
                 call.eps, call.weight_bias = EPS, after.weight_bias if after else 0.0
                 here = step.present is None or rank in step.present
@@ -164,9 +163,10 @@ class Ranks:
             ctypes.c_ulonglong(most), ctypes.byref(turns), ctypes.byref(fault),
         )  # fmt: skip
         said = {0: None, 1: f"not done within {most} turns", 2: (fault.value or b"").decode()}[code]
+        counts = [(int(b), int(r)) for b, r in zip(self.begun, self.received, strict=True)]
         reports = [[w & 0xFFFFFFFF for w in report.tolist()] for report in self.reports]
         lost = [Lost.read(report) if report[0] else None for report in reports]
-        return Outcome(said, turns.value, lost, outputs, [n.tolist() for n in self.numbers])
+        return Outcome(said, turns.value, lost, outputs, counts)
 
     def wrong(self, outcome: Outcome, *steps: int) -> str | None:
         """The first output, of ``steps`` or of all, that is not what plain torch makes of the inputs."""

@@ -357,12 +357,16 @@ static inline u32 two_f16(float, float) { abort(); }
 static inline void from_two_f16(u32, float &, float &) { abort(); }
 static inline void arrive_in_cluster() { cpu::arrive(*cpu::me->owner->cluster); }
 static inline void wait_in_cluster() { cpu::wait(*cpu::me->owner->cluster); }
-static inline void store_in_block(void *to, int block, u32 value) {
+static inline u64 load_shared(const u64 *at) {
+    cpu::yield();
+    return *at;
+}
+static inline void store_in_block(u64 *to, int block, u64 value) {
     auto *owner = cpu::me->owner, *mate = owner->mates[block];
     if (mate->warps.empty()) cpu::fault = "a word is written into a block that has not begun";
     if (mate->done()) cpu::fault = "a word is written into a block that has ended";
     auto aligned = [](char *at) { return at + (64 - (uintptr_t)at % 64) % 64; };
-    memcpy(aligned(mate->shared.data()) + ((char *)to - aligned(owner->shared.data())), &value, 4);
+    memcpy(aligned(mate->shared.data()) + ((char *)to - aligned(owner->shared.data())), &value, 8);
 }
 
 // -- what NVRTC knows by itself --------------------------------------------------------

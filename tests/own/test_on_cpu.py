@@ -13,6 +13,8 @@ import pytest
 import torch
 from own.cpu import BARE, FUSED, GEMMA, NORM, ONE, SUM, TWO, Ranks, Step, missing
 
+from ringfence.runtime.collectives.ringfence import MOST_BLOCKS
+
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 H = 728  # four granules of bfloat16, the last one in part
@@ -30,6 +32,8 @@ MIXED = [
 ]
 #: Sizes that grow and shrink, with other grids on each rank.
 PLAIN = [Step(n, grid=(8, 1, 2)) for n in (1, 3, 1, 2, 3, 3, 1, 1)]
+#: Blocks that share several tokens, one after the other.
+SHARED = [Step(4, strategy, H, blocks=blocks, grid=(1, 2)) for strategy in (ONE, TWO) for blocks in (2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +44,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_mixed_calls_are_right_in_every_order(world_size: int, folder: Path) -> None:
     """waits=False: a kernel begins as soon as the one before it lets it, as behind a kernel that waits for nothing."""
-    ranks = Ranks(world_size, MIXED, folder)
+    ranks, due = Ranks(world_size, MIXED, folder), 0
     for seed in range(2):
         for how in ({}, {"waits": False}, {"slots": 2}, {"waits": False, "slots": 2}):
             outcome = ranks.run(seed, **how)
             assert outcome.fault is None and outcome.lost == [None] * world_size, (seed, how)
             assert ranks.wrong(outcome) is None, (seed, how)
-            assert {len(set(numbers)) for numbers in outcome.numbers} == {1}, "a call counts for every block"
+            due += len(MIXED) * MOST_BLOCKS
+            assert outcome.counts == [(due, due)] * world_size, "each call counts all of its shares"
+
+
+def test_blocks_that_share_tokens_are_right_in_every_order(folder: Path) -> None:
+    ranks = Ranks(3, SHARED, folder)
+    for seed in range(3):
+        outcome = ranks.run(seed, waits=seed % 2 == 0)
+        assert outcome.fault is None and outcome.lost == [None] * 3 and ranks.wrong(outcome) is None, seed
 
 
 def test_eight_ranks_and_rows_of_several_rounds(folder: Path) -> None:
@@ -129,25 +141,22 @@ def test_a_bound_that_is_not_reached_changes_nothing(folder: Path) -> None:
 # -- changed kernels are found out
 
 
-TRIGGER = "            if (lane == 0) let_dependents_begin();\n"
 MUTANTS = {
     "one buffer": ("(number & 1) * call.buffer_bytes", "0", {"waits": False}),
-    "numbers of this grid alone": (
-        "i < call.number_count; i += 32 * gridDim.x",
-        "i < gridDim.x; i += 32 * gridDim.x",
-        {},
-    ),
-    "dependents that begin before the numbers are advanced": (
-        "        wait_for_kernel_before();\n        if (warp",
-        "        wait_for_kernel_before();\n        let_dependents_begin();\n        if (warp",
+    "shares of this grid alone": ("return (SHARES - blockIdx.x + gridDim.x - 1) / gridDim.x;", "return 1;", {}),
+    "dependents that begin before a block has counted": (
+        "        u64 received = 0, due = 0;",
+        "        let_dependents_begin();\n        u64 received = 0, due = 0;",
         {"waits": False},
     ),
     "no wait for the blocks of the calls before": (
-        "while (*(const volatile u64 *)call.received < before * call.number_count) pause();",
-        "",
+        "for (bool again = false; received < due; again = true) {",
+        "while (false) { bool again = false;",
         {"waits": False},
     ),
     "a flag that any call raises": ("got[s].z == low && got[s].w == high", "got[s].z != 0", {}),
+    "squares of an earlier token": ("while ((u32)(word >> 32) != (u32)turn + 1)", "while (word >> 32 == 0)", SHARED),
+    "squares that nobody waits for": ("while ((u32)(word >> 32) != (u32)turn + 1)", "while (false)", SHARED),
     "a sum in the order of arrival": ("r == rank ? own : r < rank", "r == 1 ? own : r < 1", {}),
     "lines that arrive in parts": ("constexpr u32 ALL", "constexpr u32 ALL", {"torn": True}),
 }
@@ -156,9 +165,10 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_changed_kernel_is_found_out(name: str, folder: Path) -> None:
     before, after, how = MUTANTS[name]
+    steps, how = (PLAIN, how) if isinstance(how, dict) else (how, {})
     found = None
     for seed in range(40):
-        ranks = Ranks(3, PLAIN, folder, change=(before, after), bound=60_000)
+        ranks = Ranks(3, steps, folder, change=(before, after), bound=60_000)
         outcome = ranks.run(seed, **how)
         found = outcome.fault or ranks.wrong(outcome) or next((str(lost) for lost in outcome.lost if lost), None)
         if found:

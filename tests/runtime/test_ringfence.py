@@ -103,10 +103,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RingfenceKernels
     monkeypatch.setattr(nvrtc, "cubin", lambda source, capability, folder: source.encode())
     monkeypatch.setattr("ringfence.runtime.collectives.ringfence.current_stream", lambda device: 77)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    numbers, received = torch.zeros(MOST_BLOCKS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    begun, received = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
     broken = torch.zeros(1, dtype=torch.int32)
     host = torch.zeros(16, dtype=torch.int64)
-    memory = RankMemory(0, 1, 4096, (8192, 12288), 1 << 20, numbers, received, broken, host)
+    memory = RankMemory(0, 1, 4096, (8192, 12288), 1 << 20, begun, received, broken, host)
     return RingfenceKernels(Functions(FakeDriver(), (9, 0)), memory)  # type: ignore[arg-type]
 
 
@@ -124,7 +124,10 @@ def test_a_call_is_launched_with_everything_that_the_kernel_reads(kernels: Ringf
     given = [call.input, call.residual, call.weight, call.norm, call.out]
     assert given == [t.data_ptr() for t in (x, residual, weight, norm, out)]
     assert (call.inbox, call.peers[0], call.peers[1], call.peers[2]) == (4096, 8192, 12288, 0)
-    assert (call.tokens, call.rank, call.number_count, call.buffer_bytes) == (80, 1, MOST_BLOCKS, 1 << 20)
+    assert (call.tokens, call.rank, call.buffer_bytes) == (80, 1, 1 << 20)
+    assert (call.begun, call.received) == tuple(
+        t.data_ptr() for t in (kernels.rank_memory.begun, kernels.rank_memory.received)
+    )
     assert (round(call.eps, 7), call.weight_bias) == (1e-5, 1.0)
     assert call.report - call.bound == 64
     kernels.run(x[:2], Epilogue(), TWO, None, None, out[:2])
@@ -132,8 +135,9 @@ def test_a_call_is_launched_with_everything_that_the_kernel_reads(kernels: Ringf
     assert (blocks, call.tokens, call.residual, call.weight, call.norm) == (8, 2, 0, 0, 0)
 
 
-def test_a_grid_never_has_more_blocks_than_there_are_numbers(kernels: RingfenceKernels) -> None:
+def test_a_grid_never_has_more_blocks_than_a_call_has_shares(kernels: RingfenceKernels) -> None:
     x = torch.zeros(1020, 64, dtype=torch.float32)
+    assert f"constexpr u32 SHARES = {MOST_BLOCKS};" in kernels.form(x, Epilogue(), ONE).source
     kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x))
     assert launched(kernels)[0][0] == 1020 <= MOST_BLOCKS
     kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x), most_blocks=9, blocks=2)

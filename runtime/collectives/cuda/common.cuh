@@ -5,15 +5,15 @@
 // store arrives whole, over NVLink and within a GPU. So a line says by itself that it is there: no payload can imitate
 // the number of a call, which never comes again, and nothing is ever cleared.
 //
-// The number of the call is kept on the device, in a word for each block that a grid may have. A block takes its own, and
-// advances those of blocks that this grid does not have too. So all words are alike between two calls, whatever their
-// grids, and nothing of the protocol is in a captured graph.
+// The number of the call is kept on the device. A call has SHARES shares, and each block counts those that are its own
+// when it begins: what it found says how many calls began before this one, whatever their grids. So nothing of the
+// protocol is in a captured graph.
 //
 // Calls take turns with two buffers. A rank that writes call n + 2 has received from every peer in call n + 1, so each
 // peer had begun it, and had received all of call n, whose buffer is written now. A kernel lets its dependents begin
-// (programmatic dependent launch) as soon as it has advanced the numbers. They wait for its end. Where they cannot,
-// because a kernel in between waits for nothing, a call still does not begin before the blocks of all calls before it have
-// received everything, which each counts for all the words that it has advanced.
+// (programmatic dependent launch) as soon as its blocks have counted and the kernel before has ended. They count too, and
+// wait for its end. Where they cannot, because a kernel in between waits for nothing, a call still does not send before
+// the blocks of all calls before it have received everything, which each counts for its shares.
 //
 // No wait is without an end: what does not come within the bound is reported to the host, and the outputs are NaN.
 //
@@ -25,13 +25,13 @@ struct Call {
     char *norm, *out;                       // both [tokens, hidden]
     char *inbox;                            // two buffers of this rank
     char *peers[7];                         // the inboxes of the others, by rank
-    u64 *numbers;                           // of the last call, for each block
-    u64 *received;                          // of how many words the blocks have received everything
+    u64 *begun;                             // how many shares of calls have begun
+    u64 *received;                          // of how many the blocks have received everything
     u32 *broken;                            // not 0: a wait has ended without success, for the ranks of these bits
     const u64 *bound;                       // nanoseconds of a wait, in the host's memory
     u32 *report;                            // in the host's memory: what report() writes
     u64 buffer_bytes;
-    u32 number_count, tokens, rank;
+    u32 tokens, rank;
     float eps, weight_bias;
 };
 
@@ -41,6 +41,8 @@ constexpr int HALVES_OF_A_LINE = 15;
 constexpr int LINE_BYTES = 128;
 constexpr int LINES_OF_A_WARP = 4;
 constexpr u32 ALL = 0xffffffffu;
+// Of a call: as many as a grid may have blocks.
+constexpr u32 SHARES = 1024;
 // How often a wait looks in vain before it looks at the time.
 constexpr int LOOKS = 64;
 
@@ -70,7 +72,7 @@ __device__ __noinline__ u32 report(const Call &call, u64 number, u32 token, u32 
 }
 
 // How a row is spread: over BLOCKS blocks of WARPS warps, each of which carries a granule of four lines in each of
-// ROUNDS rounds. One warp more, the last of a block, carries none: it advances the numbers while the others go on.
+// ROUNDS rounds. One warp more, the last of a block, carries none: it counts, and looks at what the device keeps.
 template <class T_, int RANKS_, int HALVES_, bool RESIDUAL_, bool NORM_, bool WEIGHT_, int BLOCKS_, int WARPS_,
           int ROUNDS_>
 struct Form {
@@ -100,11 +102,14 @@ struct Place {
 
 template <class F>
 struct Shared {
-    float squares[2][F::LINES];  // of each line; tokens take turns
-    u64 number;                  // of this call
-    u32 broken;                  // as it was found
-    int lost;                    // some wait of this block's, or of the cluster's, has ended without success
+    u64 squares[2][F::LINES];  // of each line, and above them whose turn it is; tokens take turns
+    u64 number;                // of this call
+    u32 broken;                // as it was found
+    u32 lost;                  // where there is no norm: ranks that some warp of this block has waited for in vain
 };
+
+// In place of a square: what was lost. No square is a NaN with a sign.
+constexpr u32 LOST = 0xffffff00u;
 
 template <class F>
 struct Block {
@@ -119,15 +124,34 @@ struct Block {
         : call(c), shared(s), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), part(blockIdx.x % F::BLOCKS),
           first(blockIdx.x / F::BLOCKS), step(gridDim.x / F::BLOCKS), number(0), lost(0) {}
 
-    // The last warp takes what the device keeps, and the others may meanwhile ask for the first rows.
+    // The last warp takes what the device keeps, before the kernel before has ended; the others may then ask for the first
+    // rows. One call may begin while two before it still receive, and no more: they would fill the device and wait.
     __device__ void begin() {
+        const bool one = warp == F::WARPS && lane == 0;
+        u64 received = 0, due = 0;  // shares of the calls before
+        u32 broken = 0;
+        if (one) shared.lost = 0;
+        for (int i = threadIdx.x; i < 2 * F::LINES; i += 32 * (F::WARPS + 1)) shared.squares[i & 1][i >> 1] = 0;
+        if (F::CLUSTER) arrive_in_cluster();  // while nothing is on its way, for it waits until what is has arrived
+        if (one) {
+            look(received, broken);
+            due = atomicAdd(call.begun, shares()) / SHARES * SHARES;
+            shared.number = due / SHARES + 1;
+            while (received + SHARES < due) pause(), look(received, broken);
+        }
         wait_for_kernel_before();
-        if (warp != F::WARPS || lane != 0) return;
-        const u64 before = *(const volatile u64 *)(call.numbers + blockIdx.x);
-        shared.number = before + 1;
-        shared.broken = *(const volatile u32 *)call.broken;
-        shared.lost = 0;
-        while (*(const volatile u64 *)call.received < before * call.number_count) pause();
+        if (!one) return;
+        let_dependents_begin();
+        for (bool again = false; received < due; again = true) {
+            if (again) pause();
+            look(received, broken);
+        }
+        shared.broken = broken;
+    }
+
+    __device__ void look(u64 &received, u32 &broken) const {
+        received = *(const volatile u64 *)call.received;
+        broken = *(const volatile u32 *)call.broken;
     }
 
     // Where no call works any more, this one sends, and receives nothing.
@@ -135,14 +159,10 @@ struct Block {
         __syncthreads();
         number = shared.number;
         lost = shared.broken;
-        if (F::CLUSTER) arrive_in_cluster();
-        if (warp != F::WARPS) return;
-        for (u32 i = blockIdx.x + lane * gridDim.x; i < call.number_count; i += 32 * gridDim.x)
-            *(volatile u64 *)(call.numbers + i) = number;
-        __threadfence();
-        __syncwarp();
-        if (lane == 0) let_dependents_begin();
     }
+
+    // Of this block.
+    __device__ u64 shares() const { return (SHARES - blockIdx.x + gridDim.x - 1) / gridDim.x; }
 
     __device__ Place place(int round) const {
         Place p;
@@ -269,19 +289,31 @@ struct Block {
         lost = __shfl_sync(ALL, found, 0);
     }
 
-    // All threads of the block, or of the cluster that shares the norm, and what they wrote into shared memory.
-    __device__ void meet() const {
-        if (F::CLUSTER)
-            arrive_in_cluster(), wait_in_cluster();
-        else
-            __syncthreads();
+    // What all threads that share the norm of a token get to know of a line, in each block of the cluster.
+    __device__ void tell(int line, int turn, u32 square) const {
+        const u64 word = (u64)(turn + 1) << 32 | square;
+        u64 *to = &shared.squares[turn & 1][line];
+        if (!F::CLUSTER) *(volatile u64 *)to = word;
+#pragma unroll
+        for (int block = 0; F::CLUSTER && block < F::BLOCKS; block++) store_in_block(to, block, word);
     }
 
-    // A word of shared memory, of each block of the cluster.
-    __device__ void tell(void *to, u32 value) const {
-        if (!F::CLUSTER) *(volatile u32 *)to = value;
+    // The sum of the squares of a row. It arrives line by line, as the row does, so nobody meets anybody. A warp that
+    // carries something is at most a turn ahead of any other, and one that carries nothing asks in the last turn only.
+    __device__ float told(int turn) {
+        float total = 0.f;
+        u32 absent = 0;
+        for (int line = lane; line < F::LINES; line += 32) {
+            u64 word = load_shared(&shared.squares[turn & 1][line]);
+            while ((u32)(word >> 32) != (u32)turn + 1) word = load_shared(&shared.squares[turn & 1][line]);
+            if ((u32)word >= LOST) absent = (u32)word & ~LOST;
+            total += __uint_as_float((u32)word);
+        }
+        const u32 lanes = __ballot_sync(ALL, absent != 0);
+        if (lanes != 0) lost = __shfl_sync(ALL, absent, __ffs((int)lanes) - 1);
 #pragma unroll
-        for (int block = 0; F::CLUSTER && block < F::BLOCKS; block++) store_in_block(to, block, value);
+        for (int half = 1; half < 32; half *= 2) total += __shfl_xor_sync(ALL, total, half);
+        return total;
     }
 
     // What a token needs beside its sum.
@@ -300,7 +332,6 @@ struct Block {
         for (int i = 0; i < F::ROUNDS; i++) {
             const Place p = place(i);
             rounded[i] = F::RESIDUAL ? added<T>(sums[i], residual[i]) : sums[i];
-            write(call.out, token, p, rounded[i]);
             if (F::NORM && p.granule >= 0) {
                 float x[T::COUNT], square = 0.f;
                 T::unpack(rounded[i], x);
@@ -308,18 +339,17 @@ struct Block {
                 for (int k = 0; k < T::COUNT; k++) square = fmaf(x[k], x[k], square);
 #pragma unroll
                 for (int half = 1; half < 8; half *= 2) square += __shfl_xor_sync(ALL, square, half);
-                if (p.flag) tell(&shared.squares[turn & 1][p.line], __float_as_uint(square));
+                if (p.flag) tell(p.line, turn, lost ? LOST | lost : __float_as_uint(square));
             }
+            write(call.out, token, p, rounded[i]);
         }
-        if (!F::NORM && !last) return;
-        if (lost && lane == 0) tell(&shared.lost, 1);
-        meet();
-        if (last) received();
+        if (!F::NORM && last && lost && lane == 0) shared.lost = lost;
+        if (F::NORM ? !F::CLUSTER : last) __syncthreads();
+        if (!last && (!F::NORM || place(0).granule < 0)) return;
+        const float total = F::NORM ? told(turn) : 0.f;
+        if (!F::NORM) lost |= shared.lost;
+        if (last && warp == F::WARPS && lane == 0) atomicAdd(call.received, shares());  // all have received everything
         if (!F::NORM) return;
-        float total = 0.f;
-        for (int line = lane; line < F::LINES; line += 32) total += shared.squares[turn & 1][line];
-#pragma unroll
-        for (int half = 1; half < 32; half *= 2) total += __shfl_xor_sync(ALL, total, half);
         const float scale = rsqrtf(total / (float)(F::HALVES * T::COUNT / 2) + call.eps);
 #pragma unroll
         for (int i = 0; i < F::ROUNDS; i++) {
@@ -333,20 +363,9 @@ struct Block {
         }
     }
 
-    // All threads have received everything.
-    __device__ void received() const {
-        if (warp != F::WARPS || lane != 0) return;
-        const u32 words = (call.number_count - blockIdx.x + gridDim.x - 1) / gridDim.x;
-        atomicAdd(call.received, (u64)words);
-    }
-
-    // A call that has lost something returns nothing but NaN.
-    __device__ void end() {
-        if (*(volatile int *)&shared.lost) fill();
-    }
-
-    // The outputs of this block's tokens are NaN, in every dtype.
-    __device__ void fill() const {
+    // A call that has lost something returns nothing but NaN: of this block's tokens, in every dtype.
+    __device__ void end() const {
+        if (!lost) return;
         const uint4 nan = make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu);
         for (u32 token = first; token < call.tokens; token += step)
 #pragma unroll

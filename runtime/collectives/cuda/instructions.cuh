@@ -74,12 +74,15 @@ __device__ __forceinline__ void wait_in_cluster() {
 #endif
 }
 
-// Into the shared memory of a block of the cluster, where this block has `to`.
-__device__ __forceinline__ void store_in_block(void *to, int block, u32 value) {
+// Into the shared memory of a block of the cluster, where this block has `to`. A word arrives whole.
+__device__ __forceinline__ void store_in_block(u64 *to, int block, u64 value) {
 #if __CUDA_ARCH__ >= 900
     u32 mine, theirs;
     asm volatile("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(mine) : "l"(to));
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(block));
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(theirs), "r"(value) : "memory");
+    asm volatile("st.relaxed.cluster.shared::cluster.u64 [%0], %1;" ::"r"(theirs), "l"(value) : "memory");
 #endif
 }
+
+// What a thread of the block, or of the cluster, has put there.
+__device__ __forceinline__ u64 load_shared(const u64 *at) { return *(const volatile u64 *)at; }
