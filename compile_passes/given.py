@@ -61,17 +61,21 @@ def named_ops(
     all_reduce_ops: Collection[str] | Mapping[str, GroupOf] | None,
     norm_ops: Collection[str] | Mapping[str, NormOp | float | str] | None,
 ) -> tuple[dict[str, GroupOf], dict[str, NormOp | str] | None]:
-    """Engines' ops by name, each of which torch knows."""
+    """Engines' ops by name, each of which torch knows and whose roles fit its schema. Raises :class:`OptionsError`."""
     all_reduces = op_options.all_reduce_ops(all_reduce_ops or {})
-    rows: dict[str, NormOp | str] | None = None
-    if isinstance(norm_ops, Mapping) and all(isinstance(said, NormOp | str) for said in norm_ops.values()):
-        rows = {name: said for name, said in norm_ops.items() if isinstance(said, NormOp | str)}
-    elif norm_ops is not None:
-        rows = norm_ops_of(gm, op_options.norm_ops(norm_ops))
-    for option, names in (("all_reduce_ops", all_reduces), ("norm_ops", norm_ops or ())):
-        for name in names:
-            op_options.registered(option, name)
-    return all_reduces, rows
+    reasons: dict[str, str] = {}
+    if isinstance(norm_ops, Mapping):
+        reasons = {name: said for name, said in norm_ops.items() if isinstance(said, str)}
+        norm_ops = {name: said for name, said in norm_ops.items() if not isinstance(said, str)}
+    norms = op_options.norm_ops(norm_ops if norm_ops is not None else ())
+    for option, said in (("all_reduce_ops", all_reduces), ("norm_ops", {**norms, **reasons})):
+        for name in said:
+            op_options.check_roles(option, name, said, op_options.registered(option, name))
+    if norm_ops is None:
+        return all_reduces, None
+    rows = norm_ops_of(gm, norms)
+    of_all = {full: reasons[bare] for full in rows if (bare := full.rpartition(".")[0]) in reasons}
+    return all_reduces, {**rows, **reasons, **of_all}
 
 
 def with_what_writes(gm: GraphModule, candidates: list[Candidate]) -> list[Candidate]:

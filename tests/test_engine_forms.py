@@ -20,7 +20,7 @@ from ringfence.compile_passes.norm_ops import KNOWN, NormOp, check_row, installe
 from ringfence.compile_passes.report import CompileReport
 from ringfence.runtime.errors import GroupError, NotSavableError, OptionsError
 from ringfence.runtime.groups import group_exists, register_group, resolve_group
-from support import TOLERANCE, relative_error, start_fake_group
+from support import TOLERANCE, aot_graph, relative_error, start_fake_group
 
 H = 16
 Sum = Callable[[Tensor], Tensor]
@@ -375,6 +375,28 @@ def test_a_users_norm_is_data(tp: dist.ProcessGroup) -> None:
     ):
         with pytest.raises((BackendCompilerFailed, OptionsError), match=message):
             run(model, norm_ops={name: wrong}, **options)
+
+
+def test_rows_that_find_is_given_are_checked_and_hide_no_other(tp: dist.ProcessGroup) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        r, x = torch.ops.forms_test.sum_and_norm(1e-5, w, r, vllm(x))
+        return engine_ops.op("vllm_ir::fused_add_rms_norm")(vllm(x), r, w, 1e-5)  # type: ignore[no-any-return]
+
+    register_group("tp:0", tp)
+    gm = aot_graph(model, *(torch.randn(s) for s in ((4, H), (4, H), (H,))))
+    name = "forms_test::sum_and_norm"
+    row = ringfence.NormOp("hidden", "gain", "eps", residual="skip", sum_first=True)
+    for given, fused in (({name: row}, [True, True]), ({name: "not this one"}, [False, True])):
+        found = ringfence.find(gm, all_reduce_ops=["vllm::all_reduce"], norm_ops=given)
+        assert [c.site.fused for c in found] == fused, [c.site.message for c in found]
+    assert "not this one" in found[0].site.message
+    wrong = ringfence.AllReduceOp("payload")
+    for options, message in (
+        ({"norm_ops": {name: ringfence.NormOp("input", "gain", "eps")}}, "x='input' is no argument"),
+        ({"all_reduce_ops": {"vllm::all_reduce": wrong}}, "input names 'payload', which is no argument"),
+    ):
+        with pytest.raises(OptionsError, match=message):
+            ringfence.find(gm, **options)
 
 
 @torch.library.custom_op("forms_test::weightless", mutates_args=())
