@@ -197,6 +197,7 @@ class InPlaceNumbers(_Numbers):
     def __init__(self, gm: GraphModule, nodes: Iterable[Node], before: FunctionalNumbers) -> None:
         super().__init__(before._table)
         self._reshaped, self._made_as, self._turned = before._reshaped, before._made_as, before._turned
+        self._several: dict[Node, int] = {}  # calls that return several values
         placeholders = gm.graph.find_nodes(op="placeholder")
         for node in (*placeholders, *gm.graph.find_nodes(op="get_attr")):
             self.define(node, before.of[node])
@@ -213,7 +214,9 @@ class InPlaceNumbers(_Numbers):
 
     def _run(self, node: Node) -> None:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        if calls(node, operator.getitem) and node.args[0] in self._several:
+            self.define(node, self.number("item", self._several[arguments(node)[0]], arguments(node)[1]))
+        elif not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
             self.define(node, self.functional(node))
         elif target.namespace == "aten":
             memory = arguments(node)[0]
@@ -234,6 +237,8 @@ class InPlaceNumbers(_Numbers):
             if memory not in seen:
                 self._write(memory, self.after(call, name, place))
             seen.add(memory)
+        if len(op._schema.returns) > 1:
+            self._several[node] = call
         self.define(node, self.number("item", call, 0) if len(op._schema.returns) == 1 else call)
         if len(op._schema.returns) > 1:
             self._in_place[node] = op, call

@@ -20,6 +20,19 @@ class Regression:
 
 
 REGRESSIONS = {
+    "an op that writes and returns two values": Regression(
+        parse(
+            {"x": "float32[n,16]", "c0": "keep float32[8,16]"},
+            """
+v1 = c0.sum(0)
+v2, v3 = torch.ops.fz.tally_unsafe(x, c0)
+v4, v5 = torch.ops.fz.tally(v2, c0[:4])
+v6 = v4 * v3 + v1 + c0.sum(0) * v5
+""",
+            "v6, v3",
+        ),
+        Setting(Plan(_STEPS), dynamic=True, group=None, options=_EAGER),
+    ),
     "view of an input is an output": Regression(
         parse(
             {"pos": "positions[n]", "caches": "keep list float32[8,16]"},

@@ -126,7 +126,7 @@ def engine_op(d: Draft) -> bool:
     if d.chance(0.25):
         target = d.one("kv[0]", "kv[1]", "self.stack[1]", "self.stack.select(0, 0)", "caches[1]")
     unsafe = d.one("", "", "_unsafe")
-    kind = d.draw.randrange(11)
+    kind = d.draw.randrange(12)
     if kind < 3:
         o = d.one(
             "torch.empty_like({})",
@@ -172,6 +172,9 @@ def engine_op(d: Draft) -> bool:
         return d.add(
             f"torch.ops.fz.scale_({d.one(target, c.name + '[:4]', c.name + '[:, :8]', c.name + '.t()', 'state')}, 0.5)"
         )
+    if kind == 10:
+        total = d.new(())
+        return d.add(f"{made.name}, {total.name} = torch.ops.fz.tally{unsafe}({v.name}, {target})", made, total)
     if two.name == c.name:
         return False
     return d.add(f"{made.name} = torch.ops.fz.two({v.name}, {c.name}, {two.name})", made)
