@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from .aliases import ancestors, readers, root, viewed
+from .aliases import RESHAPES, ancestors, readers, root, viewed
 from .elided import may_be_read_late
 from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
 from .part_editor import PartEditor
@@ -270,10 +270,17 @@ class _InPlace(PartEditor):
 
     def _write(self, memory: Node, value: Node, is_old: Callable[[Node], bool], anchor: Node, p: int) -> None:
         """Put ``value`` into memory that holds what ``is_old`` says that a node is."""
-        form = in_place_form(value)
+        form, made_of = in_place_form(value), self._reshape_of(value, is_old, p)
+        if made_of is not None:
+            self.replaced[value] = None
+            changed, look = made_of
+            seen = self._local_at_memory(look, memory, anchor, p)
+            self._write(seen, changed, lambda n: _reshapes(n, look) and is_old(arguments(n)[0]), anchor, p)
+            return
         base = arguments(value)[0] if value.args else None
         if value.target in SCATTERS and isinstance(base, Node) and is_old(base):
             look = SCATTERS[value.target]
+            self.replaced[value] = None
             rest = map_arg(arguments(value)[2:], lambda n: self.local(n, anchor, p))
             named = {k: map_arg(v, lambda n: self.local(n, anchor, p)) for k, v in value.kwargs.items()}
             seen = self.new(anchor, p, look, (memory, *rest), named)
@@ -291,10 +298,19 @@ class _InPlace(PartEditor):
             else:
                 self.new(anchor, p, aten.copy_.default, (seen, self.local(source, value, p)))
         elif form is not None and isinstance(base, Node) and is_old(base):
+            self.replaced[value] = None
             rest, named = map_arg((arguments(value)[1:], dict(value.kwargs)), lambda n: self.local(n, value, p))
             self.new(anchor, p, form, (memory, *rest), named, like=value)
         else:
             self.new(anchor, p, aten.copy_.default, (memory, self.local(value, anchor, p)))
+
+    def _reshape_of(self, value: Node, is_old: Callable[[Node], bool], p: int) -> tuple[Node, Node] | None:
+        """Where a value is what was made of a reshape of old memory, shaped back: what was made, and that reshape."""
+        changed = viewed(value) if value.target in RESHAPES else None
+        look = arguments(changed)[0] if changed is not None and updated(changed) is not None else None
+        if changed is None or not isinstance(look, Node) or look.target not in RESHAPES:
+            return None
+        return (changed, look) if is_old(arguments(look)[0]) and self._can_move(changed, value, p) else None
 
     def _can_move(self, source: Any, user: Node, p: int) -> bool:
         """Whether an op may run where its only reader stands: nothing that it reads is written in between."""
@@ -368,6 +384,10 @@ class _InPlace(PartEditor):
         numbers = [self.place.get(n, -1) for n in ancestors(value) if viewed(n) is None and n is not owner]
         known = p is not None and p != behind and max(numbers, default=-1) < p
         return self.local(value, None, p) if known and p is not None else value
+
+
+def _reshapes(node: Node, look: Node) -> bool:
+    return node.target is look.target and arguments(node)[1:] == arguments(look)[1:]
 
 
 def _equal(a: Any, b: Any) -> bool:

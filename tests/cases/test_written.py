@@ -320,7 +320,20 @@ class Lists(Attends):
         return self.layer(1, torch.ops.case.maybe(x, None), r)
 
 
-OPS = {Appends: ["case::append"], Attends: ["case::attention"], Lists: ["case::each", "case::maybe"]}
+class Aten(Attends):
+    """A layer of a stack is written by ATen: by index, in columns, in blocks."""
+
+    def forward(self, x: Tensor, r: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        self.k1[1][pos] = x
+        x, r = self.layer(0, x + self.k1[1, :4].sum(0), r)
+        self.k1[0, :, :8] = x[:1, :8]
+        blocks = self.k1[0].view(512, 8, H)
+        blocks[: x.shape[0], 0] = x
+        blocks[1].mul_(0.5)
+        return self.layer(1, x + self.k1[0, :4].sum(0), r)
+
+
+OPS = {Aten: [], Appends: ["case::append"], Attends: ["case::attention"], Lists: ["case::each", "case::maybe"]}
 
 
 @every_setting
