@@ -56,10 +56,11 @@ def find(
     if groups is not None:
         groups = op_options.groups(groups)
     all_reduce_ops, norm_ops = named_ops(gm, all_reduce_ops, norm_ops)
-    targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
-    foreign = any(map(is_foreign, targets))
-    starts = targets if all_reduce_ops else targets & ALL_REDUCES  # most nodes need not be asked
-    asked = (node for node in gm.graph.nodes if node.target in starts)
+    # By id, because torch's ops have a hash of their own in Python, and most nodes need not be asked.
+    targets = {id(node.target): node.target for node in gm.graph.nodes if node.op == "call_function"}
+    foreign = any(map(is_foreign, targets.values()))
+    starts = {key for key, target in targets.items() if all_reduce_ops or target in ALL_REDUCES}
+    asked = (node for node in gm.graph.nodes if id(node.target) in starts)
     recognised = {node: recognise_all_reduce(node, all_reduce_ops) for node in asked}
     all_reduces = {node: found for node, found in recognised.items() if found is not None}
     rows = norm_ops if norm_ops is not None else norm_ops_of(gm) if foreign else {}

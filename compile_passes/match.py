@@ -92,10 +92,10 @@ class Match:
     def late_weight(self) -> list[Node]:
         """The weight and what it is computed from, as far as they stand behind :attr:`anchor`; in graph order."""
         late: set[Node] = set()
-        queue = [self.norm.weight] if self.norm.weight is not None else []
+        queue, anchor = [self.norm.weight] if self.norm.weight is not None else [], self.anchor
         while queue:
             node = queue.pop()
-            if node not in late and self.anchor < node:
+            if node not in late and anchor < node:
                 late.add(node)
                 queue.extend(node.all_input_nodes)
         return sorted(late)

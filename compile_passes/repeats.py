@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Node
 
 from .roles import CASTS, VIEWS, aten, c10d
 
-_COMPUTED = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, *CASTS}
+_COMMUTES = {aten.add.Tensor, aten.mul.Tensor}
+_COMPUTED = {*_COMMUTES, aten.sub.Tensor, aten.div.Tensor, *CASTS}
 _ALIASES = VIEWS | {c10d.wait_tensor.default}
 _REPEATABLE = _COMPUTED | _ALIASES
 
@@ -32,7 +33,7 @@ def merge_repeats(gm: GraphModule) -> int:
             if _writes(node):
                 seen.clear()
             continue
-        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        key = (node.target, _arguments(node), _frozen(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node and _same_metadata(first, node) and _merge(first, node):
             merged += 1
@@ -70,6 +71,13 @@ def _same_metadata(a: Node, b: Node) -> bool:
         return False
     same = [(t.dtype, t.device, *map(str, t.shape), *map(str, t.stride())) for t in (x, y)]
     return same[0] == same[1] and a.meta.get("custom") == b.meta.get("custom")  # where Dynamo keeps the stream
+
+
+def _arguments(node: Node) -> Hashable:
+    """Those that the order makes no difference to have none: ``h + res`` is ``res + h``, bit by bit."""
+    if node.target in _COMMUTES and not node.kwargs and all(isinstance(a, Node) for a in node.args):
+        return frozenset(node.args) if len(set(node.args)) == 2 else node.args
+    return _frozen(node.args)
 
 
 def _frozen(value: object) -> Hashable:

@@ -111,6 +111,8 @@ def is_tensor(node: object) -> TypeGuard[Node]:
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Equality that never adds a guard: unknown counts as different."""
+    if type(a) is int and type(b) is int:
+        return a == b
     return statically_known_true(a == b)
 
 

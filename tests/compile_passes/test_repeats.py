@@ -55,6 +55,31 @@ def test_repeated_residual_add_does_not_keep_a_site_from_fusing() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("fake_group")
+def test_a_sum_in_the_other_order_is_the_same_sum() -> None:
+    """Only where both operands are tensors and nothing scales the second."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> object:
+        h = ar(x)
+        aux = r + h
+        r = h + r
+        return (
+            F.rms_norm(r, (H,), w, 1e-6),
+            r,
+            aux * 2,
+            w * r + r * w,
+            torch.add(r, x, alpha=2) + torch.add(x, r, alpha=2),
+        )
+
+    args = torch.randn(4, H), torch.randn(4, H), torch.rand(H) + 0.5
+    gm = aot_graph(model, *args)
+    expected = run(gm, *args)
+    assert merge_repeats(gm) == 2
+    assert all(s.fused for s in fuse(gm, find(gm)))
+    for ours, theirs in zip(run(gm, *args), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def two(second: Callable[[Graph, torch.fx.Node, torch.fx.Node], torch.fx.Node]) -> GraphModule:
     """A graph that returns ``a + b`` and what ``second`` makes."""
     graph, value = Graph(), torch.randn(2, 3)
