@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Iterator
 
 import engine_ops
@@ -17,8 +18,17 @@ gc.freeze()  # what imports made stays: a twelfth of a tracing test's time went 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-seconds", type=float, default=45.0, help="how long tests/faults/test_soak.py runs")
-    parser.addoption("--fuzz-seed", type=int, default=1, help="the first of the programs of tests/fuzz")
+    parser.addoption("--fuzz-seed", type=int, help="the first of the programs of tests/fuzz; drawn anew by default")
     parser.addoption("--fuzz-programs", type=int, default=60, help="how many programs of tests/fuzz, at most")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.fuzz_seed is None:  # of all workers, which are given the options of whoever starts them
+        config.option.fuzz_seed = random.SystemRandom().randrange(1, 10**8)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"--fuzz-seed {config.option.fuzz_seed}"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A share of the fuzzer's programs, and those that were wrong once.
 
-The same programs in every run, so that a failure is of what was changed; ``--fuzz-seed`` draws others, and
-``tests/fuzz/run.py`` as many as one likes.
+Other programs in every run, whose seed the first lines of pytest's output say: ``--fuzz-seed`` draws them again, and
+``tests/fuzz/run.py`` as many as one likes. A failure prints the program, which shows at any commit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def test_random_programs(inductor: bool, request: pytest.FixtureRequest) -> None
     counts, failures = run(
         programs, seed, 1, inductor=float(inductor), device="cpu", shrink_seconds=20, seconds=18, least=3
     )
-    assert not failures, "\n".join(failures)
+    assert not failures, f"--fuzz-seed {seed}\n" + "\n".join(failures)
     assert mostly_right(counts), counts
 
 
