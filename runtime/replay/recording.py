@@ -35,12 +35,17 @@ class Reads:
     loose: tuple[int, ...]
 
 
-def reads_of(program: Program, kept: Sequence[int]) -> Reads:
-    """``kept`` are the arguments that stay with the caller."""
+def reads_of(program: Program, kept: Sequence[int], *, apart: bool = False) -> Reads:
+    """``kept`` are the arguments that stay with the caller.
+
+    apart: the buffers of inputs share memory with nothing. A caller who is given the captured buffers may pass one of
+    them to the next call, and loading that call's inputs one by one would write into it before it is read.
+    """
     by_pieces = frozenset(i for step in program.steps if not step.island for i in step.inputs)
     final = {slot: i for i, step in enumerate(program.steps) for slot in (*step.outputs, *step.inputs)}
     stay = {*kept, *(slot for slot, _ in program.constants)}
     stay |= {slot for slot in program.outputs if slot >= len(program.inputs)}
+    stay |= {*range(len(program.inputs))} if apart else set()
     last = tuple(
         tuple(sorted(s for s in {*step.inputs, *step.outputs} if final[s] == i and s not in stay))
         for i, step in enumerate(program.steps)

@@ -116,7 +116,7 @@ class PiecewiseRunner:
         self.counts = Counts()
         self._places = Places(program, sizes, self._supervision, note, wasted, self.counts)
         self._entries = self._places.entries
-        self._reads = reads_of(program, self._places.kept)
+        self._reads = reads_of(program, self._places.kept, apart=static_outputs)
         self._pool: Pool | None = None
         self._pending = Pending()
         self._issues = any(step.calls for step in program.steps if step.island)
