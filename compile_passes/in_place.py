@@ -19,7 +19,6 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
@@ -31,7 +30,7 @@ from .part_editor import PartEditor
 from .parts import GraphPart
 from .roles import arguments, aten, calls, same_shape, tensor
 from .symbols import as_node, expression, providers
-from .value_numbers import BY_ARGUMENT
+from .value_numbers import LOOKED
 from .versions import WrittenInput, is_own, scatter_of, written_inputs_of
 
 
@@ -131,19 +130,20 @@ class _InPlace(PartEditor):
         given: dict[str, Any] = dict(map_arg(change.arguments, lambda n: self.local(n, node, p)))
         given |= {name: [None] * length for name, length in change.lengths.items()}
         given |= {name: None for name, place in change.absent if place is None}
-        memories = []
+        memories, looked = [], set()
         for written in change.written:
             memory, settled = self._memory(node, written, p)
             memories.append((memory, settled))
             for name, place, view in written.names:
                 seen = self._seen(memory, written.old, view, node, p)
+                if view.target is not None:
+                    looked.add((name, place))
                 if place is None:
                     given[name] = seen
                 else:
                     given[name][place] = seen
         call = self.new(node, p, change.op, (), given, like=node)
-        if node.target is torch.ops.higher_order.auto_functionalized:
-            call.meta[BY_ARGUMENT] = True
+        call.meta[LOOKED] = looked
         self._return_values(node, change, call, given, p)
         for written, (memory, settled) in zip(change.written, memories, strict=True):
             value = new_value(node, written.output)
@@ -240,7 +240,7 @@ class _InPlace(PartEditor):
         buffer, k = self.version[version]
         old = buffer.versions[k - 1]
         made_of = updated(node) if version is node else viewed(arguments(node)[0])
-        if made_of is not old or not self._is_next(old, version):
+        if made_of not in (old, self.home.get(old, old)) or not self._is_next(old, version):  # of its memory by now
             return False
         if self._reads_versions(arguments(node)[1:], node.kwargs, buffer, node):
             return False
@@ -295,6 +295,7 @@ class _InPlace(PartEditor):
             source = arguments(value)[1]
             if self._can_move(source, value, p):
                 self._write(seen, source, is_part, anchor, p)
+                self.replaced[source] = None
             else:
                 self.new(anchor, p, aten.copy_.default, (seen, self.local(source, value, p)))
         elif form is not None and isinstance(base, Node) and is_old(base):

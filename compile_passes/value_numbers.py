@@ -21,8 +21,9 @@ from .aliases import INVERSES, RESHAPES, root, viewed
 from .functional import SCATTERS, Mutation, is_write_back, mutable_names, mutation
 from .roles import arguments, aten, calls
 
-#: Key of ``node.meta``: the op was functionalised argument by argument, and not tensor by tensor.
-BY_ARGUMENT = "ringfence_by_argument"
+#: Key of ``node.meta``: the written arguments of a call, each with its place in a list or None, that are views taken
+#: for it of what the functional graph says is written. The others are that itself, a view or not.
+LOOKED = "ringfence_looked"
 
 _PURE = ("aten", "prims")
 
@@ -227,13 +228,12 @@ class InPlaceNumbers(_Numbers):
 
     def _call(self, node: Node, op: torch._ops.OpOverload) -> None:
         names = list(mutable_names(op))
-        written = [(name, place, value) for name in names for place, value in _elements(node.kwargs[name])]
-        by_argument = BY_ARGUMENT in node.meta
-        held = [(name, place, self.read(value if by_argument else root(value))) for name, place, value in written]
+        given = [(name, place, value) for name in names for place, value in _elements(node.kwargs[name])]
+        written = [(name, place, self._memory(node, name, place, value)) for name, place, value in given]
+        held = [(name, place, self.read(memory)) for name, place, memory in written]
         call = self.called(op, {k: v for k, v in node.kwargs.items() if k not in names}, held)
         seen: set[Node] = set()
-        for name, place, value in written:
-            memory = value if by_argument else root(value)
+        for name, place, memory in written:
             if memory not in seen:
                 self._write(memory, self.after(call, name, place))
             seen.add(memory)
@@ -242,6 +242,11 @@ class InPlaceNumbers(_Numbers):
         self.define(node, self.number("item", call, 0) if len(op._schema.returns) == 1 else call)
         if len(op._schema.returns) > 1:
             self._in_place[node] = op, call
+
+    def _memory(self, call: Node, name: str, place: int | None, value: Node) -> Node:
+        looks = (name, place) in call.meta.get(LOOKED, ())
+        source = viewed(value) if looks else None
+        return value if source is None else source
 
     def _write(self, memory: Node, number: int) -> None:
         source = viewed(memory)
