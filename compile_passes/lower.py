@@ -22,6 +22,7 @@ from .elided import keep_snapshots
 from .functional import written_inputs
 from .given import check_graph, check_one
 from .groups import collectives_of, group_of
+from .inductor_order import compute_in_time, order_kept
 from .roles import arguments, calls
 from .split import SplitPlan
 from .symbols import forget_sizes
@@ -161,9 +162,10 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     writes = bool(written_inputs(piece))  # Inductor changes the graph
     if writes:
         keep_snapshots(piece)
+    compute_in_time(piece)
     for node in piece.graph.find_nodes(op="placeholder"):
         node.meta["val"] = _current(node.meta["val"])
-    with _own_tracing_context(), _planes_left_alone(piece):
+    with _own_tracing_context(), order_kept(), _planes_left_alone(piece):
         piece = joint_graph_passes(piece)
         inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
         compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))

@@ -159,4 +159,174 @@ self.stack[...] = torch.sin(v3)
             "unflatten(0, (2, 4)).unbind(0)",
         )
     },
+    "an op writes a list of views of what it was given a value of": Regression(
+        parse(
+            {
+                "c0": "keep float32[8,16]",
+                "caches": "keep list float32[8,16]",
+                "pos": "positions[n]",
+                "r": "float32[n,16]",
+            },
+            """
+v1 = torch.gather(caches[0], 0, pos[:, None].expand(-1, 16))
+torch.ops.fz.many(v1, [caches[0][:4], caches[0][4:]])
+v4 = torch.ops.fz.two(v1, caches[0], c0)
+""",
+            "v4, r + 1",
+        ),
+        Setting(Plan(_STEPS), dynamic=True, group=None, options=_CAPTURED),
+    ),
+    "ops write what they were given values of, and the values are read later": Regression(
+        parse(
+            {"c0": "keep float32[8,16]", "caches": "keep list float32[8,16]", "kv": "keep float32[2,8,16]"},
+            """
+v1 = torch.sin(c0[:4])
+torch.ops.fz.append(c0, v1, torch.arange(4))
+v2 = torch.sin(caches[0][:4])
+v3 = torch.ops.fz.exchange(v2, caches[0][:4])
+v4 = caches[1] * 2
+v5 = torch.empty_like(v4)
+torch.ops.fz.attn(v4, caches[1], v5)
+v6 = torch.sin(kv[0, :4])
+torch.ops.fz.many(v6, [kv[0, :4], kv[1]])
+""",
+            "v1 + 1, v2 + 1, v3, v4 + 1, v5, v6 + 1",
+        ),
+        Setting(Plan(_STEPS), dynamic=False, group=None, options={}),
+    ),
+    "a view of what was computed before a write is returned": Regression(  # wrong with torch 2.11, right with 2.13
+        parse(
+            {"x": "float32[n,16]", "caches": "keep list float32[8,16]"},
+            """
+self.buffer.copy_(torch.sin(caches[0]))
+v1 = torch.empty_like(caches[0])
+v1.copy_(caches[0] * 0.5)
+v12 = v1[..., 4:12]
+caches[0].select(0, 1).copy_(x[-1])
+""",
+            "v12",
+            {"buffer": "keep float32[8,16]"},
+        ),
+        Setting(Plan(_STEPS), dynamic=False, group=None, fallback_random=False, options={}),
+    ),
+    **{
+        f"a static output is fed back beside {beside}": Regression(
+            parse(inputs, body, returns, buffers),
+            Setting(Plan(steps, feed=True), dynamic=dynamic, group=group, options=o),
+        )
+        for beside, dynamic, group, steps, inputs, body, returns, buffers, o in (
+            (
+                "an input that is loaded first",
+                False,
+                "gloo 1",
+                ((2, 3, 1),) * 3,
+                {"x": "float32[n,16]", "r": "float32[n,16]", "kv": "keep float32[2,8,16]"},
+                """
+v8 = torch.empty_like(r)
+torch.ops.fz.attn_unsafe(r, kv[0], v8)
+v23 = torch.sin(x)
+dist.all_reduce(v23)
+""",
+                "v23[:],",
+                {},
+                {**_EAGER, "static_outputs": True, "split_ops": ["aten::sin"]},
+            ),
+            (
+                "positions",
+                False,
+                "fake 2",
+                ((4, 2, 3),) * 3,
+                {"x": "float32[n,16]", "pos": "positions[n]", "caches": "keep list float32[8,16]"},
+                "v4 = caches[1].index_select(0, pos) @ self.w\ndist.all_reduce(v4)\nv6 = F.rms_norm(x + v4, (16,))",
+                "v6",
+                {"w": "weight float32[16,16]"},
+                {**_EAGER, "static_outputs": True, "fuse": False},
+            ),
+            (
+                "inputs of another size",
+                True,
+                None,
+                ((3, 1, 1), (2, 3, 3), (2, 3, 3), (3, 3, 2), (3, 1, 1)),
+                {
+                    "x": "float32[n,16]",
+                    "r": "float32[n,16]",
+                    "past": "float32[p,16]",
+                    "caches": "keep list float32[8,16]",
+                },
+                """
+v1 = torch.zeros_like(r)
+torch.ops.fz.attn_unsafe(r, caches[0], v1)
+v3 = torch.softmax(past @ caches[1].t(), -1) @ caches[1]
+v5 = v1 + torch.tanh(v1.sum())
+v6 = torch.empty_like(v1)
+torch.ops.fz.attn(v1, caches[1], v6)
+v7 = x + v6 * 0.5
+""",
+                "v7, v3, v5",
+                {},
+                {**_EAGER, "static_outputs": True, "split_ops": ["fz::attn"]},
+            ),
+        )
+    },
+    "compiled code that has no kernel of its own is captured": Regression(
+        parse(
+            {"past": "float32[p,16]", "caches": "keep list float32[8,16]"},
+            """
+v6 = fc.all_reduce(torch.sin(past), 'sum', dist.group.WORLD)
+v9 = F.linear(caches[0], self.w)
+v10 = F.linear(v9, self.w)
+""",
+            "v10",
+            {"w": "weight float32[16,16]"},
+        ),
+        Setting(Plan(((5, 1, 2),) * 3), dynamic=False, group="fake 1", options={**_CAPTURED, "capture_sizes": [2, 5]}),
+    ),
+    **{
+        f"{first} is written again {how}, and by an op": Regression(
+            parse(
+                {"c0": "keep float32[8,16]", "r": "float32[n,16]", "pos": "positions[n]"},
+                f"{write}\n{again}\nv1 = torch.zeros_like(r)\ntorch.ops.fz.attn(r, c0, v1)",
+                "v1, c0.sum()",
+            ),
+            Setting(
+                Plan(_STEPS),
+                dynamic=False,
+                group=None,
+                functionalize_v2=v2,
+                options={"piece_compiler": compiler, **cut},
+            ),
+        )
+        for first, write, how, again, v2, compiler, cut in (
+            ("what index_put wrote", "c0[pos] = r", "flat", "c0.view(-1)[:16] = r[0]", True, "eager", {}),
+            ("what copy_ wrote", "c0[1] = r[0]", "transposed", "c0.t()[:, :2] = r[:2].t()", True, "eager", {}),
+            ("what mul_ wrote", "c0.mul_(0.5)", "with its own", "c0.view(-1)[:16] = c0[1] + 1", True, "eager", {}),
+            (
+                "what append wrote",
+                "torch.ops.fz.append(c0, r, pos)",
+                "by permute",
+                "c0.permute(1, 0)[2].add_(1)",
+                True,
+                "eager",
+                {},
+            ),
+            (
+                "what mul_ wrote before",
+                "c0.mul_(0.5)",
+                "in a slice",
+                "torch.ops.fz.scale_(c0[:4], 0.5)",
+                False,
+                "eager",
+                {},
+            ),
+            (
+                "what one part wrote",
+                "c0[pos] = r",
+                "in another",
+                "torch.ops.fz.scale_(c0[:4], 0.5)\nc0.view(-1)[:16] = r[0]",
+                True,
+                "inductor",
+                {"split_ops": ["fz::scale_"]},
+            ),
+        )
+    },
 }
