@@ -70,10 +70,10 @@ def rank_line(merged: Merged, rank: int) -> str:
 def no_file(merged: Merged, rank: int) -> str:
     """What is known of a rank without one."""
     said = "left no file"
-    if rank in merged.could_not_write:
+    if rank in merged.begun:  # its disk may be full; it may have been ended, or have closed its backend
+        said = "wrote nothing since it began"
+    elif rank in merged.could_not_write:
         said = "could not write its file"
-    elif rank in merged.begun:
-        said = "began, and wrote nothing since"
     last = last_heard(merged, rank)
     known = f"; when last heard of, it {where(last, several_groups(merged.journals))}" if last is not None else ""
     return said + known

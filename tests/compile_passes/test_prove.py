@@ -160,6 +160,15 @@ def test_a_large_plan_is_proved_in_a_second(collective: Collective) -> None:
         assert verdict.kind == "safe" and verdict.states < MOST_STATES
 
 
+def test_a_protocol_without_a_fold_costs_no_more() -> None:
+    """Of our own collective all ranks and tokens are looked at. What it cannot afford it does not call safe."""
+    for ranks, sizes, kind in ((2, (1, 2, 4, 8, 16), "safe"), (8, (1, 2, 4, *range(8, 257, 8)), "not_decided")):
+        started = time.process_time()
+        verdict = many_layers(160, Situation(Collective.RINGFENCE, world_size=ranks), sizes)
+        assert time.process_time() - started < 5
+        assert verdict.kind == kind and verdict.states < 1.2 * MOST_STATES / ranks
+
+
 @pytest.mark.parametrize("strategy", [Strategy.ONE_SHOT, Strategy.TWO_SHOT, None])
 @pytest.mark.parametrize("release", ["0.6.10", "0.6.11"])
 def test_a_failure_is_found_within_the_bound_of_a_compile(strategy: Strategy | None, release: str) -> None:

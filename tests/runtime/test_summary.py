@@ -123,7 +123,13 @@ def test_who_has_begun_has_a_file(tmp_path: Path) -> None:
         "    could write",
     ]
     write(tmp_path, waits(0), 2, "hang: rank 1 has not been heard of", silent={"1": "has not been heard of for 3.0 s"})
-    assert printed(tmp_path).splitlines()[-1] == "rank 1 began, and wrote nothing since"
+    assert printed(tmp_path).splitlines()[-1] == "rank 1 wrote nothing since it began"
+    heard = {"1": idle(1).to_dict()}
+    write(tmp_path, waits(0), 2, "hang: rank 1 has closed its backend", heard=heard)
+    assert " ".join(printed(tmp_path).split()).endswith(
+        "rank 1 wrote nothing since it began; when last heard of, it is outside of the model since 3.0 s, after step 6 "
+        "of sizes (4,)"
+    )
 
 
 def test_long_names_and_lines_are_wrapped(tmp_path: Path) -> None:
