@@ -25,6 +25,7 @@ import itertools
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -107,7 +108,11 @@ def main() -> int:
     if arguments.collective is not None and not pairs:
         parser.error(f"--collective takes two GPUs; there are {torch.cuda.device_count()}")
     first_devices = [2 * (job % pairs) if pairs else 0 for job in range(arguments.jobs)]
-    before = {first: used((first, first + 1)) for first in sorted(set(first_devices)) if pairs}
+    before = {}
+    try:
+        before = {first: used((first, first + 1)) for first in sorted(set(first_devices)) if pairs}
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"what is left on the GPUs is not looked at: {error}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts this in the background ignores SIGINT
         signal.signal(number, signal.default_int_handler)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
@@ -126,7 +131,7 @@ def main() -> int:
                 if stop.is_set():
                     return
                 outcome = run_fault(fault, ahead)
-                if arguments.jobs <= pairs:
+                if arguments.jobs <= pairs and before:
                     outcome.left_on_gpus = left_behind(before[fault.first_device])
                 with lock:
                     outcomes[key(fault)].append(outcome)
@@ -148,7 +153,7 @@ def main() -> int:
     print(f"{runs} runs in {(time.monotonic() - start) / 60:.1f} minutes, {bad} with a miss or a false alarm")
     print(text)
     left = "; ".join(filter(None, map(left_behind, before.values())))
-    if pairs:
+    if before:
         print(f"left on the GPUs: {left or 'nothing'}")
     return 1 if bad or left else 0
 

@@ -293,9 +293,12 @@ def _while_a_workspace_is_made(strike: Callable[[], None]) -> None:
 
 def _rank_main(orders: Connection, pipe: Connection) -> None:
     """A process that has imported all that it needs when it is told which rank of which fault it is, or never is."""
+    import torch._inductor.compile_fx  # noqa: F401
+
     import ringfence.backend  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe.send(("ready", time.monotonic()))
     try:
         order: tuple[Fault, int, int, int | None, str] = orders.recv()
     except EOFError:
@@ -532,6 +535,8 @@ def _end(some: list[_Process]) -> list[int | None]:
 def _run_attempt(fault: Fault, port: int, attempt: int | None, folder: str, ahead: Ahead | None) -> Outcome:
     some = ahead.take() if ahead is not None else _start(fault.device, fault.ranks)
     try:
+        for one in some:
+            one.says.poll(2 * HARD_END)  # what imports take is no part of the run
         for rank, one in enumerate(some):
             one.orders.send((fault, rank, port, attempt, folder))
         outcome = _follow(fault, [one.process for one in some], [one.says for one in some], folder)
@@ -544,9 +549,15 @@ def _run_attempt(fault: Fault, port: int, attempt: int | None, folder: str, ahea
 
 def _exit_code(process: Any, seconds: float) -> int | None:
     """None where it still runs after some seconds."""
-    wait([process.sentinel], seconds)
-    with _CHILDREN:
-        return process.exitcode  # type: ignore[no-any-return]
+    if not wait([process.sentinel], seconds):
+        return None
+    until = time.monotonic() + 5
+    while True:  # what it held is closed a moment before it has ended
+        with _CHILDREN:
+            code: int | None = process.exitcode
+        if code is not None or time.monotonic() > until:
+            return code
+        time.sleep(0.01)
 
 
 #: Below those that the kernel gives to gloo's listeners, which may take one before the store does.

@@ -42,7 +42,9 @@ def test_the_faults_of_two_gpus_hold_what_the_kernels_are_there_for() -> None:
         assert all(f.settles > BOUND for f in mine), "kernels would still be patient with a rank that warmed up"
     within, beyond = (f for f in some if f.name == "late")
     assert within.says is None and within.late < BOUND < beyond.late < DEADLINE
-    assert {f.blamed for f in some if f.name == "other size"} == {(0, 1)}
+    sizes = [f for f in some if f.name == "other size"]
+    assert {f.blamed for f in sizes} == {(0, 1)} and {f.rank for f in sizes} == {0, 1}
+    assert all(set(f.sizes[:7]) == {4, 8} and f.sizes[7 % len(f.sizes)] == 8 for f in sizes), "captured before"
     assert all(f.options["kernel_wait_seconds"] == HARD_END for f in some if f.name in ("slow", "paused"))
     assert {"other size", "late"}.isdisjoint(f.name for f in on_gpus("trtllm", 0))
 
