@@ -100,7 +100,7 @@ def dispatch(
     """
     name = name_of_group(group)
     given = list(payloads)
-    tensors = bool(given) and all(isinstance(one, Tensor) for one in (*given, topk_ids))  # else it is refused there
+    tensors = len(given) > 0 and all(isinstance(one, Tensor) for one in (*given, topk_ids))  # else it is refused there
     call = torch.ops.ringfence.moe_dispatch if tensors and is_traced(topk_ids) else moe.dispatched
     collective = PREPARED + moe.KNOWN_IDS if known_ids else PREPARED
     received, ids, route, counts = call(given, topk_ids, capacity, num_experts, empty_id, name, collective)
