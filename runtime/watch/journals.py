@@ -255,7 +255,8 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     begun = tuple(j.rank for j in journals if j.has_begun_only)
     journals = tuple(j for j in journals if not j.has_begun_only)
     if not journals:
-        sentence = f"{ranks_text(begun)} began and wrote nothing since: they run, or were ended before they could write"
+        may = "they run, have ended in order, or were ended before they could write"
+        sentence = f"{ranks_text(begun)} began and wrote nothing since: {may}"
         return Merged(sentence, None, (), begun, None, {}, begun=begun)
     ranks = {j.rank for j in journals}
     missing = tuple(sorted({r for group in members.values() for r in group} - ranks))

@@ -119,8 +119,8 @@ def test_who_has_begun_has_a_file(tmp_path: Path) -> None:
     for position in (waits(0), idle(1)):
         write(tmp_path, position, 2, BEGUN)
     assert printed(tmp_path).splitlines() == [
-        "ranks 0, 1 began and wrote nothing since: they run, or were ended before they",
-        "    could write",
+        "ranks 0, 1 began and wrote nothing since: they run, have ended in order, or were",
+        "    ended before they could write",
     ]
     write(tmp_path, waits(0), 2, "hang: rank 1 has not been heard of", silent={"1": "has not been heard of for 3.0 s"})
     assert printed(tmp_path).splitlines()[-1] == "rank 1 wrote nothing since it began"
