@@ -66,6 +66,7 @@ _HALF = MIB // 2
 
 TABLE: tuple[SizeRow, ...] = (
     SizeRow(_OWN, "peer", (9, 0), 2, 32 * MIB, 32 * MIB, 32 * MIB, _OURS, bitwise=True),
+    SizeRow(_OWN, "peer", (9, 0), 4, MIB // 16, 32 * MIB, 2 * MIB, _OURS, bitwise=True),
     SizeRow(_MNNVL, "peer", (9, 0), 2, 8 * MIB, 8 * MIB, 8 * MIB, _OURS, bitwise=True),
     SizeRow(_TRTLLM, "peer", (9, 0), 2, 8 * MIB, 32 * MIB, 8 * MIB, _OURS, bitwise=True),
     SizeRow(_TRTLLM, "peer", (9, 0), 4, 2 * MIB, 8 * MIB, 2 * MIB, _OURS, bitwise=True),

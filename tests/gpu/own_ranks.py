@@ -53,8 +53,8 @@ PAYLOADS = ("ordinary", "0x8005", "negative zero", "subnormal", "infinite", "nan
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-19}
 #: What outputs hold before a call: large numbers.
 POISON = 0x7F007F00
-#: Blocks of a rank's grid; fewer where there are eight, since the next call's wait beside them.
-MOST_BLOCKS = 32
+#: Blocks of a rank's grid; fewer where there are eight: those of the next two calls wait beside them.
+MOST_BLOCKS = 20
 #: Until a kernel gives up, which no healthy one does.
 SECONDS = 8.0
 
@@ -491,7 +491,7 @@ def timing(tokens: Sequence[int], sites: int = 50, hidden: int = 8192) -> dict[s
         for rank, graph in enumerate(graphs):
             with torch.cuda.graph(graph, stream=ranks.streams[rank]):
                 for _ in range(sites):
-                    call.launch(ranks.kernels[rank], rank, *outputs[rank], most_blocks=128)
+                    call.launch(ranks.kernels[rank], rank, *outputs[rank], most_blocks=64)
         best = float("inf")
         for _ in range(6):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]

@@ -356,6 +356,7 @@ static inline u32 two_bf16(float low, float high) { return one_bf16(low) | one_b
 static inline u32 two_f16(float, float) { abort(); }
 static inline void from_two_f16(u32, float &, float &) { abort(); }
 static inline void arrive_in_cluster() { cpu::arrive(*cpu::me->owner->cluster); }
+static inline void arrive_in_cluster_without_words() { arrive_in_cluster(); }
 static inline void wait_in_cluster() { cpu::wait(*cpu::me->owner->cluster); }
 static inline u64 load_shared(const u64 *at) {
     cpu::yield();

@@ -11,9 +11,9 @@
 //
 // Calls take turns with two buffers. A rank that writes call n + 2 has received from every peer in call n + 1, so each
 // peer had begun it, and had received all of call n, whose buffer is written now. A kernel lets its dependents begin
-// (programmatic dependent launch) as soon as its blocks have counted and the kernel before has ended. They count too, and
-// wait for its end. Where they cannot, because a kernel in between waits for nothing, a call still does not send before
-// the blocks of all calls before it have received everything, which each counts for its shares.
+// (programmatic dependent launch) as soon as its blocks have counted and all calls but the last have received everything.
+// They count too, and wait for its end. Where they cannot, because a kernel in between waits for nothing, a call still
+// does not send before the blocks of all calls before it have received everything, which each counts for its shares.
 //
 // No wait is without an end: what does not come within the bound is reported to the host, and the outputs are NaN.
 //
@@ -124,24 +124,24 @@ struct Block {
         : call(c), shared(s), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), part(blockIdx.x % F::BLOCKS),
           first(blockIdx.x / F::BLOCKS), step(gridDim.x / F::BLOCKS), number(0), lost(0) {}
 
-    // The last warp takes what the device keeps, before the kernel before has ended; the others may then ask for the first
-    // rows. One call may begin while two before it still receive, and no more: they would fill the device and wait.
+    // The last warp takes what the device keeps and lets dependents begin; the others may meanwhile ask for the first rows.
+    // Two calls may begin while one before them still receives, and no more: they would fill the device and wait.
     __device__ void begin() {
         const bool one = warp == F::WARPS && lane == 0;
         u64 received = 0, due = 0;  // shares of the calls before
         u32 broken = 0;
-        if (one) shared.lost = 0;
-        for (int i = threadIdx.x; i < 2 * F::LINES; i += 32 * (F::WARPS + 1)) shared.squares[i & 1][i >> 1] = 0;
-        if (F::CLUSTER) arrive_in_cluster();  // while nothing is on its way, for it waits until what is has arrived
+        if (F::CLUSTER && warp == F::WARPS)
+            for (int i = lane; i < 2 * F::LINES; i += 32) shared.squares[i & 1][i >> 1] = 0;
         if (one) {
             look(received, broken);
             due = atomicAdd(call.begun, shares()) / SHARES * SHARES;
             shared.number = due / SHARES + 1;
+            shared.lost = 0;
             while (received + SHARES < due) pause(), look(received, broken);
+            let_dependents_begin();
         }
         wait_for_kernel_before();
         if (!one) return;
-        let_dependents_begin();
         for (bool again = false; received < due; again = true) {
             if (again) pause();
             look(received, broken);
@@ -159,6 +159,7 @@ struct Block {
         __syncthreads();
         number = shared.number;
         lost = shared.broken;
+        if (F::CLUSTER) warp == F::WARPS ? arrive_in_cluster() : arrive_in_cluster_without_words();
     }
 
     // Of this block.

@@ -68,6 +68,13 @@ __device__ __forceinline__ void arrive_in_cluster() {
 #endif
 }
 
+// By a thread that has written nothing for the others: it does not wait for its other stores to be seen.
+__device__ __forceinline__ void arrive_in_cluster_without_words() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void wait_in_cluster() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
