@@ -61,10 +61,11 @@ def test_in_order_of_preference() -> None:
     assert chosen([B200] * 2) == (MNNVL, "multicast")
     assert chosen([H200] * 2) == (RINGFENCE, "peer")
     assert chosen([H200] * 2, failed={("ringfence", "peer"): "no"}) == (MNNVL, "peer")
-    assert chosen([H200] * 4) == (TRTLLM, "peer")
+    assert chosen([H200] * 4) == (RINGFENCE, "peer")
+    assert chosen([H200] * 4, failed={("ringfence", "peer"): "no"}) == (TRTLLM, "peer")
     alone = replace(H200, flashinfer=None, flashinfer_missing="it is not there")
-    assert chosen([alone] * 2) == (RINGFENCE, "peer")
-    assert chosen([alone] * 4) == (REFERENCE, None)
+    assert chosen([alone] * 4) == (RINGFENCE, "peer")
+    assert chosen([alone] * 8) == (REFERENCE, None)
 
 
 def test_the_row_is_that_of_the_choice() -> None:
@@ -77,10 +78,10 @@ def test_the_row_is_that_of_the_choice() -> None:
 
 
 def test_the_reasons_are_sentences_in_order() -> None:
-    assert choose([H200] * 4).reasons == (
+    assert choose([H200] * 8).reasons == (
         "mnnvl/multicast: the device of rank 0 has no NVLink multicast",
-        "ringfence/peer: no row of the size table knows 4 GPUs of SM90; name it to force it",
-        "mnnvl/peer: one-shot over the peer's own pointer is for two ranks, not 4",
+        "ringfence/peer: no row of the size table knows 8 GPUs of SM90; name it to force it",
+        "mnnvl/peer: one-shot over the peer's own pointer is for two ranks, not 8",
         "trtllm/peer: chosen",
     )
 
@@ -507,7 +508,7 @@ def test_one_strategy_for_every_size_of_a_forced_peer_transport() -> None:
 def test_two_shot_of_trtllm_is_used_where_its_barrier_is_right(version: str, two_shot: bool) -> None:
     """M58: before 0.7.2 sizes that only two-shot serves go to the reference, also where trtllm is insisted on."""
     for ranks, wanted in (
-        ([H200] * 4, "auto"),
+        ([H200] * 4, "trtllm"),
         ([B200] * 4, "trtllm"),
         ([replace(H200, capability=(12, 0))] * 2, "trtllm"),
     ):

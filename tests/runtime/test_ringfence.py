@@ -340,7 +340,8 @@ def test_it_needs_nvlink_between_all_pairs(topology: Topology, monkeypatch: pyte
 def test_auto_takes_it_where_a_row_was_measured_and_needs_no_flashinfer() -> None:
     alone = dataclasses.replace(FACTS, flashinfer=None, flashinfer_missing="no")
     assert choose([alone] * 2).collective == "ringfence"
-    assert choose([alone] * 4).collective == "reference"
+    assert choose([alone] * 4).collective == "ringfence"
+    assert choose([alone] * 8).collective == "reference"
 
 
 @pytest.mark.parametrize(
