@@ -290,7 +290,7 @@ def test_check_prints_the_plan_that_it_assumed(ringfence: Run) -> None:
     assert last == (
         "plan: ringfence, 2 ranks, 2 layers of two calls in 2 pieces, token counts 4, 8 (and no others: "
         "--capture-sizes), strategy auto, payload any judged: the protocol of ringfence, which 'auto' takes first on "
-        "SM90 GPUs in pairs; for others: --collective mnnvl or trtllm"
+        "two or four SM90 GPUs; for others: --collective mnnvl or trtllm"
     )
     code, out, err = ringfence("check", "--collective", "ringfence", "--tp", "2", "--flashinfer", "0.7.0")
     assert code == USAGE and "uses no FlashInfer" in err and not out

@@ -125,9 +125,9 @@ def _judged(arguments: argparse.Namespace) -> str:
     if arguments.collective == Collective.MOE_ALL_TO_ALL:
         return f"{whose}; of all-reduces: --collective mnnvl, trtllm or ringfence"
     if arguments.collective == Collective.RINGFENCE:
-        return f"{whose}, which 'auto' takes first on SM90 GPUs in pairs; for others: --collective mnnvl or trtllm"
+        return f"{whose}, which 'auto' takes first on two or four SM90 GPUs; for others: --collective mnnvl or trtllm"
     return (
-        f"{whose}, whatever 'auto' takes: on SM90 GPUs in pairs ringfence's own kernels (--collective ringfence); "
+        f"{whose}, whatever 'auto' takes: on two or four SM90 GPUs ringfence's own kernels (--collective ringfence); "
         "ringfence doctor says what it takes here"
     )
 
