@@ -273,9 +273,9 @@ class _InPlace(PartEditor):
         form, made_of = in_place_form(value), self._reshape_of(value, is_old, p)
         if made_of is not None:
             self.replaced[value] = None
-            changed, look = made_of
-            seen = self._local_at_memory(look, memory, anchor, p)
-            self._write(seen, changed, lambda n: _reshapes(n, look) and is_old(arguments(n)[0]), anchor, p)
+            changed, reshape = made_of
+            seen = self._local_at_memory(reshape, memory, anchor, p)
+            self._write(seen, changed, lambda n: _reshapes(n, reshape) and is_old(arguments(n)[0]), anchor, p)
             return
         base = arguments(value)[0] if value.args else None
         if value.target in SCATTERS and isinstance(base, Node) and is_old(base):
