@@ -11,9 +11,9 @@
 //
 // Calls take turns with two buffers. A rank that writes call n + 2 has received from every peer in call n + 1, so each
 // peer had begun it, and had received all of call n, whose buffer is written now. A kernel lets its dependents begin
-// (programmatic dependent launch) as soon as its blocks have counted and all calls but the last have received everything.
-// They count too, and wait for its end. Where they cannot, because a kernel in between waits for nothing, a call still
-// does not send before the blocks of all calls before it have received everything, which each counts for its shares.
+// (programmatic dependent launch) as soon as its blocks have counted and the kernel before has ended. They count too, and
+// wait for its end. Where they cannot, because a kernel in between waits for nothing, a call still does not send before
+// the blocks of all calls before it have received everything, which each counts for its shares.
 //
 // No wait is without an end: what does not come within the bound is reported to the host, and the outputs are NaN.
 //
@@ -125,7 +125,8 @@ struct Block {
           first(blockIdx.x / F::BLOCKS), step(gridDim.x / F::BLOCKS), number(0), lost(0) {}
 
     // The last warp takes what the device keeps and lets dependents begin; the others may meanwhile ask for the first rows.
-    // Two calls may begin while one before them still receives, and no more: they would fill the device and wait.
+    // One call may begin while another still receives, or two behind kernels that wait for nothing, and no more: they
+    // would fill the device and wait.
     __device__ void begin() {
         const bool one = warp == F::WARPS && lane == 0;
         u64 received = 0, due = 0;  // shares of the calls before
@@ -138,10 +139,10 @@ struct Block {
             shared.number = due / SHARES + 1;
             shared.lost = 0;
             while (received + SHARES < due) pause(), look(received, broken);
-            let_dependents_begin();
         }
         wait_for_kernel_before();
         if (!one) return;
+        let_dependents_begin();
         for (bool again = false; received < due; again = true) {
             if (again) pause();
             look(received, broken);
