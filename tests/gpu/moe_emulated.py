@@ -7,6 +7,7 @@ each stream, and the allocator of each is filled. :func:`run` is called in a chi
 
 from __future__ import annotations
 
+import itertools
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -88,11 +89,11 @@ class Pair:
             self.weights[rank].copy_(values.softmax(-1))
             self.out[rank].fill_(float("nan"))
 
-    def launch(self, rank: int) -> None:
-        """On the current stream."""
+    def launch(self, rank: int, lean: bool | None = None) -> None:
+        """On the current stream. lean: nothing but the library's kernels; if not said, on every other rank."""
         kernels = self.kernels[rank]
         payloads = [self.numbers[rank], self.x[rank], self.weights[rank]]
-        lean = rank % 2 == 1  # nothing but the library's kernels, on every other rank
+        lean = rank % 2 == 1 if lean is None else lean
         empty = None if lean else -1
         (_, rows, weights), ids, counts = kernels.dispatch(
             payloads, self.ids[rank], CAPACITY, EXPERTS, empty, known=lean
@@ -134,16 +135,16 @@ def run(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def warm() -> None:
-    """Kernels loaded on each stream and memory in each stream's allocator, by a rank that waits for nobody."""
+    """Kernels loaded and memory in each stream's allocator, by a rank that waits for nobody: to load one may wait."""
     for dtype in DTYPES:
         alone = kernels_of(1, sizes_for(dtype))
         for ids in (torch.int32, torch.int64):
             pair = Pair(alone, (CAPACITY,), dtype, ids)
             pair.fill(1, "uniform")
-            for stream in emulate.streams():
+            for stream, lean in itertools.product(emulate.streams(), (False, True)):
                 torch.cuda.synchronize()
                 with torch.cuda.stream(stream):
-                    pair.launch(0)
+                    pair.launch(0, lean)
                 torch.cuda.synchronize()
             assert not pair.wrong(), pair.wrong()
     for stream in emulate.streams():
