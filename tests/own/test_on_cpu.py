@@ -155,8 +155,8 @@ MUTANTS = {
         {"waits": False},
     ),
     "a flag that any call raises": ("got[s].z == low && got[s].w == high", "got[s].z != 0", {}),
-    "squares of an earlier token": ("while ((u32)(word >> 32) != (u32)turn + 1)", "while (word >> 32 == 0)", SHARED),
-    "squares that nobody waits for": ("while ((u32)(word >> 32) != (u32)turn + 1)", "while (false)", SHARED),
+    "squares of an earlier token": ("(words[i] ^ whose) >> 32 == 0", "words[i] >> 32 != 0", SHARED),
+    "squares that nobody waits for": ("all = all && (words[i] ^ whose) >> 32 == 0;", "all = true;", SHARED),
     "a sum in the order of arrival": ("r == rank ? own : r < rank", "r == 1 ? own : r < 1", {}),
     "lines that arrive in parts": ("constexpr u32 ALL", "constexpr u32 ALL", {"torn": True}),
 }

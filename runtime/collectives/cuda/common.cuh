@@ -302,14 +302,29 @@ struct Block {
 
     // The sum of the squares of a row. It arrives line by line, as the row does, so nobody meets anybody. A warp that
     // carries something is at most a turn ahead of any other, and one that carries nothing asks in the last turn only.
+    // A lane asks for its lines at once: a wait for one after the other takes half a microsecond.
     __device__ float told(int turn) {
+        constexpr int AT_ONCE = F::LINES <= 8 * 32 ? (F::LINES + 31) / 32 : 8;
+        const u64 whose = (u64)(turn + 1) << 32;
         float total = 0.f;
         u32 absent = 0;
-        for (int line = lane; line < F::LINES; line += 32) {
-            u64 word = load_shared(&shared.squares[turn & 1][line]);
-            while ((u32)(word >> 32) != (u32)turn + 1) word = load_shared(&shared.squares[turn & 1][line]);
-            if ((u32)word >= LOST) absent = (u32)word & ~LOST;
-            total += __uint_as_float((u32)word);
+        for (int first = lane; first < F::LINES; first += 32 * AT_ONCE) {
+            u64 words[AT_ONCE];
+            for (bool all = false; !all;) {
+                all = true;
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) {
+                    const int line = first + 32 * i;
+                    words[i] = line < F::LINES ? load_shared(&shared.squares[turn & 1][line]) : whose;
+                }
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) all = all && (words[i] ^ whose) >> 32 == 0;
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                if ((u32)words[i] >= LOST) absent = (u32)words[i] & ~LOST;
+                total += __uint_as_float((u32)words[i]);
+            }
         }
         const u32 lanes = __ballot_sync(ALL, absent != 0);
         if (lanes != 0) lost = __shfl_sync(ALL, absent, __ffs((int)lanes) - 1);
