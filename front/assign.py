@@ -30,7 +30,8 @@ from .runtime.collectives.opt_outs import nccl_setting
 from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
 from .runtime.collectives.size_table import TABLE, read_table
-from .runtime.collectives.workspace import Operands, workspaces_of
+from .runtime.collectives.tested import Operands
+from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import CollectiveUnavailableError, OptionsError
 from .runtime.groups import Group, nccl_version
 from .runtime.hazards.engine_default import barred_from_capture

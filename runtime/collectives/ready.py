@@ -26,7 +26,8 @@ from .rank_facts import RankFacts, facts_of_group
 from .reference import IMPLEMENTATION as REFERENCE
 from .self_test import self_test
 from .size_table import TABLE, SizeRow
-from .workspace import EVERY_OPERANDS, Operands, SelfTest, Tested, Workspace, Workspaces, workspaces_of
+from .tested import EVERY_OPERANDS, Operands, SelfTest, Tested
+from .workspace import Workspace, Workspaces, workspaces_of
 
 #: Token counts of the self-test, beside those that will be captured.
 _TESTED_TOKENS = (1, 4, 32)

@@ -26,7 +26,8 @@ from . import reference
 from .epilogue import Epilogue, RmsNorm
 from .kernels import KernelCall
 from .payloads import PAYLOADS, PROTOCOL, RANGES, draw
-from .workspace import Operands, SelfTest, Workspace
+from .tested import Operands, SelfTest
+from .workspace import Workspace
 
 #: Largest |out - reference| / (|reference| + rms of the row): the sum over the ranks, its sum with the
 #: residual and the norm are rounded once each.

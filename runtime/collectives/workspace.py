@@ -35,37 +35,12 @@ from .moe_one_sided import MoeSizes, OneSided
 from .peer_copy import Copies
 from .prepared import Prepared
 from .size_table import SizeRow
+from .tested import SelfTest, Tested
 
 #: What is tried, for dispatch and combine: who, and over which memory.
 MOE_WAY = (str(Collective.MOE_ALL_TO_ALL), "peer")
 #: How long work that was submitted before a failure may take to end.
 _SECONDS_TO_COME_BACK = 5.0
-
-
-#: Which operands a fused site has beside its input: a residual, a weight.
-Operands = tuple[bool, bool]
-#: All that a site may have.
-EVERY_OPERANDS: tuple[Operands, ...] = ((False, False), (False, True), (True, False), (True, True))
-
-
-class Tested(NamedTuple):
-    """What a self-test tries: token counts of one hidden size and dtype, eager and, where asked for, captured."""
-
-    hidden: int
-    dtype: torch.dtype
-    tokens: tuple[int, ...]
-    capture: bool
-    operands: tuple[Operands, ...]
-    alone: bool
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """What a self-test found to fail, on any rank: ``eager`` and ``captured`` are None where nothing did."""
-
-    eager: str | None
-    captured: str | None
-    calls: int
 
 
 @dataclass(eq=False)  # or leaving a list compares tensors

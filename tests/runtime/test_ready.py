@@ -24,7 +24,8 @@ from ringfence.runtime.collectives.kernels import Implementation
 from ringfence.runtime.collectives.ready import Wanted, prepare, situation_of
 from ringfence.runtime.collectives.ringfence import IMPLEMENTATION as OWN
 from ringfence.runtime.collectives.size_table import SizeRow, write_table
-from ringfence.runtime.collectives.workspace import SelfTest, close_workspaces, workspaces_of
+from ringfence.runtime.collectives.tested import SelfTest
+from ringfence.runtime.collectives.workspace import close_workspaces, workspaces_of
 from ringfence.runtime.errors import (
     CollectiveUnavailableError,
     InputError,

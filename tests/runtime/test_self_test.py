@@ -24,7 +24,8 @@ from ringfence.runtime.collectives.kernels import KernelCall, KernelMemory
 from ringfence.runtime.collectives.payloads import PAYLOADS, RANGES, draw
 from ringfence.runtime.collectives.self_test import self_test
 from ringfence.runtime.collectives.size_table import SizeRow
-from ringfence.runtime.collectives.workspace import EVERY_OPERANDS, SelfTest, Workspace
+from ringfence.runtime.collectives.tested import EVERY_OPERANDS, SelfTest
+from ringfence.runtime.collectives.workspace import Workspace
 from ringfence.runtime.errors import GroupFailureError, HangError, SelfTestHungError, WorkspaceError
 from ringfence.runtime.hazards.situation import Collective, Strategy
 
