@@ -289,8 +289,8 @@ def test_check_prints_the_plan_that_it_assumed(ringfence: Run) -> None:
     last = " ".join(out[out.index("plan: ") :].split())
     assert last == (
         "plan: ringfence, 2 ranks, 2 layers of two calls in 2 pieces, token counts 4, 8 (and no others: "
-        "--capture-sizes), strategy auto, payload any judged: the protocol of ringfence, which 'auto' takes first on "
-        "two or four SM90 GPUs; for others: --collective mnnvl or trtllm"
+        "--capture-sizes), strategy auto, payload any judged: the protocol of ringfence, whatever 'auto' takes, which "
+        "'ringfence doctor' says; for others: --collective mnnvl, trtllm, moe_all_to_all"
     )
     code, out, err = ringfence("check", "--collective", "ringfence", "--tp", "2", "--flashinfer", "0.7.0")
     assert code == USAGE and "uses no FlashInfer" in err and not out
@@ -590,6 +590,7 @@ def test_check_says_for_which_sizes_and_whose_protocol_it_speaks(ringfence: Run)
 
     of_mnnvl = said("--collective", "mnnvl", "--flashinfer", "0.7.2")
     assert "token counts 4, 8 (and no others: --capture-sizes)" in of_mnnvl
-    assert "judged: the protocol of mnnvl, whatever 'auto' takes" in of_mnnvl and "--collective ringfence" in of_mnnvl
-    assert "judged: the protocol of ringfence, which 'auto' takes first" in said("--collective", "ringfence")
-    assert "judged: the protocol of moe_all_to_all; " in said("--collective", "moe_all_to_all", "--flashinfer", "0.7.2")
+    assert (
+        "judged: the protocol of mnnvl, whatever 'auto' takes" in of_mnnvl and "for others: --collective " in of_mnnvl
+    )
+    assert "judged: the protocol of moe_all_to_all, " in said("--collective", "moe_all_to_all", "--flashinfer", "0.7.2")

@@ -111,11 +111,16 @@ def test_what_auto_would_choose_on_two_h200s() -> None:
     advice, hazards = advise([replace(FACTS, peers=True)] * 2)
     assert [(a.world_size, a.not_here, a.collective, a.transport) for a in advice] == [
         (2, None, Collective.RINGFENCE, "peer"),
-        (4, "not here: 2 devices", Collective.TRTLLM, "peer"),
+        (4, "not here: 2 devices", Collective.RINGFENCE, "peer"),
         (8, "not here: 2 devices", Collective.TRTLLM, "peer"),
     ]
     assert advice[0].candidates[0].startswith("mnnvl/multicast: multicast is turned off (NCCL_NVLS_ENABLE=0")
-    assert advice[0].one_shot == advice[0].fused > 0
+    assert advice[0].one_shot == advice[0].fused > 0 and not hazards
+
+
+def test_what_it_would_choose_where_nothing_can_be_compiled() -> None:
+    advice, hazards = advise([replace(FACTS, peers=True, nvrtc_missing="no cuda-bindings")] * 2)
+    assert [(a.world_size, a.collective) for a in advice[:2]] == [(2, Collective.MNNVL), (4, Collective.TRTLLM)]
     # Only with four ranks do both strategies share a workspace.
     assert [(h.id, what) for h, what in hazards] == [("M12", "trtllm/peer, 4 ranks")]
 

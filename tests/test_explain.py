@@ -224,8 +224,8 @@ def test_a_hidden_size_that_kernels_do_not_take_passes_them_over() -> None:
 
     sizes = TINY | {"hidden_size": 2880, "num_hidden_layers": 1}  # GPT-OSS's: 5,760 bytes are no whole warps
     assert ringfence.explain(LlamaConfig(**sizes), tp=2, gpu="h200").judged_as == "ringfence on 2 H200 over an NVSwitch"
-    report = ringfence.explain(LlamaConfig(**sizes), tp=4, gpu="h200")
-    assert report.judged_as == "reference on 4 H200 over an NVSwitch"
+    report = ringfence.explain(LlamaConfig(**sizes | {"num_key_value_heads": 8}), tp=8, gpu="h200")
+    assert report.judged_as == "reference on 8 H200 over an NVSwitch"
     assert any("hidden size 2880" in candidate and "warps" in candidate for candidate in report.candidates)
     assert not dist.is_initialized()
 

@@ -121,14 +121,10 @@ def _assumed(arguments: argparse.Namespace) -> str:
 
 def _judged(arguments: argparse.Namespace) -> str:
     """Whose protocol the answer is about, and how to ask for another one."""
-    whose = f"judged: the protocol of {arguments.collective}"
-    if arguments.collective == Collective.MOE_ALL_TO_ALL:
-        return f"{whose}; of all-reduces: --collective mnnvl, trtllm or ringfence"
-    if arguments.collective == Collective.RINGFENCE:
-        return f"{whose}, which 'auto' takes first on two or four SM90 GPUs; for others: --collective mnnvl or trtllm"
+    others = ", ".join(str(c) for c in MODELLED if c != arguments.collective)
     return (
-        f"{whose}, whatever 'auto' takes: on two or four SM90 GPUs ringfence's own kernels (--collective ringfence); "
-        "ringfence doctor says what it takes here"
+        f"judged: the protocol of {arguments.collective}, whatever 'auto' takes, which 'ringfence doctor' says; "
+        f"for others: --collective {others}"
     )
 
 

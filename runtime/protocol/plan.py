@@ -41,6 +41,8 @@ MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.RINGFENCE, Collectiv
 
 #: Of these, those that come with ringfence itself, and depend on no version of FlashInfer.
 OWN = (Collective.RINGFENCE,)
+#: Of these there is no fold: sizes and ranks that are alike are all looked at.
+UNFOLDED = (Collective.RINGFENCE,)
 MOST_OWN_RANKS = 8
 
 
