@@ -38,7 +38,7 @@ def test_example(name: str) -> None:
     ran = subprocess.run(
         [*command, str(EXAMPLES / name)], capture_output=True, text=True, timeout=280, cwd=EXAMPLES.parent
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, f"{ran.returncode}: {ran.stdout[-1500:]}{ran.stderr[-3000:]}"
     for text in expected:
         assert text in ran.stdout, ran.stdout[-3000:]
     assert "FutureWarning" not in ran.stderr, ran.stderr
