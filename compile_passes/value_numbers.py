@@ -39,8 +39,6 @@ class _Numbers:
         #: Of a number that stands for a transpose, the view and its arguments that undo it, and what it is one of.
         self._turned: dict[int, tuple[str, Hashable, int]] = {}
         self._calls: dict[Node, tuple[Mutation, int]] = {}
-        #: Of ops that write in place and return several values: the op and the number of the call.
-        self._in_place: dict[Node, tuple[Any, int]] = {}
 
     def number(self, *key: Hashable) -> int:
         return self._table.setdefault(key, len(self._table))
@@ -139,8 +137,6 @@ class _Numbers:
             self._calls[node] = change, call
             return call
         taken_of: Any = node.args[0] if calls(node, operator.getitem) else None
-        if taken_of in self._in_place:
-            return self.returned_by(*self._in_place[taken_of], arguments(node)[1])
         if taken_of not in self._calls:
             return self.result(node)
         change, call = self._calls[taken_of]
@@ -198,7 +194,8 @@ class InPlaceNumbers(_Numbers):
     def __init__(self, gm: GraphModule, nodes: Iterable[Node], before: FunctionalNumbers) -> None:
         super().__init__(before._table)
         self._reshaped, self._made_as, self._turned = before._reshaped, before._made_as, before._turned
-        self._several: dict[Node, int] = {}  # calls that return several values
+        #: Of calls that write in place and return several values: the op and the number of the call.
+        self._several: dict[Node, tuple[Any, int]] = {}
         placeholders = gm.graph.find_nodes(op="placeholder")
         for node in (*placeholders, *gm.graph.find_nodes(op="get_attr")):
             self.define(node, before.of[node])
@@ -216,7 +213,7 @@ class InPlaceNumbers(_Numbers):
     def _run(self, node: Node) -> None:
         target = node.target
         if calls(node, operator.getitem) and node.args[0] in self._several:
-            self.define(node, self.number("item", self._several[arguments(node)[0]], arguments(node)[1]))
+            self.define(node, self.returned_by(*self._several[arguments(node)[0]], arguments(node)[1]))
         elif not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
             self.define(node, self.functional(node))
         elif target.namespace == "aten":
@@ -238,10 +235,8 @@ class InPlaceNumbers(_Numbers):
                 self._write(memory, self.after(call, name, place))
             seen.add(memory)
         if len(op._schema.returns) > 1:
-            self._several[node] = call
+            self._several[node] = op, call
         self.define(node, self.number("item", call, 0) if len(op._schema.returns) == 1 else call)
-        if len(op._schema.returns) > 1:
-            self._in_place[node] = op, call
 
     def _memory(self, call: Node, name: str, place: int | None, value: Node) -> Node:
         looks = (name, place) in call.meta.get(LOOKED, ())

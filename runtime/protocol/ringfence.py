@@ -7,9 +7,9 @@ own of them on the device when it begins. What it finds says how many calls bega
 Why two buffers: who writes call n + 2, and so the buffer of call n, has received from every peer in call n + 1, so each
 peer had begun that call, and had received all of call n.
 
-A call lets its dependents begin once all of its blocks have counted. They wait for its end, and so does a chain of
-them. A kernel in between that waits for nothing takes that away: then a call finds that all before it have counted, and
-waits by itself until the blocks of all calls before it have received everything.
+A call lets its dependents begin once all of its blocks have counted and the kernel before it has ended. They wait for
+its end, and so does a chain of them. A kernel in between that waits for nothing takes that away: then a call finds that
+all before it have counted, and waits by itself until the blocks of all calls before it have received everything.
 
 Source: runtime/collectives/cuda.
 """

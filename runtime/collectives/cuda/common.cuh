@@ -380,7 +380,7 @@ struct Block {
         }
     }
 
-    // A call that has lost something returns nothing but NaN: of this block's tokens, in every dtype.
+    // A call that has lost something returns nothing but NaN, in every dtype: here, what this block carries of its tokens.
     __device__ void end() const {
         if (!lost) return;
         const uint4 nan = make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu);
