@@ -51,6 +51,23 @@ def static_like(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
+#: What CUDA's kernel for lists has a case for, in every release that is served; it lacks some of the smaller types.
+_COPIED_TOGETHER = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64))
+
+
+def copy_all(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """:func:`copy_into` for each pair; one launch for those that allow it, as a launch costs more than a small copy."""
+    together: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for buffer, value in zip(buffers, values, strict=True):
+        if buffer.dtype in _COPIED_TOGETHER and buffer.is_contiguous():
+            together[0].append(buffer)
+            together[1].append(value)
+        else:
+            copy_into(buffer, value)
+    if together[0]:
+        torch._foreach_copy_(*together)
+
+
 def copy_into(buffer: Tensor, value: Tensor) -> None:
     """Copy between two tensors of one layout, which may be expanded (stride 0)."""
     if buffer.is_contiguous():  # the usual case, and this runs for every input and island of every step

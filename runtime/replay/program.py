@@ -68,6 +68,13 @@ class Program:
         """The outputs, by position, that a view is given for and that no view looks at."""
         return frozenset(self.views.keys() - {view.of for view in self.views.values()})
 
+    def slots_of(self, args: Sequence[Any]) -> list[Any]:
+        """The slots of a call before its first step: its arguments, the constants, and None where steps write."""
+        slots = [*args, *[None] * (self.slots - len(args))]
+        for slot, value in self.constants:
+            slots[slot] = value
+        return slots
+
     def with_views(self, outputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """What the caller is given of the outputs, which are the caller's own already."""
         given = list(outputs)

@@ -46,7 +46,7 @@ from ..errors import (
 )
 from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote, sizes_text
 from ..watch.supervision import Supervision
-from .buffers import copy_into, narrow
+from .buffers import copy_all, narrow
 from .capture import GraphBackend
 from .entry import Entry as _Entry
 from .entry import Key
@@ -233,7 +233,7 @@ class PiecewiseRunner:
         assert self._graphs is not None
         if agreed:
             self._supervision.before_capture(self._places.compared(key[0]))
-        entry = _Entry(key[0], self._slots(args), [], [], key[1], self._places.kept_of(args))
+        entry = _Entry(key[0], self._program.slots_of(args), [], [], key[1], self._places.kept_of(args))
         kept = [args[i] for i in self._places.kept]
         recording = Recording(self._program, self._reads, self._graphs, self._pending, entry, kept, self._pool)
         try:
@@ -272,7 +272,7 @@ class PiecewiseRunner:
         return self._program.with_views(self._values(args, sizes), args)
 
     def _values(self, args: Sequence[Any], sizes: tuple[int, ...]) -> list[Any]:
-        slots = self._slots(args)
+        slots = self._program.slots_of(args)
         self._step(sizes, UNCAPTURED, self._run_steps, slots)
         return [slots[i] for i in self._program.outputs]
 
@@ -297,12 +297,6 @@ class PiecewiseRunner:
             elif position in pads.outputs and position not in self._unseen:
                 outputs[position] = narrow(outputs[position], pads.outputs[position], sizes[0]).clone()
         return self._program.with_views(outputs, args)
-
-    def _slots(self, args: Sequence[Any]) -> list[Any]:
-        slots = [*args, *[None] * (self._program.slots - len(args))]
-        for slot, value in self._program.constants:
-            slots[slot] = value
-        return slots
 
     def _run_steps(self, marks: Marks, slots: list[Any]) -> None:
         enter, leave = marks.enter, marks.leave
@@ -335,6 +329,7 @@ class PiecewiseRunner:
         grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
         for i in self._read_kept:
             entry.slots[i] = args[i]
+        buffers, values = [], []
         for i in self._dynamic:
             buffer = entry.slots[i]
             if not isinstance(buffer, Tensor):
@@ -342,7 +337,9 @@ class PiecewiseRunner:
             if i in grown:
                 buffer.zero_()
                 buffer = narrow(buffer, grown[i], sizes[0])
-            copy_into(buffer, args[i])
+            buffers.append(buffer)
+            values.append(args[i])
+        copy_all(buffers, values)
 
     def _forget(self, entry: _Entry) -> None:
         """Keep nothing of the caller's alive: a module that is dropped takes its memory with it."""
