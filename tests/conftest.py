@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grouping import pytest_collection_modifyitems as pytest_collection_modifyitems
+from watchdogs import clock as clock
 
 from support import start_fake_group
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..errors import PoisonedError
+
+#: How long whoever hears of it leaves the thread that watches to write the verdict down.
+_SECONDS_TO_WRITE = 10.0
 
 
 class Shared(Protocol):
@@ -27,22 +31,29 @@ class Health:
         self.poisoned: str | None = None
         self.ranks: tuple[int, ...] = ()
         self._shared: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._written: threading.Event | None = None
 
     def share(self, shared: Shared) -> None:
         """What this health's graphs use from now on."""
         self._shared.add(shared)
         shared.users.add(self)
 
-    def poison(self, why: str, ranks: Sequence[int] = ()) -> None:
-        """The first reason stays. May be called from any thread."""
+    def poison(self, why: str, ranks: Sequence[int] = (), written: threading.Event | None = None) -> None:
+        """The first reason stays. May be called from any thread.
+
+        written: set by that thread once the verdict is in the journal. No step may begin before that, and whoever hears
+        of it may end the process, so :meth:`check` waits for it.
+        """
         if self.poisoned is None:
-            self.ranks = tuple(ranks)
+            self.ranks, self._written = tuple(ranks), written
             self.poisoned = why
             for shared in list(self._shared):
                 shared.invalidate(why)
 
     def check(self) -> None:
         if self.poisoned is not None:
+            if self._written is not None:
+                self._written.wait(_SECONDS_TO_WRITE)
             raise PoisonedError(
                 f"the ranks are out of step, so the model is not called any more: {self.poisoned}. Start the job "
                 "again; or, where the process group still works, begin anew on every rank: torch._dynamo.reset() "

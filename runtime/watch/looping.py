@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,23 +14,49 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: What a verdict may take that is written while the process ends.
+_SECONDS_TO_ACT = 3.0
 
-def start(watchdog: Watchdog, stop: threading.Event, names: dict[str, Callable[[], None] | None]) -> None:
-    """A daemon thread for each name, which calls that method at every beat; its value is what is done at the end."""
+
+def resting() -> threading.Event:
+    """Set, until somebody is :func:`acting`."""
+    rests = threading.Event()
+    rests.set()
+    return rests
+
+
+@contextlib.contextmanager
+def acting(rests: threading.Event) -> Iterator[None]:
+    """Around what follows a verdict."""
+    rests.clear()
+    try:
+        yield
+    finally:
+        rests.set()
+
+
+def start(
+    watchdog: Watchdog, stop: threading.Event, rests: threading.Event, names: dict[str, Callable[[], None] | None]
+) -> None:
+    """A daemon thread for each name, which calls that method at every beat; its value is what is done at the end.
+
+    rests: not set while a verdict is written, which a process that ends would lose.
+    """
     threads = [
         threading.Thread(
             target=_loop, args=(weakref.ref(watchdog), stop, name, last), name=f"ringfence-{name}", daemon=True
         )
         for name, last in names.items()
     ]
-    weakref.finalize(watchdog, _end, stop, threads)  # also when the interpreter exits
+    weakref.finalize(watchdog, _end, stop, rests, threads)  # also when the interpreter exits
     for thread in threads:
         thread.start()
 
 
-def _end(stop: threading.Event, threads: Sequence[threading.Thread]) -> None:
+def _end(stop: threading.Event, rests: threading.Event, threads: Sequence[threading.Thread]) -> None:
     """Stop the threads, and wait a moment: one that is inside torch when the interpreter is gone aborts the process."""
     stop.set()
+    rests.wait(_SECONDS_TO_ACT)
     for thread in threads:
         if thread.ident is not None and thread is not threading.current_thread():
             thread.join(0.5)

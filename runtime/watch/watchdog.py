@@ -71,6 +71,7 @@ class Watchdog:
         self._reported_at = -1  # what the journal's counter was
         self._moved, self._moved_at, self._ticked = -1, time.monotonic(), time.monotonic()
         self._acted, self._ended = threading.Event(), threading.Event()
+        self._rests = looping.resting()
         self._in_vain = InVain(self.others)
         journal.waits = reaction.waits
         self._own = False  # what was reported is this rank's own failure
@@ -86,7 +87,7 @@ class Watchdog:
         self._runs, self._stop = True, threading.Event()
         self.others.goes_on()
         self.told.listen()
-        looping.start(self, self._stop, {"talk": self.others.bid_farewell, "watch": None})
+        looping.start(self, self._stop, self._rests, {"talk": self.others.bid_farewell, "watch": None})
 
     def close(self) -> None:
         """Stop watching, and say so. The threads end within a beat, unless the store keeps one of them."""
@@ -115,7 +116,7 @@ class Watchdog:
         if self.ends(error):
             return error
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
-            (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)
+            self._follows.wait(_SECONDS_TO_ACT)
             return self._error(self.report)
         if isinstance(error, HangError):  # a kernel has named who did not come
             return self._given_up(error)
@@ -139,6 +140,7 @@ class Watchdog:
         told = time.monotonic()
         self.others.tell(report)
         self._write(report, error)
+        self._acted.set()
         self.others.until_read(told)
         return error
 
@@ -149,8 +151,8 @@ class Watchdog:
             time.sleep(self.deadlines.beat / 4)
         if self.report is None:
             self._blame(found)
-        elif self.reaction.on_hang != "report":
-            (self._ended if self._ends else self._acted).wait(_SECONDS_TO_ACT)
+        else:
+            self._follows.wait(_SECONDS_TO_ACT)
         self.health.poison(found.sentence, found.ranks)
         return self._error(found)
 
@@ -189,9 +191,15 @@ class Watchdog:
         """Whether the process ends for what was found, and the main thread should not outrun that."""
         return self.reaction.on_hang == "abort" and not self._own
 
+    @property
+    def _follows(self) -> threading.Event:
+        """What a main thread waits for that hears of a report: it may end the process, and the verdict be lost."""
+        return self._ended if self._ends else self._acted
+
     def interrupt(self) -> None:
         """Raise what was found, for code of the main thread that waits for other ranks."""
         if self.report is not None and self.reaction.on_hang != "report" and not self._ends:
+            self._acted.wait(_SECONDS_TO_ACT)
             raise self._error(self.report)
 
     # -- what its two threads do at every beat ---------------------------------------------------
@@ -225,6 +233,7 @@ class Watchdog:
         if self.report is not None:
             if self.reaction.on_hang == "report" and position.moved != self._reported_at:  # it was no hang, after all
                 self.report, self._read = None, len(self.others.reports)
+                self._acted.clear()
                 went_on = f"rank {self._rank} went on after that"
                 bounded(lambda: self.journal.withdraw(self.reaction.folder, went_on), 1.0)
             return
@@ -316,11 +325,15 @@ class Watchdog:
     # -- what follows --------------------------------------------------------------------------
 
     def _act(self, report: Report) -> None:
+        with looping.acting(self._rests):
+            self._do(report)
+
+    def _do(self, report: Report) -> None:
         started = time.monotonic()
         self.report, self._reported_at = report, self._moved
         reaction = self.reaction
         if reaction.on_hang != "report" or report.kind == "failure":
-            self.health.poison(report.sentence, report.ranks)
+            self.health.poison(report.sentence, report.ranks, self._follows)
         bounded(lambda: self._write(report), 1.0)
         bounded(lambda: log.error("ringfence: rank %d: %s", self._rank, report.sentence), 0.2)
         self._acted.set()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from watchdogs import SHORT, Rank, look
+from watchdogs import SHORT, Clock, Rank, look
 
 from ringfence.runtime.collectives.lost import Lost
 from ringfence.runtime.errors import HangError, PoisonedError
@@ -75,12 +73,12 @@ def watched(count: int = 2, **options: object) -> list[Watched]:
     return [Watched(rank, store, count, **options) for rank in range(count)]
 
 
-def until_told(some: list[Watched]) -> None:
-    """All of them have a report; on a machine that is busy that takes a while."""
-    until = time.monotonic() + 20
-    while any(rank.watchdog.report is None for rank in some) and time.monotonic() < until:
-        look(some, 0.1)
-    look(some, 3 * SHORT.beat)
+def until_told(clock: Clock, some: list[Watched]) -> None:
+    """All of them have a report."""
+    until = clock.monotonic() + 20
+    while any(rank.watchdog.report is None for rank in some) and clock.monotonic() < until:
+        look(clock, some, 0.1)
+    look(clock, some, 3 * SHORT.beat)
 
 
 def in_its_own_code(rank: Watched) -> None:
@@ -115,14 +113,19 @@ def nothing(rank: Watched) -> None:
     ],
 )
 def test_the_watch_says_why_with_the_words_of_the_kernel(
-    does: Callable[[Watched], None], says: str | None, ranks: tuple[int, ...], on_hang: str, tmp_path: Path
+    clock: Clock,
+    does: Callable[[Watched], None],
+    says: str | None,
+    ranks: tuple[int, ...],
+    on_hang: str,
+    tmp_path: Path,
 ) -> None:
     first, second = both = watched(on_hang=on_hang, folder=str(tmp_path))
     first.waits_in_a_step()
     does(second)
-    look(both, 3 * SHORT.beat)
+    look(clock, both, 3 * SHORT.beat)
     first.gives_up()
-    until_told(both)
+    until_told(clock, both)
     told = [rank.watchdog.report for rank in both]
     assert told[0] is not None and told[0] == told[1]
     sentence = told[0].sentence
@@ -139,67 +142,68 @@ def test_the_watch_says_why_with_the_words_of_the_kernel(
     assert where["step"] == 1 and where["calls"] == [{"group": "tp", "first": 1, "last": 1}], "where it waited"
 
 
-def test_a_rank_that_is_gone_is_waited_for_until_it_is_silent() -> None:
+def test_a_rank_that_is_gone_is_waited_for_until_it_is_silent(clock: Clock) -> None:
     first, second = both = watched()
     first.waits_in_a_step()
     in_its_own_code(second)
-    look(both, 3 * SHORT.beat)
+    look(clock, both, 3 * SHORT.beat)
     first.watchdog.talk()  # it has heard the last of it
     first.gives_up()
-    look([first], SHORT.silence / 4)
+    look(clock, [first], SHORT.silence / 4)
     assert first.watchdog.report is None, "it may be alive"
-    until_told([first])
+    until_told(clock, [first])
     report = first.watchdog.report
     assert report is not None and report.ranks == (1,) and report.finding.evidence.startswith(SAID)
     assert report.sentence.startswith("rank 1 has not been heard of for")
     assert "; rank 0 waits in step 1 of sizes (4,)" in report.sentence
 
 
-def test_a_main_thread_that_meets_it_raises_the_same_and_waits_no_longer_than_a_step_may(tmp_path: Path) -> None:
+def test_a_main_thread_that_meets_it_raises_the_same_and_waits_no_longer_than_a_step_may(
+    clock: Clock, tmp_path: Path
+) -> None:
     first, second = both = watched(folder=str(tmp_path))
     first.waits_in_a_step()
     in_its_own_code(second)
-    look(both, 3 * SHORT.beat)
+    look(clock, both, 3 * SHORT.beat)
     first.gives_up()
     raised: list[BaseException] = []
-    began = time.monotonic()
+    began = clock.monotonic()
     assert first.kernels.lost is not None
-    main = threading.Thread(target=lambda: raised.append(first.watchdog.failed(first.kernels.lost)))  # type: ignore[arg-type]
-    main.start()
-    look([second], 0.0)
-    while main.is_alive():
+    main = clock.spawn(lambda: raised.append(first.watchdog.failed(first.kernels.lost)))  # type: ignore[arg-type]
+    look(clock, [second], 0.0)
+    while not main.ended():
         for rank in both:
             rank.watchdog.talk()
-        time.sleep(SHORT.beat)
-    assert time.monotonic() - began < 5
+        clock.sleep(SHORT.beat)
+    assert clock.monotonic() - began < 3 * SHORT.silence
     (error,) = raised
     assert isinstance(error, HangError) and error.ranks == (1,)
     assert "the ranks hang: rank 1 did not come to call 1" in str(error) and SAID in str(error)
     with pytest.raises(PoisonedError, match=r"rank 1 did not come to call 1 .*waited in vain") as caught:
         first.watchdog.health.check()
     assert caught.value.ranks == (1,)
-    until_told([second])
+    until_told(clock, [second])
     assert second.watchdog.report is not None and second.watchdog.report.sentence in str(error)
 
 
-def test_what_the_watch_has_found_first_is_kept() -> None:
+def test_what_the_watch_has_found_first_is_kept(clock: Clock) -> None:
     first, second = both = watched(deadlines=SHORT)
     first.waits_in_a_step()
     in_its_own_code(second)
-    look(both, 0.4)
+    look(clock, both, 0.4)
     report = first.watchdog.report
     assert report is not None and "waited in vain" not in report.sentence
     first.gives_up()
-    look(both, 0.1)
+    look(clock, both, 0.1)
     assert first.kernels.lost is not None and first.watchdog.report == report
     assert str(first.watchdog.failed(first.kernels.lost)) == str(first.watchdog.reaction.error(report))
 
 
-def test_a_rank_that_comes_when_it_is_too_late_has_left_nothing_out() -> None:
+def test_a_rank_that_comes_when_it_is_too_late_has_left_nothing_out(clock: Clock) -> None:
     first, second = both = watched()
     first.waits_in_a_step()
     in_its_own_code(second)
-    look(both, 4 * SHORT.beat)
+    look(clock, both, 4 * SHORT.beat)
     first.gives_up()
     marks = second.journal.begin(0, (4,), REPLAY)
     for _ in range(2):
@@ -207,25 +211,25 @@ def test_a_rank_that_comes_when_it_is_too_late_has_left_nothing_out() -> None:
         marks.leave()
     marks.end()
     second.gives_up((1,), told=True)
-    until_told(both)
+    until_told(clock, both)
     for rank in both:
         report = rank.watchdog.report
         assert report is not None and report.ranks == (1,) and report.reporter == 0
         assert report.sentence.startswith("rank 1 did not come to call 1")
 
 
-def test_who_was_told_says_what_the_one_has_seen_that_told_it() -> None:
+def test_who_was_told_says_what_the_one_has_seen_that_told_it(clock: Clock) -> None:
     """Of three, rank 2 has just come: its kernel is told at once, and where it is says nothing."""
     first, second, third = three = watched(3)
     first.waits_in_a_step()
     in_its_own_code(second)
-    look(three, 4 * SHORT.beat)
+    look(clock, three, 4 * SHORT.beat)
     third.waits_in_a_step()
     third.gives_up(told=True)
-    look(three, 2 * SHORT.beat)
+    look(clock, three, 2 * SHORT.beat)
     assert third.watchdog.report is None
     first.gives_up()
-    until_told(three)
+    until_told(clock, three)
     assert [rank.watchdog.report is not None and rank.watchdog.report.reporter for rank in three] == [0, 0, 0]
 
 
