@@ -18,7 +18,7 @@ SGLANG_NEEDS := transformers==5.19.0 openai==2.8.0 aiohttp dill einops fastapi m
 	partial_json_parser pillow psutil pybase64 pydantic pyzmq requests setproctitle tabulate tqdm triton uvicorn
 INTO_SGLANG := $(ENGINES)/sglang/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: support demo demo-moe test gpu-test lint package bench engines engines-sglang compat clean
+.PHONY: support demo demo-moe test fuzz gpu-test lint package bench engines engines-sglang compat clean
 
 # What is fused of each architecture of transformers, into docs/support.md; then generate() of six. Half an hour.
 support: $(VENV)/.ready
@@ -34,6 +34,12 @@ demo-moe: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+# Random programs that `make test` does not run, which always draws the same: 400 and more, in half an hour. A failure prints its program.
+FUZZ_SEED ?= $(shell date +%s)
+FUZZ_PROGRAMS ?= 240
+fuzz: $(VENV)/.ready
+	$(PYTHON) -m pytest tests/fuzz -n 2 --dist loadgroup --no-loadscope-reorder --timeout 7200 --fuzz-seed $(FUZZ_SEED) --fuzz-programs $(FUZZ_PROGRAMS)
 
 # On a machine with a GPU. RINGFENCE_KERNELS: the folder that tests/gpu/build_kernels.py wrote to.
 gpu-test: $(VENV)/.ready

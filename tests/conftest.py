@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Iterator
 
 import engine_ops
@@ -19,17 +18,8 @@ gc.freeze()  # what imports made stays: a twelfth of a tracing test's time went 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-seconds", type=float, default=45.0, help="how long tests/faults/test_soak.py runs")
-    parser.addoption("--fuzz-seed", type=int, help="the first of the programs of tests/fuzz; drawn anew by default")
-    parser.addoption("--fuzz-programs", type=int, default=60, help="how many programs of tests/fuzz, at most")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.option.fuzz_seed is None:  # of all workers, which are given the options of whoever starts them
-        config.option.fuzz_seed = random.SystemRandom().randrange(1, 10**8)
-
-
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"--fuzz-seed {config.option.fuzz_seed}"
+    parser.addoption("--fuzz-seed", type=int, default=1, help="from where the programs of tests/fuzz are drawn")
+    parser.addoption("--fuzz-programs", type=int, default=12, help="how many programs of tests/fuzz")
 
 
 @pytest.fixture(scope="module")

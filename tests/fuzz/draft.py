@@ -175,12 +175,14 @@ def draw_program(
     moves = [body for _, body in MOVES]
     focus = d.draw.choices([1, 6], [2, 1], k=len(weights))  # each program is fond of some moves
     weights = [w * f for w, f in zip(weights, focus, strict=True)]
-    tries = 0
+    tries, made = 0, set()
     while len(d.statements) < length + 3 and tries < 20 * length:
         tries += 1
-        d.draw.choices(moves, weights)[0](d)
-    program = Program(tuple(d.inputs.items()), tuple(d.buffers.items()), tuple(d.statements), tuple(_returns(d)))
-    return _used(program)
+        chosen = d.draw.choices(moves, weights)[0]
+        if chosen(d):
+            made.add(chosen.__name__)
+    inputs, buffers, statements = tuple(d.inputs.items()), tuple(d.buffers.items()), tuple(d.statements)
+    return _used(Program(inputs, buffers, statements, tuple(_returns(d)), frozenset(made)))
 
 
 def _returns(d: Draft) -> list[str]:

@@ -48,12 +48,13 @@ class Statement:
 @dataclass(frozen=True)
 class Program:
     """inputs, buffers: (name, spec). A spec is ``dtype[dimensions]``, a word of :mod:`fuzz.play`, or ``= EXPRESSION``
-    over earlier inputs; a leading ``keep`` means that the tensor lives on from step to step."""
+    over earlier inputs; a leading ``keep`` means that the tensor lives on from step to step. moves: that made it."""
 
     inputs: tuple[tuple[str, str], ...]
     buffers: tuple[tuple[str, str], ...]
     statements: tuple[Statement, ...]
     returns: tuple[str, ...]
+    moves: frozenset[str] = frozenset()
 
     @property
     def body(self) -> list[str]:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,7 @@ class Worker:
 
 
 def run(
-    programs: int,
-    seed: int,
+    seeds: Sequence[int],
     jobs: int,
     *,
     inductor: float,
@@ -144,11 +143,10 @@ def run(
     shrink_seconds: float,
     limit: float = 180,
     seconds: float | None = None,
-    least: int = 0,
     every: int = 0,
     show_upstream: bool = False,
 ) -> tuple[Counter[str], list[str]]:
-    """Counts by kind, and the failures as text. Ends after ``seconds``, but not before ``least`` programs.
+    """Counts by kind, and the failures as text. Ends after ``seconds``.
 
     every: say how far it is after so many programs.
     """
@@ -156,10 +154,9 @@ def run(
     counts: Counter[str] = Counter()
     failures: list[str] = []
     arguments = ({"inductor": inductor, "device": device}, shrink_seconds)
-    seeds = range(seed, seed + programs)
-    workers = [Worker(list(seeds[j::jobs]), arguments) for j in range(min(jobs, programs))]
+    workers = [Worker(list(seeds[j::jobs]), arguments) for j in range(min(jobs, len(seeds)))]
     end = time.monotonic() + seconds if seconds else float("inf")
-    while workers and (time.monotonic() < end or counts["programs"] < least):
+    while workers and time.monotonic() < end:
         ready = multiprocessing.connection.wait([w.pipe for w in workers], 5)
         for worker in workers:
             for kind, at, message in worker.receive() if worker.pipe in ready else worker.late(limit + shrink_seconds):
@@ -191,8 +188,7 @@ def main() -> int:
     seed = given.seed if given.seed is not None else int(time.time()) % 10**7 * 10**4
     start = time.monotonic()
     counts, _ = run(
-        given.programs,
-        seed,
+        range(seed, seed + given.programs),
         given.jobs,
         inductor=given.inductor,
         device=given.device,
