@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import caches
+import passes
 import torch
 import torch.distributed as dist
+from passes import HIDDEN, TOKENS, eighty_layers, site, traced
 from tabulate import tabulate
 from torch import Tensor
 from torch._inductor import pattern_matcher
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ringfence
@@ -48,7 +49,6 @@ from ringfence.runtime.replay.program import Program, SizeRule, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
 from ringfence.runtime.watch.journal import REPLAY, Journal, PieceNote, ProgramNote
 
-LAYERS, HIDDEN, TOKENS = 80, 64, 4
 PIECES = 161  # two sites per layer, each an island
 PARAMETERS = 5  # per piece
 
@@ -73,34 +73,7 @@ def median_ms(body: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def all_reduce(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", "0"))
-
-
 # -- find and fuse -------------------------------------------------------------------
-
-
-def site(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    summed = all_reduce(x) + residual
-    return summed * torch.rsqrt(summed.pow(2).mean(-1, keepdim=True) + 1e-6) * weight, summed
-
-
-def eighty_layers() -> GraphModule:
-    def model(x: Tensor, residual: Tensor, weight: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
-        for _ in range(2 * LAYERS):
-            x, residual = site(x @ linear, residual, weight)
-        return x, residual
-
-    return traced(model, [torch.randn(s) for s in ((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN, HIDDEN))])
-
-
-def traced(fn: Callable[..., Any], inputs: list[Tensor], **_: Any) -> GraphModule:
-    """Also Inductor's ``trace_fn``: its own would decompose differently and match nothing."""
-    with torch.no_grad():
-        gm = make_fx(fn, tracing_mode="fake")(*inputs)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm
 
 
 def ringfence_pass(gm: GraphModule) -> int:
@@ -126,10 +99,10 @@ def bench_passes() -> Row:
             start = time.perf_counter()
             count = run(gm)
             times.append((time.perf_counter() - start) * 1e3)
-            assert count == 2 * LAYERS, f"{run.__name__} fused {count} of {2 * LAYERS} sites"
+            assert count == 2 * passes.LAYERS, f"{run.__name__} fused {count} of {2 * passes.LAYERS} sites"
     ours, peer = statistics.median(ours_ms), statistics.median(peer_ms)
     return Row(
-        f"find + fuse, {LAYERS} layers ({2 * LAYERS} sites); peer: Inductor register_replacement",
+        f"find + fuse, {passes.LAYERS} layers ({2 * passes.LAYERS} sites); peer: Inductor register_replacement",
         f"{ours:.1f} ms",
         f"{peer:.0f} ms ({peer / ours:.0f}x)",
         "<= 50 ms, >= 20x",
@@ -250,11 +223,11 @@ def bench_models() -> list[Row]:
     ]
     for collective in ("mnnvl", "trtllm"):
         for strategy in (Strategy.ONE_SHOT, Strategy.TWO_SHOT):
-            rank = plan.PlannedRank(plan.even_pieces(LAYERS, 2, 33, strategy), (16, 8, 8, 16), (8, 16))
+            rank = plan.PlannedRank(plan.even_pieces(passes.LAYERS, 2, 33, strategy), (16, 8, 8, 16), (8, 16))
             start = time.perf_counter()
             result = plan.check(collective, "0.7.0", plan.programs([rank] * 4))
             spent = time.perf_counter() - start
-            what = f"{collective} {strategy}: {LAYERS} layers x 2 sites x 33 pieces, 4 steps, 4 ranks"
+            what = f"{collective} {strategy}: {passes.LAYERS} layers x 2 sites x 33 pieces, 4 steps, 4 ranks"
             rows.append(Row(what, f"{spent:.2f} s", f"{result.states} states", "<= 2 s", result.safe and spent <= 2))
     return rows
 

@@ -63,8 +63,9 @@ def is_all_reduce(node: Node, all_reduce_ops: Collection[str]) -> bool:
 
 def recognise_all_reduce(node: Node, all_reduce_ops: Mapping[str, GroupOf]) -> AllReduce | Decline | None:
     if roles.calls(node, c10d.all_reduce.default):
-        bound = roles.bound_arguments(node)
-        return _walk(node, bound["input"], str(bound["reduce_op"]), bound["group_name"], node)
+        named = enumerate(("input", "reduce_op", "group_name"))
+        source, reduce_op, group = (roles.argument(node, i, name) for i, name in named)
+        return _walk(node, source, str(reduce_op), group, node)
     if roles.calls(node, *_NOT_FUNCTIONAL):
         return Decline(
             Reason.ALL_REDUCE_FORM,

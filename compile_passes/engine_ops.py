@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
 from ..runtime.groups import WORLD, group_exists, name_of_ranks
@@ -248,7 +247,7 @@ def _covers(view: View, base: Node) -> bool:
         return False
     size, _, offset = view.args
     dims = [d.meta["val"] if isinstance(d, Node) else d for d in size]
-    return offset == 0 and is_contiguous_or_false(tensor(base)) and same_size(math.prod(dims), tensor(base).numel())
+    return offset == 0 and roles.is_contiguous(tensor(base)) and same_size(math.prod(dims), tensor(base).numel())
 
 
 def _op(node: Node) -> torch._ops.OpOverload:

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives.epilogue import DTYPES
@@ -142,7 +141,8 @@ def _outcomes(
                 break
             first = first or match
         for left in together:
-            outcomes.setdefault(left.start, first or _claimed(end))
+            if left.start not in outcomes:
+                outcomes[left.start] = first or _claimed(end)
     return outcomes
 
 
@@ -347,7 +347,7 @@ def _policy(match: Match, strict: bool, claimed: Collection[Node], all_reduces: 
             "op needs it",
         )
     for node in (match.sum, match.norm.out):
-        if node is not None and not is_contiguous_or_false(tensor(node)):
+        if node is not None and not roles.is_contiguous(tensor(node)):
             return Decline(
                 Reason.LAYOUT,
                 f"{label(node)} has strides {list(tensor(node).stride())}, and what reads it was traced with them; the "

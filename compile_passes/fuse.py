@@ -20,7 +20,6 @@ import operator
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -30,13 +29,15 @@ from ..runtime.errors import GraphMetadataError
 from .all_reduce import AllReduce
 from .given import check_each, check_graph
 from .match import Candidate, Match, Site
-from .roles import aten, cast_input, first_node, same_shape, tensor
+from .roles import aten, cast_input, first_node, is_contiguous, same_shape, tensor
 from .sums import Parts
 
 #: Key of ``node.meta`` under which a fused op keeps the index of its site.
 SITE = "ringfence_site"
 #: The same, for what the results of its all-reduces were multiplied by, where that is not one.
 FACTORS = "ringfence_factors"
+#: Of the nodes that a fused op replaces, what it keeps; Dynamo keeps the stream in "custom".
+_PROVENANCE = ("stack_trace", "nn_module_stack", "custom")
 
 
 def fuse(
@@ -82,8 +83,8 @@ class _Rewriter:
         return node
 
     def rewrite(self, site: int, match: Match) -> None:
-        all_reduce, norm = match.all_reduce, match.norm
-        last = match.anchor
+        norm, before, last = match.norm, match.sum, match.anchor
+        group = str(match.all_reduce.group)
         for late in match.late_weight:
             last.append(late)
             last = late
@@ -92,26 +93,23 @@ class _Rewriter:
             weight = self.current(norm.weight) if norm.weight is not None else None
             operands = (value, weight) if residual is None else (value, residual, weight)
             # A plain string: a compiler writes its repr into code.
-            collective = str(self.collectives_of.get(str(all_reduce.group), "reference"))
+            collective = str(self.collectives_of.get(group, "reference"))
             op = getattr(ops, match.epilogue.op)
-            fused = self.graph.call_function(
-                op, (*operands, norm.eps, norm.weight_bias, str(all_reduce.group), collective)
-            )
+            fused = self.graph.call_function(op, (*operands, norm.eps, norm.weight_bias, group, collective))
             norm_out = self.graph.call_function(operator.getitem, (fused, 0))
             summed = self.graph.call_function(operator.getitem, (fused, 1))
-        factors = match.terms.factors
         self._describe(fused, norm_out, summed, site, match, value)
-        if any(f != 1 for f in factors):
-            fused.meta[FACTORS] = factors
+        if not match.terms.plain and any(f != 1 for f in match.terms.factors):
+            fused.meta[FACTORS] = match.terms.factors
         with self.graph.inserting_before(norm.out):
             self._replace(norm.out, self._through(norm.views, norm_out))
-        if match.sum is None:
+        if before is None:
             pass
-        elif tensor(match.sum).dtype == tensor(summed).dtype:
-            self._replace(match.sum, summed)
+        elif tensor(before).dtype == tensor(summed).dtype:
+            self._replace(before, summed)
         else:  # the sum was taken in float32; its readers outside the norm round it
-            for user in list(match.sum.users):
-                if cast_input(user) is match.sum and tensor(user).dtype == tensor(summed).dtype:
+            for user in list(before.users):
+                if cast_input(user) is before and tensor(user).dtype == tensor(summed).dtype:
                     self._replace(user, summed)
         self.sums.append(match.end)
         for merged in match.terms.all_reduces:
@@ -127,7 +125,7 @@ class _Rewriter:
     def _through(self, views: Iterable[Node], node: Node) -> Node:
         """``node`` seen through copies of ``views``."""
         for view in views:
-            if not is_contiguous_or_false(tensor(node)):  # not every view can be taken of every layout
+            if not is_contiguous(tensor(node)):  # not every view can be taken of every layout
                 node = self._contiguous_copy(node)
             moved = {view.args[0]: node}
             seen, node = node, self.graph.node_copy(view, lambda n, moved=moved: moved.get(n, n))  # type: ignore[misc]
@@ -149,10 +147,10 @@ class _Rewriter:
     def _describe(self, fused: Node, norm_out: Node, summed: Node, site: int, match: Match, like: Node) -> None:
         """Metadata of the new nodes: shapes for later passes, provenance for people."""
         values = (_contiguous(match.norm.out, like), _contiguous(match.sum or like, like, fresh=match.sum is None))
-        provenance = ("stack_trace", "nn_module_stack", "custom")  # Dynamo keeps the stream in "custom"
         start = match.all_reduce.start.meta
+        provenance = {key: start[key] for key in _PROVENANCE if key in start}
         for node, value in ((fused, values), (norm_out, values[0]), (summed, values[1])):
-            node.meta = {key: start[key] for key in provenance if key in start} | {"val": value}
+            node.meta = {**provenance, "val": value}
         fused.meta[SITE] = site
 
     def finish(self) -> None:

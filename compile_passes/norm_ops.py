@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime.collectives import reference
-from .roles import as_number, same_size
+from .roles import as_number, is_contiguous, same_size
 
 #: By name: what is added to the weight.
 KNOWN: Mapping[str, float] = {
@@ -297,7 +296,7 @@ def _whole(given: Mapping[str, Any], name: str, base: Node) -> bool:
         return True
     dims = [d.meta["val"] if isinstance(d, Node) else d for d in size]
     same = same_size(math.prod(dims), value.numel()) and same_size(dims[-1], value.shape[-1])
-    return given.get(f"_{name}_storage_offset") == 0 and is_contiguous_or_false(value) and same
+    return given.get(f"_{name}_storage_offset") == 0 and is_contiguous(value) and same
 
 
 # -- proof --------------------------------------------------------------------------

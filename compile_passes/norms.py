@@ -10,7 +10,7 @@ last node that is still part of the norm.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -214,11 +214,12 @@ def _normalises(node: Node, x: Node) -> tuple[Node, _MeanSquare] | None:
     inner = roles.without_column(factor)
     inner = roles.without_column(roles.cast_input(inner) or inner)
     root = root_of(inner)
-    mean = _mean_square(roles.without_column(root)) if root is not None else None
-    return (factor, replace(mean, nodes=(*mean.nodes, inner))) if mean is not None else None
+    mean = _mean_square(roles.without_column(root), inner) if root is not None else None
+    return (factor, mean) if mean is not None else None
 
 
-def _mean_square(node: Node) -> _MeanSquare | None:
+def _mean_square(node: Node, root: Node) -> _MeanSquare | None:
+    """What ``root`` is the root of, where that is a mean square."""
     candidates: list[tuple[object, object]] = [(node, 0.0)]
     if roles.is_add(node):
         mean, addend = roles.arguments(node)[:2]
@@ -228,7 +229,7 @@ def _mean_square(node: Node) -> _MeanSquare | None:
         found = _mean(mean)
         if found is not None:
             source, dims, total = found
-            return _MeanSquare(source, dims, eps, (total, node))
+            return _MeanSquare(source, dims, eps, (total, node, root))
     return None
 
 
@@ -258,7 +259,7 @@ def _keeps_precision(reduction: Node, square: Node) -> bool:
 
 def _dims(reduction: Node) -> tuple[int, ...]:
     """The dimensions that ``mean.dim`` or ``sum.dim_IntList`` reduces; None and [] mean all."""
-    dims = roles.bound_arguments(reduction)["dim"]
+    dims = roles.argument(reduction, 1, "dim")
     return tuple(dims) if dims else tuple(range(tensor(reduction.args[0]).ndim))  # type: ignore[arg-type]
 
 
@@ -289,22 +290,21 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
         roundings.append(Rounding.COMPUTE_DTYPE)
     if core.call is not None:
         roundings.append(Rounding.NORM_OP)
-    norm = Norm(core.out, None, core.weight_bias, core.eps, (), reader.views, core.call)
-    has_weight = core.weight_absorbed
+    weight, bias, has_weight = None, core.weight_bias, core.weight_absorbed
     if core.weight is not None:
-        weight = _weight(core.weight, reader.node, hidden, dtype)
-        if isinstance(weight, Decline):
-            return weight
-        if weight is None:
+        found = _weight(core.weight, reader.node, hidden, dtype)
+        if isinstance(found, Decline):
+            return found
+        if found is None:
             return Decline(Reason.WEIGHT_KIND, f"the weight of {label(core.out)} is not a tensor of {hidden} elements")
-        norm = replace(norm, weight=weight.node)
+        weight = found.node
 
-    best: Norm | None = None
+    best: tuple[Node, Node | None, float, tuple[Rounding, ...]] | None = None
     node, narrowed = core.out, False
     while True:
         if tensor(node).dtype == dtype:
-            best = replace(norm, out=node, roundings=tuple(roundings))
-            if norm.weight is not None:
+            best = node, weight, bias, tuple(roundings)
+            if weight is not None:
                 break
         if len(node.users) != 1:
             break
@@ -319,14 +319,13 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
         pair = roles.mul_operands(user)
         if has_weight or pair is None or pair[0] is pair[1] or not roles.same_shape(user, node):
             break
-        weight = _weight(pair[1] if pair[0] is node else pair[0], reader.node, hidden, dtype)
-        if isinstance(weight, Decline) and best is None:
-            return weight
-        if not isinstance(weight, _Weight):
+        found = _weight(pair[1] if pair[0] is node else pair[0], reader.node, hidden, dtype)
+        if isinstance(found, Decline) and best is None:
+            return found
+        if not isinstance(found, _Weight):
             break  # it ends at a gate, a modulation, a weight that the fused op cannot take: what reads it is no norm
-        has_weight = True
-        norm = replace(norm, weight=weight.node, weight_bias=weight.bias)
-        if weight.bias_rounded:
+        weight, bias, has_weight = found.node, found.bias, True
+        if found.bias_rounded:
             roundings.append(Rounding.WEIGHT_BIAS)
         if narrowed or tensor(user).dtype != torch.float32:
             roundings.append(Rounding.BEFORE_WEIGHT)
@@ -337,7 +336,8 @@ def _grow(core: _Core, reader: _Reader, dtype: torch.dtype) -> Norm | Decline:
             f"the norm leaves as {dtype_text(tensor(node).dtype)} at {label(node)}; "
             f"the fused op returns {dtype_text(dtype)}",
         )
-    return best
+    out, weight, bias, so_far = best
+    return Norm(out, weight, bias, core.eps, so_far, reader.views, core.call)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes
@@ -54,6 +55,7 @@ COPIES = {
     aten.lift_fresh_copy.default,
 }
 CASTS = {aten._to_copy.default, prims.convert_element_type.default, aten.to.dtype}
+_HANDING_ON = (*VIEWS, *COPIES)
 
 #: Bits of mantissa; a cast that does not lower them keeps every value exactly.
 _MANTISSA = {
@@ -72,6 +74,11 @@ def calls(node: object, *targets: object) -> TypeGuard[Node]:
 def arguments(node: Node) -> tuple[Any, ...]:
     """The positional arguments, whose types the op's schema says and FX's union does not."""
     return node.args
+
+
+def argument(node: Node, index: int, name: str) -> Any:
+    """One argument that the schema has no default for, wherever it was written. To read a whole schema takes longer."""
+    return node.args[index] if len(node.args) > index else node.kwargs[name]
 
 
 def asks_for_shape(node: Node) -> bool:
@@ -117,8 +124,16 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 
 def same_shape(a: Node, b: Node) -> bool:
-    left, right = tensor(a).shape, tensor(b).shape
+    first, second = tensor(a), tensor(b)
+    left, right = first.shape, second.shape
+    if not (first._has_symbolic_sizes_strides or second._has_symbolic_sizes_strides):
+        return left == right
     return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def is_contiguous(value: torch.Tensor) -> bool:
+    """Whether a fake tensor is contiguous, without a guard: unknown counts as not."""
+    return is_contiguous_or_false(value) if value._has_symbolic_sizes_strides else value.is_contiguous()
 
 
 def shape_text(node: Node) -> str:
@@ -150,7 +165,7 @@ def reshaped(node: object) -> Node | None:
 
 def _hands_on(node: object) -> TypeGuard[Node]:
     if not calls(node, SAME_DTYPE):
-        return calls(node, *VIEWS, *COPIES)
+        return calls(node, *_HANDING_ON)
     source = node.args[0]
     return is_tensor(source) and tensor(source).dtype == tensor(node).dtype
 

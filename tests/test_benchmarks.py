@@ -14,16 +14,17 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """benchmarks/run.py, which is a script beside its modules."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
     import caches
+    import passes
     import run
 
-    for module, small in ((run, {"LAYERS": 2, "PIECES": 3}), (caches, {"SLOTS": 1})):
+    for module, small in ((run, {"PIECES": 3}), (passes, {"LAYERS": 2}), (caches, {"SLOTS": 1})):
         for name, value in small.items():
             monkeypatch.setattr(module, name, value)
     step_ms = caches.step_ms
     monkeypatch.setattr(run, "median_ms", lambda body, repeats: (body() and 0.0) or 1.0)
     monkeypatch.setattr(caches, "step_ms", lambda backends: step_ms(backends, repeats=3))
     yield run
-    for name in ("run", "caches"):
+    for name in ("run", "caches", "passes"):
         sys.modules.pop(name, None)
 
 
@@ -32,6 +33,11 @@ def test_every_row_of_the_passes_and_the_runner_is_computed(bench: Any) -> None:
     rows = [bench.bench_passes(), bench.bench_split(), *bench.bench_runner(), bench.bench_journal()]
     assert [r.what for r in rows if "8 parts" in r.what], rows
     assert len(rows) == 6 and all(r.ours for r in rows)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_what_the_passes_cost_is_counted(bench: Any) -> None:
+    assert bench.passes.cost(2)["calls"] == bench.passes.cost(1)["calls"] > 1000
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -21,6 +21,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: what it imports is a package beside it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+#: How long a worker may take to its first program: it imports torch, on a machine that is busy with others.
+_START_SECONDS = 1800
 #: A worker ends after so many programs: what Dynamo and the C++ library keep of each is never freed.
 _PER_WORKER = 400
 
@@ -112,7 +114,7 @@ class Worker:
 
     def late(self, limit: float) -> Iterator[tuple[str, int, str]]:
         """That the process did not answer for so many seconds, and was killed."""
-        if time.monotonic() - self._heard > limit:
+        if time.monotonic() - self._heard > (limit if self._at is not None else _START_SECONDS):
             self.process.kill()
             self.process.join()
             yield from self._lost(f"no answer in {limit:.0f} s")
