@@ -126,9 +126,6 @@ def _prove(
     if calls > MOST_CALLS:
         why = f"{sites} sites in {len(rank.steps)} steps are {calls} calls, and a compile looks at {MOST_CALLS}"
         return PlanVerdict("not_decided", f"{why}; ringfence check has more time")
-    if situation.collective in model.UNFOLDED:  # a state holds all ranks, and costs as much more
-        most = MOST_STATES // situation.world_size
-        bound = Bound(most, shortest=most // 6)
     try:
         answer = ask(situation, model.programs([rank] * situation.world_size), bound)
     except NotDecidedError as error:

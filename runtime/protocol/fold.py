@@ -19,7 +19,14 @@ The argument, for ranks that make the same calls, whose rules treat ranks and to
    whole rounds, used or not. Rank 0, which owns a token in every call, is always kept. One-shot and two-shot calls
    of one workspace share words, by the size of the workspace, so each threshold of the one is tried with each of
    the other, and the second half of the workspace at an even place and at an odd one.
-4. A word of a one-shot trtllm call is row (sender * tokens + token), so calls of other sizes have another sender
+4. A word of our own collective is a line of an inbox, and its lines lie otherwise by one-shot than by two-shot: one
+   that a sender writes in the one, the same or another writes in the other, as a part or as a sum, or the receiver
+   itself, as a sum. A call uses it or not, by its size: sizes of each strategy stand for 1 token or for 2, and each
+   threshold of the one is tried with each of the other. The second token begins at one line by both, and among the
+   ranks that are kept each of these relations is that of some line there. The first token is enough to order calls:
+   by both strategies each rank waits in each call for each other one. Its numbers count calls, so what depends on
+   none of them (grids, the epoch of the host where a mutant has it) stays as it is.
+5. A word of a one-shot trtllm call is row (sender * tokens + token), so calls of other sizes have another sender
    there. A doubt is about two steps: sizes stand for 1 token (unused), 2 or 3, whose senders differ. Its two-shot
    is a barrier, and asks for the grid and not for the tokens; no grid is folded. Nor does an all-to-all ask.
 
@@ -74,6 +81,13 @@ def trtllm_folds(kinds: Iterable[Call]) -> Iterator[Sizes]:
         yield {(Strategy.ONE_SHOT, c): 1 if c <= unused else 2 if c <= small else 3 for c in ones}
 
 
+def line_folds(kinds: Iterable[Call]) -> Iterator[Sizes]:
+    ones, twos = _counts(kinds)
+    for one, two in itertools.product((0, *ones[:-1]), (0, *twos[:-1])):
+        few = {(Strategy.ONE_SHOT, count): 1 if count <= one else 2 for count in ones}
+        yield few | {(Strategy.TWO_SHOT, count): 1 if count <= two else 2 for count in twos}
+
+
 def _counts(kinds: Iterable[Call]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes of one-shot calls and of two-shot calls."""
     some = list(kinds)
@@ -105,9 +119,12 @@ def _tokens_of(kept: tuple[int, ...], count: int, first: int, world_size: int) -
     return len(kept) + sum(first + rank < count for rank in kept)
 
 
-def smallest(calls: Calls, world_size: int) -> Calls:
-    """The program with the tokens that every call has: enough to find what goes wrong where ranks differ."""
-    return tuple(replace(c, tokens=min(c.tokens, world_size if c.strategy is Strategy.TWO_SHOT else 1)) for c in calls)
+def smallest(calls: Calls, two_shot: int) -> Calls:
+    """The program with the tokens that every call has: enough to find what goes wrong where ranks differ.
+
+    two_shot: how many of them show a two-shot call: where tokens have owners, one of each rank.
+    """
+    return tuple(replace(c, tokens=min(c.tokens, two_shot if c.strategy is Strategy.TWO_SHOT else 1)) for c in calls)
 
 
 def decide_folded(

@@ -145,6 +145,9 @@ class Order:
         """The order of a run that goes on with launch ``at`` of each rank. Values are those of ``past``."""
         known = [done.bit_length() for vector in past.starts for _, done in vector]
         known += [d.bit_length() for cell in past.cells for _, _, knows in cell.writes for _, d in knows]
+        for cell in past.cells:  # steps too of which nobody knows: of a launch that had more ops than any to come
+            places = (*(p for p, _, _ in cell.writes), *(p for p, _, _ in cell.polls), *cell.taken)
+            known += [place.op + 1 for place in places]
         order = Order(max(width, *known), len(past.starts))
 
         def there(place: OpPlace) -> OpPlace:

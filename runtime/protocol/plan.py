@@ -24,12 +24,22 @@ from .calls import Call, Calls, distinct, each
 from .compiler import Compiler
 from .decide import decide
 from .explore import Result
-from .fold import KEPT_RANKS, UNFOLDED_STATES, UNFOLDED_WORDS, Sizes, decide_folded, mnnvl_folds, smallest, trtllm_folds
+from .fold import (
+    KEPT_RANKS,
+    UNFOLDED_STATES,
+    UNFOLDED_WORDS,
+    Sizes,
+    decide_folded,
+    line_folds,
+    mnnvl_folds,
+    smallest,
+    trtllm_folds,
+)
 from .lamport import part, total
 from .machine import UNSEEN, Machine, State
 from .mnnvl import MnnvlCompiler, mnnvl_compiler, polls_own
 from .moe_a2a import MoeCompiler
-from .ringfence import RULES, LineRules, ringfence_compiler
+from .ringfence import RULES, LineRules, RingfenceCompiler, ringfence_compiler
 from .rules import LamportRules, MoeRules, mnnvl_rules, moe_rules, trtllm_rules
 from .trtllm import trtllm_compiler
 
@@ -41,8 +51,6 @@ MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.RINGFENCE, Collectiv
 
 #: Of these, those that come with ringfence itself, and depend on no version of FlashInfer.
 OWN = (Collective.RINGFENCE,)
-#: Of these there is no fold: sizes and ranks that are alike are all looked at.
-UNFOLDED = (Collective.RINGFENCE,)
 MOST_OWN_RANKS = 8
 
 
@@ -245,8 +253,6 @@ def compiler_for(collective: str, rules: Rules, ranks: Sequence[Calls]) -> Compi
     if isinstance(rules, MoeRules):
         return MoeCompiler(len(ranks), rules=rules)
     if isinstance(rules, LineRules):
-        if len(ranks) > MOST_OWN_RANKS:
-            raise PlanError(f"a world of {len(ranks)} ranks; ringfence's own kernels serve 2 to {MOST_OWN_RANKS}")
         return ringfence_compiler(ranks, rules)
     return (mnnvl_compiler if collective == Collective.MNNVL else trtllm_compiler)(ranks, rules)
 
@@ -256,7 +262,7 @@ def machine_for(collective: str, version: str, ranks: Sequence[Calls]) -> Machin
 
     Raises :class:`PlanError` or :class:`~ringfence.runtime.errors.VersionError`.
     """
-    _check_ranks(ranks)
+    _check_ranks(collective, ranks)
     rules = rules_for(collective, version)
     return _unfolded(collective, rules, _gridded(collective, rules, ranks))
 
@@ -267,16 +273,15 @@ def check(collective: str, version: str, ranks: Sequence[Calls], bound: Bound | 
     Ranks and sizes are folded (:mod:`.fold`) where all ranks make the same calls. Raises :class:`PlanError`,
     :class:`~ringfence.runtime.errors.VersionError`, and what ``bound`` raises.
     """
-    _check_ranks(ranks)
+    _check_ranks(collective, ranks)
     rules, bound = rules_for(collective, version), bound or Bound()
     ranks = _gridded(collective, rules, ranks)
-    if isinstance(rules, LineRules):  # no fold was shown to be right for it
-        return decide(_unfolded(collective, rules, ranks), bound=bound)
     first = ranks[0]
     if all(calls is first or calls == first for calls in ranks) and not any(call.active for call in first):
         return check_alike(collective, rules, first, len(ranks), bound)
     if collective != Collective.MOE_ALL_TO_ALL and _same_sizes(ranks):
-        few = each(ranks, lambda calls: smallest(calls, len(ranks)))
+        owners = 1 if isinstance(rules, LineRules) else len(ranks)
+        few = each(ranks, lambda calls: smallest(calls, owners))
         found = decide(compiler_for(collective, rules, few).machine(few), bound=bound)
         if not found.safe:
             return found
@@ -289,6 +294,8 @@ def check_alike(collective: str, rules: Rules, calls: Calls, world_size: int, bo
     mixed = small = False
     if collective == Collective.TRTLLM:
         folds = tuple(trtllm_folds(calls))
+    elif collective == Collective.RINGFENCE:
+        folds = tuple(line_folds(calls))
     elif collective == Collective.MNNVL:
         folds = tuple(mnnvl_folds(calls, world_size))
         mixed = len({call.strategy is Strategy.TWO_SHOT for call in calls}) == 2
@@ -323,12 +330,16 @@ def _kept_ranks(collective: str, rules: Rules, world_size: int, spare: int, call
     compiler = compiler_for(collective, rules, [calls] * min(world_size, KEPT_RANKS))
     if isinstance(compiler, MnnvlCompiler):
         return replace(compiler, capacity=compiler.capacity + 2 * spare)
+    if isinstance(compiler, RingfenceCompiler):
+        return replace(compiler, stride=max(map(compiler.lines, (Strategy.ONE_SHOT, Strategy.TWO_SHOT))))
     return compiler
 
 
-def _check_ranks(ranks: Sequence[Calls]) -> None:
+def _check_ranks(collective: str, ranks: Sequence[Calls]) -> None:
     if len(ranks) not in WORLD_SIZES:
         raise PlanError(f"a world of {len(ranks)} ranks; the models cover {_listed(WORLD_SIZES)}")
+    if collective in OWN and len(ranks) > MOST_OWN_RANKS:
+        raise PlanError(f"a world of {len(ranks)} ranks; ringfence's own kernels serve 2 to {MOST_OWN_RANKS}")
     if not any(ranks):
         raise PlanError("the plan has no collective, so there is nothing that could hang; check the model's splits")
 

@@ -84,10 +84,19 @@ def ringfence_compiler(programs: Sequence[Calls], rules: LineRules = RULES) -> R
 
 @dataclass(frozen=True)
 class RingfenceCompiler(Compiler[Shares]):
-    """Its control words: how often each share was counted. A row is as many granules as there are ranks."""
+    """Its control words: how often each share was counted. A row is as many granules as there are ranks.
+
+    stride: from one token to the next in an inbox, in lines; None is what a token needs, by one-shot and by two-shot.
+    """
 
     rules: LineRules = field(kw_only=True)
     blocks: int = 1
+    stride: int | None = None
+
+    def lines(self, strategy: Strategy) -> int:
+        """How many of an inbox a token needs."""
+        peers = self.world_size - 1
+        return peers + self.world_size if strategy is Strategy.TWO_SHOT else peers * self.world_size
 
     def initial(self) -> Shares:
         return (0,) * self.blocks
@@ -98,12 +107,16 @@ class RingfenceCompiler(Compiler[Shares]):
         return Call(0, call.strategy, call.tokens, ctas=ctas, epoch=epoch, workspace=call.workspace)
 
     def after(self, words: Shares, call: Call) -> Shares:
+        if self.rules.epoch is Epoch.HOST and call.epoch is not None:
+            return words
         return tuple(
             number + 1 if self.rules.every_share_counts or block < call.ctas else number
             for block, number in enumerate(words)
         )
 
     def rebased(self, words: Shares) -> tuple[Shares, int]:
+        if self.rules.epoch is Epoch.HOST:  # its numbers do not count from anywhere else
+            return words, 0
         least = min(words)
         moved = least - _FIRST_NUMBER - least % _PERIOD
         return tuple(number - moved for number in words), moved
@@ -118,6 +131,7 @@ class _RingfenceRank:
     def __init__(self, compiler: RingfenceCompiler, rank: int, words: Shares, call: Call) -> None:
         self._rank, self._world, self._call, self._words = rank, range(compiler.world_size), call, words
         self._rules, self._memory = compiler.rules, compiler.memory
+        self._stride = compiler.stride or compiler.lines(call.strategy)
         self._peers = [peer for peer in self._world if peer != rank]
 
     def ops(self, tokens: range) -> list[Op]:
@@ -128,7 +142,7 @@ class _RingfenceRank:
         granules, ops = len(self._world), list[Op]()
 
         def slots(token: int, at: int, source: int) -> list[int]:
-            return [(token * len(self._peers) + _place(source, at)) * granules + g for g in range(granules)]
+            return [token * self._stride + _place(source, at) * granules + g for g in range(granules)]
 
         for peer in self._peers:
             for token in tokens:
@@ -140,8 +154,7 @@ class _RingfenceRank:
 
     def _two_shot(self, tokens: range) -> list[Op]:
         """For each token: the parts of the rank's own granule, [source], and then the sums, [granule]."""
-        peers, ops = len(self._peers), list[Op]()
-        of_token = peers + len(self._world)
+        peers, of_token, ops = len(self._peers), self._stride, list[Op]()
         for peer in self._peers:
             for token in tokens:
                 ops += self._send(token, peer, [token * of_token + _place(self._rank, peer)], 0, len(ops))

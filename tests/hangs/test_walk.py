@@ -20,7 +20,8 @@ from ringfence.runtime.protocol.machine import Machine, State
 from ringfence.runtime.protocol.mnnvl import mnnvl
 from ringfence.runtime.protocol.moe_a2a import moe_a2a
 from ringfence.runtime.protocol.plan import machine_for
-from ringfence.runtime.protocol.rules import Epoch, MoeRules
+from ringfence.runtime.protocol.ringfence import RULES, ringfence
+from ringfence.runtime.protocol.rules import Epoch, LamportRules, MoeRules
 from ringfence.runtime.protocol.trtllm import trtllm
 from ringfence.runtime.protocol.walk import begin
 
@@ -74,6 +75,15 @@ def test_random_plans_end_as_when_each_call_is_made() -> None:
         assert folded == whole, f"seed {seed}"
         seen[folded.failure if folded is not None else "undecided"] += 1
     assert len(seen) >= 4 and min(seen[None], sum(seen.values()) - seen[None]) > 40
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (3, 1), (4, 2)])
+def test_what_a_large_call_did_last_is_not_taken_for_known_after_a_small_one(sizes: tuple[int, ...]) -> None:
+    """With one buffer a rank may still wait where the next call is written. Its wait is a late op of the large call."""
+    one_buffer = ringfence([program(sizes)] * 2, replace(RULES, buffers=1))
+    assert not decide(one_buffer, limit=300).safe
+    lamport = mnnvl([program(sizes)] * 2, LamportRules(buffers=1))
+    assert decide(lamport, limit=300).safe is decide(every_call_made(lamport), limit=300).safe is False
 
 
 @pytest.mark.parametrize("strategy", [ONE, TWO])
