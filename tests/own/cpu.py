@@ -17,7 +17,7 @@ from torch import Tensor
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.collectives.forms import CallArguments, Form, granules_of
 from ringfence.runtime.collectives.lost import Lost
-from ringfence.runtime.collectives.ringfence import buffer_bytes
+from ringfence.runtime.collectives.ringfence import MOST_BLOCKS, buffer_bytes
 from ringfence.runtime.hazards.situation import Strategy
 
 HERE = Path(__file__).parent
@@ -57,13 +57,13 @@ class Step:
         return Form(*shape, self.epilogue.residual, norm is not None, weight, self.blocks)
 
 
-def library(forms: Sequence[Form], folder: Path, change: tuple[str, str] | None = None) -> Any:
-    """The kernels of these forms, from their sources. change: a text of them, and what to put in its place."""
+def library(forms: Sequence[Form], folder: Path, *changes: tuple[str, str]) -> Any:
+    """The kernels of these forms, from their sources. changes: texts of them, and what to put in their places."""
     texts = [(SOURCES / name).read_text() for name in ("elements.cuh", "common.cuh", "one_shot.cu", "two_shot.cu")]
     source = "\n".join(texts)
-    if change is not None:
-        assert source.count(change[0]) == 1, f"{source.count(change[0])} of {change[0]!r}"
-        source = source.replace(*change)
+    for before, after in changes:
+        assert source.count(before) == 1, f"{source.count(before)} of {before!r}"
+        source = source.replace(before, after)
     shared = "__shared__ Shared<F> shared;"
     assert source.count(shared) == 2
     source = source.replace(shared, "Shared<F> &shared = cpu::block_shared<Shared<F>>();")
@@ -84,7 +84,21 @@ def library(forms: Sequence[Form], folder: Path, change: tuple[str, str] | None 
 
 
 class Asked(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int) for name in ("kind", "grid", "rank", "index"))
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("kind", "grid", "rank", "index")),
+        *((name, ctypes.c_ulonglong) for name in ("input", "residual", "bytes")),
+    )
+
+
+class Schedule(ctypes.Structure):
+    """What a run is like: ``cpu::Schedule``."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint),
+        *((name, ctypes.c_int) for name in ("waits", "torn", "slots", "late", "drowsy")),
+        ("held", ctypes.c_longlong),
+        *((name, ctypes.c_ulonglong) for name in ("held_for", "most")),
+    )
 
 
 @dataclass
@@ -100,22 +114,24 @@ class Outcome:
 
 @dataclass
 class Ranks:
-    """The memory of all ranks. A program may be run after another."""
+    """The memory of all ranks. A program may be run after another. made: how many calls were made before the first."""
 
     world_size: int
     steps: Sequence[Step]
     folder: Path
-    change: tuple[str, str] | None = None
+    changes: Sequence[tuple[str, str]] = ()
     bound: int = 1 << 40
+    made: int = 0
     buffers: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.forms = list(dict.fromkeys(step.form(self.world_size) for step in self.steps))
-        self.library = library(self.forms, self.folder, self.change)
+        self.library = library(self.forms, self.folder, *self.changes)
         self.size = max(buffer_bytes(self.world_size, s.tokens, s.hidden * s.dtype.itemsize) for s in self.steps)
         self.inboxes = [self._memory(2 * self.size) for _ in range(self.world_size)]
-        self.begun = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        self.received = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        counted = torch.tensor([self.made * MOST_BLOCKS])
+        self.begun = [counted.clone() for _ in range(self.world_size)]
+        self.received = [counted.clone() for _ in range(self.world_size)]
         self.broken = [torch.zeros(1, dtype=torch.int32) for _ in range(self.world_size)]
         self.bounds = [torch.full((1,), self.bound, dtype=torch.int64) for _ in range(self.world_size)]
         self.reports = [torch.zeros(8, dtype=torch.int32) for _ in range(self.world_size)]
@@ -133,19 +149,24 @@ class Ranks:
         torn: bool = False,
         slots: int = 0,
         asleep: int = -1,
+        drowsy: int = 0,
+        held: tuple[int, int] = (-1, 0),
         most: int = 400_000,
     ) -> Outcome:
+        """Once, in the order that the seed decides. The rest is as in ``cpu::Schedule``; held: a line, and how long."""
         count = len(self.steps)
         asked, calls = (Asked * (count * self.world_size))(), (CallArguments * (count * self.world_size))()
         outputs: list[list[tuple[Tensor, Tensor]]] = []
+        read: list[Tensor] = []
         for rank in range(self.world_size):
             outputs.append([])
             for i, step in enumerate(self.steps):
                 inputs, residual, weight = self.inputs[i]
-                norm, out = torch.full_like(residual, 7.0), torch.full_like(residual, 7.0)
+                norm, out, *reads = (torch.full_like(residual, 7.0) for _ in range(4))
                 outputs[-1].append((norm, out))
+                read += reads
                 call = calls[rank * count + i]
-                call.input, call.residual, call.weight = (t.data_ptr() for t in (inputs[rank], residual, weight))
+                call.input, call.residual, call.weight = (t.data_ptr() for t in (*reads, weight))
                 call.norm, call.out, call.inbox = norm.data_ptr(), out.data_ptr(), self.inboxes[rank]
                 call.peers[: self.world_size - 1] = [a for r, a in enumerate(self.inboxes) if r != rank]
                 call.begun, call.received = self.begun[rank].data_ptr(), self.received[rank].data_ptr()
@@ -156,12 +177,14 @@ class Ranks:
                 call.eps, call.weight_bias = EPS, after.weight_bias if after else 0.0
                 here = step.present is None or rank in step.present
                 grid = min(step.tokens, step.grid[rank % len(step.grid)]) * step.blocks if here else 0
-                asked[rank * count + i] = Asked(self.forms.index(step.form(self.world_size)), grid, rank, i)
+                kind, size = self.forms.index(step.form(self.world_size)), residual.nbytes
+                fed = inputs[rank].data_ptr(), residual.data_ptr(), size
+                asked[rank * count + i] = Asked(kind, grid, rank, i, *fed)
+        schedule = Schedule(seed, waits, torn, slots, asleep, drowsy, *held, most)
         turns, fault = ctypes.c_ulonglong(), ctypes.c_char_p()
         code = self.library.play(
-            self.world_size, count, asked, calls, ctypes.c_uint(seed), int(waits), int(torn), slots, asleep,
-            ctypes.c_ulonglong(most), ctypes.byref(turns), ctypes.byref(fault),
-        )  # fmt: skip
+            self.world_size, count, asked, calls, ctypes.byref(schedule), ctypes.byref(turns), ctypes.byref(fault)
+        )
         said = {0: None, 1: f"not done within {most} turns", 2: (fault.value or b"").decode()}[code]
         counts = [(int(b), int(r)) for b, r in zip(self.begun, self.received, strict=True)]
         reports = [[w & 0xFFFFFFFF for w in report.tolist()] for report in self.reports]
@@ -178,6 +201,31 @@ class Ranks:
                 if trouble := self._trouble(i, step, norm, out, outcome.outputs[(step.present or (0,))[0]][i]):
                     return f"rank {rank}, step {i}: {trouble}"
         return None
+
+    def silent(self, outcome: Outcome) -> str | None:
+        """The first row that is neither right nor all NaN, or is NaN without a report, or is not NaN after one."""
+        for rank, lost in enumerate(outcome.lost):
+            for i, step in enumerate(self.steps):
+                late = lost is not None and i + self.made + 1 > lost.call
+                if step.present is not None and rank not in step.present:
+                    continue
+                if trouble := self._silence(step, i, outcome.outputs[rank][i], lost is not None, late):
+                    return f"rank {rank}, step {i}: {trouble}"
+        return None
+
+    def _silence(self, step: Step, i: int, outputs: tuple[Tensor, Tensor], told: bool, late: bool) -> str | None:
+        right_norm, right = expected(step, *self.inputs[i])
+        norm, out = outputs
+        nan = out.isnan().all(-1)
+        whole = ~nan & ~out.isnan().any(-1)
+        if step.epilogue.norm is not None:
+            close = (norm.double() - right_norm).abs() <= 2.0**-8 * right_norm.abs() + 1e-6
+            nan, whole = nan & norm.isnan().all(-1), whole & close.all(-1)
+        if not (nan | whole & (bits(out) == bits(right)).all(-1)).all():
+            return "a row is neither right nor NaN"
+        if nan.any() and not told:
+            return "NaN that nobody reports"
+        return "a call after one that was lost returns something" if late and not nan.all() else None
 
     def _trouble(self, i: int, step: Step, norm: Tensor, out: Tensor, first: tuple[Tensor, Tensor]) -> str | None:
         right_norm, right = expected(step, *self.inputs[i])

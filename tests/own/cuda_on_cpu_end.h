@@ -2,11 +2,13 @@
 
 struct Asked {
     int kind, grid, rank, index;
+    const char *input, *residual;  // what lies where the call reads it, once the kernel before has ended
+    u64 bytes;
 };
 
-extern "C" int play(int rank_count, int call_count, const Asked *asked, const Call *calls, u32 seed, int waits,
-                    int torn, int slots, int late, u64 most, u64 *turns, const char **fault) {
-    cpu::waits = waits, cpu::torn = torn;
+extern "C" int play(int rank_count, int call_count, const Asked *asked, const Call *calls, const cpu::Schedule *how,
+                    u64 *turns, const char **fault) {
+    cpu::schedule = *how, cpu::shares = SHARES;
     std::vector<std::deque<cpu::KernelState>> all(rank_count);
     for (int r = 0; r < rank_count; r++)
         for (int i = 0; i < call_count; i++) {
@@ -16,9 +18,12 @@ extern "C" int play(int rank_count, int call_count, const Asked *asked, const Ca
             cpu::KernelState kernel;
             kernel.rank = r, kernel.index = (int)all[r].size(), kernel.kind = &KINDS[one.kind], kernel.call = &call;
             kernel.inbox = call.inbox, kernel.inbox_bytes = 2 * call.buffer_bytes, kernel.grid = one.grid;
+            kernel.counted = call.begun, kernel.received = call.received, kernel.report = call.report;
+            kernel.inputs[0] = {(char *)call.input, one.input, one.bytes};
+            kernel.inputs[1] = {(char *)call.residual, one.residual, one.bytes};
             all[r].push_back(std::move(kernel));
         }
-    const int found = cpu::play(all, seed, slots, late, most);
+    const int found = cpu::play(all);
     *turns = cpu::turns, *fault = cpu::fault ? cpu::fault : "";
     return found;
 }

@@ -168,7 +168,7 @@ def test_a_changed_kernel_is_found_out(name: str, folder: Path) -> None:
     steps, how = (PLAIN, how) if isinstance(how, dict) else (how, {})
     found = None
     for seed in range(40):
-        ranks = Ranks(3, steps, folder, change=(before, after), bound=60_000)
+        ranks = Ranks(3, steps, folder, changes=[(before, after)], bound=60_000)
         outcome = ranks.run(seed, **how)
         found = outcome.fault or ranks.wrong(outcome) or next((str(lost) for lost in outcome.lost if lost), None)
         if found:

@@ -151,8 +151,8 @@ struct Block {
     }
 
     __device__ void look(u64 &received, u32 &broken) const {
-        received = *(const volatile u64 *)call.received;
-        broken = *(const volatile u32 *)call.broken;
+        received = load_word(call.received);
+        broken = load_word(call.broken);
     }
 
     // Where no call works any more, this one sends, and receives nothing.
@@ -270,11 +270,11 @@ struct Block {
         if (lane == 0) {
             const u64 now = clock_ns();
             if (since == 0) since = now;
-            found = *(const volatile u32 *)call.broken;
+            found = load_word(call.broken);
             const u32 lasted = (u32)((now - since) / ASK_EVERY_NS);
             if (found == 0 && lasted != asked) {
                 asked = lasted;
-                const u64 bound = *(const volatile u64 *)call.bound * (sum ? BOUNDS_OF_A_SUM : 1);
+                const u64 bound = load_word(call.bound) * (sum ? BOUNDS_OF_A_SUM : 1);
                 if (now - since >= bound)
                     found = report(call, number, token, __ffs((int)absent) - 1, absent, sum ? SUM : PART);
             }
@@ -315,7 +315,7 @@ struct Block {
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; i++) {
                     const int line = first + 32 * i;
-                    words[i] = line < F::LINES ? load_shared(&shared.squares[turn & 1][line]) : whose;
+                    words[i] = line < F::LINES ? load_word(&shared.squares[turn & 1][line]) : whose;
                 }
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; i++) all = all && (words[i] ^ whose) >> 32 == 0;

@@ -4,6 +4,9 @@ typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// Whether blocks form clusters, and a kernel may begin before the one before it has ended.
+constexpr bool CLUSTERS = __CUDA_ARCH__ >= 900;
+
 __device__ __forceinline__ void store(char *at, uint4 v) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
@@ -91,5 +94,6 @@ __device__ __forceinline__ void store_in_block(u64 *to, int block, u64 value) {
 #endif
 }
 
-// What a thread of the block, or of the cluster, has put there.
-__device__ __forceinline__ u64 load_shared(const u64 *at) { return *(const volatile u64 *)at; }
+// What another thread, another kernel or the host may change meanwhile.
+__device__ __forceinline__ u32 load_word(const u32 *at) { return *(const volatile u32 *)at; }
+__device__ __forceinline__ u64 load_word(const u64 *at) { return *(const volatile u64 *)at; }
