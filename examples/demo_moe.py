@@ -10,13 +10,13 @@ empty. Exits with 1 if a layer was not rewritten or a number differs from eager.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
@@ -24,12 +24,11 @@ LAYERS = 2
 EXPERTS = 8
 STEPS = 10
 SIZES = (2, 4, 8)
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 500
 
 
 def expert_parallel(experts: Any, rank: int, ranks: int) -> torch.nn.Module:
     """This rank's block of a layer's experts, behind a gather of all ranks' tokens and before a reduce-scatter."""
-    import torch.distributed as dist
     from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor
     from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -88,11 +87,10 @@ def rank_main(rank: int, ranks: int, port: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # newer releases of torch call its collectives otherwise
-    import torch.distributed as dist
-
     import ringfence
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     model = build(rank, ranks)
     backend = ringfence.Backend(
         moe_dispatch=True, capture_sizes=SIZES, graphs="simulated", piece_compiler="eager", verify=True
@@ -122,10 +120,8 @@ def rank_main(rank: int, ranks: int, port: int) -> None:
 
 
 def main() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = mp.start_processes(rank_main, args=(2, port), nprocs=2, join=False, start_method="spawn")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives every rank
+    ranks = mp.start_processes(rank_main, args=(2, store.port), nprocs=2, join=False, start_method="spawn")
     try:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not ranks.join(timeout=1, grace_period=5):

@@ -6,14 +6,13 @@ with the name of rank 1, and `ringfence journal` says which line it was in.
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ringfence.cli import main as ringfence
@@ -24,13 +23,11 @@ ABORTED = 85
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch.distributed as dist
-
     from ringfence import watch
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     watched = watch(on_hang="abort", step_seconds=STEP_SECONDS, journal_dir=folder)
     for step in range(100):
         if rank == 1 and step == ASLEEP_IN:
@@ -41,13 +38,11 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 
 def main() -> int:
     print(f"two ranks run steps, rank 1 falls asleep before step {ASLEEP_IN}; deadline {STEP_SECONDS} s", flush=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives every rank
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.spawn(rank_main, args=(port, folder), nprocs=2, join=False)  # type: ignore[attr-defined]
+        ranks = mp.spawn(rank_main, args=(store.port, folder), nprocs=2, join=False)  # type: ignore[attr-defined]
         for process in ranks.processes:
-            process.join(timeout=120)
+            process.join(timeout=240)
         codes = [process.exitcode for process in ranks.processes]
         for process in ranks.processes:
             process.kill()

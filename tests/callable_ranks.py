@@ -91,7 +91,7 @@ def in_ringfences_graphs(rank: int) -> dict[str, Any]:
     for captured in (False, True):
         torch._dynamo.reset()
         backend = ringfence.Backend(
-            piece_compiler="eager", capture_sizes=[3] if captured else [], graphs="simulated", agree_seconds=30
+            piece_compiler="eager", capture_sizes=[3] if captured else [], graphs="simulated", agree_seconds=180
         )
         compiled = torch.compile(_mixed, backend=backend, fullgraph=True)
         worst = 0.0
@@ -115,7 +115,7 @@ def prepared(rank: int) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     found: dict[str, Any] = {}
     with installed(FakeFlashInfer("0")) as package:
-        made = ringfence.prepare(None, H, torch.bfloat16, 8, agree_seconds=30)
+        made = ringfence.prepare(None, H, torch.bfloat16, 8, agree_seconds=180)
         found["prepared"], found["text"], found["patience"] = made, str(made), package.kernels[-1].seconds
         (workspace,) = workspaces_of("0").open
         found["constants"] = sorted(name for name, _ in workspace._constants)
@@ -149,12 +149,12 @@ def prepared(rank: int) -> dict[str, Any]:
         finally:
             reference.all_reduce = real
         found["captured"] = poisoned, max(errors), len(package.calls)
-        again = ringfence.prepare("0", H, torch.bfloat16, 8, agree_seconds=30)
+        again = ringfence.prepare("0", H, torch.bfloat16, 8, agree_seconds=180)
         found["again"] = len(package.kernels), again.collective
         ringfence.close_workspaces("world")
         found["closed"] = workspaces_of("0").prepared, len(workspaces_of("0").open)
         with installed(FakeFlashInfer("0", own=True)):
-            ringfence.prepare(None, H, torch.bfloat16, 8, collective="ringfence", agree_seconds=30)
+            ringfence.prepare(None, H, torch.bfloat16, 8, collective="ringfence", agree_seconds=180)
             found["needs none"] = [dict(w._constants) for w in workspaces_of("0").open]
             ringfence.close_workspaces("world")
         package.calls.clear()
@@ -166,7 +166,7 @@ def prepared(rank: int) -> dict[str, Any]:
 def _through_a_backend(rank: int, package: Any) -> tuple[float, list[str], str]:
     """Traced, with the workspace that is there already."""
     package.calls.clear()
-    backend = ringfence.Backend(piece_compiler="eager", agree_seconds=30, max_tokens=8)
+    backend = ringfence.Backend(piece_compiler="eager", agree_seconds=180, max_tokens=8)
     x, r, w = drawn(rank, (3, H), torch.bfloat16)
     ours = torch.compile(_model, backend=backend, fullgraph=True)(x, r, w)
     both = expected((3, H), torch.bfloat16, 2, True, True, 1e-6, 0.0)
@@ -179,7 +179,7 @@ def disagreeing(rank: int) -> list[str]:
     said = []
     for hidden, tokens in ((H, 8 + rank), (H + rank, 8)):
         try:
-            ringfence.prepare(None, hidden, torch.bfloat16, tokens, agree_seconds=30)
+            ringfence.prepare(None, hidden, torch.bfloat16, tokens, agree_seconds=180)
         except ringfence.RankMismatch as error:
             said.append(str(error))
     return said
@@ -188,7 +188,7 @@ def disagreeing(rank: int) -> list[str]:
 def watched(rank: int, folder: str) -> dict[str, Any]:
     """Steps of an engine; in the fifth, rank 1 throws, and rank 0 hears of it between two of its own."""
     unlike = watched_unlike(rank)
-    watch = ringfence.watch(None, on_hang="report", step_seconds=30, journal_dir=folder, agree_seconds=30)
+    watch = ringfence.watch(None, on_hang="report", step_seconds=30, journal_dir=folder, agree_seconds=180)
     x = torch.ones(4, H)
     for tokens in (4, 4, 1, 4):
         with watch.step("decode", tokens), torch.no_grad():
@@ -214,7 +214,7 @@ def watched(rank: int, folder: str) -> dict[str, Any]:
 
 def watched_unlike(rank: int) -> str:
     try:
-        ringfence.watch("0", step_seconds=30 + rank, agree_seconds=30)
+        ringfence.watch("0", step_seconds=30 + rank, agree_seconds=180)
     except ringfence.RankMismatch as error:
         return str(error)
     return ""

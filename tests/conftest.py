@@ -17,7 +17,7 @@ gc.freeze()  # what imports made stays: a twelfth of a tracing test's time went 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-seconds", type=float, default=45.0, help="how long tests/faults/test_soak.py runs")
+    parser.addoption("--soak-runs", type=int, default=3, help="how many pairs of runs tests/faults/test_soak.py makes")
     parser.addoption("--fuzz-seed", type=int, default=1, help="from where the programs of tests/fuzz are drawn")
     parser.addoption("--fuzz-programs", type=int, default=12, help="how many programs of tests/fuzz")
 

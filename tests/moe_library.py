@@ -97,7 +97,7 @@ class Library:
 
     def __init__(self, ranks: int) -> None:
         self.ranks, self.base, self.stride = ranks, 0, 0
-        self.meeting = threading.Barrier(ranks, timeout=20)
+        self.meeting = threading.Barrier(ranks, timeout=120)
         self.routes: list[Any] = [None] * ranks
         self.calls: list[list[dict[str, Any]]] = [[] for _ in range(ranks)]
         self.allocated: list[dict[str, Any]] = []

@@ -217,7 +217,7 @@ def rewritten(rank: int) -> dict[str, Any]:
         torch._dynamo.reset()
         sizes = [6] if name == "four" else []
         backend = ringfence.Backend(
-            moe_dispatch=True, piece_compiler="eager", capture_sizes=sizes, graphs="simulated", agree_seconds=60
+            moe_dispatch=True, piece_compiler="eager", capture_sizes=sizes, graphs="simulated", agree_seconds=180
         )
         compiled = torch.compile(layer, backend=backend, fullgraph=True)
         excess = [layer.excess(compiled(*args), *args) for args in steps(rank, moe_graphs.given)]

@@ -181,7 +181,7 @@ def compiled_case(rank: int, name: str, options: dict[str, Any], machine: dict[s
     found: dict[str, Any] = {}
     with on_gpus(**machine) as made:
         layer = moe_graphs.Layer("batched", rank, 2)
-        backend = ringfence.Backend(moe_dispatch=True, piece_compiler="eager", agree_seconds=60, **options)
+        backend = ringfence.Backend(moe_dispatch=True, piece_compiler="eager", agree_seconds=180, **options)
         call = torch.compile(layer, backend=backend, fullgraph=True)
         excess = [layer.excess(call(*args), *args) for args in moe_ranks.steps(rank, moe_graphs.given)[:2]]
         calls = [(pair.calls[-4:], pair.kinds[-1:]) for pair in made]
@@ -218,7 +218,7 @@ def disagreeing(rank: int) -> dict[str, Any]:
         return ringfence.moe.combine(sent.payloads[0], sent.route)
 
     with on_gpus() as made:
-        backend = ringfence.Backend(piece_compiler="eager", agree_seconds=60)
+        backend = ringfence.Backend(piece_compiler="eager", agree_seconds=180)
         call = torch.compile(own, backend=backend, fullgraph=True)
         said = raised(lambda: call(torch.randn(3, 16), torch.zeros(3, 2, dtype=torch.int64)))
     return {"disagreeing": (said, len(made))}
@@ -287,14 +287,14 @@ def in_two_graphs(rank: int) -> dict[str, Any]:
             if name == "kernels":
                 prepare()
             before = len(made[0].calls) if made else 0
-            backend = ringfence.Backend(piece_compiler="eager", agree_seconds=60)
+            backend = ringfence.Backend(piece_compiler="eager", agree_seconds=180)
             rows, route = torch.compile(first, backend=backend, fullgraph=True)(x)
             result = ringfence.moe.combine(rows, route)
             want = x * torch.tensor([[2.0], [1.0], [1.0]])
             found[f"two graphs, {name}"] = torch.equal(result, want), [p.calls[before:] for p in made]
             if name == "kernels":
                 torch._dynamo.reset()
-                backend = ringfence.Backend(piece_compiler="eager", agree_seconds=60)
+                backend = ringfence.Backend(piece_compiler="eager", agree_seconds=180)
                 found["unanswered"] = raised(lambda b=backend: torch.compile(twice, backend=b, fullgraph=True)(x))
     dist.barrier()
     return found

@@ -40,7 +40,7 @@ def watched_by_one(rank: int, folder: str) -> dict[str, Any]:
     import ringfence
 
     own: dict[str, Any] = {"on_hang": "report", "journal_dir": folder, "step_seconds": 30} if rank == 0 else {}
-    model = ringfence.compile(Caching(2), piece_compiler="eager", agree_seconds=10, **own)
+    model = ringfence.compile(Caching(2), piece_compiler="eager", agree_seconds=180, **own)
     for _ in range(2):
         prompt_of(model)
     steps = model.ringfence.supervisor.journal.to_dict("")["steps"]

@@ -81,7 +81,7 @@ def on_two_ranks(body: Callable[[Channel], Any]) -> list[Any]:
 
     def run(rank: int) -> Any:
         _rank.number = rank
-        return body(Channel(dist.PrefixStore("test", store), rank, 2, seconds=20))
+        return body(Channel(dist.PrefixStore("test", store), rank, 2, seconds=120))
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, range(2)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -42,6 +44,9 @@ if __name__ != "support":  # of the clone's root, which is no package
 #: the order of a sum in float32.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-6}
 
+
+#: In seconds: when what a test started is ended by force. Far from what anything takes, also on a machine that is busy.
+HARD_END = 600.0
 
 #: No test may create an NVLink multicast object: it can take a host's GPUs, which others share, out of service.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
@@ -127,7 +132,7 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     return float(((actual.double() - reference).abs() / (reference.abs() + floor)).max())
 
 
-def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = 60) -> list[Any]:
+def run_threaded(world_size: int, body: Callable[[int], Any], timeout: float = HARD_END) -> list[Any]:
     """Run ``body(rank)`` on threads that form a real process group; the results by rank."""
     from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
 
@@ -220,6 +225,20 @@ def fork_server() -> Any:
     return context
 
 
+#: Below those that the kernel gives to gloo's listeners, which may take one before the store does.
+_PORTS = itertools.count(os.getpid() * 101)
+
+
+def free_port() -> int:
+    """Of this host; each process begins elsewhere."""
+    for number in _PORTS:
+        port = 10_000 + number % 20_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
+
+
 def _rank_main(
     rank: int,
     world_size: int,
@@ -249,15 +268,13 @@ def _rank_main(
 
 
 def run_ranks(
-    world_size: int, body: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float = 120
+    world_size: int, body: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float = HARD_END
 ) -> list[Any]:
     """Run ``body(rank, *args)`` in real processes; killed at the timeout, nothing left behind.
 
     ``body`` must be importable from a module; its results travel by pickle.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # A server's children cannot use GPUs where it has looked for them.
     context: Any = multiprocessing.get_context("spawn") if backend == "nccl" else fork_server()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -290,7 +307,7 @@ def run_ranks(
             process.join()
 
 
-def run_python(*arguments: str, timeout: float = 120, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, timeout: float = HARD_END, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run this interpreter in a child with a hard end; output is captured."""
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, cwd=cwd, check=False

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.xdist_group("callable")  # its ranks run once
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     """What two ranks did, one thing after the other."""
-    return run_ranks(2, callable_ranks.one_after_the_other, timeout=240)
+    return run_ranks(2, callable_ranks.one_after_the_other)
 
 
 def test_numbers_eager_and_traced_by_anybody(ranks: list[dict[str, Any]]) -> None:

@@ -362,7 +362,7 @@ def test_a_cap_that_is_reached_by_sizes_that_come_again_is_told_without_calling_
 
 @pytest.mark.slow
 def test_an_eager_prompt_is_watched_among_the_ranks_that_share_the_model(tmp_path: Path) -> None:
-    first, second = run_ranks(2, prompts, str(tmp_path), timeout=120)
+    first, second = run_ranks(2, prompts, str(tmp_path))
     assert first["steps"] == second["steps"] == [([8], "uncaptured")] * 2
     assert second["said"].startswith(
         "rank 1 did not come to call 1 of group '0' (step 1 of sizes (8,), piece 0 'prompt'"
@@ -371,5 +371,5 @@ def test_an_eager_prompt_is_watched_among_the_ranks_that_share_the_model(tmp_pat
 
 @pytest.mark.slow
 def test_one_rank_alone_may_ask_for_the_watch_of_a_prompt(tmp_path: Path) -> None:
-    found = run_ranks(2, watched_by_one, str(tmp_path), timeout=120)
+    found = run_ranks(2, watched_by_one, str(tmp_path))
     assert [one["steps"] for one in found] == [[([8], "uncaptured")] * 2] * 2

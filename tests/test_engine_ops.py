@@ -109,7 +109,7 @@ def _ranks_run(rank: int) -> dict[tuple[str, str, bool], tuple[str, float, list[
                 capture_sizes=[4] if capture else [],
                 graphs="simulated",
                 all_reduce_ops=ops,
-                agree_seconds=20,
+                agree_seconds=180,
             )
             compiled = torch.compile(MODELS[model], backend=backend, fullgraph=True)
             worst, before = 0.0, Counter(backend.supervisor.journal.position().submitted)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from support import HARD_END
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 
@@ -36,7 +38,7 @@ def test_every_example_is_run() -> None:
 def test_example(name: str) -> None:
     command, expected = RUNS[name]
     ran = subprocess.run(
-        [*command, str(EXAMPLES / name)], capture_output=True, text=True, timeout=280, cwd=EXAMPLES.parent
+        [*command, str(EXAMPLES / name)], capture_output=True, text=True, timeout=HARD_END, cwd=EXAMPLES.parent
     )
     assert ran.returncode == 0, f"{ran.returncode}: {ran.stdout[-1500:]}{ran.stderr[-3000:]}"
     for text in expected:

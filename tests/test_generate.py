@@ -22,7 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("models")
     for kind in SHARE:
         save(folder, kind)
-    return run_ranks(2, generate, folder, SHARE, SHARE[0], timeout=280)
+    return run_ranks(2, generate, folder, SHARE, SHARE[0])
 
 
 @pytest.mark.slow

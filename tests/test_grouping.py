@@ -8,6 +8,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from support import HARD_END
+
 _TEST = """
 import os, pathlib, pytest
 
@@ -37,7 +39,7 @@ def test_a_group_is_run_by_one_worker_and_slow_ones_are_first(tmp_path: Path) ->
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HARD_END,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

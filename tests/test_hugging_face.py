@@ -66,7 +66,7 @@ def run_models(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("models")
     save_models(folder)
-    first, second = run_ranks(2, run_models, folder, timeout=280)
+    first, second = run_ranks(2, run_models, folder)
     for kind, result in first.items():  # every rank decides the same
         assert [r["sites"] for r in result["reports"]] == [r["sites"] for r in second[kind]["reports"]]
     return first

@@ -686,7 +686,7 @@ def guarded_by_two(
     dtype = others.get("dtype", torch.float32)
 
     def run(rank: int) -> None:
-        channel = Channel(store, rank, 2, seconds=20)
+        channel = Channel(store, rank, 2, seconds=120)
         opened = lambda group: channel  # noqa: E731
         device = torch.device("cpu")
         try:

@@ -44,7 +44,7 @@ def on_ranks(ranks: int, body: Any) -> tuple[Library, list[Any]]:
     library, store = Library(ranks), dist.HashStore()
 
     def run(rank: int) -> Any:
-        channel = Channel(store, rank, ranks, seconds=20)
+        channel = Channel(store, rank, ranks, seconds=120)
         kernels = moe_one_sided.create(library.package(rank), channel, needed(4 * H, 2, 2 * H, 16))
         name = dist.group.WORLD.group_name
         workspace = MoeWorkspace(kernels, CPU, Situation(Collective.MOE_ALL_TO_ALL))

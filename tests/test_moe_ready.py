@@ -27,7 +27,7 @@ PAIR = [("dispatch", 8), ("combine", 8)] * 2
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, moe_ready_ranks.all_of_it, timeout=300)
+    return run_ranks(2, moe_ready_ranks.all_of_it)
 
 
 def test_what_was_prepared_carries_out_calls_up_to_its_capacity(ranks: list[dict[str, Any]]) -> None:

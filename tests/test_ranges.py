@@ -152,7 +152,7 @@ def _jobs(rank: int, table: str) -> dict[str, Any]:
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     table = tmp_path_factory.mktemp("table") / "sizes.json"
     write_table(table, [ROW])
-    yield run_ranks(2, _jobs, str(table), timeout=300)
+    yield run_ranks(2, _jobs, str(table))
 
 
 #: Of each job: what ran in each call, as (tokens, ops of ours, calls of kernels, where the call did not compile).

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 from test_examples import RUNS
 
-from support import save_tiny_model
+from support import HARD_END, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RUN = {"GPU", "yours", "example", "picture"}
@@ -92,7 +92,7 @@ def run(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=HARD_END,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpu import emulate, recipes
 from gpu.cases import NEVER, RETURNED, WRONG
+from support import HARD_END
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "reproduce.py"
 
@@ -31,7 +32,7 @@ def reproduce() -> ModuleType:
 
 def test_the_model_answers_anywhere() -> None:
     """Every case, the trace of each that hangs, and what is decided."""
-    process = subprocess.run([sys.executable, SCRIPT, "--model"], capture_output=True, text=True, timeout=250)
+    process = subprocess.run([sys.executable, SCRIPT, "--model"], capture_output=True, text=True, timeout=HARD_END)
     assert process.returncode == 0, process.stdout + process.stderr
     lines = process.stdout.splitlines()
     hang = [line.split()[0] for line in lines if line.endswith(NEVER)]

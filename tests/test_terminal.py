@@ -19,6 +19,7 @@ from ringfence import cli
 from ringfence.commands import line, terminal
 from ringfence.commands.terminal import FAILED, OK, USAGE
 from ringfence.runtime.errors import OptionsError
+from support import HARD_END
 
 CHECK = ("check", "--collective", "mnnvl", "--flashinfer", "0.6.10", "--tp", "2", "--layers", "2", "--pieces", "2")
 
@@ -39,7 +40,7 @@ def started(*arguments: str, **more: object) -> subprocess.Popen[str]:
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     with process:
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=HARD_END)
         finally:
             process.kill()
     return process.returncode, out, err
@@ -106,7 +107,11 @@ def test_an_answer_that_cannot_be_written_says_so() -> None:
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
-            [sys.executable, "-m", "ringfence", "hazards"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+            [sys.executable, "-m", "ringfence", "hazards"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HARD_END,
         )
     assert ran.returncode == FAILED and ran.stderr.count("\n") == 1 and "cannot be written" in ran.stderr
 
@@ -140,10 +145,12 @@ def test_a_fifo_without_another_end_is_refused(fifo: Path, capsys: pytest.Captur
     assert len(said) == 2 and all("nobody came to its other end" in line for line in said)
 
 
-def test_a_fifo_with_another_end_is_as_good_as_a_file(fifo: Path) -> None:
+def test_a_fifo_with_another_end_is_as_good_as_a_file(fifo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_FIFO_SECONDS", 2.0)
+
     def slow_writer() -> None:
         with fifo.open("wb") as file:
-            time.sleep(0.6)  # longer than a writer may take to come
+            time.sleep(2.4)  # longer than a writer may take to come
             file.write(b"trace")
 
     writer = threading.Thread(target=slow_writer)

@@ -1,19 +1,24 @@
-"""Watchdogs of several ranks in one process, whose threads a test stands for, in a time that a test makes pass."""
+"""Time that a test makes pass; and watchdogs of several ranks in one process, whose threads a test stands for."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch.distributed as dist
 
-from ringfence.runtime.watch import bounded, cause, heartbeat, in_vain, rings, watchdog
+from ringfence.runtime import channel, meeting
+from ringfence.runtime.collectives import probe
+from ringfence.runtime.watch import bounded, cause, heartbeat, in_vain, page, rings, watchdog
 from ringfence.runtime.watch.deadlines import Deadlines
 from ringfence.runtime.watch.journal import REPLAY, Journal, PieceNote, ProgramNote
 from ringfence.runtime.watch.watchdog import Reaction, Watchdog
+from support import HARD_END
+
+T = TypeVar("T")
 
 NOTE = ProgramNote((PieceNote("submod_0", False), PieceNote("submod_1", True, ("tp",))))
 SHORT = Deadlines(steady=0.15, warm_up=0.6, beat=0.02, silence=0.1, grace=0.05)
@@ -42,7 +47,7 @@ class Clock:
         with self._one:
             self._asleep[me] = self._now + seconds
             self._rests()
-            ends = time.monotonic() + 60
+            ends = time.monotonic() + HARD_END
             while me in self._asleep:
                 self._one.wait(5)
                 assert time.monotonic() < ends, "a thread of the test waits for something else than time"
@@ -72,6 +77,23 @@ class Clock:
             self._awake += 1
         return Spawned(run, self)
 
+    def run(self, count: int, body: Callable[[int], T]) -> list[T]:
+        """``body(rank)`` on so many threads that take part; what each returns, or what one raises."""
+        results: dict[int, T] = {}
+        errors: list[BaseException] = []
+
+        def one(rank: int) -> None:
+            try:
+                results[rank] = body(rank)
+            except BaseException as error:
+                errors.append(error)
+
+        for thread in [self.spawn(lambda rank=rank: one(rank)) for rank in range(count)]:  # type: ignore[misc]
+            thread.join()
+        for error in errors:
+            raise error
+        return [results[rank] for rank in range(count)]
+
 
 class Spawned:
     def __init__(self, body: Callable[[], None], clock: Clock) -> None:
@@ -90,7 +112,7 @@ class Spawned:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """What the watch asks for the time. What it gives a moment to be done is done."""
     made = Clock()
-    for module in (cause, heartbeat, in_vain, rings, watchdog):
+    for module in (cause, channel, heartbeat, in_vain, meeting, page, probe, rings, watchdog):
         monkeypatch.setattr(module, "time", made)
     monkeypatch.setattr(watchdog, "bounded", _done)
     monkeypatch.setattr(bounded.BoundedWaits.__init__, "__defaults__", (made.monotonic,))

@@ -235,7 +235,7 @@ def layers_one_by_one(rank: int) -> dict[str, Any]:
     found = {}
     for kind in (NormFirst, SumLast):
         torch._dynamo.reset()
-        backend = ringfence.Backend(piece_compiler="eager", agree_seconds=40.0)
+        backend = ringfence.Backend(piece_compiler="eager", agree_seconds=180)
         layers = [kind() for _ in range(2)]
         twins = copy.deepcopy(layers)
         for layer in layers:
@@ -278,7 +278,7 @@ def no_all_reduce_in_the_graph(rank: int) -> dict[str, Any]:
     for model, rows in ((SequenceParallel, 2), (Autograd, 4)):
         ((x, r),) = data(4)
         served = serve(
-            model(), [(x, r[:rows])], dynamic=None, fullgraph=False, piece_compiler="eager", agree_seconds=40.0
+            model(), [(x, r[:rows])], dynamic=None, fullgraph=False, piece_compiler="eager", agree_seconds=180
         )
         notes = [note for report in served.reports for note in report.notes]
         found[model.__name__] = {"off": max(served.off), "notes": notes, "reports": len(served.reports)}

@@ -224,7 +224,7 @@ def unwaited(rank: int) -> dict[str, Any]:
     for name, (function, make, right) in programs.items():
         for setting, options in (("", {}), (" captured", {"capture_sizes": [384], "graphs": "simulated"})):
             torch._dynamo.reset()
-            backend = ringfence.Backend(piece_compiler="eager", agree_seconds=40.0, **options)
+            backend = ringfence.Backend(piece_compiler="eager", agree_seconds=180, **options)
             call = torch.compile(function, backend=backend, fullgraph=True)
             off = []
             with torch.no_grad():

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("two ranks")
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     """One pair of processes for all programs."""
-    return run_ranks(2, run_all, timeout=280)
+    return run_ranks(2, run_all)
 
 
 def found(ranks: list[dict[str, Any]], program: str, name: str) -> list[Any]:

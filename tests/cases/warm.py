@@ -56,7 +56,7 @@ def hits_and_misses(rank: int) -> tuple[int, int]:
         torch._dynamo.reset()
         model = kind(rank).eval()
         backend = ringfence.Backend(
-            capture_sizes=tokens, graphs="simulated", on_capture_failure="raise", agree_seconds=60.0
+            capture_sizes=tokens, graphs="simulated", on_capture_failure="raise", agree_seconds=180
         )
         compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
         with torch.no_grad():
@@ -84,7 +84,7 @@ def hits_and_misses_of_architectures(rank: int, folder: Path) -> dict[str, tuple
         plan = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
         model = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan, dtype=torch.float32).eval()
         remove_backward_hooks(model)
-        backend = ringfence.Backend(capture_sizes=[3], graphs="simulated", agree_seconds=120.0)
+        backend = ringfence.Backend(capture_sizes=[3], graphs="simulated", agree_seconds=180)
         compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
         with torch.no_grad():
             for tokens in (torch.arange(3)[None], torch.arange(3, 6)[None]):

@@ -19,7 +19,7 @@ ROUNDINGS = 1.0
 
 @pytest.mark.slow
 def test_through_the_backend_a_site_is_rewritten_on_all_ranks_or_on_none() -> None:
-    for rank, found in enumerate(run_ranks(4, moe_ranks.rewritten, timeout=240)):
+    for rank, found in enumerate(run_ranks(4, moe_ranks.rewritten)):
         excess, report = found["four"]
         assert max(excess) <= ROUNDINGS, excess
         (site,) = report["moe_sites"]

@@ -192,7 +192,7 @@ def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 def test_ranks_get_what_eager_gets() -> None:
-    for found in run_ranks(2, _on_ranks, timeout=240):
+    for found in run_ranks(2, _on_ranks):
         for name, (from_eager, from_float64, fused) in found.items():
             assert from_eager <= 2e-6 and from_float64 <= 2e-6, (name, from_eager, from_float64)
             assert fused == (FUSED | EXACT)[name][1], name

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from support import HARD_END
+
 #: Less is the driver's own coming and going.
 _MEBIBYTES = 64
 
@@ -30,7 +32,7 @@ class Used:
 def smi(*arguments: str) -> str:
     """What nvidia-smi prints; a GPU that does not answer must not hold a soak up for ever."""
     command = ["nvidia-smi", "--format=csv,noheader,nounits", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=HARD_END, check=True).stdout
 
 
 def used(devices: Sequence[int], ask: Callable[..., str] = smi) -> Used:

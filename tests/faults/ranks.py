@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import multiprocessing
 import os
 import random
 import re
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -31,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import NO_MULTICAST, fork_server
+from support import NO_MULTICAST, fork_server, free_port
 
 LAYERS = 2
 #: 512 bytes: what the kernels ask of a row.
@@ -473,7 +471,7 @@ def run_fault(fault: Fault, ahead: Ahead | None = None) -> Outcome:
     """
     with tempfile.TemporaryDirectory() as folder:
         if fault.before is None:
-            return _run_attempt(fault, _free_port(), None, folder, ahead)
+            return _run_attempt(fault, free_port(), None, folder, ahead)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         before = _run_attempt(fault.before, store.port, 0, folder, ahead)
         outcome = _run_attempt(fault, store.port, 1, folder, ahead)
@@ -558,19 +556,6 @@ def _exit_code(process: Any, seconds: float) -> int | None:
         if code is not None or time.monotonic() > until:
             return code
         time.sleep(0.01)
-
-
-#: Below those that the kernel gives to gloo's listeners, which may take one before the store does.
-_PORTS = itertools.count(random.randrange(20_000))
-
-
-def _free_port() -> int:
-    for number in _PORTS:
-        port = 10_000 + number % 20_000
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError
 
 
 def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder: str) -> Outcome:

@@ -23,7 +23,7 @@ def served(folder: str, steps: int = 3) -> int:
         on_hang="abort",
         step_seconds=10,
         warm_up_seconds=60,
-        agree_seconds=30,
+        agree_seconds=180,
         journal_dir=folder,
     )
 

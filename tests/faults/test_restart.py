@@ -11,6 +11,7 @@ import pytest
 from faults.restarted import RANKS
 
 from ringfence.runtime.watch import journals
+from support import HARD_END
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -22,7 +23,12 @@ def test_torchrun_starts_a_job_again_that_died_before_it_compiled(tmp_path: Path
     launcher += ["--monitor-interval=0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*launcher, str(job), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [*launcher, str(job), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HARD_END,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     for rank in range(RANKS):

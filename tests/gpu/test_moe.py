@@ -238,7 +238,7 @@ def compiled(rank: int) -> dict[str, Any]:
 
     torch._dynamo.reset()
     before = ringfence_words()
-    backend = ringfence.Backend(moe_collective="moe_all_to_all", capture_sizes=[4], agree_seconds=20)
+    backend = ringfence.Backend(moe_collective="moe_all_to_all", capture_sizes=[4], agree_seconds=180)
     x, ids = torch.randn(4, 32, device="cuda"), torch.zeros(4, 2, dtype=torch.int32, device="cuda")
     try:
         torch.compile(capacity_of_its_own, backend=backend, fullgraph=True)(x, ids)

@@ -204,7 +204,7 @@ def _job(rank: int, package: FakeFlashInfer, folder: str, captured: bool) -> dic
         torch._dynamo.reset()
         given: dict[str, Any] = {"capture_sizes": [4], "graphs": "simulated", "split_ops": OPS} if captured else {}
         given |= {"kernel_wait_seconds": 2 + rank, "warm_up_seconds": 900, "on_hang": "raise", "journal_dir": folder}
-        return ringfence.Backend(piece_compiler="eager", collective="trtllm", max_tokens=8, agree_seconds=30, **given)
+        return ringfence.Backend(piece_compiler="eager", collective="trtllm", max_tokens=8, agree_seconds=180, **given)
 
     def step(call: Any) -> tuple[bool, float]:
         wanted = model(x)
@@ -257,7 +257,7 @@ def _jobs(rank: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    yield run_ranks(2, _jobs, str(tmp_path_factory.mktemp("journals")), timeout=200)
+    yield run_ranks(2, _jobs, str(tmp_path_factory.mktemp("journals")))
 
 
 @pytest.mark.parametrize("name", ["uncaptured", "captured"])

@@ -9,18 +9,19 @@ from typing import Any, TypeVar
 
 import pytest
 import torch.distributed as dist
+from watchdogs import Clock
 
 from ringfence.runtime import channel as module
 from ringfence.runtime.channel import Channel, by_value, open_channel, ranks_text
 from ringfence.runtime.errors import ChannelTimeoutError, HangError, RankLeftError, RankMismatch, WorkspaceError
-from support import run_ranks, run_threaded
+from support import HARD_END, run_ranks, run_threaded
 
 T = TypeVar("T")
 
 
 def test_an_exchange_returns_every_value_by_rank() -> None:
     def body(rank: int) -> list[Any]:
-        channel = open_channel(dist.group.WORLD.group_name, seconds=20)
+        channel = open_channel(dist.group.WORLD.group_name, seconds=120)
         return [channel.exchange("numbers", rank * 10), channel.exchange("words", f"r{rank}"), channel.barrier("end")]
 
     assert run_threaded(3, body) == [[[0, 10, 20], ["r0", "r1", "r2"], None]] * 3
@@ -32,7 +33,7 @@ def test_old_values_are_deleted_and_a_channel_opened_again_does_not_read_them() 
     def body(rank: int) -> list[Any]:
         seen = []
         for turn in range(3):
-            channel = Channel(store, rank, 2, seconds=20)
+            channel = Channel(store, rank, 2, seconds=120)
             seen += [channel.exchange("x", (turn, n, rank)) for n in range(3)]
         return seen
 
@@ -41,22 +42,24 @@ def test_old_values_are_deleted_and_a_channel_opened_again_does_not_read_them() 
     assert store.num_keys() <= 2 + 3 * 2 + 1  # the counters, and the last exchange of each channel
 
 
-def test_who_is_missing_is_named_at_the_deadline() -> None:
+def test_who_is_missing_is_named_at_the_deadline(clock: Clock) -> None:
+    store = dist.HashStore()
+
     def body(rank: int) -> Any:
-        channel = open_channel(dist.group.WORLD.group_name, seconds=0.3)
+        channel = Channel(store, rank, 3, seconds=0.3)
         if rank == 2:
             return None
-        start = time.monotonic()
+        start = clock.monotonic()
         with pytest.raises(ChannelTimeoutError, match=r"rank 2 did not come to 'vote' within 0.3 s") as caught:
             channel.exchange("vote", True)
-        return caught.value.ranks, time.monotonic() - start < 5
+        return caught.value.ranks, 0.3 <= clock.monotonic() - start < 0.5
 
-    assert run_threaded(3, body) == [((2,), True), ((2,), True), None]
+    assert clock.run(3, body) == [((2,), True), ((2,), True), None]
 
 
 def test_ranks_that_exchange_different_things_are_told_apart() -> None:
     def body(rank: int) -> str:
-        channel = open_channel(dist.group.WORLD.group_name, seconds=20)
+        channel = open_channel(dist.group.WORLD.group_name, seconds=120)
         with pytest.raises(RankMismatch) as caught:
             channel.exchange("self-test" if rank == 1 else "workspace", 0)
         return str(caught.value)
@@ -70,7 +73,7 @@ def test_an_attempt_fails_on_all_ranks_or_on_none(failing: list[int], after: int
     """Also where the others wait inside the attempt for the rank that failed; and the channel goes on."""
 
     def body(rank: int) -> Any:
-        channel = open_channel(dist.group.WORLD.group_name, seconds=20)
+        channel = open_channel(dist.group.WORLD.group_name, seconds=120)
 
         def action() -> str:
             for n in range(2):
@@ -104,7 +107,7 @@ def test_an_attempt_that_meets_something_else_waits_for_nobody() -> None:
 
     start = time.monotonic()
     assert run_threaded(2, body) == ["ranks do different things: rank 0: handles; rank 1: agree"] * 2
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_a_hang_inside_an_attempt_is_no_failure_of_the_action() -> None:
@@ -117,7 +120,7 @@ def test_a_hang_inside_an_attempt_is_no_failure_of_the_action() -> None:
             if rank == 0 and time.monotonic() > begun + late:
                 raise HangError("the ranks hang", (2,))
 
-        channel = open_channel(dist.group.WORLD.group_name, seconds=20, interrupt=interrupt)
+        channel = open_channel(dist.group.WORLD.group_name, seconds=120, interrupt=interrupt)
         if rank == 2:
             time.sleep(1)
             return ""
@@ -130,7 +133,7 @@ def test_a_hang_inside_an_attempt_is_no_failure_of_the_action() -> None:
         assert said[:2] == ["HangError: the ranks hang", "RankLeftError: rank 0 left 'create': the ranks hang"]
 
 
-def test_ranks_are_called_what_they_are_in_the_world() -> None:
+def test_ranks_are_called_what_they_are_in_the_world(clock: Clock) -> None:
     store = dist.HashStore()
 
     def body(rank: int) -> list[str]:
@@ -147,19 +150,19 @@ def test_ranks_are_called_what_they_are_in_the_world() -> None:
             said.append(f"{missing.value} {missing.value.ranks}")
         return said
 
-    first, second = run_threaded(2, body)
+    first, second = clock.run(2, body)
     assert first == second[:2]
     assert first[0].startswith("((9, 'ZeroDivisionError") and first[1].endswith("rank 1: a; rank 9: b")
     assert second[2].startswith("rank 1 did not come to 'vote'") and second[2].endswith("(1,)")
 
 
-def test_who_waits_long_says_for_whom(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_long_says_for_whom(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TELL_SECONDS", 0.05)
     said: list[str] = []
     monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
     with pytest.raises(ChannelTimeoutError):
         Channel(dist.HashStore(), 0, 2, seconds=0.5, ranks=(4, 5)).exchange("vote", 0)
-    assert 1 <= len(said) <= 4 and said[0].startswith("ringfence: rank 4 waits for rank 5 in the exchange 'vote'")
+    assert len(said) == 3 and said[0].startswith("ringfence: rank 4 waits for rank 5 in the exchange 'vote'")
 
 
 def test_by_value() -> None:
@@ -169,7 +172,7 @@ def test_by_value() -> None:
 def _two_groups(rank: int) -> list[Any]:
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = groups[rank // 2]
-    return open_channel(mine.group_name, seconds=20).exchange("rank", rank)
+    return open_channel(mine.group_name, seconds=120).exchange("rank", rank)
 
 
 def test_real_processes_and_groups_apart() -> None:
@@ -187,22 +190,22 @@ def _alone(store: dist.Store, rank: int, size: int, topic: str = "facts") -> Non
 
 def _on_threads(size: int, body: Callable[[int], T]) -> list[T]:
     with ThreadPoolExecutor(size) as pool:
-        return [each.result(timeout=30) for each in [pool.submit(body, rank) for rank in range(size)]]
+        return [each.result(timeout=HARD_END) for each in [pool.submit(body, rank) for rank in range(size)]]
 
 
 def _next_opening(store: dist.Store, size: int, turn: int, ahead: Sequence[int] = ()) -> list[list[Any] | str]:
     """What every rank makes of one more opening and exchange. ahead: who opens before the others come."""
-    channels = {rank: Channel(store, rank, size, seconds=20) for rank in ahead}
+    channels = {rank: Channel(store, rank, size, seconds=120) for rank in ahead}
 
     def body(rank: int) -> list[Any] | str:
         try:
-            return (channels.get(rank) or Channel(store, rank, size, seconds=20)).exchange("facts", (turn, rank))
+            return (channels.get(rank) or Channel(store, rank, size, seconds=120)).exchange("facts", (turn, rank))
         except RankLeftError as error:
             return str(error)
 
     start = time.monotonic()
     said = _on_threads(size, body)
-    assert time.monotonic() - start < 10  # long before the deadline, on every rank
+    assert time.monotonic() - start < 60  # long before the deadline, on every rank
     return said
 
 
@@ -238,19 +241,19 @@ def test_who_is_behind_is_named_on_every_rank() -> None:
 def test_a_rank_that_skipped_is_told_in_an_older_channel_too() -> None:
     """A channel is used for long, and the graph that one rank compiles alone comes in between."""
     store = dist.HashStore()
-    old = [Channel(store, rank, 2, seconds=20) for rank in range(2)]
+    old = [Channel(store, rank, 2, seconds=120) for rank in range(2)]
 
     def body(rank: int) -> str:
         old[rank].exchange("step", rank)
         with pytest.raises(RankLeftError) as caught:
-            (Channel(store, 0, 2, seconds=20) if rank == 0 else old[1]).exchange("step", rank)
+            (Channel(store, 0, 2, seconds=120) if rank == 0 else old[1]).exchange("step", rank)
         return str(caught.value)
 
     said = _on_threads(2, body)
     assert said[0] == said[1] and "rank 1 did not compile a graph that rank 0 compiled" in said[0]
 
 
-def test_a_rank_that_comes_too_late_hears_why_nobody_waits() -> None:
+def test_a_rank_that_comes_too_late_hears_why_nobody_waits(clock: Clock) -> None:
     store = dist.HashStore()
     channels = [Channel(store, rank, 3, seconds=0.1) for rank in range(3)]
 
@@ -258,14 +261,14 @@ def test_a_rank_that_comes_too_late_hears_why_nobody_waits() -> None:
         with pytest.raises(ChannelTimeoutError):
             channels[rank].exchange("vote", True)
 
-    _on_threads(2, wait_in_vain)
+    clock.run(2, wait_in_vain)
     with pytest.raises(RankLeftError, match=r"^rank 0 left 'vote': rank 2 did not come to 'vote' within 0.1 s"):
         channels[2].exchange("vote", True)
 
 
 def test_what_interrupts_a_wait_takes_the_answer_back() -> None:
     store = dist.HashStore()
-    channels = [Channel(store, rank, 2, seconds=20) for rank in range(2)]
+    channels = [Channel(store, rank, 2, seconds=120) for rank in range(2)]
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -279,7 +282,7 @@ def test_what_interrupts_a_wait_takes_the_answer_back() -> None:
 
 def test_what_interrupts_a_wait_is_raised_where_the_store_is_gone_too() -> None:
     store = dist.HashStore()
-    channel = Channel(store, 0, 2, seconds=20)
+    channel = Channel(store, 0, 2, seconds=120)
 
     class Gone:
         def set(self, key: str, value: Any) -> None:
@@ -298,11 +301,11 @@ def test_an_attempt_ends_where_a_rank_has_left() -> None:
     """It is not told to ranks that are not there."""
     store = dist.HashStore()
     _alone(store, 0, 2)
-    channel = Channel(store, 1, 2, seconds=20)
+    channel = Channel(store, 1, 2, seconds=120)
     start = time.monotonic()
     with pytest.raises(RankLeftError, match="rank 0 left 'facts'"):
         channel.attempt("create", lambda: channel.exchange("facts", 1))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_an_attempt_ends_where_a_rank_is_ahead() -> None:
@@ -316,13 +319,13 @@ def test_an_attempt_ends_where_a_rank_is_ahead() -> None:
 
 def test_every_rank_hears_of_it_however_far_ahead_it_is() -> None:
     store = dist.HashStore()
-    channels = [[Channel(store, rank, 3, seconds=20) for _ in range(3 - rank)][-1] for rank in range(3)]
+    channels = [[Channel(store, rank, 3, seconds=120) for _ in range(3 - rank)][-1] for rank in range(3)]
 
     def body(rank: int) -> bool:
         start = time.monotonic()
         with pytest.raises(RankLeftError, match="did not compile a graph"):
             channels[rank].exchange("facts", rank)
-        return time.monotonic() - start < 10
+        return time.monotonic() - start < 60
 
     assert _on_threads(3, body) == [True] * 3
     assert _next_opening(store, 3, 0) == [[(0, 0), (0, 1), (0, 2)]] * 3
@@ -346,7 +349,7 @@ def test_a_rank_that_answers_and_goes_on_while_it_is_looked_for_is_not_ahead() -
 
     store = GoesOn()
     store.add("opened/0", 1)
-    assert Channel(store, 1, 2, seconds=20).exchange("x", 1) == [0, 1]
+    assert Channel(store, 1, 2, seconds=120).exchange("x", 1) == [0, 1]
 
 
 @pytest.mark.parametrize("slow", [0, 1])
@@ -359,7 +362,7 @@ def test_a_rank_that_is_only_late_is_waited_for(slow: int) -> None:
             time.sleep(0.7)
         seen = []
         for turn in range(2):
-            channel = Channel(store, rank, 2, seconds=20)
+            channel = Channel(store, rank, 2, seconds=120)
             seen.append(channel.exchange("x", (turn, rank)))
             if rank == slow:
                 time.sleep(0.7)
@@ -384,7 +387,7 @@ class _Counting:
 def test_requests_to_the_store_of_an_exchange() -> None:
     """Every request is a round trip to another machine."""
     store = _Counting(dist.HashStore())
-    channels = [Channel(store, rank, 3, seconds=20) for rank in range(3)]
+    channels = [Channel(store, rank, 3, seconds=120) for rank in range(3)]
     for n in range(3):
         for rank in (1, 2):  # the others are here already
             store.set(f"1/{n}/{rank}", pickle.dumps(("x", rank)))

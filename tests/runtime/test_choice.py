@@ -427,7 +427,9 @@ def made(facts: list[RankFacts], wanted: str, transport: str, monkeypatch: pytes
         package = packages[rank] = FakeFlashInfer(name)
         wish = Wanted(wanted, transport, 256, torch.float32, max_tokens=4)
         try:
-            ready = prepare(open_channel(name, seconds=20), Group(name, "nccl", count, rank), torch.device("cpu"), wish)
+            ready = prepare(
+                open_channel(name, seconds=120), Group(name, "nccl", count, rank), torch.device("cpu"), wish
+            )
         except CollectiveUnavailableError:
             return [m[0] for m in package.made]
         assert (ready.workspace is None) == (ready.collective is REFERENCE)
@@ -485,7 +487,7 @@ def test_a_hidden_size_that_does_not_fit_says_nothing_of_other_graphs(monkeypatc
         group, seen = Group(name, "nccl", 2, rank), []
         for hidden in (100, 256, 100):
             wish = Wanted("auto", "auto", hidden, torch.float32, max_tokens=4)
-            ready = prepare(open_channel(group.name, seconds=20), group, torch.device("cpu"), wish)
+            ready = prepare(open_channel(group.name, seconds=120), group, torch.device("cpu"), wish)
             seen.append((ready.collective, " ".join(map(str, ready.candidates))))
         close_workspaces(name)
         return seen

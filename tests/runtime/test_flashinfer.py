@@ -25,7 +25,7 @@ from ringfence.runtime.collectives.flashinfer import CONTRACT, SUPPORTED, Channe
 from ringfence.runtime.collectives.kernels import WRAPPING_BUFFER, Implementation, KernelCall, KernelMemory, Launched
 from ringfence.runtime.errors import WorkspaceError
 from ringfence.runtime.hazards.situation import Strategy
-from support import NO_MULTICAST, run_threaded
+from support import HARD_END, NO_MULTICAST, run_threaded
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 TRTLLM, MNNVL = trtllm.IMPLEMENTATION, mnnvl.PEER
@@ -203,7 +203,7 @@ def test_a_channel_is_a_comm_backend() -> None:
     store = dist.HashStore()
 
     def body(rank: int) -> list[Any]:
-        backend = ChannelBackend(Channel(store, rank, 3, seconds=20))
+        backend = ChannelBackend(Channel(store, rank, 3, seconds=120))
         return [
             (backend.Get_rank(), backend.Get_size()),
             backend.allgather(f"handle {rank}"),
@@ -559,7 +559,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment.pop("FLASHINFER_CONFIDENTIAL_COMPUTE", None)
     program = Path(__file__).parent.parent / "read_flashinfer.py"
     done = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=HARD_END, check=False
     )
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from watchdogs import Clock
 
 from ringfence.runtime.errors import ChannelTimeoutError, GroupFailureError
 from ringfence.runtime.meeting import Start, leave_last_words, meet, start_of
@@ -19,7 +18,7 @@ from ringfence.runtime.meeting import Start, leave_last_words, meet, start_of
 RANKS = (4, 5, 6)
 
 
-def meets(store: Any, start: Start, rank: int, seconds: float = 20.0) -> tuple[str, ...]:
+def meets(store: Any, start: Start, rank: int, seconds: float = 120.0) -> tuple[str, ...]:
     return meet(
         dist.PrefixStore("group", store),
         dist.PrefixStore("world", store),
@@ -32,31 +31,30 @@ def meets(store: Any, start: Start, rank: int, seconds: float = 20.0) -> tuple[s
     )
 
 
-def all_meet(store: Any, starts: list[Start], late: float = 0.0) -> list[tuple[str, ...]]:
+def all_meet(clock: Clock, store: Any, starts: list[Start], late: float = 0.0) -> list[tuple[str, ...]]:
     def one(rank: int) -> tuple[str, ...]:
-        time.sleep(late * rank)
+        clock.sleep(late * rank)
         return meets(store, starts[rank], rank)
 
-    with ThreadPoolExecutor(len(starts)) as pool:
-        return list(pool.map(one, range(len(starts))))
+    return clock.run(len(starts), one)
 
 
-def test_the_processes_of_each_start_meet_and_are_told_from_those_of_the_others() -> None:
+def test_the_processes_of_each_start_meet_and_are_told_from_those_of_the_others(clock: Clock) -> None:
     store, names = dist.HashStore(), []
     for _ in range(3):
         starts = [Start() for _ in RANKS]
-        met = all_meet(store, starts, late=0.05)
+        met = all_meet(clock, store, starts, late=0.05)
         assert met == [tuple(s.token for s in starts)] * 3
         names.append(start_of(met[0]))
     assert len(set(names)) == 3
 
 
 @pytest.mark.parametrize("dead", range(3))
-def test_nobody_meets_a_process_that_died_in_another_start(dead: int) -> None:
+def test_nobody_meets_a_process_that_died_in_another_start(clock: Clock, dead: int) -> None:
     """It had written down its token, and read those of the others of its time."""
     store = dist.HashStore()
     old = [Start() for _ in RANKS]
-    all_meet(store, old)
+    all_meet(clock, store, old)
     new = [Start() for _ in RANKS]
 
     def one(rank: int) -> tuple[str, ...]:
@@ -64,9 +62,9 @@ def test_nobody_meets_a_process_that_died_in_another_start(dead: int) -> None:
             meets(store, new[rank], rank, seconds=0.7)
         return tuple(map(str, caught.value.ranks))
 
-    with ThreadPoolExecutor(2) as pool:
-        assert set(pool.map(one, [r for r in range(3) if r != dead])) == {(str(RANKS[dead]),)}
-    assert all_meet(store, new) == [tuple(s.token for s in new)] * 3  # it comes at last
+    alive = [rank for rank in range(3) if rank != dead]
+    assert set(clock.run(2, lambda n: one(alive[n]))) == {(str(RANKS[dead]),)}
+    assert all_meet(clock, store, new) == [tuple(s.token for s in new)] * 3  # it comes at last
 
 
 @pytest.mark.parametrize("told_by", ["token", "launcher"])
@@ -119,8 +117,8 @@ def test_what_a_launcher_says_of_a_start(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Start.of_this_process().attempt is None
 
 
-def test_what_lies_in_the_place_of_a_process_is_read_as_a_list() -> None:
+def test_what_lies_in_the_place_of_a_process_is_read_as_a_list(clock: Clock) -> None:
     store = dist.HashStore()
     dist.PrefixStore("group", store).set("met/1", json.dumps(["an older world"]))
     starts = [Start() for _ in RANKS]
-    assert all_meet(store, starts) == [tuple(s.token for s in starts)] * 3
+    assert all_meet(clock, store, starts) == [tuple(s.token for s in starts)] * 3

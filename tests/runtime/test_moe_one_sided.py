@@ -54,7 +54,7 @@ def on_ranks(
     library, store = Library(ranks), dist.HashStore()
 
     def run(rank: int) -> Any:
-        channel = Channel(store, rank, ranks, seconds=20)
+        channel = Channel(store, rank, ranks, seconds=120)
         return body(made(library, channel, sizes), channel)
 
     return library, run_threaded(ranks, run)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
 
 import pytest
 import torch.distributed as dist
+from watchdogs import Clock
 
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.errors import ConcurrentCallError
@@ -52,17 +52,17 @@ def _neighbours(count: int = 2) -> list[Neighbours]:
     return [Neighbours(channel, _page(), range(10, 10 + count)) for channel in channels]
 
 
-def test_a_rank_that_is_ahead_is_believed_when_it_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_ahead_is_believed_when_it_stays_so(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SETTLED_SECONDS", 0.1)
     mine, theirs = _neighbours()
     assert mine.ahead(4, 1) == ()
     theirs.mine.calls[0] = 5
     assert mine.ahead(4, 1) == () and mine.ahead(4, 1) == ()
-    time.sleep(0.15)
+    clock.sleep(0.15)
     assert mine.ahead(4, 2) == (), "another exchange: what was seen in the one before says nothing"
     assert mine.ahead(5, 2) == (), "this rank has come to it"
     assert mine.ahead(4, 2) == ()
-    time.sleep(0.15)
+    clock.sleep(0.15)
     assert mine.ahead(4, 2) == (11,) and theirs.ahead(5, 2) == ()
     mine.tell("rank 10 compiles alone", (10,))
     assert theirs.told() == ("rank 10 compiles alone", (10,)) and mine.told() is None

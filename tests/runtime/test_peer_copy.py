@@ -108,7 +108,7 @@ def tried(machine: Machine, count: int, names: tuple[int, ...] | None = None, **
         device = machine.device(rank)
         for name, fault in faults.items() if rank == 1 else ():
             setattr(device, name, fault)
-        channel = Channel(store, rank, count, seconds=20, ranks=names)
+        channel = Channel(store, rank, count, seconds=120, ranks=names)
         results[rank] = try_copies(channel, lambda: device, seconds=3)
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(count)]
@@ -176,7 +176,7 @@ def test_a_device_without_a_driver_is_no_loss() -> None:
                 raise OSError("libcuda.so.1: cannot open shared object file")
             return Machine().device(rank)
 
-        results[rank] = try_copies(Channel(store, rank, 2, seconds=20), make)
+        results[rank] = try_copies(Channel(store, rank, 2, seconds=120), make)
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(2)]
     for thread in threads:
@@ -298,7 +298,7 @@ def prepared(machine: Machine, facts: RankFacts, monkeypatch: pytest.MonkeyPatch
         found: list[ReadyCollective] = []
         try:
             for _ in range(2):
-                channel = open_channel(name, seconds=20)
+                channel = open_channel(name, seconds=120)
                 found.append(prepare(channel, Group(name, "nccl", 2, rank), torch.device("cuda", rank), wish))
         except CollectiveUnavailableError as error:
             return str(error)

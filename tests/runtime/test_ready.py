@@ -112,7 +112,7 @@ def serve(rank: int, *args: Any) -> Any:
 
 @pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
 def test_auto_takes_what_is_first_and_serves_what_the_table_says(piece_compiler: str) -> None:
-    results = run_ranks(2, serve, {"piece_compiler": piece_compiler}, {}, [4, 2, 65], timeout=200)
+    results = run_ranks(2, serve, {"piece_compiler": piece_compiler}, {}, [4, 2, 65])
     for result in results:
         assert result["collective"] == "mnnvl"
         assert result["candidates"] == [
@@ -174,7 +174,7 @@ def test_a_table_of_ones_own_decides_and_a_transport_is_insisted_on(tmp_path: Pa
     write_table(own, [SMALL])
     table = {"size_table": own, "collective": "trtllm"}, {}, [4]
     transport = {"transport": "peer", "collective": "mnnvl"}, {}, [4]
-    for by_table, by_transport in run_ranks(2, serve, table, transport, timeout=200):
+    for by_table, by_transport in run_ranks(2, serve, table, transport):
         assert by_table["fused_bytes"] == SMALL.fused
         assert by_transport["candidates"] == ["mnnvl/peer: chosen"]
         assert by_transport["made"] == [("mnnvl/peer", 64, H)]
@@ -254,7 +254,7 @@ def _sizes(rank: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     with installed(package):
         wanted = Wanted("trtllm", "auto", H, torch.float32, table=(SMALL,))
-        carrier = prepare(open_channel(group.name, seconds=20), group, CPU, wanted)
+        carrier = prepare(open_channel(group.name, seconds=120), group, CPU, wanted)
         tested = len(package.calls)
         weight = torch.ones(H)
         for tokens in (1, 8, 9, 16, 17):
@@ -276,7 +276,7 @@ def _sizes(rank: int) -> dict[str, Any]:
             with pytest.raises(InputError, match="weight is"):
                 ops.all_reduce_add_rms_norm(torch.randn(2, H), torch.randn(2, H), bad, 1e-6, 0.0, name, "trtllm")
         calls = len(package.calls)
-        again = prepare(open_channel(group.name, seconds=20), group, CPU, wanted)
+        again = prepare(open_channel(group.name, seconds=120), group, CPU, wanted)
         seen["tested once"] = tested > 0 and len(package.calls) == calls
         seen["largest"] = carrier.workspace.largest
         carrier.workspace.kernels.strategies = (Strategy.ONE_SHOT,)
@@ -284,7 +284,7 @@ def _sizes(rank: int) -> dict[str, Any]:
         carrier.workspace.kernels.strategies = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
         seen["shared"] = again.workspace is carrier.workspace and len(package.made) == 1
         more = Wanted("trtllm", "auto", H, torch.bfloat16, table=(SMALL,))
-        larger = prepare(open_channel(group.name, seconds=20), group, CPU, more)
+        larger = prepare(open_channel(group.name, seconds=120), group, CPU, more)
         seen["another dtype"] = larger.workspace is not carrier.workspace and len(package.made) == 2
         for limit, expected in ((4, True), (9, False)):
             deterministic = Wanted(
@@ -292,12 +292,12 @@ def _sizes(rank: int) -> dict[str, Any]:
                 table=(SMALL,),
             )  # fmt: skip
             if expected:
-                assert prepare(open_channel(group.name, seconds=20), group, CPU, deterministic).collective == "trtllm"
+                assert prepare(open_channel(group.name, seconds=120), group, CPU, deterministic).collective == "trtllm"
             else:
                 with pytest.raises(CollectiveUnavailableError, match="beyond the 8 tokens that one strategy"):
-                    prepare(open_channel(group.name, seconds=20), group, CPU, deterministic)
+                    prepare(open_channel(group.name, seconds=120), group, CPU, deterministic)
         with pytest.raises(CollectiveUnavailableError, match="multiple of 512 bytes"):
-            prepare(open_channel(group.name, seconds=20), group, CPU, Wanted("trtllm", "auto", 100, torch.float32))
+            prepare(open_channel(group.name, seconds=120), group, CPU, Wanted("trtllm", "auto", 100, torch.float32))
         close_workspaces(name)
     return seen
 
@@ -333,7 +333,7 @@ def _half(rank: int, guarded: bool) -> Any:
             stack.enter_context(mock.patch.object(Implementation, "unmet", lambda *_: None))
             stack.enter_context(mock.patch("ringfence.runtime.collectives.choice.applicable", lambda _: ()))
         made = prepare(
-            open_channel(name, seconds=20), group, CPU, Wanted("auto", "auto", H, torch.float16, max_tokens=8)
+            open_channel(name, seconds=120), group, CPU, Wanted("auto", "auto", H, torch.float16, max_tokens=8)
         )
         seen["collective"], seen["candidates"] = str(made.collective), [str(c) for c in made.candidates]
         seen["made"] = [m[0] for m in package.made]
@@ -370,7 +370,7 @@ def _dtypes(rank: int, collective: str) -> Any:
     others = (torch.float16, torch.float32)
     with installed(package):
         wanted = Wanted(collective, "auto", H, torch.bfloat16, max_tokens=8, other_dtypes=others)
-        made = prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted)
+        made = prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted)
         seen: dict[str, Any] = {"notes": made.notes, "dtype": made.situation.dtype}
         for dtype in (torch.bfloat16, *others):
             before, residual = len(package.calls), torch.zeros(4, H, dtype=dtype)
@@ -408,7 +408,7 @@ def _unlike(rank: int, what: str) -> str:
         with broken if rank == 1 and what != "sizes" else contextlib.nullcontext():
             try:
                 wanted = Wanted(collective, "auto", H, torch.float32, sizes=sizes, max_tokens=8)
-                return str(prepare(open_channel(group.name, seconds=20), group, CPU, wanted).candidates[0])
+                return str(prepare(open_channel(group.name, seconds=120), group, CPU, wanted).candidates[0])
             except RingfenceError as error:
                 return f"{type(error).__name__}: {error}"
 
@@ -493,10 +493,10 @@ def _transports(rank: int) -> str:
     facts = dataclasses.replace(FACTS, capability=(10, 0), multicast=True, opt_outs=())
     with installed(FakeFlashInfer(name), facts):
         wanted = Wanted("mnnvl", "peer", H, torch.float32, max_tokens=8)
-        prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted)
+        prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted)
         with pytest.raises(CollectiveUnavailableError, match=r"close_workspaces") as caught:
             wanted = dataclasses.replace(wanted, transport="multicast")
-            prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted)
+            prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted)
     return str(caught.value)
 
 
@@ -510,7 +510,7 @@ def _facts(rank: int) -> str:
     facts = FACTS if rank == 0 else type(FACTS)(**(vars(FACTS) | {"flashinfer": "0.7.0"}))
     with installed(FakeFlashInfer(name), facts):
         wanted = Wanted("auto", "auto", H, torch.float32)
-        return str(prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted).candidates[1])
+        return str(prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted).candidates[1])
 
 
 def test_ranks_with_other_packages_do_not_share_a_kernel() -> None:
@@ -522,7 +522,7 @@ def _sparks(rank: int) -> Any:
     facts = dataclasses.replace(FACTS, host=f"spark{rank}", capability=(12, 1))
     with installed(FakeFlashInfer(name), facts):
         wanted = Wanted("auto", "auto", H, torch.float32)
-        return prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted).situation
+        return prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted).situation
 
 
 def test_the_reference_knows_the_machines_that_it_runs_on() -> None:
@@ -535,7 +535,7 @@ def _small(rank: int) -> Any:
     name = dist.group.WORLD.group_name
     with installed(FakeFlashInfer(name)):
         wanted = Wanted("trtllm", "auto", H, torch.float32, max_tokens=8)
-        return prepare(open_channel(name, seconds=20), describe_group(name, CPU), CPU, wanted).situation
+        return prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted).situation
 
 
 def test_a_workspace_of_small_calls_serves_one_strategy() -> None:
@@ -556,7 +556,7 @@ def _invalid(rank: int, stuck: bool) -> Any:
     for health in (mine, other):
         health.share(workspaces)
     with installed(package):
-        first = prepare(open_channel(name, seconds=20), group, CPU, wanted).workspace
+        first = prepare(open_channel(name, seconds=120), group, CPU, wanted).workspace
         assert first is not None
         if rank == 1:
             mine.poison("rank 1 failed in step 3")
@@ -564,7 +564,7 @@ def _invalid(rank: int, stuck: bool) -> Any:
                 error = WorkspaceError("cuda:1 does not come back; end the process")
                 workspaces._wait_for_device = mock.Mock(side_effect=error)  # type: ignore[method-assign]
         try:
-            second = prepare(open_channel(name, seconds=20), group, CPU, wanted).workspace
+            second = prepare(open_channel(name, seconds=120), group, CPU, wanted).workspace
         except WorkspaceError as error:
             return str(error)
         assert second is not None

@@ -270,7 +270,7 @@ def test_one_rank_that_fails_leaves_nothing_and_all_go_on(fails: str, monkeypatc
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
     def of_rank(rank: int) -> tuple[Any, Any]:
-        here.driver, channel, workspaces = drivers[rank], Channel(store, rank, 2, seconds=20), Workspaces()
+        here.driver, channel, workspaces = drivers[rank], Channel(store, rank, 2, seconds=120), Workspaces()
 
         def making() -> Any:
             return mock.Mock(kernels=create(channel, None, 8, 64, torch.float32))  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ class Meeting:
     """Where the ranks bring their inputs. Who waits for a rank that does not come gets an error in its place."""
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(RANKS, timeout=3)
+        self.barrier = threading.Barrier(RANKS, timeout=15)
         self.inputs: list[Tensor | None] = [None] * RANKS
 
     def total(self, rank: int, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def on_ranks(body: Callable[[Kernels, Channel], Any], faults: dict[int, Fault], 
     meeting, store = Meeting(), dist.HashStore()
 
     def run(rank: int) -> Any:
-        channel = Channel(store, rank, RANKS, seconds=6)
+        channel = Channel(store, rank, RANKS, seconds=120)
         result = body(Kernels(meeting, rank, faults.get(rank), **other), channel)
         channel.barrier("and the channel goes on")
         return result

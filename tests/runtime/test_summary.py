@@ -20,6 +20,7 @@ from ringfence.runtime.watch.culprit import came_with, find_culprit
 from ringfence.runtime.watch.folder import BEGUN
 from ringfence.runtime.watch.position import CallSpan, Position
 from ringfence.runtime.watch.report import ended
+from support import HARD_END
 
 TOLD = "was told to end (SystemExit: 0)"
 CODE = {"file": "job.py", "line": 30, "function": "serve", "text": "time.sleep(3600)"}
@@ -244,5 +245,7 @@ def test_the_code_of_a_program_is_named_as_an_import_would(tmp_path: Path) -> No
         "import threading\nfrom ringfence.runtime.watch import user_code\n"
         "def serve():\n    print(user_code.of_thread(threading.get_ident()))\nserve()\n"
     )
-    ran = subprocess.run([sys.executable, tmp_path / "job.py"], capture_output=True, text=True, cwd=os.sep, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "job.py"], capture_output=True, text=True, cwd=os.sep, timeout=HARD_END
+    )
     assert ran.stdout == "job.py:4 in serve: print(user_code.of_thread(threading.get_ident()))\n", ran.stderr

@@ -50,7 +50,7 @@ def runner(rank: int, *, fail: bool = False, folder: Path | None = None, **optio
     """One piece that doubles; sizes 2 and 4 are captured."""
     step = Step("submod_0", lambda x: (x * 2,), (0,), (1,), False)
     program = Program((step,), ("x",), (1,), 2, (), frozenset())
-    channel = open_channel(dist.group.WORLD.group_name, seconds=10)
+    channel = open_channel(dist.group.WORLD.group_name, seconds=120)
     agreement = GroupAgreement([channel], PlanDigest((("plan", "the same"),)))
     asked = Asked({"journal_dir": str(folder)} if folder is not None else {}, **options)
     supervision = Supervision(of_rank(rank, asked), agreement, asked)

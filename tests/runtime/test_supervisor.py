@@ -80,7 +80,7 @@ def _two_backends(rank: int, folder: str) -> dict[str, Any]:
         a(*_values()), b(*_values())
     position = second.supervisor.journal.position()
     second.close()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while _threads() and time.monotonic() < until:
         time.sleep(0.05)
     return {"threads": threads, "after one": after_one, "after both": len(_threads()), "position": position}
@@ -137,7 +137,7 @@ def _another_group(rank: int) -> list[dict[str, int]]:
         with torch.no_grad():
             compiled(*_values())
         seen.append(backend.supervisor.journal.position().submitted)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while len(_threads()) > 2 and time.monotonic() < until:
             time.sleep(0.05)
         assert len(_threads()) == 2, _threads()
@@ -179,7 +179,7 @@ def _specialises(rank: int, lone: int) -> tuple[list[float], str, str, float]:
         except BaseException as error:
             inner = getattr(error, "inner_exception", error)
             took = time.monotonic() - began
-            threading.Timer(1.0, os._exit, (0,)).start()  # the end of the process breaks the other one's collective
+            threading.Timer(3.0, os._exit, (0,)).start()  # the end of the process breaks the other one's collective
             return sums, type(inner).__name__, str(inner), took
     return sums, "", "", 0.0
 
@@ -189,7 +189,7 @@ def test_a_rank_that_compiles_alone_is_told_which_guard_made_it(lone: int) -> No
     said = run_ranks(2, _specialises, lone)
     for sums, kind, text, took in said:
         assert sums == [8 * (0 + 1 + 1 + 1)] * 2
-        assert kind == "RecompiledAloneError" and took < 30
+        assert kind == "RecompiledAloneError" and took < 100
         assert f"rank {lone} compiles counts 0/2 anew, because of a guard that failed: 2 <= x.size()[0]" in text
         assert f"(x is of shape [1, {HIDDEN}]); rank {1 - lone} does not, and waits for rank {lone} in call 2" in text
         assert "torch._dynamo.mark_unbacked(x, 0)" in text

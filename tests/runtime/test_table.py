@@ -93,7 +93,7 @@ def _own(rank: int) -> Any:
     row = SizeRow("gather", "gloo", (9, 0), 2, 64 << 10, 64 << 10, 64 << 10, "a test")
     wanted = Wanted("auto", "auto", H, torch.bfloat16, max_tokens=8, table=(row,))
     with mock.patch.object(group_facts, "probe", lambda device: facts):
-        made = prepare(open_channel(name, seconds=30), describe_group(name, CPU), CPU, wanted, (GATHER, *table.ALL))
+        made = prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted, (GATHER, *table.ALL))
     assert made.workspace is not None
     tested = made.workspace.kernels.calls
     generator = torch.Generator().manual_seed(rank)
@@ -175,7 +175,7 @@ def _groups(rank: int) -> Any:
         package = FakeFlashInfer(name)
         with installed(package):
             wanted = Wanted("auto", "auto", H, torch.float32, max_tokens=8)
-            made = prepare(open_channel(name, seconds=30), describe_group(name, CPU), CPU, wanted)
+            made = prepare(open_channel(name, seconds=120), describe_group(name, CPU), CPU, wanted)
         assert made.workspace is not None
         seen.append((made.workspace, package, name))
     answers = []

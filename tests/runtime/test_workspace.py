@@ -146,7 +146,7 @@ def test_workspaces_are_found_by_collective_device_dtype_and_size() -> None:
 def test_one_is_made_on_every_rank_or_on_none(failing: list[int]) -> None:
     def body(rank: int) -> Any:
         found, kernels = Workspaces(), Kernels()
-        channel = Channel(store, rank, 3, seconds=20)
+        channel = Channel(store, rank, 3, seconds=120)
 
         def make() -> Workspace:
             channel.exchange("handles", rank)
@@ -220,7 +220,7 @@ def test_a_retired_workspace_is_closed_when_every_rank_is_there_and_not_made_aga
     store = dist.HashStore()
 
     def body(rank: int) -> Any:
-        channel = Channel(store, rank, 2, seconds=20)
+        channel = Channel(store, rank, 2, seconds=120)
         bad, good = workspace(kernels=kernels[rank]), workspace(1 << 20)
         found = Workspaces()
         for one in (bad, good):
