@@ -175,8 +175,8 @@ class NestedCaptureError(CaptureError):
     """A capture was started while another one runs on this thread."""
 
 
-class ConcurrentCallError(CaptureError):
-    """A runner's static buffers were asked to serve two calls at once."""
+class ConcurrentCallError(RingfenceError):
+    """Two threads call models over one group at once, while a watch judges by the order of its calls."""
 
 
 class GradModeError(CaptureError):

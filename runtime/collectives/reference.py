@@ -46,7 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float) -
     rounding, at the end, to the dtype of ``x``.
     """
     if x.is_cuda and weight_bias == 0:  # one kernel with the same roundings, row by row whatever the token count
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+        norm = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+        return norm.to(x.dtype)  # under autocast it is float32, not rounded yet
     wide = x if x.dtype == torch.float64 else x.float()
     out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:

@@ -30,8 +30,8 @@ class Pending:
 
 
 def _counter() -> Callable[[], int]:
-    """How many collectives are not waited for, as torch counts; always none where it cannot say."""
+    """How many collectives are not waited for, as torch counts; where it does not say, there may always be one."""
     if not torch.distributed.is_available():
         return lambda: 0
-    count: Callable[[], int] = getattr(torch._C._distributed_c10d, "_get_work_registry_size", lambda: 0)
+    count: Callable[[], int] = getattr(torch._C._distributed_c10d, "_get_work_registry_size", lambda: 1)
     return count

@@ -79,6 +79,8 @@ class Pool:
 
     def bytes(self, nbytes: int) -> Tensor:
         """Uninitialised bytes that are not handed out again while their storage lives."""
+        if not nbytes:
+            return tensor_at(0, 0, self.device, self)
         fits = [b for b in self.blocks if b.nbytes >= nbytes and b.free and (b.nbytes <= _SMALL or nbytes > _SMALL)]
         block = min(fits, key=lambda b: b.nbytes, default=None)
         if block is None:

@@ -17,8 +17,8 @@ What makes a replay right is checked, always:
 - a number that an island returns is the one that was baked in
   (:class:`DataDependentValueError`);
 - a collective that nobody has waited for is waited for before a value is copied;
-- no call runs inside a capture, beside another call of this runner, or in grad mode with
-  inputs that need grad; what shares its memory and runs around it, or on another thread, makes it run uncaptured.
+- no call runs inside a capture, or in grad mode with inputs that need grad; another call of this runner, or of one that
+  shares its memory, which runs around it or on another thread, makes it run uncaptured.
 
 A capture that throws leaves nothing behind and breaks no step off: a rank that stopped half-way would leave its peers
 waiting in the next collective. The rest of the step runs uncaptured, the pieces are released, and calls of that size
@@ -39,7 +39,6 @@ from ..errors import (
     AddressChangedError,
     ArgumentError,
     CaptureFailedWarning,
-    ConcurrentCallError,
     GradModeError,
     NestedCaptureError,
     WorkspaceReplacedError,
@@ -162,11 +161,8 @@ class PiecewiseRunner:
         if target is None:
             self.counts.uncaptured[Uncaptured.SIZE] += 1
             return self._run(args, sizes)
-        if not self._in_use.acquire(blocking=False):
-            raise ConcurrentCallError(
-                "the model's captured buffers serve one call at a time, and a second one came from another thread or "
-                "from inside the model; serve from one thread, or compile a copy for each"
-            )
+        if not self._in_use.acquire(blocking=False):  # by a call around this one, or on another thread
+            return self._run_as(target, sizes, args, Uncaptured.BUSY)
         try:
             return self._serve(target, sizes, args)
         finally:

@@ -13,6 +13,7 @@ class Uncaptured(StrEnum):
 
     OFF = "nothing is captured"
     SIZE = "not a token count of capture_sizes"
+    BUSY = "another call of the graph was under way"
     POOL = "the memory of captures was in use"
     SHARED = "an input lies in memory that the model writes"
     SIZES = "too many sizes besides the token count"

@@ -267,8 +267,12 @@ class Tape(TorchDispatchMode):
             value = leaf.clone()
             return lambda: value
         block = self._pool.block_of(leaf)
-        if block is not None:
-            pinned = block.like(leaf)
+        if block is not None or not leaf.untyped_storage().nbytes():  # what has no memory is nobody's
+            pinned = (
+                block.like(leaf)
+                if block is not None
+                else StorageView.of(leaf).on(torch.UntypedStorage(0, device=leaf.device))
+            )
             return lambda: pinned
         place = _Kept(leaf)
         self.kept.append(place)

@@ -29,6 +29,7 @@ from ringfence.runtime.errors import (
     NestedCaptureError,
 )
 from ringfence.runtime.replay.capture import GraphBackend, SimulatedGraphs
+from ringfence.runtime.replay.pending import Pending
 from ringfence.runtime.replay.program import Program, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
 
@@ -321,3 +322,17 @@ def test_runner_that_captures_nothing_may_be_captured_from_outside() -> None:
     x.copy_(rows(4))
     piece.replay()
     assert_close(piece.outputs, layer(x, w))
+
+
+def test_what_nobody_has_waited_for_is_waited_for_where_torch_does_not_count_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A release without the private counter would else copy what a collective still writes into."""
+    counters = torch._C._distributed_c10d
+    assert Pending().any is counters._get_work_registry_size, "it is there today"
+    monkeypatch.delattr(counters, "_get_work_registry_size")
+    waited: list[Tensor] = []
+    monkeypatch.setattr(torch.ops._c10d_functional, "wait_tensor", waited.append)
+    x = rows(4)
+    Pending().wait([3, x, None])
+    assert [t is x for t in waited] == [True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -287,3 +288,19 @@ def test_simulated_compiled_kernels_are_the_modules_own_again_after_a_capture() 
     y = rows()
     torch.testing.assert_close(compiled(y)[0], y.sin() + 1)
     assert torch.equal(captured.outputs[0].isnan(), kept.isnan())
+
+
+def test_simulated_pieces_hold_tensors_without_elements() -> None:
+    """They have no memory, so nothing of theirs can be freed or written over."""
+
+    def piece(x: Tensor, past: Tensor) -> tuple[Tensor, ...]:
+        none, more = torch.split(x, [0, 4])
+        return torch.cat([x.new_zeros(0, 8) * 2, past, x, none]), (past * 2).sum(0), more + 1, past + 1
+
+    x, past = rows(), torch.empty(0, 8)
+    captured = SimulatedGraphs().capture(piece, [x, past])
+    for _ in range(3):
+        gc.collect()
+        x.copy_(rows())
+        captured.replay()
+        torch.testing.assert_close(tuple(captured.outputs), piece(x, past))

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from ringfence.runtime.collectives import ops, reference
+from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
 from ringfence.runtime.errors import CollectiveUnavailableError, InputError
 from support import relative_error, run_threaded, start_fake_group
 
@@ -318,3 +321,25 @@ def test_fused_ops_refuse_an_unknown_collective(name: str) -> None:
         ops.all_reduce_add_rms_norm(x, x.clone(), None, EPS, 0.0, world(), name)
     with pytest.raises(CollectiveUnavailableError, match=rf"'{name}'.*reference"):
         ops.all_reduce_rms_norm(x, None, EPS, 0.0, world(), name)
+
+
+@contextlib.contextmanager
+def autocast_of_cuda() -> Iterator[None]:
+    """``torch.autocast("cuda")`` does nothing without a GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+@every_dtype
+@pytest.mark.parametrize("weight_bias", [0.0, 1.0])
+def test_autocast_changes_no_dtype(dtype: torch.dtype, weight_bias: float) -> None:
+    """On a GPU autocast makes the norm of torch float32; the kernels know nothing of it, and which one serves depends
+    on the size of a call."""
+    epilogue = Epilogue(True, RmsNorm(EPS, weight_bias))
+    with FakeTensorMode(), autocast_of_cuda():
+        x, residual, weight = (torch.empty(s, dtype=dtype, device="cuda") for s in ((4, 64), (4, 64), 64))
+        assert [t.dtype for t in reference.apply(epilogue, x, residual, weight)] == [dtype] * 2
