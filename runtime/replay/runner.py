@@ -47,8 +47,7 @@ from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNo
 from ..watch.supervision import Supervision
 from .buffers import copy_all, narrow
 from .capture import GraphBackend
-from .entry import Entry as _Entry
-from .entry import Key
+from .entry import Entry, Key
 from .pending import Pending
 from .places import How, Places
 from .pool import Pool
@@ -70,8 +69,9 @@ class PiecewiseRunner:
         instead of copies that the caller owns.
     journal: where steps and pieces are written down; one of its own by default.
     supervision: what ranks agree on beside the steps, and what follows when one of them fails.
-    note, wasted: take what shows in calls only and belongs into the report, once each; wasted, that no capture was
-        replayed, and nothing once one is.
+    collective: what serves its calls, for the journal.
+    note: takes what shows in calls only and belongs into the report, once each.
+    wasted: takes why no capture was replayed, and an empty text once one is; returns whether the user knows already.
     """
 
     def __init__(
@@ -114,7 +114,6 @@ class PiecewiseRunner:
         self._static_outputs = static_outputs
         self.counts = Counts()
         self._places = Places(program, sizes, self._supervision, note, wasted, self.counts)
-        self._entries = self._places.entries
         self._reads = reads_of(program, self._places.kept, apart=static_outputs)
         self._pool: Pool | None = None
         self._pending = Pending()
@@ -128,14 +127,14 @@ class PiecewiseRunner:
     def bytes_held(self) -> dict[tuple[int, ...], int]:
         """Bytes of the buffers and outputs of each tuple of sizes, shared with others' or not."""
         held: dict[tuple[int, ...], int] = {}
-        for entry in self._entries.values():
+        for entry in self._places.entries.values():
             held[entry.sizes] = held.get(entry.sizes, 0) + entry.nbytes
         return held
 
     @property
     def captured_sizes(self) -> list[tuple[int, ...]]:
         """The tuples of sizes that have been captured so far."""
-        return list(dict.fromkeys(sizes for sizes, _ in self._entries))
+        return list(dict.fromkeys(sizes for sizes, _ in self._places.entries))
 
     def __call__(self, *args: Any) -> list[Any]:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -206,7 +205,7 @@ class PiecewiseRunner:
             self._step(key[0], REPLAY, break_off)
             raise
 
-    def _serve_replay(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
+    def _serve_replay(self, entry: Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         if self._closed():
             raise WorkspaceReplacedError(
                 f"the workspace of the collectives was closed since {sizes_text(entry.sizes)} were captured, and the "
@@ -229,7 +228,7 @@ class PiecewiseRunner:
         assert self._graphs is not None
         if agreed:
             self._supervision.before_capture(self._places.compared(key[0]))
-        entry = _Entry(key[0], self._program.slots_of(args), [], [], key[1], self._places.kept_of(args))
+        entry = Entry(key[0], self._program.slots_of(args), [], [], key[1], self._places.kept_of(args))
         kept = [args[i] for i in self._places.kept]
         recording = Recording(self._program, self._reads, self._graphs, self._pending, entry, kept, self._pool)
         try:
@@ -254,7 +253,7 @@ class PiecewiseRunner:
             raise
         marks.end()
 
-    def _replay(self, marks: Marks, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+    def _replay(self, marks: Marks, entry: Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         self._load(entry, sizes, args)
         enter, leave = marks.enter, marks.leave
         for action in entry.actions:
@@ -320,7 +319,7 @@ class PiecewiseRunner:
 
     # -- captured ----------------------------------------------------------------------
 
-    def _load(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+    def _load(self, entry: Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         """Copy the call's inputs into the static buffers; rows that are padding become zero."""
         grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
         for i in self._read_kept:
@@ -337,7 +336,7 @@ class PiecewiseRunner:
             values.append(args[i])
         copy_all(buffers, values)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         """Keep nothing of the caller's alive: a module that is dropped takes its memory with it."""
         for i in self._places.kept:
             entry.slots[i] = None
@@ -345,7 +344,7 @@ class PiecewiseRunner:
             for i in self._reads.loose:
                 entry.slots[i] = None
 
-    def _outputs(self, entry: _Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
+    def _outputs(self, entry: Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         grown = self._padding.outputs if self._padding is not None and sizes != entry.sizes else {}
         outputs = []
         if self._issues and self._pending.any():
@@ -378,7 +377,7 @@ class PiecewiseRunner:
         self._load(entry, sizes, args)
         recording.steps(marks)
 
-    def _keep_or_drop(self, entry: _Entry, args: Sequence[Any], agreed: bool) -> None:
+    def _keep_or_drop(self, entry: Entry, args: Sequence[Any], agreed: bool) -> None:
         """Use the captures from now on if every rank that captured has its own; if not, no rank does."""
         try:
             vote = self._supervision.after_capture if agreed else self._supervision.after_own_capture

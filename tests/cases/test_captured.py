@@ -191,7 +191,7 @@ def test_captures_hold_what_is_live_at_once(function: Callable[..., Tensor]) -> 
     assert max(served.off) < 1e-4
     held = {
         storage.data_ptr(): storage.nbytes()
-        for entry in made[-1]._entries.values()
+        for entry in made[-1]._places.entries.values()
         for tensor in _tensors(entry)
         if (storage := tensor.untyped_storage()).nbytes() >= 8 * 1024 * 4
     }
@@ -220,7 +220,7 @@ def test_every_piece_is_released_though_one_fails() -> None:
                 raise RuntimeError("reset failed")
 
     pieces = [Piece(False), Piece(True), Piece(False), Piece(True), Piece(False)]
-    entry = runners._Entry((1,), [], [], pieces, (), [])  # type: ignore[arg-type]
+    entry = runners.Entry((1,), [], [], pieces, (), [])  # type: ignore[arg-type]
     with pytest.raises(Exception, match="reset failed"):
         entry.release()
     assert [piece.released for piece in pieces] == [1, 1, 1, 1, 1]

@@ -194,7 +194,7 @@ def test_runner_releases_every_piece_behind_one_whose_release_fails() -> None:
     with pytest.warns(RuntimeWarning, match="reset failed"):
         assert_close(runner(x, w), layer(x, w))
     assert [p.released for p in graphs.pieces[: 2 * PIECES]] == [False, True, True, False, False, False]
-    (entry,) = runner._entries.values()
+    (entry,) = runner._places.entries.values()
     entry.pieces[0].release = fail
     with pytest.raises(RuntimeError, match="reset failed"):
         entry.release()

@@ -76,7 +76,7 @@ def test_runner_written_input_at_a_new_address_is_captured_anew(make_graphs: Cal
     for _ in range(3):
         for cache in caches:
             check_cached(runner, rows(4), cache)
-    assert len(runner._entries) == 3
+    assert len(runner._places.entries) == 3
 
 
 def test_runner_written_input_that_is_always_new_is_captured_a_bounded_number_of_times() -> None:
@@ -89,7 +89,7 @@ def test_runner_written_input_that_is_always_new_is_captured_a_bounded_number_of
             kept.append(rows(16))
             check_cached(runner, rows(4), kept[-1])
     assert len(caught) == 1 and len(notes) == 2 and all("mark_static_address" in note for note in notes)
-    assert len(runner._entries) == 8
+    assert len(runner._places.entries) == 8
     check_cached(runner, rows(4), kept[0])
 
 
@@ -101,7 +101,7 @@ def test_runner_releases_the_captures_of_a_cache_that_is_gone() -> None:
     first = rows(32)  # of another size, so at another address
     assert ref() is None
     check_cached(runner, rows(4), first)
-    assert len(runner._entries) == 1
+    assert len(runner._places.entries) == 1
 
 
 def test_runner_written_input_with_another_layout_at_the_same_address_is_another_capture() -> None:
@@ -118,7 +118,7 @@ def test_runner_written_input_with_another_layout_at_the_same_address_is_another
         x, expected = rows(8), cache * 2
         assert_close(runner(x, cache), [x + expected])
         torch.testing.assert_close(cache, expected)
-    assert len(runner._entries) == 2
+    assert len(runner._places.entries) == 2
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
