@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import engine_ops
@@ -10,9 +11,11 @@ import torch.distributed as dist
 from grouping import pytest_collection_modifyitems as pytest_collection_modifyitems
 from watchdogs import clock as clock
 
-from support import start_fake_group
+from support import measure_no_guards, start_fake_group
 
 torch.set_num_threads(1)
+measure_no_guards()
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a child that crashes says where
 gc.freeze()  # what imports made stays: a twelfth of a tracing test's time went into walking it again
 
 

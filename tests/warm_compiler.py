@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support import aot_graph, start_fake_group
+from support import aot_graph, measure_no_guards, start_fake_group
 
 
 class _Layer(nn.Module):
@@ -32,6 +32,7 @@ class _Layer(nn.Module):
 
 def warm() -> None:
     torch.set_num_threads(1)  # threads do not outlive a fork, and whoever waits for them would wait for ever
+    measure_no_guards()
     start_fake_group(2)
     with mock.patch.object(tqdm, "monitor_interval", 0):  # else its monitor is a thread
         for inductor in (False, True):

@@ -106,8 +106,10 @@ MORE_NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 ENGINE_OPS = {"ringfence_test::all_reduce": None, "ringfence_test::all_reduce_": None}
 
 
-def program(all_reduce: Callable, add: Callable, norm: Callable) -> Callable[[Tensor, Tensor, Tensor], object]:
-    def run(x: Tensor, r: Tensor, w: Tensor) -> object:
+def program(
+    all_reduce: Callable, add: Callable, norm: Callable
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def run(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = add(all_reduce(x * 2), r)
         return norm(h, w), h, w * 2  # so that a norm without a weight leaves the graph its third input
 
@@ -121,13 +123,15 @@ def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (3, H)) -> tuple[Tensor,
 ADD_NORM, NORM = "all_reduce_add_rms_norm", "all_reduce_rms_norm"
 
 
-def check(fn: Callable, args: tuple[Tensor, ...], kind: str = ADD_NORM, *, inductor: bool = False) -> None:
+def check(
+    fn: Callable, args: tuple[Tensor, ...], kind: str = ADD_NORM, *, count: int = 1, inductor: bool = False
+) -> None:
     gm = aot_graph(fn, *args, inductor=inductor)
     reference = [o.double() for o in gm(*args)]
     sites = fuse_graph(gm, all_reduce_ops=ENGINE_OPS)
-    assert [(s.fused, s.kind) for s in sites] == [(True, kind)], [s.message for s in sites]
+    assert [(s.fused, s.kind) for s in sites] == [(True, kind)] * count, [s.message for s in sites]
     targets = [n.target for n in gm.graph.nodes]
-    assert targets.count(ops.all_reduce_add_rms_norm) + targets.count(ops.all_reduce_rms_norm) == 1
+    assert targets.count(ops.all_reduce_add_rms_norm) + targets.count(ops.all_reduce_rms_norm) == count
     assert not [t for t in targets if "all_reduce.default" in str(t) or "wait_tensor" in str(t)]
     for actual, expected in zip(gm(*args), reference, strict=True):
         assert relative_error(actual, expected) <= TOLERANCE[args[0].dtype]
@@ -135,11 +139,20 @@ def check(fn: Callable, args: tuple[Tensor, ...], kind: str = ADD_NORM, *, induc
 
 @pytest.mark.parametrize("inductor", [False, True], ids=["aten", "inductor"])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("add", ADDS)
 @pytest.mark.parametrize("all_reduce", ALL_REDUCES)
 @pytest.mark.usefixtures("fake_group")
-def test_spelling_is_fused(all_reduce: str, add: str, norm: str, inductor: bool) -> None:
-    check(program(ALL_REDUCES[all_reduce], ADDS[add], NORMS[norm]), inputs(torch.bfloat16), inductor=inductor)
+def test_spelling_is_fused_with_every_add(all_reduce: str, norm: str, inductor: bool) -> None:
+    """The adds are sites of one graph, on values of their own."""
+
+    def run(x: Tensor, r: Tensor, w: Tensor) -> object:
+        outputs: tuple[Tensor, ...] = ()
+        for i, add in enumerate(ADDS.values()):
+            outputs += program(ALL_REDUCES[all_reduce], add, NORMS[norm])(x[i], r[i], w[i])
+        return outputs
+
+    shapes = ((len(ADDS), 3, H), (len(ADDS), 3, H), (len(ADDS), H))
+    args = tuple(torch.randn(shape).to(torch.bfloat16) for shape in shapes)
+    check(run, args, count=len(ADDS), inductor=inductor)
 
 
 @pytest.mark.parametrize("norm", MORE_NORMS)
