@@ -7,15 +7,22 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from .watchdog import Watchdog
+from .deadlines import Deadlines
+from .journal import Journal
 
 log = logging.getLogger(__name__)
 
 #: What a verdict may take that is written while the process ends.
 _SECONDS_TO_ACT = 3.0
+
+
+class Looping(Protocol):
+    """What threads are started for: a watchdog."""
+
+    journal: Journal
+    deadlines: Deadlines
 
 
 def resting() -> threading.Event:
@@ -36,7 +43,7 @@ def acting(rests: threading.Event) -> Iterator[None]:
 
 
 def start(
-    watchdog: Watchdog, stop: threading.Event, rests: threading.Event, names: dict[str, Callable[[], None] | None]
+    watchdog: Looping, stop: threading.Event, rests: threading.Event, names: dict[str, Callable[[], None] | None]
 ) -> None:
     """A daemon thread for each name, which calls that method at every beat; its value is what is done at the end.
 
@@ -62,7 +69,7 @@ def _end(stop: threading.Event, rests: threading.Event, threads: Sequence[thread
             thread.join(0.5)
 
 
-def _loop(reference: weakref.ref[Watchdog], stop: threading.Event, name: str, last: Callable[[], None] | None) -> None:
+def _loop(reference: weakref.ref[Looping], stop: threading.Event, name: str, last: Callable[[], None] | None) -> None:
     """Without keeping the watchdog alive: who drops the model drops the threads. last: what is done at the end."""
     beat, told, said = 0.0, False, ""
     while not stop.wait(beat) and (watchdog := reference()) is not None:
