@@ -201,7 +201,7 @@ def watched(rank: int, folder: str) -> dict[str, Any]:
                 raise ValueError("out of pages")
         except ValueError as error:
             heard = str(error)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while rank == 0 and not heard and time.monotonic() < deadline:
         try:
             with watch.step("prefill", 7, replay=True):

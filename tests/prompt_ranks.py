@@ -60,7 +60,7 @@ def prompts(rank: int, folder: str) -> dict[str, Any]:
     prompt_of(model)
     said = ""
     if rank == 1:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while "did not come" not in said and time.monotonic() < until:
             time.sleep(0.1)
             said = merge(read_folder(Path(folder))).sentence if list(Path(folder).glob("journal-rank0*")) else ""

@@ -114,7 +114,7 @@ def _failing(fake: FakeSglang, rank: int) -> str:
     def out_of_pages() -> None:
         raise ValueError("out of pages")
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             fake.replay("FullCudaGraphBackend", 4, out_of_pages if rank else lambda: time.sleep(0.1))

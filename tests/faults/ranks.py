@@ -42,7 +42,9 @@ DEADLINE = 2.0
 #: What the watchdog may take beyond it.
 MARGIN = 2.0
 #: When a run is broken off by force.
-HARD_END = 60.0
+HARD_END = 240.0
+#: A rank computes more until its end than who only looks at it: so much more it may be late than that one is.
+_LATER = 4.0
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,16 @@ class Outcome:
     left_running: bool = False
     before: Outcome | None = None
     left_on_gpus: str = ""
+    late: float = 0.0  # for how many seconds the machine kept this process, which follows the run, from looking
 
     @property
     def others(self) -> list[Ending]:
         return [e for e in self.endings if e.rank != self.fault.rank]
+
+    @property
+    def margin(self) -> float:
+        """What the watchdog may take beyond the deadline, on a machine that is as busy as this one was."""
+        return MARGIN + _LATER * self.late
 
     def problems(self) -> list[str]:
         """What is not as it must be; empty where all is."""
@@ -117,7 +125,7 @@ class Outcome:
             problems.append(f"the journals do not say /{self.fault.journal}/: {self.journal}")
         if self.fault.exit_code is not None:
             # An interpreter takes time to end, and longer where it has used a GPU; who cannot hear waits for that.
-            limit = DEADLINE + MARGIN + (10.0 if self.fault.device == "cuda" else 0.0)
+            limit = DEADLINE + self.margin + (10.0 if self.fault.device == "cuda" else 0.0)
             return problems + [
                 f"rank {e.rank} ended with {e.exit_code}, {e.seconds:.1f} s after the fault: {e.error}"
                 for e in self.endings
@@ -136,7 +144,7 @@ class Outcome:
                 problems.append(f"rank {e.rank} does not say /{self.fault.says}/: {e.error}")
             if e.culprits and tuple(e.culprits) != (self.fault.blamed or (self.fault.rank,)):
                 problems.append(f"rank {e.rank} blames {e.culprits}: {e.error}")
-            if e.seconds > DEADLINE + MARGIN + (self.fault.signalled or (0, 0.0))[1]:
+            if e.seconds > DEADLINE + self.margin + (self.fault.signalled or (0, 0.0))[1]:
                 problems.append(f"rank {e.rank} ended {e.seconds:.1f} s after the fault")
         if self.fault.journal is None and not re.search(self.fault.says, self.journal):
             problems.append(f"the journals do not say /{self.fault.says}/: {self.journal}")
@@ -360,8 +368,8 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
         on_hang=fault.on_hang,
         **{
             "step_seconds": DEADLINE,
-            "warm_up_seconds": 15 * DEADLINE,
-            "agree_seconds": 5 * DEADLINE,
+            "warm_up_seconds": 60 * DEADLINE,
+            "agree_seconds": 30 * DEADLINE,
             "journal_dir": folder,
             **fault.options,
         },
@@ -438,7 +446,7 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
             say("step", step)
     if fault.says is None:
         dist.barrier()
-    until = time.monotonic() + (1.5 * DEADLINE if fault.says is None else 20)
+    until = time.monotonic() + (1.5 * DEADLINE if fault.says is None else 60)
     while time.monotonic() < until:  # idle, as a server without requests
         backend.supervisor.health.check()
         time.sleep(0.05)
@@ -562,14 +570,17 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
     endings = [Ending(rank) for rank in range(fault.ranks)]
     struck, ended = None, dict[int, float]()
     signals = [fault.signalled] if fault.signalled is not None else []
-    end = time.monotonic() + HARD_END
+    end, late = time.monotonic() + HARD_END, 0.0
     waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
     watched = set(range(fault.ranks))
     if fault.name.startswith("stopped"):  # it never ends by itself
         del waiting[processes[fault.rank].sentinel]
         watched.discard(fault.rank)
     while waiting and time.monotonic() < end:
-        for sentinel in wait(list(waiting), timeout=0.05):
+        asked = time.monotonic()
+        ready = wait(list(waiting), timeout=0.05)
+        late += max(0.0, time.monotonic() - asked - 0.05)
+        for sentinel in ready:
             ended.setdefault(waiting.pop(sentinel), time.monotonic())
         for rank, pipe in enumerate(pipes):
             while pipe.poll():
@@ -596,7 +607,7 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
         ):  # in brief, after the whole sentence
             ending.error, ending.kind = "; ".join(said), "exit"
         ending.seconds = ended.get(rank, time.monotonic()) - (struck if struck is not None else time.monotonic())
-    return Outcome(fault, endings)
+    return Outcome(fault, endings, late=late)
 
 
 def _merged(folder: str) -> tuple[str, tuple[int, ...]]:
