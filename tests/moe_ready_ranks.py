@@ -197,7 +197,7 @@ def ranged(rank: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, on_gpus(**dynamic) as made:
         write_table(table := f"{folder}/table.json", (), (MoeRow((8, 9), 2, 8, "a test"),))
         layer = moe_graphs.Layer("batched", rank, 2)
-        given: dict[str, Any] = {"piece_compiler": "eager", "agree_seconds": 60, "size_table": table}
+        given: dict[str, Any] = {"piece_compiler": "eager", "agree_seconds": 180, "size_table": table}
         backend = ringfence.Backend(moe_dispatch=True, **given)
         call = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
         for tokens in (5, 7, 8, 9, 20, 3):
@@ -263,10 +263,10 @@ def measured(rank: int) -> dict[str, Any]:
     group = describe_group("world", torch.device("cpu"))
     given = (group, torch.device("cpu"), (64, 128), torch.float32, "a test")
     with on_gpus() as made:
-        rows, text = measure_moe(*given, tokens=(1, 3), seconds=60)
+        rows, text = measure_moe(*given, tokens=(1, 3), seconds=600)
         calls = {capacity for pair in made for _, capacity in pair.calls}
     with on_gpus(broken=rank == 1):
-        none = measure_moe(*given, tokens=(1,), seconds=60)
+        none = measure_moe(*given, tokens=(1,), seconds=600)
     return {"measured": (rows, text, calls, len(made)), "not measured here": none}
 
 

@@ -96,7 +96,9 @@ def _measure(rank: int, fault: dict[str, Any]) -> dict[str, Any]:
     package = FakeFlashInfer(name, own=True, **(fault if rank == 1 else {}))
     sizes = [500, *(1 << power for power in range(10, 16))]
     with installed(package), torch.no_grad():
-        measured = measure(describe_group(name, CPU), CPU, SM90, sizes, [256, 512], torch.float32, "a test", seconds=30)
+        measured = measure(
+            describe_group(name, CPU), CPU, SM90, sizes, [256, 512], torch.float32, "a test", seconds=600
+        )
     return {
         "measured": measured,
         "text": as_text(measured),

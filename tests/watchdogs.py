@@ -122,7 +122,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 def _done(body: Callable[[], object], seconds: float) -> None:
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(60)
 
 
 class Rank:

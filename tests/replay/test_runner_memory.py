@@ -163,7 +163,7 @@ def test_runners_of_two_threads_do_not_share_memory() -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def island(h: Tensor) -> tuple[Tensor, ...]:
-            barrier.wait(30)  # both are in the midst of a step
+            barrier.wait(120)  # both are in the midst of a step
             return attend(h)
 
         runner = PiecewiseRunner(layer_program(island), ROWS, SimulatedGraphs(), [4])

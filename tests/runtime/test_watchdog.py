@@ -45,7 +45,7 @@ def test_a_slow_probe_costs_neither_the_journal_nor_the_others(clock: Clock, tmp
 
     def slow() -> None:
         seen.append(json.loads(path.read_text()))
-        release.wait(20)
+        release.wait(60)
 
     probes = {"flags": lambda: [1, 2], "slow": slow, "behind": lambda: 3}
     waits, absent = both = ranks(on_hang="abort", folder=str(tmp_path), probes=probes)
@@ -55,7 +55,7 @@ def test_a_slow_probe_costs_neither_the_journal_nor_the_others(clock: Clock, tmp
     absent.step(enter=1, leave=0)
     began = time.monotonic()
     look(clock, both, 0.4)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 45
     assert seen[0]["probes"] == {} and seen[0]["reason"].startswith("hang: rank 1"), "written before"
     late = "no answer within 0.6 s"
     assert json.loads(path.read_text())["probes"] == {"flags": [1, 2], "slow": late, "behind": late}
@@ -289,11 +289,11 @@ def test_whoever_hears_of_a_verdict_finds_it_in_the_journal(clock: Clock, how: s
     """A job may end at once then; and where the watch ends the process, nobody outruns it to another exit code."""
     waits, idle = both = ranks(folder=str(tmp_path), on_hang="abort" if "abort" in how else "raise")
     write, writes, may = idle.journal.try_dump, threading.Event(), threading.Event()
-    idle.journal.try_dump = lambda *given, **more: (writes.set(), may.wait(20), write(*given, **more))[2]  # type: ignore[func-returns-value]
+    idle.journal.try_dump = lambda *given, **more: (writes.set(), may.wait(60), write(*given, **more))[2]  # type: ignore[func-returns-value]
     found: list[Any] = []
 
     def hear() -> None:
-        assert writes.wait(20)
+        assert writes.wait(60)
         threading.Timer(0.3, may.set).start()
         with pytest.raises((HangError, PoisonedError), match="rank 1 did not come to call 1"):
             idle.watchdog.interrupt() if how == "an exchange" else idle.watchdog.health.check()
@@ -414,7 +414,7 @@ class StoppedStore:
     def set(self, key: str, value: bytes) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *_: self.is_asked.set() or self.goes_on.wait(30)
+        return lambda *_: self.is_asked.set() or self.goes_on.wait(60)
 
 
 def test_a_store_whose_host_is_stopped_is_noticed_before_the_ranks_have_met(clock: Clock) -> None:
@@ -424,7 +424,7 @@ def test_a_store_whose_host_is_stopped_is_noticed_before_the_ranks_have_met(cloc
     talker = threading.Thread(target=rank.watchdog.talk)
     talker.start()
     try:
-        assert store.is_asked.wait(30)
+        assert store.is_asked.wait(60)
         with rank.journal.waiting("meet", (0, 1)):
             until = clock.monotonic() + 20 * SHORT.steady
             while rank.watchdog.report is None and clock.monotonic() < until:

@@ -61,7 +61,7 @@ watchdog = Watchdog(journal, lambda: store, Reaction("raise", sys.argv[1]), Dead
 watchdog.others.join_group("tp", (0, 1))
 watchdog.reaction.waits.add("tp", kernels, 1.0)
 watchdog.start()
-assert writes.wait(30)
+assert writes.wait(60)
 """
 
 
@@ -113,8 +113,10 @@ gone.wait()
 peer.others._process = (this_process()[0], gone.pid)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 mine.start()
+waits = threading.Event()
 def launcher():
-    time.sleep(0.3)
+    waits.wait(60)
+    time.sleep(0.5)
     peer.others.end = how and f"rank 1 {how}, after step 0"
     peer.talk()
     os.kill(os.getpid(), number)
@@ -125,6 +127,7 @@ threading.Thread(target=launcher, daemon=True).start()
 mine.journal.begin(0, (4,), REPLAY).enter()
 lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 libc.pthread_mutex_lock(lock)
+waits.set()
 libc.pthread_mutex_lock(lock)  # a device that waits: no signal breaks it off
 """
 
