@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ..runtime.collectives import ops
 from ..runtime.errors import InputError
+from ..runtime.groups import ByGroup
 from .fuse import SITE
 from .match import Candidate, Site
 from .op_calls import op_arguments
@@ -60,7 +61,8 @@ def _site(node: Node, index: int) -> Site:
 
 def name_prepared(gm: GraphModule, collectives: Mapping[str, str]) -> int:
     """Let calls that name no collective name that of their group; how many did not."""
+    carriers = ByGroup(collectives)
     nodes = [n for n in gm.graph.nodes if calls(n, *ops.OPS) and n.args[-1] == ops.PREPARED]
     for node in nodes:
-        node.args = (*node.args[:-1], str(collectives.get(str(op_arguments(node)["group"]), "reference")))
+        node.args = (*node.args[:-1], str(carriers.get(str(op_arguments(node)["group"]), "reference")))
     return len(nodes)

@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..runtime.collectives.epilogue import DTYPES
+from ..runtime.groups import same_groups
 from . import op_options, roles
 from .all_reduce import ALL_REDUCES, AllReduce, nested_all_reduces, recognise_all_reduce
 from .engine_ops import GroupOf
@@ -44,7 +45,7 @@ def find(
     """One candidate for every all-reduce of a functional ATen graph, in graph order; those of nested regions last.
 
     ``strict`` declines a site whose source rounds differently from the fused op.
-    ``groups``, when given, are the names of the process groups to fuse over.
+    ``groups``, when given, are the process groups to fuse over, by any of their names.
     ``all_reduce_ops`` and ``norm_ops`` name engines' own ops, as the options of :class:`ringfence.Options` do.
     A norm op may also be given with the reason why it is none (:func:`norm_ops_of`).
 
@@ -64,6 +65,9 @@ def find(
     all_reduces = {node: found for node, found in recognised.items() if found is not None}
     rows = norm_ops if norm_ops is not None else norm_ops_of(gm) if foreign else {}
     calls = _norm_calls(gm, rows) if rows else {}
+    if groups is not None:
+        reduced = {a.group for a in all_reduces.values() if isinstance(a, AllReduce) and isinstance(a.group, str)}
+        groups = {*groups, *same_groups(reduced, groups)}
     outcomes = _outcomes(all_reduces, calls, groups, strict)
     index = {node: i for i, node in enumerate(all_reduces)}
     candidates = []
@@ -244,7 +248,7 @@ def _usable(all_reduce: AllReduce, groups: Collection[str] | None) -> Decline | 
         return Decline(
             Reason.GROUP_KIND,
             f"{label(start)} names no process group; say which one it runs over: "
-            f"all_reduce_ops={{'{op}': group.group_name}}, or 'world'",
+            f"all_reduce_ops={{'{op}': group}}, 'world' for all ranks (None, or a list, says that the call names it)",
         )
     if not isinstance(all_reduce.group, str):
         return Decline(

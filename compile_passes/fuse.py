@@ -17,15 +17,18 @@ keep the old collective and double the communication without a word.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 # The ops must be registered before a graph can call them.
-from ..runtime.collectives import ops
-from ..runtime.errors import GraphMetadataError
+from ..runtime.collectives import ops, table
+from ..runtime.errors import ArgumentError, GraphMetadataError, NotFusedWarning, OptionsError
+from ..runtime.groups import ByGroup, name_of_group, resolve_group, same_groups
 from .all_reduce import AllReduce
 from .given import check_each, check_graph
 from .match import Candidate, Match, Site
@@ -41,18 +44,23 @@ _PROVENANCE = ("stack_trace", "nn_module_stack", "custom")
 
 
 def fuse(
-    gm: GraphModule, candidates: Iterable[Candidate], *, collectives: Mapping[str, str] | None = None
+    gm: GraphModule,
+    candidates: Iterable[Candidate],
+    *,
+    collectives: Mapping[dist.ProcessGroup | str, str] | None = None,
 ) -> list[Site]:
     """Rewrite ``gm`` in place; return the sites, fused or declined, in their order.
 
-    ``collectives`` maps groups to what carries out their sums, ``"prepared"`` for what :func:`ringfence.prepare` chose
-    (:mod:`ringfence.runtime.collectives.ops`); those of other groups are the reference's.
-    Raises :class:`GraphMetadataError` for candidates of another graph, and :class:`ArgumentError` for what are none.
+    ``collectives`` maps groups, by any of their names, to what carries out their sums: ``"prepared"`` for what
+    :func:`ringfence.prepare` chose (:mod:`ringfence.runtime.collectives.ops`). Those of other groups are the
+    reference's, with a :class:`NotFusedWarning` where a group that was named has no site to fuse.
+    Raises :class:`GraphMetadataError` for candidates of another graph, :class:`ArgumentError` for what are none,
+    :class:`GroupError` for a name that is no group's, and :class:`OptionsError` for who carries out nothing.
     """
     check_graph(gm, "fuse")
     candidates = check_each(candidates, Candidate, "fuse", "find(gm)")
     sites: list[Site] = []
-    rewriter = _Rewriter(gm, collectives or {})
+    rewriter = _Rewriter(gm, _carriers(collectives or {}, candidates))
     for candidate in candidates:
         if candidate.match is not None:
             if candidate.match.end.graph is not gm.graph:
@@ -67,10 +75,35 @@ def fuse(
     return sites
 
 
+def _carriers(given: Mapping[dist.ProcessGroup | str, str], candidates: Iterable[Candidate]) -> ByGroup[str]:
+    """Who carries out the sums of which group."""
+    known = [ops.PREPARED, *dict.fromkeys(str(one.name) for one in table.ALL)]
+    if not isinstance(given, Mapping):
+        raise ArgumentError(
+            f"collectives={given!r} is no mapping from groups to who carries out: {{'world': 'prepared'}}"
+        )
+    if wrong := [v for v in given.values() if not isinstance(v, str) or v.removesuffix(ops.NOT_CAPTURED) not in known]:
+        raise OptionsError(f"collectives holds {wrong[0]!r}, which is none of {known}")
+    sites = [c.site for c in candidates]
+    there, fused = {site.group for site in sites}, {str(site.group) for site in sites if site.decline is None}
+    named = {name_of_group(group) for group in given}
+    for name in named - there:
+        resolve_group(name)  # raises where it is a name of none
+    left = fused - same_groups(fused, named)
+    if left and (idle := named - same_groups(named, fused)):
+        warnings.warn(
+            f"collectives names {sorted(idle)}, over which this graph has no site to fuse; sites over {sorted(left)} "
+            "are the reference's",
+            NotFusedWarning,
+            stacklevel=3,
+        )
+    return ByGroup(given)
+
+
 class _Rewriter:
     """Rewrites one match after the other, following nodes that earlier ones replaced."""
 
-    def __init__(self, gm: GraphModule, collectives: Mapping[str, str]) -> None:
+    def __init__(self, gm: GraphModule, collectives: ByGroup[str]) -> None:
         self.graph = gm.graph
         self.collectives_of = collectives
         self.replaced: dict[Node, Node] = {}

@@ -7,6 +7,7 @@ later pass reads it.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping
 
@@ -94,6 +95,15 @@ def groups_of(gm: GraphModule) -> list[str]:
     The order is the same on all ranks of a model; the names are each rank's own.
     """
     return list(dict.fromkeys(group for node in nodes_of(gm) if (group := find_group(node)) is not None))
+
+
+def groups_there(gm: GraphModule, device: torch.device) -> list[Group]:
+    """Those of the graph's collectives that this process has, whatever else may be wrong."""
+    found = []
+    for name in groups_of(gm):
+        with contextlib.suppress(GroupError):
+            found.append(describe_group(name, device))
+    return found
 
 
 def collectives_of(gm: GraphModule) -> list[Node]:

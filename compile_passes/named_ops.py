@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch.fx import GraphModule
 
 from ..runtime.errors import OptionsError
+from .match import Candidate
 from .op_calls import nodes_of, op_names
 
 
 def ops_in(gm: GraphModule) -> set[str]:
     """Both names of every op in a graph and in the regions that it calls."""
     return {name for node in nodes_of(gm) for name in op_names(node)}
+
+
+def ops_replaced(candidates: Iterable[Candidate]) -> set[str]:
+    """Both names of every op that fusing takes out of the graph; to be asked before."""
+    matches = [c.match for c in candidates if c.match is not None and c.fuses]
+    nodes = [a.start for m in matches for a in m.terms.all_reduces]
+    nodes += [m.norm.call for m in matches if m.norm.call is not None]
+    return {name for node in nodes for name in op_names(node)}
 
 
 def check_not_decomposed(gm: GraphModule, option: str, names: Collection[str]) -> None:

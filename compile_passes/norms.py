@@ -135,11 +135,19 @@ def _whole_op(node: Node, reader: _Reader) -> _Core | Decline | None:
     if eps is None:  # torch's default, of the dtype that it computes in
         eps = torch.finfo(compute).eps
     if roles.as_number(eps) is None:
-        return Decline(Reason.EPS_KIND, f"epsilon of {label(node)} is a value of the graph, not a number")
+        return _eps_of_the_graph(node)
     out = roles.first_output(node) if node.target is aten._fused_rms_norm.default else node
     if out is None or any(u is not out for u in node.users if node is not out):
         return Decline(Reason.NO_NORM, f"the reciprocal root of {label(node)} is used; the fused op does not return it")
     return _Core(out, roles.as_number(eps) or 0.0, compute, weight, weight_absorbed=True)
+
+
+def _eps_of_the_graph(node: Node) -> Decline:
+    return Decline(
+        Reason.EPS_KIND,
+        f"epsilon of the norm at {label(node)} is a tensor, or another value of the graph, and the kernels take a "
+        "number: make it a Python float",
+    )
 
 
 # -- the chain -------------------------------------------------------------------
@@ -193,7 +201,7 @@ def _chain(node: Node, reader: _Reader, value: Node) -> _Core | Decline | None:
         )
     eps = roles.as_number(mean.eps)
     if eps is None:
-        return Decline(Reason.EPS_KIND, f"epsilon of the norm at {label(node)} is a value of the graph, not a number")
+        return _eps_of_the_graph(node)
     compute = roles.coarsest((mean.source, *mean.nodes, factor, node))
     if compute is None:
         return Decline(Reason.NO_NORM, f"the norm at {label(node)} is not computed in floating point throughout")

@@ -171,4 +171,6 @@ def groups(value: object) -> tuple[str, ...]:
     wrong = next((v for v in value if not isinstance(v, str | dist.ProcessGroup)), None)
     if wrong is not None:
         raise OptionsError(f"groups holds {wrong!r}, which is no process group, nor the name of one")
+    if not value:
+        raise OptionsError("groups is empty, so nothing could be fused; None means every group")
     return tuple(map(name_of_group, value))

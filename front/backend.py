@@ -24,9 +24,9 @@ from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
 from .compile_passes.graph_inputs import needs_grad, specialise_floats, static_inputs
-from .compile_passes.groups import describe_groups
+from .compile_passes.groups import describe_groups, groups_there
 from .compile_passes.match import Site
-from .compile_passes.named_ops import check_not_decomposed, ops_in
+from .compile_passes.named_ops import check_not_decomposed, ops_in, ops_replaced
 from .compile_passes.provenance import input_names, inputs_of_modules, name_inputs, served
 from .compile_passes.ranges import Ranged, leave_beyond
 from .compile_passes.report import CompileReport
@@ -35,11 +35,13 @@ from .keywords import OptionKeywords
 from .moe_assign import assign_moe
 from .notes import GRAD_MODE, notes
 from .options import Options
-from .runtime.errors import OptionsError
+from .runtime.channel import COMPILING
+from .runtime.errors import OptionsError, RingfenceError
 from .runtime.hazards.situation import Situation
 from .runtime.replay.outer import guarded
 from .runtime.replay.program import Program, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
+from .runtime.watch.refusal import refuse
 from .runtime.watch.supervision import Asked, Supervision
 from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
 from .stages import (
@@ -145,7 +147,6 @@ class Backend(OneObject):
     def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if needs_grad(gm, example_inputs):
             return self._without_fusion(gm, example_inputs)
-        self.options.check_registered()
         specialise_floats(gm)
         inductor = self.options.piece_compiler == "inductor"
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
@@ -169,6 +170,7 @@ class Backend(OneObject):
         found = find_sites(graph, self.options, self.supervisor)
         assigned = self._assign(graph, found)
         ranged = self._leave_beyond(found, assigned)
+        replaced = ops_replaced(ranged.candidates)
         sites = self._fuse(gm, ranged, assigned)
         judged = self._judge(graph, sites, assigned, found.sizes)
         memory = callers_memory(graph, found.sizes, numbers, self.options)
@@ -179,7 +181,7 @@ class Backend(OneObject):
         supervision = self._agree(graph, judged, memory, sizes)  # before compiling takes minutes
         program = lower_graph(graph, pieces, whole, memory, self.options)
         runner = self._runner(program, sizes, judged, memory, supervision)
-        said = [*ranged.notes, *notes(self.options, graph, found, judged, memory, self._unmatched())]
+        said = [*ranged.notes, *notes(self.options, graph, found, judged, memory, self._unmatched(), replaced)]
         report = CompileReport(
             sites=tuple(plan.sites),
             moe_sites=tuple(found.moe_sites),
@@ -205,8 +207,13 @@ class Backend(OneObject):
     def _read(self, gm: GraphModule, example_inputs: Sequence[Any], names: Sequence[str]) -> TracedGraph:
         """What the graph runs on, and channels to the ranks that it runs with."""
         options, device = self.options, device_of(gm)
-        options.register_groups()
-        groups = describe_groups(gm, device, options.all_reduce_ops, self._said_groups)
+        try:
+            options.check_registered()
+            options.register_groups()
+            groups = describe_groups(gm, device, options.all_reduce_ops, self._said_groups)
+        except RingfenceError as error:  # before the ranks meet, who would wait for this one
+            refuse(groups_there(gm, device), device, f"its graph cannot be compiled: {error}", COMPILING)
+            raise
         channels = self.supervisor.open(groups.values(), device)
         if self._planned is not None:
             groups = {name: replace(group, backend="nccl") for name, group in groups.items()}

@@ -35,8 +35,11 @@ from .runtime.errors import OptionsError, WorkspaceError
 from .runtime.groups import Group, describe_group, device_for, name_of_group
 from .runtime.replay.tape import Tape
 from .runtime.watch.agree import PlanDigest, agree
+from .runtime.watch.refusal import refused_by_all
 from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import Supervisor, supervisor_for
+
+_CALL = "ringfence.prepare"
 
 
 def all_reduce_add_rms_norm(
@@ -62,7 +65,10 @@ def all_reduce_add_rms_norm(
     name = name_of_group(group)
     if not is_traced(x):
         norm, summed = ops.normed(x, residual, weight, eps, weight_bias, name, ops.PREPARED)
-    elif residual is None:
+        return norm, summed
+    ops.check_is_number("eps", eps)
+    ops.check_is_number("weight_bias", weight_bias)
+    if residual is None:
         norm, summed = torch.ops.ringfence.all_reduce_rms_norm(x, weight, eps, weight_bias, name, ops.PREPARED)
     else:
         norm, summed = torch.ops.ringfence.all_reduce_add_rms_norm(
@@ -110,17 +116,18 @@ def prepare(
     Raises :class:`OptionsError`, :class:`GroupError`, :class:`CollectiveUnavailableError`, :class:`HazardError`,
     :class:`RankMismatch` where ranks ask for different things, and :class:`WorkspaceError` inside a capture.
     """
-    options = _checked(
-        hidden, dtype, max_tokens, collective, transport, size_table, on_hazard, agree_seconds=agree_seconds
-    )
-    name = name_of_group(group)
-    on = device_for(name, device)
-    described = describe_group(name, on)
-    if is_capturing(on):
-        raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
+    with refused_by_all(group, _CALL, agree_seconds):
+        options = _checked(
+            hidden, dtype, max_tokens, collective, transport, size_table, on_hazard, agree_seconds=agree_seconds
+        )
+        name = name_of_group(group)
+        on = device_for(name, device)
+        described = describe_group(name, on)
+        if is_capturing(on):
+            raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
     asked = Asked({}, agree_seconds=options.agree_seconds)
     supervisor = supervisor_for(asked)
-    with supervisor.compiling(asked), supervisor.compilation():
+    with supervisor.compiling(asked, f"call {_CALL}"), supervisor.compilation():
         before = _free(on)
         ready = _ready(described, hidden, dtype, options, on, supervisor)
         verdict = _verdict(ready, described, hidden, dtype, on, on_hazard)
@@ -164,7 +171,7 @@ def _ready(
     parts = {"hidden": hidden, "dtype": dtype, "max_tokens": options.max_tokens, "collective": options.collective}
     if channels:
         told = tuple((name, str(value)) for name, value in parts.items())
-        agree(channels[group.name], PlanDigest(told, what="arguments of ringfence.prepare"))
+        agree(channels[group.name], PlanDigest(told, what=f"arguments of {_CALL}", arguments=True))
     begin_anew(channels.get(group.name), workspaces_of(group.name))
     sizes = tuple(sorted({1, options.max_tokens or 1}))  # an engine captures several
     wanted = wanted_by(options, hidden, dtype, sizes)

@@ -44,8 +44,9 @@ from .runtime.collectives.moe_reference import first_expert
 from .runtime.collectives.ops import PREPARED
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import InputError, OptionsError, RankMismatch, WorkspaceError
-from .runtime.groups import describe_group, device_for, name_of_group, resolve_group
+from .runtime.groups import Group, describe_group, device_for, name_of_group, resolve_group
 from .runtime.watch.agree import PlanDigest, agree
+from .runtime.watch.refusal import refused_by_all
 from .runtime.watch.supervision import Asked
 from .runtime.watch.supervisor import supervisor_for
 
@@ -170,6 +171,9 @@ class MoePrepared:
         return "\n".join((first, *(f"collective {why}" for why in self.why)))
 
 
+_CALL = "ringfence.moe.prepare"
+
+
 def prepare(
     group: dist.ProcessGroup | str | None = None,
     *,
@@ -198,20 +202,24 @@ def prepare(
     Raises :class:`OptionsError`, :class:`GroupError`, :class:`CollectiveUnavailableError`, :class:`RankMismatch` where
     ranks ask for different things, and :class:`WorkspaceError` inside a capture.
     """
-    numbers = {"capacity": capacity, "top_k": top_k, "hidden": hidden, "workspace_bytes": workspace_bytes}
-    numbers |= {"payload_bytes": payload_bytes} if payload_bytes is not None else {}
-    for name, value in numbers.items():
-        positive(name, value)
-    if dtype not in DTYPES:
-        raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, DTYPES))}")
-    Options.parse({"moe_collective": collective, "agree_seconds": agree_seconds, "check_every_step": check_every_call})
-    name = name_of_group(group)
-    on = device_for(name, device)
-    if is_capturing(on):
-        raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
+    with refused_by_all(group, _CALL, agree_seconds):
+        numbers = {"capacity": capacity, "top_k": top_k, "hidden": hidden, "workspace_bytes": workspace_bytes}
+        numbers |= {"payload_bytes": payload_bytes} if payload_bytes is not None else {}
+        for name, value in numbers.items():
+            positive(name, value)
+        if dtype not in DTYPES:
+            raise OptionsError(f"dtype={dtype!r} is none of {', '.join(map(str, DTYPES))}")
+        Options.parse(
+            {"moe_collective": collective, "agree_seconds": agree_seconds, "check_every_step": check_every_call}
+        )
+        name = name_of_group(group)
+        on = device_for(name, device)
+        if is_capturing(on):
+            raise WorkspaceError("prepare was called inside a capture, where nothing may be made; call it before")
+        described = describe_group(name, on)
     row = payload_bytes if payload_bytes is not None else hidden * dtype.itemsize + 4 * top_k
     wanted = MoeWanted(collective, needed(row, top_k, hidden * dtype.itemsize, capacity), workspace_bytes)
-    ready, channel = _ready(wanted, name, on, agree_seconds, check_every_call)
+    ready, channel = _ready(wanted, described, on, agree_seconds, check_every_call)
     workspace, found = ready.workspace, workspaces_of(name)
     found.moe_prepared = workspace
     found.moe_compared = partial(_compared, channel) if check_every_call and channel is not None else None
@@ -234,17 +242,16 @@ def _compared(channel: Channel, call: tuple[tuple[str, str], ...]) -> None:
 
 
 def _ready(
-    wanted: MoeWanted, name: str, device: torch.device, agree_seconds: float, check_every_call: bool
+    wanted: MoeWanted, described: Group, device: torch.device, agree_seconds: float, check_every_call: bool
 ) -> tuple[MoeReady, Channel | None]:
-    described = describe_group(name, device)
     asked = Asked({}, agree_seconds=agree_seconds)
     supervisor = supervisor_for(asked)
-    with supervisor.compiling(asked), supervisor.compilation():
-        channel = supervisor.open([described], device).get(name)
+    with supervisor.compiling(asked, f"call {_CALL}"), supervisor.compilation():
+        channel = supervisor.open([described], device).get(described.name)
         if channel is not None:
             parts = (*wanted.parts, ("check_every_call", str(check_every_call)))
-            agree(channel, PlanDigest(parts, what="arguments of ringfence.moe.prepare"))
-        begin_anew(channel, workspaces_of(name))
+            agree(channel, PlanDigest(parts, what=f"arguments of {_CALL}", arguments=True))
+        begin_anew(channel, workspaces_of(described.name))
         return ready_pair(wanted, described, channel, device, supervisor), channel
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from .compile_passes.assignment import Assignment
 from .compile_passes.match import Site
@@ -10,7 +10,7 @@ from .compile_passes.moe_sites import MoeSite
 from .compile_passes.outer import OuterCapture
 from .compile_passes.switch_off import names_site
 from .options import Options
-from .runtime.groups import same_groups
+from .runtime.groups import group_exists, same_groups
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.replay.program import SizeRule
 from .stages import CallersMemory, FoundSites, Judged, TracedGraph
@@ -28,12 +28,22 @@ def notes(
     judged: Judged,
     memory: CallersMemory,
     unmatched: Mapping[str, Sequence[str]],
+    replaced: Collection[str],
 ) -> Iterator[str]:
-    """The notes of one graph. unmatched: by option, named ops that no graph had so far."""
+    """The notes of one graph.
+
+    unmatched: by option, named ops that no graph had so far. replaced: ops that fusing took out of this one.
+    """
     yield from _about_all_reduces(options, found, judged.assigned)
     for option, names in unmatched.items():
         if names:
             yield f"{option} names {', '.join(names)}: no graph so far has such an op"
+    if fused := [name for name in options.split_ops if name in replaced]:
+        ops = ", ".join(sorted({f"ringfence::{c.site.kind}" for c in found.candidates if c.site.fused}))
+        yield (
+            f"split_ops names {', '.join(fused)}, which sites of this graph have fused: name the fused op ({ops}) "
+            "to run it between pieces, or leave the sites alone by skip_sites"
+        )
     if graph.device.type == "cuda":
         yield from _about_moe(judged.assigned)
     yield from _about_capture(options, graph, found.sizes, judged)
@@ -53,7 +63,9 @@ def _about_all_reduces(options: Options, found: FoundSites, assigned: Assignment
     if found.absent is not None:
         yield found.absent
     elif unknown := [n for n in options.groups or () if not same_groups(filter(None, there), [n])]:
-        yield f"option groups names {unknown}, and the graph's sites are over {sorted(map(str, there))}"
+        strangers = [n for n in unknown if not group_exists(n)]
+        none = f", of which {strangers} are no groups of this process" if strangers else ""
+        yield f"option groups names {unknown}{none}, and the graph's sites are over {sorted(map(str, there))}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
         yield f"skip_sites names {', '.join(idle)}: no site of this graph has such a module or source"
     fused = any(c.fuses for c in found.candidates)

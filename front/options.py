@@ -270,12 +270,7 @@ def _read_ops(key: str, value: object) -> tuple[str, ...]:
 
 
 def _read_groups(value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    names = groups(value)
-    if not names:
-        raise OptionsError("groups is empty, so nothing could be fused; None means every group")
-    return names
+    return groups(value) if value is not None else None
 
 
 def _read_journal_dir(folder: object) -> str | None:

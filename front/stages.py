@@ -20,7 +20,6 @@ from .compile_passes.facts import judge_with_facts
 from .compile_passes.find import find
 from .compile_passes.functional import return_inputs_themselves, written_inputs
 from .compile_passes.graph_inputs import check_not_empty
-from .compile_passes.groups import groups_of
 from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
@@ -45,7 +44,7 @@ from .moe_agree import dispatch_where_agreed
 from .options import Options
 from .runtime.channel import Channel
 from .runtime.errors import HazardError, OptionsError
-from .runtime.groups import Group, same_groups
+from .runtime.groups import Group
 from .runtime.replay.capture import GraphBackend
 from .runtime.replay.outer import with_seams
 from .runtime.replay.program import Padding, Program, ReturnedView, SizeRule
@@ -137,7 +136,7 @@ def find_sites(graph: TracedGraph, options: Options, supervisor: Supervisor) -> 
     found = find(
         gm,
         strict=options.numerics == "strict",
-        groups=same_groups(groups_of(gm), options.groups) if options.groups is not None else None,
+        groups=options.groups,
         all_reduce_ops=options.all_reduce_ops,
         norm_ops=norm_ops_of(gm, options.norm_ops, device),
     )

@@ -12,9 +12,10 @@ from .keywords import WatchKeywords
 from .options import Options
 from .runtime.errors import OptionsError
 from .runtime.groups import device_for, device_of_group, name_of_group
+from .runtime.watch.refusal import refused_by_all
 from .runtime.watch.steps import Watch, watch_group
 from .runtime.watch.supervision import Asked
-from .runtime.watch.supervisor import OF_PROCESS
+from .runtime.watch.supervisor import OF_PROCESS, supervisor_for
 
 _OPTIONS = tuple(WatchKeywords.__annotations__)
 
@@ -51,10 +52,13 @@ def watch(
 
     Raises :class:`OptionsError`, :class:`GroupError`, and :class:`RankMismatch` where ranks ask for different things.
     """
-    if unknown := [name for name in options if name not in _OPTIONS]:
-        raise OptionsError(f"watch takes no {', '.join(unknown)}; its options are {', '.join(_OPTIONS)}")
-    given = Options(**options)
-    name = name_of_group(group)
-    process = {key: getattr(given, key) for key in OF_PROCESS if key in options}
-    asked = Asked(process, agree_seconds=given.agree_seconds, every_step=given.check_every_step)
-    return watch_group(name, device_for(name, device), asked)
+    with refused_by_all(group, "ringfence.watch", options.get("agree_seconds")):
+        if unknown := [name for name in options if name not in _OPTIONS]:
+            raise OptionsError(f"watch takes no {', '.join(unknown)}; its options are {', '.join(_OPTIONS)}")
+        given = Options(**options)
+        name = name_of_group(group)
+        on = device_for(name, device)
+        process = {key: getattr(given, key) for key in OF_PROCESS if key in options}
+        asked = Asked(process, agree_seconds=given.agree_seconds, every_step=given.check_every_step)
+        supervisor_for(asked)  # where it differs from what else asks, it is told here
+    return watch_group(name, on, asked)

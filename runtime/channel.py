@@ -37,6 +37,9 @@ T = TypeVar("T")
 #: Which ranks failed, and why.
 Failures = tuple[tuple[int, str], ...]
 
+#: What most channels are opened for.
+COMPILING = "compile a graph"
+_PURPOSE = "purpose"
 #: Peers may compile for minutes longer: another cache, a slower disk.
 DEFAULT_SECONDS = 600.0
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0005, 0.02
@@ -65,9 +68,13 @@ class _Failed:
 
 @dataclass(frozen=True)
 class _Left:
-    """What stands in place of the answer of a rank that does not come, or not any more."""
+    """What stands in place of the answer of a rank that does not come, or not any more.
+
+    in_step: it gives up the whole call, and may make the next; so do those that hear of it.
+    """
 
     sentence: str
+    in_step: bool = False
 
 
 class _Skipped(_Left):
@@ -132,6 +139,7 @@ class Channel:
     what is known about why nobody comes. waiting: entered, with the topic, around all that may not return
     because of another rank; that is every request to the store too, whose host may be stopped.
     about: what this rank says of itself where it waits in vain, such as why it compiles.
+    purpose: what the channel is opened for, where this rank comes to nothing else.
     """
 
     def __init__(
@@ -144,12 +152,15 @@ class Channel:
         ranks: Sequence[int] | None = None,
         interrupt: Callable[[], None] = lambda: None,
         waiting: Callable[[str], AbstractContextManager[None]] = lambda topic: contextlib.nullcontext(),
+        purpose: str = COMPILING,
     ) -> None:
         self.rank, self.size, self.seconds = rank, size, seconds
         self.ranks = tuple(ranks if ranks is not None else range(size))
         self._store, self.interrupt, self.waiting = store, interrupt, waiting
         with waiting("open a channel"):
             self._opened = store.add(f"opened/{rank}", 1)
+            self.post(_PURPOSE, purpose)
+            store.delete_key(f"{self._opened - 1}/{_PURPOSE}/{rank}")  # who is behind asks about the last
         self._exchanges = 0
         self.about = ""
 
@@ -185,20 +196,25 @@ class Channel:
         try:
             answers = self._collect(key, topic, seconds)
         except BaseException as error:
-            left = isinstance(error, RankLeftError)
-            sentence = str(error) if left else f"rank {self.ranks[self.rank]} left '{topic}': {_reason(error)}"
+            left = _Left(f"rank {self.ranks[self.rank]} left '{topic}': {_reason(error)}")
+            if isinstance(error, RankLeftError):
+                left = _Left(str(error), error.in_step)
             with contextlib.suppress(RuntimeError):  # it may be the store that is gone
-                self._answer(key, topic, _Left(sentence))
+                self._answer(key, topic, left)
             raise
         if self._exchanges:  # whoever is here has read the exchange before
             self._store.delete_key(f"{self._opened}/{self._exchanges - 1}/{self.rank}")
         self._exchanges += 1
         return answers
 
-    def leave(self, why: str) -> None:
-        """Say that this rank comes to no further exchange; the others raise :class:`RankLeftError` then."""
+    def leave(self, why: str, *, in_step: bool = False) -> None:
+        """Say that this rank comes to no further exchange; the others raise :class:`RankLeftError` then.
+
+        in_step: as they do, it gives up what was begun, and nothing else was done.
+        """
+        left = _Left(f"rank {self.ranks[self.rank]} left: {why}", in_step)
         with contextlib.suppress(RuntimeError):  # it may be the store that is gone
-            self._answer(f"{self._opened}/{self._exchanges}", "", _Left(f"rank {self.ranks[self.rank]} left: {why}"))
+            self._answer(f"{self._opened}/{self._exchanges}", "", left)
 
     def barrier(self, topic: str) -> None:
         """Wait until every rank is here."""
@@ -237,6 +253,8 @@ class Channel:
                 if (again or rank not in answers) and self._has_answered(key, rank):
                     answers[rank] = self._answer_of(key, rank)
                     if isinstance(left := answers[rank][1], _Left):
+                        if left.in_step:  # it may have opened the next, to which this rank comes too
+                            raise RankLeftError(left.sentence, in_step=True)
                         raise RankLeftError(self._catch_up() or left.sentence)
             if len(answers) == self.size:
                 return [answers[rank] for rank in range(self.size)]
@@ -273,17 +291,20 @@ class Channel:
         mine, most = opened[self.rank], max(opened)
         if mine == most:
             return None
-        ahead = ranks_text(
-            [self.ranks[r] for r, n in enumerate(opened) if n == most and not self._has_skipped(most, r)]
-        )
-        me = f"rank {self.ranks[self.rank]}"
+        ahead = [r for r, n in enumerate(opened) if n == most and not self._has_skipped(most, r)]
+        told, me = ranks_text([self.ranks[r] for r in ahead]), f"rank {self.ranks[self.rank]}"
         sentence = (
-            f"{me} is at opening {mine} of the channel, and {ahead} at opening {most}: "
-            f"{me} did not compile a graph that {ahead} compiled"
+            f"{me} is at opening {mine} of the channel, and {told} at opening {most}: "
+            f"{me} did not {self._purpose(most, ahead)} where {told} did"
         )
         self._answer(f"{most}/0", "", _Skipped(sentence))
         self._store.add(f"opened/{self.rank}", most - mine)
         return sentence
+
+    def _purpose(self, opening: int, ranks: Sequence[int]) -> str:
+        """What one of these ranks opened it for."""
+        keys = [key for rank in ranks if self._store.check([key := f"{opening}/{_PURPOSE}/{rank}"])]
+        return self._store.get(keys[0]).decode() if keys else COMPILING
 
     def _has_skipped(self, opening: int, rank: int) -> bool:
         key = f"{opening}/0"
@@ -299,9 +320,9 @@ def open_channel(group_name: str, *, seconds: float = DEFAULT_SECONDS, start: st
     start: tells the processes of this start of the job from those of another (:mod:`.meeting`), whose answers the
     store may still hold. hooks: ``interrupt`` and ``waiting`` of :class:`Channel`.
     """
-    from torch.distributed import distributed_c10d
+    from .groups import resolve_group
 
-    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    group = resolve_group(group_name)
     store, ranks = store_of(group_name, start)
     return Channel(store, group.rank(), group.size(), seconds=seconds, ranks=ranks, **hooks)
 
@@ -311,10 +332,13 @@ def store_of(group_name: str, start: str = "") -> tuple[Store, tuple[int, ...]]:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    from .groups import resolve_group
+
+    group = resolve_group(group_name)
     ranks = tuple(dist.get_process_group_ranks(group))
-    # Groups of other ranks may have the same name: meshes name theirs by dimension.
-    prefix = "/".join(filter(None, ("ringfence", start, group_name, "-".join(map(str, ranks)))))
+    # By torch's name, as ranks may call it differently. Groups of other ranks may have the same name: meshes name
+    # theirs by dimension.
+    prefix = "/".join(filter(None, ("ringfence", start, str(group.group_name), "-".join(map(str, ranks)))))
     return dist.PrefixStore(prefix, distributed_c10d._get_default_store()), ranks  # type: ignore[attr-defined]
 
 

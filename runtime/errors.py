@@ -25,7 +25,7 @@ class CollectiveUnavailableError(RingfenceError):
 
 
 class GroupError(RingfenceError):
-    """The process group of an all-reduce does not exist in this process."""
+    """What is given as a process group is none of this process, or has no backend for the device."""
 
 
 class LinksUnknownError(RingfenceError):
@@ -33,11 +33,18 @@ class LinksUnknownError(RingfenceError):
 
 
 class RankMismatch(RingfenceError):
-    """The ranks of a group are about to do different things."""
+    """The ranks of a group are about to do different things.
+
+    in_step: all of them gave up what they had begun, and nothing else was done, so they may call again.
+    """
+
+    def __init__(self, message: str, *, in_step: bool = False) -> None:
+        super().__init__(message)
+        self.in_step = in_step
 
 
 class RankLeftError(RankMismatch):
-    """A rank will not come to what the others wait for: it gave up, or compiled other graphs than they did."""
+    """A rank will not come to what the others wait for: it gave up, was called wrongly, or does something else."""
 
 
 class RecompiledAloneError(RankMismatch):
@@ -164,7 +171,7 @@ class MovedInputWarning(UserWarning):
 
 
 class NotFusedWarning(UserWarning):
-    """A model was compiled, and nothing in it is fused."""
+    """Nothing in a model is fused, or a group that :func:`ringfence.fuse` was told of has nothing to fuse."""
 
 
 class CapturesWastedWarning(UserWarning):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,17 @@ from torch.distributed import distributed_c10d
 
 from .errors import GroupError, OptionsError
 
+T = TypeVar("T")
+
 #: Backends whose collectives are carried out by the host, or by nobody.
 HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
 
 #: What backends of torch that are NCCL call themselves. The others came with torch 2.14; with TORCH_DIST_USE_NCCL2=1
 #: "nccl" makes one of them.
 NCCL_BACKENDS = frozenset({"nccl", "nccl2", "nccl-lazy"})
+
+#: Groups whose ranks are not processes of their own.
+_WITHOUT_PEERS = frozenset({"fake", "threaded"})
 
 #: What graphs call the default process group, where an engine's op takes no group.
 WORLD = "world"
@@ -42,11 +48,6 @@ class Group:
 
 def describe_group(name: str, device: torch.device) -> Group:
     """The group with this name. Raises :class:`GroupError` where there is none."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise GroupError(
-            f"the model all-reduces over group '{name}', and no process group is initialised; "
-            "call torch.distributed.init_process_group before compiling"
-        )
     group = resolve_group(name, device)
     if type(group) is not dist.ProcessGroup:  # a group of its own class serves every device
         return Group(name, group.name(), group.size(), group.rank())
@@ -64,16 +65,18 @@ def resolve_group(name: str, device: torch.device | None = None) -> dist.Process
 
     Raises :class:`GroupError` where this process has none.
     """
+    if not dist.is_available() or not dist.is_initialized():
+        raise GroupError(
+            f"group '{name}' is asked for, and no process group is initialised: call "
+            "torch.distributed.init_process_group before"
+        )
     found = _find(name)
     if found is not None:
         return found
-    if not dist.is_available() or not dist.is_initialized():
-        raise GroupError(f"group '{name}' is asked for, and torch.distributed.init_process_group was not called")
     if name == WORLD and dist.group.WORLD is not None:
-        register_group(name, dist.group.WORLD)
+        _register(name, dist.group.WORLD)
         return dist.group.WORLD
-    if name.startswith(_OF_RANKS):
-        ranks = [int(rank) for rank in name.removeprefix(_OF_RANKS).split(",")]
+    if ranks := _ranks_in(name):
         alike = [group for group in _groups() if dist.get_process_group_ranks(group) == ranks]
         if not alike:
             raise GroupError(
@@ -81,11 +84,11 @@ def resolve_group(name: str, device: torch.device | None = None) -> dist.Process
                 f"torch.distributed.new_group({ranks})"
             )
         group = next((g for g in alike if device is not None and _serves(g, device)), alike[0])
-        register_group(name, group)
+        _register(name, group)
         return group
     raise GroupError(
-        f"the model all-reduces over group '{name}', which does not exist in this process; groups are named by "
-        f"ProcessGroup.group_name, and the default one is '{_default_group_name()}'. A name of an engine's own is "
+        f"group '{name}' does not exist in this process; groups are named by ProcessGroup.group_name, and the default "
+        f"one is '{_default_group_name()}', or '{WORLD}'. A name of an engine's own is "
         f"registered in each process: ringfence.register_group('{name}', process_group)"
     )
 
@@ -131,7 +134,7 @@ def device_for(name: str, asked: torch.device | str | None) -> torch.device:
 
 def group_exists(name: str) -> bool:
     """Whether this process has a process group of that name."""
-    return _find(name) is not None
+    return not isinstance(group_or_name(name), str)
 
 
 def register_group(name: str, process_group: dist.ProcessGroup | str) -> None:
@@ -145,21 +148,25 @@ def register_group(name: str, process_group: dist.ProcessGroup | str) -> None:
     """
     if not isinstance(name, str) or not name:
         raise GroupError(f"a group is registered by a name, and {name!r} is none")
-    group = _find(process_group) if isinstance(process_group, str) else process_group
-    if group is None or not (dist.is_available() and dist.is_initialized()) or group not in _groups():
+    group = group_or_name(process_group) if isinstance(process_group, str) else process_group
+    if isinstance(group, str | None) or not (dist.is_available() and dist.is_initialized()) or group not in _groups():
         raise GroupError(
             f"{process_group!r} is no process group of this process, nor the name of one; pass what "
             "torch.distributed.new_group returned on a rank of the group (a rank outside registers nothing)"
         )
-    known = _find(name)
+    known = group_or_name(name)
     if known is group:
         return
-    if known is not None:
+    if not isinstance(known, str):
         raise GroupError(
             f"'{name}' stands for the group of ranks {dist.get_process_group_ranks(known)} "
             f"(torch calls it '{known.group_name}') already; register another name for that of ranks "
             f"{dist.get_process_group_ranks(group)}"
         )
+    _register(name, group)
+
+
+def _register(name: str, group: dist.ProcessGroup) -> None:
     distributed_c10d._unregister_process_group(name)  # type: ignore[attr-defined, arg-type]  # what an earlier group left behind
     distributed_c10d._register_process_group(name, group)  # type: ignore[attr-defined, arg-type]
 
@@ -169,10 +176,50 @@ def name_of_ranks(ranks: Sequence[int]) -> str:
     return _OF_RANKS + ",".join(map(str, sorted(ranks)))
 
 
+def group_or_name(name: str) -> dist.ProcessGroup | str:
+    """What tells a group from others, whatever it is called: itself; its name where this process has no such group.
+
+    A graph may be read elsewhere than where it runs, and names are all that is known of its groups then.
+    """
+    try:
+        return resolve_group(name)
+    except GroupError:
+        return name
+
+
+def _ranks_in(name: str) -> list[int]:
+    """The ranks of a name that :func:`name_of_ranks` made; empty for any other."""
+    parts = name.removeprefix(_OF_RANKS).split(",")
+    return [int(rank) for rank in parts] if name.startswith(_OF_RANKS) and all(map(str.isdecimal, parts)) else []
+
+
 def same_groups(names: Iterable[str], among: Iterable[str]) -> set[str]:
     """Which of ``names`` stand for a process group that one of ``among`` stands for too, be it by another name."""
-    wanted = {group for name in among if (group := _find(name)) is not None}
-    return {name for name in names if _find(name) in wanted}
+    wanted = set(map(group_or_name, among))
+    return {name for name in names if group_or_name(name) in wanted}
+
+
+class ByGroup(Generic[T]):
+    """Values that a user gives by group: each is found by any name of its group."""
+
+    def __init__(self, given: Mapping[dist.ProcessGroup | str, T]) -> None:
+        """Raises :class:`GroupError` for a key that is no group, and where two keys say two things of one."""
+        self._values: dict[dist.ProcessGroup | str, T] = {}
+        for key, value in given.items():
+            group = group_or_name(name_of_group(key))
+            if self._values.setdefault(group, value) != value:
+                raise GroupError(f"one group is given as {[*given]}, with {self._values[group]!r} and {value!r}")
+
+    def get(self, name: str, default: T) -> T:
+        return self._values.get(group_or_name(name), default)
+
+
+def with_peers(groups: Iterable[Group]) -> list[tuple[Group, int]]:
+    """Those with somebody to talk to, in an order that all ranks have; each with how many before it are that group by
+    another name."""
+    real = sorted((g for g in groups if g.size > 1 and g.backend not in _WITHOUT_PEERS), key=lambda g: g.name)
+    same = [group_or_name(g.name) for g in real]
+    return [(group, same[:i].count(same[i])) for i, group in enumerate(real)]
 
 
 def ranks_of(name: str) -> tuple[int, ...]:

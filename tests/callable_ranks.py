@@ -185,10 +185,78 @@ def disagreeing(rank: int) -> list[str]:
     return said
 
 
+def wrong_on_rank_1(rank: int) -> dict[str, tuple[str, float]]:
+    """Calls that all ranks make, and that one is given wrongly: what each rank hears, after how many seconds."""
+    heard: dict[str, tuple[str, float]] = {}
+
+    def both(way: str, call: Any, right: dict[str, Any], wrong: dict[str, Any]) -> None:
+        start = time.monotonic()
+        try:
+            call(**(wrong if rank else right))
+            heard[way] = "", 0.0
+        except Exception as error:
+            inner = getattr(error, "inner_exception", error)
+            heard[way] = f"{type(inner).__name__}: {inner}", time.monotonic() - start
+        call(**right)  # on both: they are in step
+
+    def compiles(**options: Any) -> None:
+        torch._dynamo.reset()
+        backend = ringfence.Backend(piece_compiler="eager", agree_seconds=180, **options)
+        with torch.no_grad():
+            torch.compile(_reduced, backend=backend, fullgraph=True)(torch.ones(3, H))
+
+    def prepares(**given: Any) -> None:
+        more = dict(hidden=H, dtype=torch.float32, max_tokens=8, agree_seconds=180) | given
+        ringfence.prepare(more.pop("group", None), **more)
+
+    def prepares_experts(**given: Any) -> None:
+        more = dict(capacity=8, top_k=2, hidden=H, dtype=torch.float32, agree_seconds=180)
+        ringfence.moe.prepare(None, **more | given)
+
+    def watches(**given: Any) -> None:
+        ringfence.watch(None, **dict(agree_seconds=180) | given).close()
+
+    both("never met", watches, {}, {"on_hang": "shout"})
+    both("hidden", prepares, {}, {"hidden": 0})
+    both("device", prepares, {}, {"device": "gpu"})
+    both("agree_seconds", prepares, {}, {"agree_seconds": "long"})
+    both("top_k", prepares_experts, {}, {"top_k": 0})
+    both("option", watches, {}, {"capture_sizes": [4]})
+    both("op", compiles, {}, {"split_ops": ["nope::op"]})
+    both("group_names", compiles, {}, {"group_names": {"tp:0": "nope"}})
+    both("later", compiles, {}, {"collective": "trtllm"})  # found where the ranks have met
+    both("disagree", watches, {"step_seconds": 30}, {"step_seconds": 31})
+    both("by another name", prepares, {"group": "0"}, {"group": None})
+    return heard
+
+
+def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
+    reduced = torch.ops._c10d_functional.all_reduce(x * 2, "sum", "0")
+    summed = torch.ops._c10d_functional.wait_tensor(reduced) + x
+    return torch.nn.functional.rms_norm(summed, (H,), None, 1e-6), summed
+
+
+def compared(rank: int) -> list[str]:
+    """With ``check_every_step``: steps that differ in one thing."""
+    said = []
+    for other in (("prefill", 4, False), ("decode", 5, False), ("decode", 4, True), ("decode", -1, False)):
+        watch = ringfence.watch(None, agree_seconds=180, check_every_step=True)
+        name, tokens, replay = other if rank else ("decode", 4, False)
+        for mine in (("decode", 4, False), (name, tokens, replay)):
+            try:
+                with watch.step(mine[0], mine[1], replay=mine[2]):
+                    pass
+            except (ringfence.RankMismatch, ringfence.ArgumentError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+        watch.close()
+    return said
+
+
 def watched(rank: int, folder: str) -> dict[str, Any]:
     """Steps of an engine; in the fifth, rank 1 throws, and rank 0 hears of it between two of its own."""
-    unlike = watched_unlike(rank)
+    wrong, steps = wrong_on_rank_1(rank), compared(rank)
     watch = ringfence.watch(None, on_hang="report", step_seconds=30, journal_dir=folder, agree_seconds=180)
+    unlike = watched_unlike(rank)  # which the one that runs survives
     x = torch.ones(4, H)
     for tokens in (4, 4, 1, 4):
         with watch.step("decode", tokens), torch.no_grad():
@@ -209,12 +277,12 @@ def watched(rank: int, folder: str) -> dict[str, Any]:
         except ringfence.GroupFailureError as error:
             heard = f"{type(error).__name__}: {error}"
     watch.close()
-    return {"before": before, "heard": heard, "unlike": unlike}
+    return {"before": before, "heard": heard, "unlike": unlike, "wrong": wrong, "steps": steps}
 
 
 def watched_unlike(rank: int) -> str:
     try:
-        ringfence.watch("0", step_seconds=30 + rank, agree_seconds=180)
+        ringfence.watch("0", agree_seconds=180, check_every_step=bool(rank))
     except ringfence.RankMismatch as error:
         return str(error)
     return ""

@@ -18,6 +18,7 @@ from fake_vllm import SIGNATURES, SIGNATURES_0_33, CompilationMode, CUDAGraphMod
 from torch import Tensor
 
 import ringfence
+from ringfence.integrations import environment, sglang
 from ringfence.integrations.targets import Target, moved, parameters_of, resolve
 from ringfence.integrations.vllm import backend as named_backend
 from ringfence.integrations.vllm import digest, guard, hooked, passes, register, request, whole, worker
@@ -25,7 +26,7 @@ from ringfence.integrations.vllm.request import Request
 from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import ops, reference
 from ringfence.runtime.collectives.prepared import Prepared
-from ringfence.runtime.errors import HangError, HazardError, PoisonedError
+from ringfence.runtime.errors import HangError, HazardError, OptionsError, PoisonedError
 from ringfence.runtime.groups import group_exists
 from ringfence.runtime.watch.steps import Watch
 from ringfence.runtime.watch.supervision import Asked, Supervision
@@ -775,3 +776,18 @@ def test_a_hazard_bars_vllms_workspace(flashinfer: None, said: list[str], on_haz
         results, _, found = run()
         assert results == [None, None] and found[0].hazards == ("M49",) and "M49" in said[0]
     assert asked == []
+
+
+def test_without_vllm_its_plugin_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its backend says what to give torch.compile instead."""
+    lines: list[str] = []
+    monkeypatch.setattr(environment, "warn", lambda log, message, *args: lines.append(message % args))
+    monkeypatch.setenv("RINGFENCE", "guard")
+    register()
+    sglang.register()
+    assert lines == [
+        "ringfence does nothing: it is asked for in vLLM, and no package 'vllm' is installed here",
+        "ringfence does nothing: it is asked for in SGLang, and no package 'sglang' is installed here",
+    ]
+    with pytest.raises(OptionsError, match=r"no package 'vllm' is installed here: give torch\.compile a ringfence"):
+        named_backend(torch.fx.symbolic_trace(lambda x: -x), [])

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 from . import environment
 from .sglang_targets import FUSED, PREPARE, REPLAYS, TARGETS, TESTED, Settings
-from .targets import moved, resolve, version_of
+from .targets import moved, resolve, version_of, why_not_there
 
 _MODES = {"1": "fuse", "fuse": "fuse", "guard": "guard"}
 _OF_PREPARE = ("collective", "transport", "size_table", "on_hazard", "agree_seconds")
@@ -37,6 +37,9 @@ def register() -> None:
         settings = settings_of(os.environ)
     except OptionsError as error:
         raise SystemExit(f"ringfence: {error}") from None
+    if (missing := why_not_there("sglang")) is not None:
+        environment.warn(_log, "ringfence does nothing: it is asked for in SGLang, and %s", missing)
+        return
     if found := moved(TARGETS[settings.mode]):
         environment.warn(
             _log,

@@ -62,6 +62,16 @@ def moved(targets: Sequence[Target]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def why_not_there(package: str) -> str | None:
+    """Why an engine cannot be hooked at all; None where it is installed."""
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return f"no package '{package}' is installed here"
+    return None
+
+
 def version_of(package: str) -> str:
     """As it is installed."""
     try:

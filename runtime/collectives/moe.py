@@ -45,19 +45,21 @@ import torch
 from torch import Tensor
 
 from ..capturing import is_capturing
-from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError, PoisonedError, RingfenceError
+from ..errors import CaptureError, CollectiveUnavailableError, InputError, PoisonedError, RingfenceError
 from ..groups import HOST_BACKENDS, describe_group, resolve_group
 from ..hazards.situation import Collective
 from ..seams import run_between
 from . import moe_reference as reference
 from .moe_checks import check_buffer, check_combine, check_dispatch, check_out
 from .moe_one_sided import MoeSizes, id_bytes, unserved
+from .no_backward import check_no_grad, without_backward
 from .ops import PREPARED
 from .workspace import MoeWorkspace, workspaces_of
 
 #: Behind the name of a dispatch's collective: each id is an expert's, as the graph shows or the caller knows, so nobody
 #: need clamp it.
 KNOWN_IDS = ", known ids"
+_WHAT = "a MoE dispatch or combine"
 
 
 def _ranks(group: str) -> int:
@@ -123,7 +125,7 @@ def dispatched(
         call = MoeSizes(capacity, row_bytes, 0, topk_ids.shape[1])
         rows = ", ".join(f"{str(p.dtype).removeprefix('torch.')} [{p.shape[1]}]" for p in payloads)
         told += (*call.parts, ("payloads", rows), ("num_experts", str(num_experts)))
-        _no_grad(*payloads)
+        check_no_grad(_WHAT, *payloads)
         workspace = _serving(group, collective, call, topk_ids.device)
     except RingfenceError as error:  # told before it is raised, or the other ranks wait for this one
         why = f"{type(error).__name__}: {error}"
@@ -161,7 +163,7 @@ def combine_buffer(route: Tensor, rows: int, hidden: int, dtype: torch.dtype, gr
 def combined(partial: Tensor, route: Tensor, group: str, collective: str) -> Tensor:
     """``[T, H]``; see above."""
     workspace = _answering(partial, route, group, collective)
-    _no_grad(partial)
+    check_no_grad(_WHAT, partial)
 
     def run(partial: Tensor, route: Tensor) -> tuple[Tensor, ...]:
         if workspace is None:
@@ -178,7 +180,7 @@ def combined_into(out: Tensor, partial: Tensor, route: Tensor, group: str, colle
     """:func:`combined`, into memory of the caller's ``[T, H]``."""
     workspace = _answering(partial, route, group, collective)
     check_out(out, partial, route)
-    _no_grad(out, partial)
+    check_no_grad(_WHAT, out, partial)
 
     def run(out: Tensor, partial: Tensor, route: Tensor) -> tuple[Tensor, ...]:
         if workspace is None:
@@ -196,14 +198,6 @@ def _answering(partial: Tensor, route: Tensor, group: str, collective: str) -> M
     check_combine(partial, route, ranks)
     call = MoeSizes(partial.shape[0] // ranks, 0, partial.shape[1] * partial.element_size(), 1)
     return _serving(group, collective, call, partial.device)
-
-
-def _no_grad(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise GradModeError(
-            "MoE dispatch and combine have no backward and were called in grad mode with tensors that require grad; "
-            "call them under torch.no_grad() or torch.inference_mode()"
-        )
 
 
 def _carried(
@@ -267,6 +261,8 @@ def _register(
 ) -> Any:
     op = torch.library.custom_op(f"ringfence::{name}", run, mutates_args=writes, schema=schema)
     op.register_fake(fake)
+    if not writes:
+        without_backward(op, _WHAT)
     return getattr(torch.ops.ringfence, name).default
 
 

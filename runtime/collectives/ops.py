@@ -35,12 +35,13 @@ import torch
 from torch import Tensor
 
 from ..capturing import is_capturing
-from ..errors import CaptureError, CollectiveUnavailableError, GradModeError, InputError, PoisonedError
+from ..errors import CaptureError, CollectiveUnavailableError, InputError, PoisonedError
 from ..groups import HOST_BACKENDS, describe_group
 from ..hazards.situation import Strategy
 from ..seams import run_between
 from . import reference, table
 from .epilogue import DTYPES, Epilogue, RmsNorm
+from .no_backward import check_no_grad, without_backward
 from .prepared import Prepared
 from .workspace import Workspace, workspaces_of
 
@@ -48,6 +49,7 @@ from .workspace import Workspace, workspaces_of
 PREPARED = "prepared"
 #: Behind the name of a collective: no capture that somebody else makes may hold the call.
 NOT_CAPTURED = ", not captured"
+_WHAT = "the fused all-reduce"
 
 
 def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
@@ -137,7 +139,7 @@ def normed(
     if collective == PREPARED:
         if not _looks_right(input, residual, weight, eps, weight_bias):
             check_operands(input, residual, weight, eps, weight_bias)
-        _check_no_grad(input, residual, weight)
+        check_no_grad(_WHAT, input, residual, weight)
     epilogues = _epilogues(residual is not None, eps, weight_bias, weight is not None)
 
     def run(collective: str, *operands: Any) -> tuple[Tensor, ...]:
@@ -183,7 +185,7 @@ def summed(input: Tensor, group: str, collective: str) -> Tensor:
     """The sum; see above."""
     if collective == PREPARED:
         check_operands(input)
-        _check_no_grad(input)
+        check_no_grad(_WHAT, input)
 
     def run(collective: str, input: Tensor) -> tuple[Tensor]:
         return (_summed(input, group, collective),)
@@ -267,10 +269,17 @@ def check_operands(
                 f"{name} is {_told(value)}; with an input of {_told(input)} it is {input.dtype} {list(shape)} there"
             )
     for name, number in {"eps": eps, "weight_bias": weight_bias}.items():
+        check_is_number(name, number)
         if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
             raise InputError(f"{name}={number!r} is no finite number")
         if name == "eps" and number < 0:
             raise InputError(f"eps={number!r} is negative, and an RMSNorm takes the root of a mean plus it")
+
+
+def check_is_number(name: str, number: object) -> None:
+    """Also where it is traced: an op's schema would be what complains there. Raises :class:`InputError`."""
+    if isinstance(number, Tensor):
+        raise InputError(f"{name} is a tensor, and the kernels take a number: pass float({name})")
 
 
 def _looks_right(input: Any, residual: Any, weight: Any, eps: Any, weight_bias: Any) -> bool:
@@ -288,14 +297,6 @@ def _looks_right(input: Any, residual: Any, weight: Any, eps: Any, weight_bias: 
         and all(t is None or (t.dtype is dtype and t.device == device) for t in (residual, weight))
         and all(t is None or t.layout is torch.strided for t in (input, residual, weight))
     )
-
-
-def _check_no_grad(*operands: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        raise GradModeError(
-            "the fused all-reduce has no backward and was called in grad mode with tensors that require grad; call it "
-            "under torch.no_grad() or torch.inference_mode()"
-        )
 
 
 _TAKEN = ", ".join(map(str, DTYPES))
@@ -337,6 +338,7 @@ def _register(form: Epilogue) -> Any:
     schema = f"(Tensor input{residual}{norm}, str group, str collective) -> {results}"
     op = torch.library.custom_op(f"ringfence::{form.op}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
+    without_backward(op, _WHAT)
     return getattr(torch.ops.ringfence, form.op).default
 
 

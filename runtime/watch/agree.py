@@ -19,6 +19,9 @@ from ..channel import Channel, Failures, by_value, first_difference
 from ..errors import RankMismatch
 from .position import sizes_text
 
+#: Of a step's parts: how it is run.
+HOW = "how it runs"
+
 
 @dataclass(frozen=True)
 class PlanDigest:
@@ -27,12 +30,14 @@ class PlanDigest:
     Causes come before consequences (versions before ops), so that the first difference is
     the one to mend. ``sources`` say where in the user's code a part comes from; they may differ. ``lockstep``:
     collectives are captured, so that all ranks must capture in the same steps. ``what`` the ranks agree on, in words.
+    ``arguments``: of a call that has done nothing yet, so that ranks that differ may call again.
     """
 
     parts: tuple[tuple[str, str], ...]
     sources: tuple[tuple[str, str], ...] = ()
     lockstep: bool = True
     what: str = "compiled graph"
+    arguments: bool = False
 
     @property
     def told(self) -> tuple[tuple[str, str], ...]:
@@ -56,7 +61,8 @@ def agree(channel: Channel, digest: PlanDigest) -> None:
         return
     digests = channel.exchange(f"{topic}: the difference", (digest.parts, digest.told))
     difference = first_difference([parts for parts, _ in digests], channel.ranks, [told for _, told in digests])
-    raise RankMismatch(f"the ranks do not agree on the {digest.what}: {difference}")
+    text = f"the ranks do not agree on the {digest.what}: {difference}"
+    raise RankMismatch(text, in_step=digest.arguments)
 
 
 def vote(channel: Channel, topic: str, failure: str | None) -> Failures:
@@ -112,13 +118,17 @@ class GroupAgreement:
         for channel in self._channels:
             channel.leave(why)
 
-    def before_step(self, step: int, sizes: tuple[int, ...], how: str) -> None:
-        """The opt-in check of every step. Raises :class:`RankMismatch` where ranks choose differently."""
+    def before_step(self, step: int, parts: tuple[tuple[str, str], ...]) -> None:
+        """The opt-in check of every step. parts: what it is; :data:`HOW` counts where collectives are captured.
+
+        Raises :class:`RankMismatch` where ranks choose differently, with the first part that differs.
+        """
+        mine = (("number", str(step)), *(part for part in parts if self._digest.lockstep or part[0] != HOW))
         for channel in self._channels:
-            answers = channel.exchange("step", (step, sizes, how))
-            if len({said if self._digest.lockstep else said[:2] for said in answers}) > 1:
-                said = [f"step {n} of {sizes_text(s)}, {h}" for n, s, h in answers]
+            answers = channel.exchange("step", mine)
+            if len(set(answers)) > 1:
+                difference = first_difference(answers, channel.ranks)
                 raise RankMismatch(
-                    f"the ranks do not take the same step: {by_value(said, channel.ranks)}; what chooses a graph "
-                    "(sizes, padding) must be equal on all ranks"
+                    f"the ranks do not take the same step, their step {step}: {difference}; what chooses a step or a "
+                    "graph (sizes, padding) must be equal on all ranks"
                 )

@@ -10,9 +10,9 @@ is the one that the others wait for. Ranks must run the same steps.
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection
 from typing import SupportsIndex
 
 import torch
@@ -21,6 +21,7 @@ from ..errors import ArgumentError
 from ..groups import describe_group
 from .agree import PlanDigest
 from .journal import REPLAY, UNCAPTURED, Journal, PieceNote, ProgramNote
+from .rings import Marks
 from .supervision import Asked, Supervision
 from .supervisor import leave, supervisor_for
 
@@ -33,30 +34,25 @@ class Watch:
         self._numbers: dict[str, int] = {}
         self.journal = journal
 
-    @contextlib.contextmanager
-    def step(self, name: str, tokens: int = 0, *, replay: bool = False) -> Iterator[None]:
-        """Around one step. name: what kind it is; tokens: how many it takes; replay: it replays a captured graph.
+    def step(self, name: str, tokens: int = 0, *, replay: bool = False) -> WatchedStep:
+        """Around one step, as ``with watch.step(...)``. What is raised inside goes on to the other ranks.
 
-        What is raised inside goes on to the other ranks; where another rank is its cause, that is raised instead.
-        Raises :class:`PoisonedError` where the ranks are out of step, and :class:`ArgumentError`.
+        name: what kind it is; tokens: how many it takes; replay: it replays a captured graph. These are what
+        ``check_every_step`` compares.
+
+        Raises :class:`ArgumentError`; at its beginning :class:`PoisonedError` where the ranks are out of step, and
+        :class:`RankMismatch`; and in place of what was raised inside what another rank caused it with.
         """
-        tokens = _checked(name, tokens, replay)
+        try:
+            tokens = _checked(name, tokens, replay)
+        except ArgumentError as error:
+            self._supervision.refuses(error)
+            raise
         number = self._numbers.get(name)
         if number is None:
             note = ProgramNote((PieceNote(name, not replay, (self._name,)),), name=name)
             number = self._numbers[name] = self.journal.register(note)
-        self._supervision.check()
-        self._supervision.before_step((tokens,), name, first=not self.journal.has_run(number))
-        marks = self.journal.begin(number, (tokens,), REPLAY if replay else UNCAPTURED)
-        try:
-            marks.enter()
-            yield
-            marks.leave()
-            self._supervision.check_kernels()
-        except BaseException as error:
-            self._supervision.break_off(error, marks)  # raises in its place where another rank is the cause
-            raise
-        marks.end()
+        return WatchedStep(self._supervision, self.journal, name, number, tokens, REPLAY if replay else UNCAPTURED)
 
     def check(self) -> None:
         """Call it once the device has ended a step (a synchronisation of yours), before its outputs are used.
@@ -69,6 +65,56 @@ class Watch:
     def close(self) -> None:
         """Stop watching, as far as nobody else asks for it. The journal goes on being written."""
         leave(self._asked)
+
+
+class WatchedStep:
+    """What :meth:`Watch.step` returns: nothing is watched before ``with`` enters it."""
+
+    def __init__(
+        self, supervision: Supervision, journal: Journal, name: str, number: int, tokens: int, how: str
+    ) -> None:
+        self._supervision, self._journal = supervision, journal
+        self._name, self._number, self._tokens, self._how = name, number, tokens, how
+        self._marks: Marks | None = None
+        self._entered = False
+
+    def __enter__(self) -> None:
+        self._entered = True
+        supervision, sizes = self._supervision, (self._tokens,)
+        supervision.check()
+        supervision.before_step(sizes, self._how, first=not self._journal.has_run(self._number), name=self._name)
+        marks = self._journal.begin(self._number, sizes, self._how)
+        try:
+            marks.enter()
+        except BaseException as error:
+            supervision.break_off(error, marks)
+            raise
+        self._marks = marks
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        marks, self._marks = self._marks, None
+        if marks is None:
+            return
+        try:
+            if error is None:
+                marks.leave()
+                self._supervision.check_kernels()
+        except BaseException as own:
+            self._supervision.break_off(own, marks)  # raises in its place where another rank is the cause
+            raise
+        if error is not None:
+            self._supervision.break_off(error, marks)
+            return
+        marks.end()
+
+    def __del__(self) -> None:
+        if not self._entered:
+            warnings.warn(
+                f"watch.step({self._name!r}) was called without `with`, and nothing was watched: "
+                f"with watch.step({self._name!r}, ...): run the step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _checked(name: object, tokens: object, replay: object) -> int:
@@ -99,10 +145,14 @@ def watch_group(
     Raises :class:`RankMismatch` where the ranks ask for different things.
     """
     supervisor = supervisor_for(asked)
-    group = describe_group(name, device)
     settings = (*sorted(asked.process.items()), ("check_every_step", asked.every_step))
     told = tuple((key, str(value)) for key, value in settings if key not in own)
-    with supervisor.compiling(asked), supervisor.compilation():
-        channels = supervisor.open([group], device)
-        supervision = supervisor.supervise(channels, PlanDigest(told, lockstep=False, what="options of the watch"))
+    digest = PlanDigest(told, what="options of the watch", arguments=True)
+    try:
+        with supervisor.compiling(asked, "call ringfence.watch"), supervisor.compilation():
+            channels = supervisor.open([describe_group(name, device)], device)
+            supervision = supervisor.supervise(channels, digest)
+    except BaseException:
+        leave(asked)  # who watches already goes on as before
+        raise
     return Watch(name, supervision, supervisor.journal, asked)

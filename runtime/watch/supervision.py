@@ -8,10 +8,11 @@ from typing import Any, Protocol, TypeVar
 
 from ..channel import DEFAULT_SECONDS, failures_text
 from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch
-from .agree import GroupAgreement
+from .agree import HOW, GroupAgreement
 from .bounded import BoundedWaits
 from .health import Health
 from .journal import CAPTURE
+from .position import sizes_text
 from .rings import Marks
 
 T = TypeVar("T")
@@ -91,8 +92,8 @@ class Supervision:
         if lost is not None:
             raise lost
 
-    def before_step(self, sizes: tuple[int, ...], how: str, *, first: bool = False) -> None:
-        """Before each step. first: of its kind, so that ranks may come to it minutes apart.
+    def before_step(self, sizes: tuple[int, ...], how: str, *, first: bool = False, name: str = "") -> None:
+        """Before each step. first: of its kind, so that ranks may come to it minutes apart. name: of its kind.
 
         Raises :class:`RankMismatch` where ranks choose differently, if that is asked for.
         """
@@ -102,7 +103,15 @@ class Supervision:
             return
         agreement, step = self.agreement, self._steps
         self._steps += 1
-        self._agreed(lambda: agreement.before_step(step, sizes, how))
+        parts = (("name", name), ("sizes", sizes_text(sizes)), (HOW, how))
+        self._agreed(lambda: agreement.before_step(step, parts))
+
+    def refuses(self, error: Exception) -> None:
+        """A step that was called wrongly does not begin. Where every step is compared, the others would wait for it."""
+        if self.agreement is not None and self.asked is not None and self.asked.every_step:
+            self.agreement.leave(str(error))
+            if self.supervisor is not None:
+                self.supervisor.disagreed(error)
 
     def before_capture(self, sizes: tuple[int, ...]) -> None:
         """Before a size is captured. Raises :class:`RankMismatch` where ranks would capture different things."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..channel import Channel, open_channel, store_of
+from ..channel import COMPILING, Channel, open_channel, store_of
 from ..errors import (
     ChannelTimeoutError,
     GroupFailureError,
@@ -29,7 +29,7 @@ from ..errors import (
     RankMismatch,
     RecompiledAloneError,
 )
-from ..groups import Group, ranks_of
+from ..groups import Group, ranks_of, with_peers
 from ..meeting import Start, leave_last_words, meet, start_of, world_store
 from . import user_code
 from .agree import GroupAgreement, PlanDigest
@@ -52,9 +52,6 @@ from .watchdog import Watchdog, open_watchdog
 #: The options that are the process's, not one graph's.
 OF_PROCESS = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")
 
-#: Groups whose ranks are not processes of their own.
-_WITHOUT_PEERS = frozenset({"fake", "threaded"})
-
 _COMPILATION = "the compilation of a graph"
 
 
@@ -65,6 +62,7 @@ class _Graph:
     asked: Asked
     about: CompiledGraph = field(default_factory=CompiledGraph)
     opened: list[Channel] = field(default_factory=list)
+    purpose: str = COMPILING
 
 
 class Supervisor:
@@ -114,9 +112,11 @@ class Supervisor:
         return asked in self._asked
 
     def rest(self) -> None:
-        """Stop watching if nobody asks for it any more."""
+        """Stop watching if nobody asks for it any more; else watch as those ask that are left."""
         if self._settings.get("on_hang") is None:
             self.close()
+        elif self.watchdog is not None:
+            self.watchdog.configure(self._reaction(), self.deadlines)
 
     def close(self) -> None:
         """Stop watching, whoever asks for it."""
@@ -158,9 +158,9 @@ class Supervisor:
     # -- while a graph is compiled ------------------------------------------------------------
 
     @contextlib.contextmanager
-    def compiling(self, asked: Asked) -> Iterator[None]:
-        """Around all that a backend does for one graph."""
-        before, self._graph = self._graph, _Graph(asked, graph_being_compiled())
+    def compiling(self, asked: Asked, purpose: str = COMPILING) -> Iterator[None]:
+        """Around all that a backend does for one graph. purpose: what else the ranks do together (``"call f"``)."""
+        before, self._graph = self._graph, _Graph(asked, graph_being_compiled(), purpose=purpose)
         self.journal.compiling(True, self._graph.about.why)
         try:
             yield
@@ -173,7 +173,7 @@ class Supervisor:
 
         Empty where there is nobody to talk to. Every rank must open them for the same graphs, in the same order.
         """
-        real = sorted((g for g in groups if g.size > 1 and g.backend not in _WITHOUT_PEERS), key=lambda g: g.name)
+        real = with_peers(groups)
         if not real:
             return {}
         self.journal.rank = dist.get_rank()
@@ -182,7 +182,7 @@ class Supervisor:
             self._has_marks = True
         if self._settings.get("on_hang") is not None:
             self._watch()
-        return {group.name: self._open(group.name) for group in real}
+        return {group.name: self._open(group.name, turn) for group, turn in real}
 
     def _watch(self) -> None:
         if self.watchdog is None:
@@ -191,7 +191,7 @@ class Supervisor:
         else:
             self.watchdog.start()
 
-    def _open(self, name: str) -> Channel:
+    def _open(self, name: str, turn: int) -> Channel:
         ranks = ranks_of(name)
         self.journal.name_group(name, ranks)
         hooks: dict[str, Any] = {
@@ -207,7 +207,7 @@ class Supervisor:
             self.journal.begin_file(self.folder, Origin(start.token, self._tokens, start.run, start.attempt))
         if self.watchdog is not None:
             self.watchdog.others.join_group(name, ranks, self._met[name])
-        channel = open_channel(name, start=start_of(self._met[name]), **hooks)
+        channel = open_channel(name, start=start_of(self._met[name]) + "+" * turn, purpose=self._graph.purpose, **hooks)
         channel.about = self._graph.about.why if self._graph.about.guard else ""
         self._graph.opened.append(channel)
         if name not in self._neighbours and (page := Page.make()) is not None:
@@ -242,18 +242,20 @@ class Supervisor:
         try:
             yield
         except (GroupFailureError, RankMismatch, PeerFailedError) as error:  # not this rank's own
-            self.health.poison(str(error))
+            in_step = isinstance(error, RankMismatch) and error.in_step
+            if not in_step:
+                self.health.poison(str(error))
             if self.watchdog is None or self.watchdog.report is None:  # the watchdog has written more
                 self.write(str(error), report=self._report(error))
             for channel in self._graph.opened:  # of a mesh only the ranks of one group raise it by themselves
-                channel.leave(str(error))
+                channel.leave(str(error), in_step=in_step)
             raise
         except BaseException as error:
             try:
                 self.broke_off(error, _COMPILATION)
             finally:
                 for channel in self._graph.opened:  # for ranks that nobody watches
-                    channel.leave(f"{type(error).__name__}: {error}")
+                    channel.leave(f"{type(error).__name__}: {error}", in_step=isinstance(error, Exception))
             raise
         finally:
             for channel in self._graph.opened:

@@ -66,6 +66,7 @@ def test_what_another_pass_did_not_return_is_refused(call: Callable[[Any, Any], 
         ({"norm_ops": {"eng::norm": "no norm"}}, "'eng::norm', and no such op"),
         ({"groups": "tp"}, "not a list"),
         ({"groups": [3]}, "no process group"),
+        ({"groups": set()}, "groups is empty"),
     ],
 )
 def test_find_refuses_as_the_options_do(options: dict[str, Any], message: str) -> None:
@@ -77,7 +78,7 @@ def test_find_takes_ops_as_the_options_do() -> None:
     for ops in (["aten::neg"], {"aten::neg": "world"}, ("aten::neg",)):
         (candidate,) = ringfence.find(traced(torch.neg), all_reduce_ops=ops)
         assert candidate.site.node == "neg"
-    assert ringfence.find(traced(torch.neg), groups=set()) == []
+    assert ringfence.find(traced(torch.neg), groups={"tp"}) == []
 
 
 def test_a_graph_that_is_not_functional_is_said_to_be_none() -> None:

@@ -9,7 +9,7 @@ from watchdogs import Clock
 
 from ringfence.runtime.channel import Channel, open_channel
 from ringfence.runtime.errors import ChannelTimeoutError, RankMismatch
-from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest, agree, first_difference, vote
+from ringfence.runtime.watch.agree import HOW, GroupAgreement, PlanDigest, agree, first_difference, vote
 from support import run_threaded
 
 
@@ -102,21 +102,21 @@ def test_a_failed_capture_is_known_everywhere_once() -> None:
 def test_steps_are_compared_where_asked_for() -> None:
     def body(rank: int) -> None:
         agreement = GroupAgreement([channel()], digest(a="1"))
-        agreement.before_step(0, (4,), "replayed")
-        agreement.before_step(1, (4,) if rank else (), "uncaptured" if rank else "replayed")
+        agreement.before_step(0, (("sizes", "4"), (HOW, "replayed")))
+        agreement.before_step(1, (("sizes", "4" if rank else "none"), (HOW, "uncaptured" if rank else "replayed")))
 
     (said,) = raises_on_every_rank(2, body)
-    assert "rank 0: step 1 of fixed sizes, replayed; rank 1: step 1 of sizes (4,), uncaptured" in said
+    assert "their step 1: sizes differs: rank 0: none; rank 1: 4;" in said
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_how_a_step_runs_matters_where_collectives_are_captured(lockstep: bool) -> None:
     def body(rank: int) -> None:
         agreement = GroupAgreement([channel()], PlanDigest((("a", "1"),), lockstep=lockstep))
-        agreement.before_step(0, (4,), "captured" if rank else "replayed")
+        agreement.before_step(0, ((HOW, "captured" if rank else "replayed"),))
 
     if lockstep:
-        assert "step 0 of sizes (4,), replayed" in raises_on_every_rank(2, body).pop()
+        assert "how it runs differs: rank 0: replayed; rank 1: captured" in raises_on_every_rank(2, body).pop()
     else:
         run_threaded(2, body)
 

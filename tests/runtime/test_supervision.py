@@ -103,7 +103,7 @@ def test_steps_are_compared_where_asked_for() -> None:
     def body(rank: int) -> None:
         run = runner(rank, every_step=True)
         run(twos(3))
-        with pytest.raises(RankMismatch, match=r"step 1 of sizes \(3,\), uncaptured; rank 1: step 1 of sizes \(5,\)"):
+        with pytest.raises(RankMismatch, match=r"their step 1: sizes differs: rank 0: sizes \(3,\); rank 1"):
             run(twos(5 if rank else 3))
 
     run_threaded(2, body)

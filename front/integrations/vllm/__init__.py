@@ -22,7 +22,8 @@ def register() -> None:
     Ends the process, with one line, where the request means nothing.
     """
     from ...runtime.errors import OptionsError
-    from ..targets import moved
+    from .. import environment
+    from ..targets import moved, why_not_there
     from . import config, hooked, request, worker
     from .wrapping import wrap
 
@@ -31,6 +32,10 @@ def register() -> None:
     except OptionsError as error:
         raise SystemExit(f"ringfence: {error}") from None
     if asked == "off":
+        return
+    if (missing := why_not_there("vllm")) is not None:
+        if asked is not None:
+            environment.warn(config.log, "ringfence does nothing: it is asked for in vLLM, and %s", missing)
         return
     unasked = (hooked.POST_INIT,)  # additional_config may ask later; who was not asked says nothing
     gone = moved(hooked.TARGETS[asked.mode] if isinstance(asked, request.Request) else unasked)
@@ -48,9 +53,14 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any
 
     In a worker that the plugin runs in, vLLM is handed a :class:`ringfence.Backend` in its place.
     """
+    from ...backend import Backend
+    from ...runtime.errors import OptionsError
+    from ..targets import why_not_there
+
+    if (missing := why_not_there("vllm")) is not None:
+        raise OptionsError(f"this backend is vLLM's, and {missing}: give torch.compile a ringfence.Backend(...)")
     from vllm.config import get_current_vllm_config
 
-    from ...backend import Backend
     from . import request, whole
 
     config = get_current_vllm_config()

@@ -102,5 +102,5 @@ class FusePass(CustomGraphPass):
         if not found:
             return []
         candidates = switch_off(found, fuse=True, skip_sites=options.skip_sites)
-        groups = {str(c.site.group) for c in candidates}
+        groups = {c.site.group for c in candidates if c.site.group is not None}
         return fuse(gm, candidates, collectives=dict.fromkeys(groups, ops.PREPARED))
