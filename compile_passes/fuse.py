@@ -21,14 +21,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 # The ops must be registered before a graph can call them.
 from ..runtime.collectives import ops, table
 from ..runtime.errors import ArgumentError, GraphMetadataError, NotFusedWarning, OptionsError
-from ..runtime.groups import ByGroup, name_of_group, resolve_group, same_groups
+from ..runtime.groups import AnyGroup, ByGroup, name_of_group, resolve_group, same_groups
 from .all_reduce import AllReduce
 from .given import check_each, check_graph
 from .match import Candidate, Match, Site
@@ -47,11 +46,11 @@ def fuse(
     gm: GraphModule,
     candidates: Iterable[Candidate],
     *,
-    collectives: Mapping[dist.ProcessGroup | str, str] | None = None,
+    collectives: Mapping[AnyGroup, str] | None = None,
 ) -> list[Site]:
     """Rewrite ``gm`` in place; return the sites, fused or declined, in their order.
 
-    ``collectives`` maps groups, by any of their names, to what carries out their sums: ``"prepared"`` for what
+    ``collectives`` maps process groups, or any of their names, to what carries out their sums: ``"prepared"`` for what
     :func:`ringfence.prepare` chose (:mod:`ringfence.runtime.collectives.ops`). Those of other groups are the
     reference's, with a :class:`NotFusedWarning` where a group that was named has no site to fuse.
     Raises :class:`GraphMetadataError` for candidates of another graph, :class:`ArgumentError` for what are none,
@@ -75,7 +74,7 @@ def fuse(
     return sites
 
 
-def _carriers(given: Mapping[dist.ProcessGroup | str, str], candidates: Iterable[Candidate]) -> ByGroup[str]:
+def _carriers(given: Mapping[AnyGroup, str], candidates: Iterable[Candidate]) -> ByGroup[str]:
     """Who carries out the sums of which group."""
     known = [ops.PREPARED, *dict.fromkeys(str(one.name) for one in table.ALL)]
     if not isinstance(given, Mapping):

@@ -9,7 +9,8 @@
 The form follows from an op's schema, because all engines order the arguments alike; a user may say it instead
 (:class:`NormOp`), and that is checked against the schema. What it computes follows from
 its name where the name is in :data:`KNOWN` or given by the user. Any other op that is called like one is run once,
-on generated inputs, beside the reference: an op that computes an RMSNorm on them is taken for one.
+on generated inputs, beside the reference: an op that computes an RMSNorm on them is taken for one. So is a user's op,
+where it can be run: what computes something else is none, whoever says so.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ _WITH_MORE = re.compile(r"quant|fp8|fp4|int8|nvfp4|rope|rotary|silu|gate|reduce|
 
 #: Largest difference from the reference, in units of the dtype's epsilon: roundings between root, weight and result.
 _BOUND = 4.0
+#: The same of an op that a user names: it may round as it likes, and is no LayerNorm.
+_BOUND_OF_A_USER = 16.0
 _ABSOLUTE = 1e-5
 _ROWS = 5
 
@@ -171,7 +174,9 @@ def norm_ops_of(
             continue
         said = next((listed[name] for name in names_of(op) if name in listed), None)
         if said is not None:
-            found[full] = _believed(op._schema, said)
+            row = _believed(op._schema, said)
+            users = given is not None and not given.keys().isdisjoint(names_of(op))
+            found[full] = _of_a_user(op, row, node, device) if users and isinstance(row, NormOp) else row
         elif _looks_like_one(op._schema.name):
             row = read_schema(op._schema)
             found[full] = row if isinstance(row, str) else _proven(op, row, node, device)
@@ -304,29 +309,48 @@ def _whole(given: Mapping[str, Any], name: str, base: Node) -> bool:
 
 def _proven(op: torch._ops.OpOverload, row: NormOp, node: Node, device: torch.device | None) -> NormOp | str:
     """The row of an op that computes an RMSNorm on generated inputs; or why it is not taken for one."""
-    name, remedy = row.name, f"if it is an RMSNorm, say so: norm_ops=['{row.name}']"
+    remedy = f"if it is an RMSNorm, say so: norm_ops=['{row.name}']"
+    biases = _agreeing(op, row, node, device, _BOUND)
+    if isinstance(biases, str):
+        return biases if isinstance(read_call(node, row), str) else f"{biases}; {remedy}"
+    if not biases:
+        return f"{row.name} is called like an RMSNorm and computes something else"
+    return replace(row, weight_bias=biases[0], proven=True)
+
+
+def _of_a_user(op: torch._ops.OpOverload, row: NormOp, node: Node, device: torch.device | None) -> NormOp | str:
+    """A user's word holds where the op cannot be tried; where it can, it is an RMSNorm on generated inputs, roughly."""
+    biases = _agreeing(op, row, node, device, _BOUND_OF_A_USER, row.weight_bias)
+    if isinstance(biases, str) or row.weight_bias in biases:
+        return row
+    instead = f"; with {biases[0]} it does: norm_ops={{'{row.name}': {biases[0]}}}" if biases else ""
+    return (
+        f"norm_ops names {row.name}, and on generated inputs it does not compute an RMSNorm to whose weight "
+        f"{row.weight_bias} is added{instead}"
+    )
+
+
+def _agreeing(
+    op: torch._ops.OpOverload, row: NormOp, node: Node, device: torch.device | None, bound: float, *biases: float
+) -> list[float] | str:
+    """What may be added to the weight so that the op computes an RMSNorm; or why it was not tried."""
     call = read_call(node, row)
     if isinstance(call, str):
         return call
     value = call.x.meta["val"]
     if device is None or not isinstance(value.shape[-1], int):
-        return f"{name} looks like an RMSNorm, and what it computes was not tried; {remedy}"
+        return f"{row.name} looks like an RMSNorm, and what it computes was not tried"
     given = _arguments(node, op)
     assert not isinstance(given, str), "the call was read"
     rest = {k: v for k, v in given[0].items() if k in {a.name for a in op._schema.arguments}}
     if any(isinstance(v, Node) for k, v in rest.items() if k not in (row.x, row.residual, row.weight, row.out)):
-        return f"{name} takes more of the graph than tensors of an RMSNorm; {remedy}"
+        return f"{row.name} takes more of the graph than tensors of an RMSNorm"
+    tried = dict.fromkeys((*biases, 0.0, 1.0))
     try:
         with _disable_current_modes(), torch.no_grad():
-            tries = {
-                bias: [_agrees(op, row, rest, bias, value, device, eps) for eps in (1e-5, 0.1)] for bias in (0.0, 1.0)
-            }
-        biases = [bias for bias, agreed in tries.items() if all(agreed)]
+            return [b for b in tried if all(_agrees(op, row, rest, b, value, device, e, bound) for e in (1e-5, 0.1))]
     except Exception as error:  # whatever somebody else's op raises
-        return f"{name} looks like an RMSNorm and cannot be run on {device} ({type(error).__name__}: {error}); {remedy}"
-    if not biases:
-        return f"{name} is called like an RMSNorm and computes something else"
-    return replace(row, weight_bias=biases[0], proven=True)
+        return f"{row.name} looks like an RMSNorm and cannot be run on {device} ({type(error).__name__}: {error})"
 
 
 def _agrees(
@@ -337,6 +361,7 @@ def _agrees(
     like: Tensor,
     device: torch.device,
     eps: float,
+    bound: float,
 ) -> bool:
     generator, hidden, dtype = torch.Generator().manual_seed(0), like.shape[-1], like.dtype
     for magnitude in (1.0, 1e-2):
@@ -346,7 +371,7 @@ def _agrees(
         )
         weight = (torch.rand(hidden, generator=generator) + 0.5).to(dtype).to(device)
         summed = x + residual if row.residual is not None else x
-        expected = reference.rms_norm(summed, weight, eps, bias)
+        expected = reference.rms_norm(summed, weight if row.weight is not None else None, eps, bias)
         given = {**rest, row.x: x.clone(), row.eps: eps}
         written = torch.full_like(x, torch.nan)
         for name, value in ((row.weight, weight.clone()), (row.residual, residual.clone()), (row.out, written)):
@@ -361,13 +386,14 @@ def _agrees(
         else:
             returned = result if isinstance(result, tuple | list) else (result,)
         wanted = (expected, summed) if row.residual is not None else (expected,)
-        if not all(_close(a, b) for a, b in zip(returned, wanted, strict=True)):
+        wanted = wanted[::-1] if row.sum_first else wanted
+        if not all(_close(a, b, bound) for a, b in zip(returned, wanted, strict=True)):
             return False
     return True
 
 
-def _close(ours: Tensor, wanted: Tensor) -> bool:
+def _close(ours: Tensor, wanted: Tensor, bound: float) -> bool:
     if ours.shape != wanted.shape or ours.dtype != wanted.dtype:
         return False
-    bound = wanted.double().abs() * torch.finfo(wanted.dtype).eps * _BOUND + _ABSOLUTE
-    return bool(((ours.double() - wanted.double()).abs() <= bound).all())
+    most = wanted.double().abs() * torch.finfo(wanted.dtype).eps * bound + _ABSOLUTE
+    return bool(((ours.double() - wanted.double()).abs() <= most).all())

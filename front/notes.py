@@ -64,8 +64,8 @@ def _about_all_reduces(options: Options, found: FoundSites, assigned: Assignment
         yield found.absent
     elif unknown := [n for n in options.groups or () if not same_groups(filter(None, there), [n])]:
         strangers = [n for n in unknown if not group_exists(n)]
-        none = f", of which {strangers} are no groups of this process" if strangers else ""
-        yield f"option groups names {unknown}{none}, and the graph's sites are over {sorted(map(str, there))}"
+        none = f"; {strangers} are no groups of this process" if strangers else ""
+        yield f"option groups names {unknown}, and the graph's sites are over {sorted(map(str, there))}{none}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
         yield f"skip_sites names {', '.join(idle)}: no site of this graph has such a module or source"
     fused = any(c.fuses for c in found.candidates)

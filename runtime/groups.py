@@ -20,6 +20,8 @@ from torch.distributed import distributed_c10d
 from .errors import GroupError, OptionsError
 
 T = TypeVar("T")
+#: A key of a mapping by group.
+AnyGroup = TypeVar("AnyGroup", bound=dist.ProcessGroup | str)
 
 #: Backends whose collectives are carried out by the host, or by nobody.
 HOST_BACKENDS = frozenset({"gloo", "mpi", "ucc", "fake", "threaded"})
@@ -132,6 +134,11 @@ def device_for(name: str, asked: torch.device | str | None) -> torch.device:
     return device
 
 
+def is_registered(name: str) -> bool:
+    """Whether torch knows a group by that name: not by its ranks, nor "world", before somebody asked for it."""
+    return _find(name) is not None
+
+
 def group_exists(name: str) -> bool:
     """Whether this process has a process group of that name."""
     return not isinstance(group_or_name(name), str)
@@ -202,7 +209,7 @@ def same_groups(names: Iterable[str], among: Iterable[str]) -> set[str]:
 class ByGroup(Generic[T]):
     """Values that a user gives by group: each is found by any name of its group."""
 
-    def __init__(self, given: Mapping[dist.ProcessGroup | str, T]) -> None:
+    def __init__(self, given: Mapping[AnyGroup, T]) -> None:
         """Raises :class:`GroupError` for a key that is no group, and where two keys say two things of one."""
         self._values: dict[dist.ProcessGroup | str, T] = {}
         for key, value in given.items():

@@ -6,7 +6,7 @@ from typing import Any, Never
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 from ..errors import GradModeError
 

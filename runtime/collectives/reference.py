@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..groups import group_exists, resolve_group
+from ..groups import is_registered, resolve_group
 from ..hazards.situation import Collective
 from .epilogue import Epilogue, RmsNorm
 from .kernels import Implementation
@@ -31,7 +31,7 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
     try:
         unfinished = c10d.all_reduce(x, "sum", group_name)
     except RuntimeError:
-        if group_exists(group_name):
+        if is_registered(group_name):
             raise
         resolve_group(group_name, x.device)  # one that is named by its ranks is known to torch from now on
         unfinished = c10d.all_reduce(x, "sum", group_name)

@@ -67,6 +67,16 @@ def _(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("norm_ops_test::plus_one", mutates_args=())
+def plus_one(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return rms(x, w, eps, 1.0)
+
+
+@plus_one.register_fake
+def _(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("norm_ops_test::device_rms_norm", mutates_args=())
 def device_rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     if x.ndim == 2:  # not as the model calls it
@@ -274,5 +284,19 @@ def test_backend_runs_what_it_does_not_know_and_takes_a_users_word() -> None:
     assert fused(returned).fused and fused(in_place).fused
     assert not fused(on_a_device).fused
     assert fused(on_a_device, norm_ops=["norm_ops_test::device_rms_norm"]).fused
+
+    def layer_norm(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h = r + ar(x)
+        return engine.other_rms_norm(h, w, 1e-6), h
+
+    def plus_one(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h = r + ar(x)
+        return engine.plus_one(h, w, 1e-6), h
+
+    site = fused(layer_norm, norm_ops=["norm_ops_test::other_rms_norm"])
+    assert not site.fused and "other_rms_norm, and on generated inputs it does not compute an RMSNorm" in site.message
+    site = fused(plus_one, norm_ops=["norm_ops_test::plus_one"])
+    assert not site.fused and "with 1.0 it does: norm_ops={'norm_ops_test::plus_one': 1.0}" in site.message
+    assert fused(plus_one, norm_ops={"norm_ops_test::plus_one": 1.0}).fused
     with pytest.raises(OptionsError, match="added to the weight"):
         Backend(norm_ops={"norm_ops_test::device_rms_norm": "gemma"})
