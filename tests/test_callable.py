@@ -330,14 +330,14 @@ def test_a_step_that_nobody_enters_is_told() -> None:
     watch = ringfence.watch()
     with pytest.warns(RuntimeWarning, match=r"watch.step\('decode'\) was called without `with`") as caught:
         watch.step("decode", 4)
-    assert caught[0].filename == __file__ and watch.journal.position().step == 0
+    assert caught[0].filename == __file__ and watch.journal.position().step == -1, "none has begun"
     step = watch.step("decode", 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with step:
             pass
         del step
-    assert watch.journal.position().step == 1
+    assert watch.journal.position().step == 0
 
 
 @pytest.mark.usefixtures("fake_group")
