@@ -20,6 +20,7 @@ from .account import Account
 from .aot import boxed, compiled, inductor_decompositions
 from .assign import assign, described, name_collectives
 from .compile_passes.assignment import Assignment, Limit
+from .compile_passes.bases import name_bases
 from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
@@ -248,6 +249,7 @@ class Backend(OneObject):
     def _fuse(self, gm: GraphModule, ranged: Ranged, assigned: Assignment) -> list[Site]:
         sites = name_collectives(gm, ranged.candidates, assigned, self.options)
         self._seen_ops |= ops_in(gm)
+        name_bases(gm)
         dump_graph("fused", gm)
         return sites
 
