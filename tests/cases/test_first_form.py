@@ -166,7 +166,7 @@ def given(program: Callable[..., Any], steps: int, rest: int = 0) -> Iterator[tu
 @pytest.mark.parametrize("setting", SETTINGS[:2], ids=name_of)
 def test_what_is_written_through_views_and_lists(program: Callable[..., Any], setting: dict[str, Any]) -> None:
     split_ops = list(OPS) if "capture_sizes" in setting else []
-    rest = 0 if setting["piece_compiler"] == "eager" else 3
+    rest = 3 if setting["piece_compiler"] == "eager" else 0
     served = serve(program, given(program, 4, rest), split_ops=split_ops, **setting)
     assert max(served.off) < 1e-4, served.off
 
