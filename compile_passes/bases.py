@@ -29,7 +29,7 @@ _FIRST = torch.ops.higher_order.auto_functionalized
 _SECOND = torch.ops.higher_order.auto_functionalized_v2
 
 
-Sizes = Mapping[Any, Node]
+Providers = Mapping[Any, Node]
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,18 @@ class _Call:
         return list(dict.fromkeys(root(a.old) for a in self.arguments if a.old is not None))
 
 
-def name_bases(gm: GraphModule) -> None:
+def name_bases(gm: GraphModule, *, eager_pieces: bool) -> None:
     """Write each ``auto_functionalized`` with views or lists as ``auto_functionalized_v2``; one that does not say how
-    its tensors come together again stays as it is. Changes ``gm``."""
+    its tensors come together again stays as it is. Changes ``gm``.
+
+    ``eager_pieces``: pieces run op by op. Inductor takes places for counted from the first element, so for it a base
+    that begins inside of other memory is left alone.
+    """
     nodes = gm.graph.find_nodes(op="call_function", target=_FIRST)
     sizes = {s: n for s, n in providers(gm).items() if n.op == "placeholder"}
     for node in nodes:
         call = _read(node)
-        if call is not None and _can_be_written(call, sizes):
+        if call is not None and _can_be_written(call, sizes) and (eager_pieces or _begins(call)):
             steps = _steps(call)
             if steps is not None:
                 _write(gm.graph, call, sizes, *steps)
@@ -117,7 +121,7 @@ def _item(node: Node | None, index: int) -> Node | None:
     return items[0] if items else None
 
 
-def _can_be_written(call: _Call, sizes: Sizes) -> bool:
+def _can_be_written(call: _Call, sizes: Providers) -> bool:
     """Whether there is something to say, and the second form can say it."""
     given = [a for a in call.arguments if a.old is not None]
     plain = not call.lengths and len(call.bases) == len(given) and not any(a.looks for a in given)
@@ -126,6 +130,11 @@ def _can_be_written(call: _Call, sizes: Sizes) -> bool:
     numbers = [n for a in given if a.looks for n in _place_of(tensor(a.old))]  # type: ignore[arg-type]
     known = all(expression(n).free_symbols <= sizes.keys() for n in numbers)
     return not plain and not returned and alike and known
+
+
+def _begins(call: _Call) -> bool:
+    """Whether each base begins where its storage does."""
+    return all(statically_known_true(tensor(base).storage_offset() == 0) for base in call.bases)
 
 
 # -- how new values come together ----------------------------------------------------------
@@ -212,7 +221,7 @@ def _same_layout(one: Node, other: Node) -> bool:
 # -- the second form ------------------------------------------------------------------------
 
 
-def _write(graph: Graph, call: _Call, sizes: Sizes, whole: dict[Node, Node], steps: set[Node]) -> None:
+def _write(graph: Graph, call: _Call, sizes: Providers, whole: dict[Node, Node], steps: set[Node]) -> None:
     """Put the call in its second form, and let the readers of new values read the bases."""
     node, bases, first = call.node, call.bases, max(1, len(call.op._schema.returns))
     given: dict[str, Any] = {
@@ -243,7 +252,7 @@ def _write(graph: Graph, call: _Call, sizes: Sizes, whole: dict[Node, Node], ste
     _erase(graph, [*whole.values(), *(a.new for a in call.arguments if a.new is not None), *node.users, node])
 
 
-def _place(graph: Graph, argument: _Argument, bases: list[Node], sizes: Sizes) -> dict[str, Any]:
+def _place(graph: Graph, argument: _Argument, bases: list[Node], sizes: Providers) -> dict[str, Any]:
     """Where an argument lies, in the words of the second form."""
     if argument.old is None:
         return {f"{argument.name}_base_index": None}

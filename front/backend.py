@@ -249,7 +249,7 @@ class Backend(OneObject):
     def _fuse(self, gm: GraphModule, ranged: Ranged, assigned: Assignment) -> list[Site]:
         sites = name_collectives(gm, ranged.candidates, assigned, self.options)
         self._seen_ops |= ops_in(gm)
-        name_bases(gm)
+        name_bases(gm, eager_pieces=self.options.piece_compiler == "eager")
         dump_graph("fused", gm)
         return sites
 
