@@ -6,13 +6,14 @@ Rules of the cut:
 - consecutive eager ops share an island, and a ``getitem`` stays with its producer;
 - a run of nodes that launches no kernel (views, sizes) joins the island beside it,
   because a graph of nothing is not worth a replay;
+- an attribute of the graph is no node of a part: whoever reads it is given it, as an input is;
 - one op is one node, so a protocol of several launches is never cut in two.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,11 @@ class GraphPart:
     ops: tuple[str, ...] = ()
 
 
+def part_name(index: int) -> str:
+    """What the module of a part is called in the split graph."""
+    return f"submod_{index}"
+
+
 def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[GraphPart, ...]:
     """Where the verdicts cut the graph. Moves a ``getitem`` to its producer, and a wait to its collective.
 
@@ -53,12 +59,29 @@ def cut(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[GraphPart, ...]:
     """
     check_graph(gm, "cut")
     check_each(verdicts, Verdict, "cut", "judge(gm, ...)")
+    eager = _eager(verdicts)
+    _gather(gm, eager)
+    return _parts(gm, eager)
+
+
+def foreseen(gm: GraphModule, verdicts: Sequence[Verdict]) -> tuple[GraphPart, ...]:
+    """The parts that :func:`cut` would make, but for what it would move: the graph stays as it is.
+
+    Raises what :func:`cut` raises.
+    """
+    return _parts(gm, _eager(verdicts))
+
+
+def _eager(verdicts: Sequence[Verdict]) -> dict[str, str]:
+    """The ops that run between pieces, by the names of their nodes."""
     for verdict in verdicts:
         if verdict.decision is Decision.REFUSE and not verdict.op.startswith("ringfence::"):
             raise RefusedError(f"'{verdict.node}' ({verdict.op}) is refused: {verdict.message} ({verdict.source})")
     # A refused site falls back to the reference collective, of which nothing is known under capture here.
-    eager = {v.node: v.op for v in verdicts if v.decision is not Decision.IN_GRAPH}
-    _gather(gm, eager)
+    return {v.node: v.op for v in verdicts if v.decision is not Decision.IN_GRAPH}
+
+
+def _parts(gm: GraphModule, eager: Mapping[str, str]) -> tuple[GraphPart, ...]:
     return tuple(
         GraphPart(island, tuple(nodes), tuple(dict.fromkeys(eager[n.name] for n in nodes if n.name in eager)))
         for island, nodes in _runs(gm, eager)
@@ -79,7 +102,7 @@ def _runs(gm: GraphModule, eager: Collection[str]) -> list[tuple[bool, list[Node
     island: set[Node] = set()
     runs: list[tuple[bool, list[Node]]] = []
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
+        if node.op in ("placeholder", "get_attr", "output"):
             continue
         follows = calls(node, operator.getitem, c10d.wait_tensor.default) and node.args[0] in island
         if node.name in eager or follows:
@@ -99,6 +122,6 @@ def _runs(gm: GraphModule, eager: Collection[str]) -> list[tuple[bool, list[Node
 
 
 def _launches(node: Node) -> bool:
-    if node.op == "get_attr" or isinstance(node.meta.get("val"), torch.SymInt | int):
+    if isinstance(node.meta.get("val"), torch.SymInt | int):
         return False
     return viewed(node) is None and not calls(node, operator.getitem, *_EMPTY) and not is_write_back(node)

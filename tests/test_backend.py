@@ -13,6 +13,8 @@ from backend_model import H, Model, cause, rows
 from test_backend_refusals import functional_sum, refusal
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import ringfence
 from ringfence.runtime.errors import (
@@ -112,6 +114,28 @@ def test_mode_and_options_beside_a_backend_are_refused(given: dict[str, Any], sa
     torch._dynamo.reset()
     compiled = torch.compile(Model(), backend=ringfence.Backend(piece_compiler="eager"), mode="default")
     compiled(rows(3))
+
+
+@pytest.mark.parametrize("options", [{}, {"capture_sizes": [4], "graphs": "simulated"}], ids=["", "captured"])
+@pytest.mark.usefixtures("fake_group")
+def test_two_models_with_a_mesh_each(options: dict[str, Any]) -> None:
+    """DTensor knows one mesh of these ranks: the other is a constant of its graph, and no op reads it."""
+
+    for mesh in [init_device_mesh("cpu", (2,)) for _ in range(2)]:
+        torch._dynamo.reset()
+        shard = torch.randn(H, H // 2)
+        weight = DTensor.from_local(shard, mesh, [Shard(1)], run_check=False)
+
+        def model(x: Tensor, mesh: DeviceMesh = mesh, weight: DTensor = weight) -> Tensor:
+            return DTensor.from_local(x, mesh, [Replicate()], run_check=False) @ weight
+
+        backend = ringfence.Backend(piece_compiler="eager", **options)
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        for _ in range(3):
+            x = rows(4)
+            actual = compiled(x)
+            assert isinstance(actual, DTensor) and actual.placements == (Shard(1),)
+            torch.testing.assert_close(actual.to_local(), x @ shard)
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -13,14 +13,13 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from unsafe_ops import registered_late, with_host_epoch
 
-from ringfence.compile_passes.facts import facts_of
+from ringfence.compile_passes.facts import facts_of, judge_with_facts
 from ringfence.compile_passes.fuse import SITE
 from ringfence.compile_passes.judge import Decision, Verdict
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
-from ringfence.compile_passes.split import split
 from ringfence.runtime.hazards.situation import Fact
-from support import aot_graph, fuse_graph, judge
+from support import aot_graph, assigned, fuse_graph, judge
 
 H = 16
 
@@ -37,7 +36,7 @@ def fused(fn: Callable[..., object], *args: Tensor) -> GraphModule:
 
 
 def found(gm: GraphModule, verdicts: list[Verdict]) -> list[Fact]:
-    evidence = facts_of(*split(gm, cut(gm, verdicts)))
+    evidence = facts_of(gm, cut(gm, verdicts))
     assert all(e.message and e.where for e in evidence)
     return [e.fact for e in evidence]
 
@@ -98,8 +97,8 @@ def test_collective_cut_in_two() -> None:
     (first,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.sin.default]
     first.meta[SITE] = op.meta[SITE]  # as if it were the first of two launches
     (between,) = [n.name for n in gm.graph.nodes if n.target is torch.ops.aten.exp.default]
-    evidence = facts_of(*split(gm, cut(gm, careless(gm, between))))
-    assert [e.fact for e in evidence] == [Fact.PROTOCOL_CUT]
+    evidence = facts_of(gm, cut(gm, careless(gm, between)))
+    assert [(e.fact, e.group) for e in evidence] == [(Fact.PROTOCOL_CUT, "0")]
     assert "submod_0 and submod_2" in evidence[0].message
     assert found(gm, careless(gm)) == []
 
@@ -113,3 +112,22 @@ def test_two_streams_on_one_workspace(streams: tuple[int | None, int | None]) ->
         if stream is not None:
             node.meta["custom"] = {"stream": stream}
     assert found(gm, careless(gm)) == ([Fact.TWO_STREAMS] if streams[0] != streams[1] else [])
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_looking_for_facts_leaves_the_graph_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a cut would move a wait, and without a module for each part."""
+
+    def run(x: Tensor) -> Tensor:
+        pending = c10d.all_reduce(x * 2, "sum", "0")
+        other = x.exp()
+        return c10d.wait_tensor(pending) + other
+
+    gm = aot_graph(run, torch.randn(3, H))
+    before = list(gm.graph.nodes)
+    monkeypatch.setattr("ringfence.compile_passes.split.split_module", None)
+    verdicts, _ = judge_with_facts(gm, assigned({"0": "nccl"}, None), capture=True, split_ops=["aten::exp"])
+    assert [v.op for v in verdicts if v.decision is Decision.SPLIT] == ["aten::exp"]
+    assert list(gm.graph.nodes) == before
+    cut(gm, verdicts)
+    assert list(gm.graph.nodes) != before

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringfence.compile_passes.groups import groups_of
@@ -69,6 +70,10 @@ def cut(gm: GraphModule, **options: object) -> tuple[SplitPlan, GraphModule]:
 
 def islands(plan: SplitPlan) -> list[tuple[str, ...]]:
     return [p.ops for p in plan.pieces if p.island]
+
+
+def assert_same(found: object, expected: object) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def runs_right(fn: object, gm: GraphModule, plan: SplitPlan, whole: GraphModule, *args: Tensor) -> None:
@@ -228,6 +233,66 @@ def test_engine_op_over_nccl_is_not_taken_for_nccl() -> None:
     gm = aot_graph(lambda x: (torch.ops.ringfence_test.grouped(x, "0") + 1,), torch.randn(3, H))
     (verdict,) = judge(gm, backends={"0": "nccl"}, capture=True, all_reduce_ops=["ringfence_test::grouped"])
     assert (verdict.rule, verdict.decision) == ("unknown_collective", Decision.SPLIT)
+
+
+def with_attributes(outputs: str, *, ops: bool) -> GraphModule:
+    """``f(x, n)`` with two attributes, ``c`` and ``deep.c``; it returns ``outputs``."""
+    root = torch.nn.Module()
+    root.c, root.deep = torch.arange(3.0), torch.nn.Module()
+    root.deep.c = torch.arange(4.0)
+    graph = Graph()
+    x, n = graph.placeholder("x"), graph.placeholder("n")
+    y = graph.call_function(torch.ops.aten.add.Tensor, (x, x)) if ops else None
+    attributes = {"c": graph.get_attr("c"), "again": graph.get_attr("c"), "deep": graph.get_attr("deep.c")}
+    read = graph.get_attr("c")
+    z = graph.call_function(torch.ops.aten.mul.Tensor, (read, 2)) if ops else None
+    graph.output(eval(outputs, {"x": x, "n": n, "y": y, "z": z, "read": read, **attributes}))
+    with FakeTensorMode():
+        for node in (x, y, z):
+            if node is not None:
+                node.meta["val"] = torch.empty(3)
+    graph.eliminate_dead_code()
+    return GraphModule(root, graph)
+
+
+@pytest.mark.parametrize("cut_off", [(), ("add",), ("mul",)], ids=str)
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        "(y, c)",
+        "(c, y, again, c, deep)",
+        "(x, None, 7, n, y, z, c, read)",
+        "(deep, {'a': (y, [c, None])}, x)",
+        "c",
+    ],
+)
+def test_attribute_that_only_the_caller_reads_is_returned(outputs: str, cut_off: tuple[str, ...]) -> None:
+    gm = with_attributes(outputs, ops=True)
+    before = gm.code
+    verdicts = [Verdict(name, name, Decision.SPLIT, "mine", "", "") for name in cut_off if name in gm.code]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan, whole = split(gm, cut_at(gm, verdicts))
+    whole.graph.lint()
+    args = torch.randn(3), 5
+    assert_same(whole(*args), gm(*args))
+    gm.recompile()
+    assert gm.code == before
+    assert sorted(p.name for p in plan.pieces) == sorted(
+        str(n.target) for n in whole.graph.nodes if n.op == "call_module"
+    )
+
+
+@pytest.mark.parametrize("outputs", ["(c,)", "(c, x, again, deep)", "(x, n, None, 3)", "(None,)"])
+def test_graph_without_an_op_is_no_piece(outputs: str) -> None:
+    gm = with_attributes(outputs, ops=False)
+    plan, whole = split(gm, cut_at(gm, []))
+    assert plan.pieces == ()
+    args = torch.randn(3), 5
+    assert_same(whole(*args), gm(*args))
+    program = lower(plan, whole, eager_piece, ["x", "n"], frozenset())
+    slots = program.slots_of(args)
+    assert_same([slots[i] for i in program.outputs], list(gm(*args)))
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -105,8 +105,9 @@ NUMBER: tuple[Any, ...] = ({"device": "cpu"},)
 def decided(gm: GraphModule, **options: Any) -> list[tuple[str, str]]:
     """The ops that are cut out, and by which rules; no fact of the plan speaks against what stays."""
     verdicts = judge(gm, backends={"0": "nccl"}, capture=True, **options)
-    plan, whole = split(gm, cut(gm, verdicts))
-    assert [e for e in facts_of(plan, whole) if e.fact is Fact.HOST_SYNC_IN_PIECE] == []
+    parts = cut(gm, verdicts)
+    plan, _ = split(gm, parts)
+    assert [e for e in facts_of(gm, parts) if e.fact is Fact.HOST_SYNC_IN_PIECE] == []
     islands = {op for p in plan.pieces if p.island for op in p.ops}
     split_off = [v for v in verdicts if v.decision is Decision.SPLIT]
     assert islands == {v.op for v in split_off} and all(v.message and v.source for v in split_off)

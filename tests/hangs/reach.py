@@ -36,7 +36,6 @@ from ringfence.compile_passes.judge import Decision, Verdict
 from ringfence.compile_passes.moe_calls import is_moe, misuses
 from ringfence.compile_passes.parts import cut
 from ringfence.compile_passes.roles import c10d
-from ringfence.compile_passes.split import split
 from ringfence.runtime.collectives import moe_one_sided, moe_ready
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.flashinfer import SUPPORTED
@@ -210,7 +209,7 @@ def careless_facts() -> set[Fact]:
     found = set()
     for gm, eager in graphs().values():
         verdicts = [Verdict(name, name, Decision.SPLIT, "mine", "", "") for name in eager]
-        found |= {e.fact for e in facts_of(*split(gm, cut(gm, verdicts)))}
+        found |= {e.fact for e in facts_of(gm, cut(gm, verdicts))}
     return found
 
 
@@ -220,7 +219,7 @@ def plan_facts() -> set[Fact]:
     for name, (gm, _) in graphs().items():
         if name != "two launches":
             verdicts = judge(gm, backends={"0": "nccl"}, capture=True)
-            found |= {e.fact for e in facts_of(*split(gm, cut(gm, verdicts)))}
+            found |= {e.fact for e in facts_of(gm, cut(gm, verdicts))}
     return found
 
 
