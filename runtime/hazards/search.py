@@ -6,10 +6,11 @@ than one in a mechanism. It needs no torch and answers at once.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .hazard import REPOSITORIES, Hazard
@@ -125,7 +126,8 @@ def _stem(word: str) -> str:
     return word
 
 
-def _words_of(hazard: Hazard) -> dict[str, float]:
+@functools.lru_cache(maxsize=1024)
+def _words_of(hazard: Hazard) -> Mapping[str, float]:
     """What each word counts for in a row: where it stands best, a little more where it stands often."""
     found: dict[str, float] = {}
     for field, weight in _WEIGHTS.items():

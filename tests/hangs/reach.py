@@ -128,6 +128,13 @@ def judged_situations(chosen: Iterable[Situation]) -> tuple[set[Situation], set[
     return sites, nccl
 
 
+@functools.cache
+def all_judged() -> tuple[set[Situation], set[Situation]]:
+    """Of all that is chosen."""
+    return judged_situations(chosen_situations()[0])
+
+
+@functools.cache
 def moe_situations() -> set[Situation]:
     """What the judge is told of dispatches and combines, with what it finds in graphs of careless people."""
     facts: set[Fact] = set()
@@ -213,6 +220,7 @@ def careless_facts() -> set[Fact]:
     return found
 
 
+@functools.cache
 def plan_facts() -> set[Fact]:
     """What is found in the judge's own plans of the same graphs, where each call has one launch."""
     found = set()
@@ -239,8 +247,8 @@ def outcome(gm: GraphModule, row: Hazard, on_hazard: str, **situation: Any) -> s
 def reached() -> Reached:
     """Computed anew. Needs a process group."""
     table: defaultdict[str, dict[str, dict[str, str]]] = defaultdict(dict)
-    chosen, asked = chosen_situations()
-    sites, nccl = judged_situations(chosen)
+    _, asked = chosen_situations()
+    sites, nccl = all_judged()
     layers = {name: fused(layer, getattr(torch, name)) for name in DTYPES}
     plain = aot_graph(lambda x: (c10d.wait_tensor(c10d.all_reduce(x, "sum", "0")),), torch.ones(4))
     for situation in sorted(asked, key=repr):

@@ -45,7 +45,7 @@ def test_every_fact_of_a_cut_is_looked_for_in_a_graph_that_has_it() -> None:
 @functools.cache
 def _chosen() -> dict[str, set[Fact]]:
     """Whom the product gives a call to, and the facts that it can say of that."""
-    situations = set().union(*reach.judged_situations(reach.chosen_situations()[0]), reach.moe_situations())
+    situations = set().union(*reach.all_judged(), reach.moe_situations())
     found: dict[str, set[Fact]] = {}
     for situation in situations:
         found.setdefault(situation.collective, set()).update(situation.facts)
