@@ -30,7 +30,7 @@ ENTRY = "entry"
 
 
 class CallArguments(Structure):
-    """``struct Call`` of ``cuda/common.cuh``: addresses, then sizes."""
+    """``struct Call`` of ``cuda/protocol.cuh``: addresses, then sizes."""
 
     _fields_ = (
         *((name, c_ulonglong) for name in ("input", "residual", "weight", "norm", "out", "inbox")),
@@ -86,7 +86,7 @@ class Form:
             f'extern "C" __global__ void {cluster}__launch_bounds__({self.threads})\n'
             f"{ENTRY}(const __grid_constant__ Call call) {{ {self.body}(call); }}\n"
         )
-        files = ("instructions.cuh", "elements.cuh", "common.cuh", f"{_FILES[self.strategy]}.cu")
+        files = ("instructions.cuh", "elements.cuh", "protocol.cuh", "common.cuh", f"{_FILES[self.strategy]}.cu")
         return "\n".join((*map(_text, files), entry))
 
     @property

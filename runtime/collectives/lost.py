@@ -14,7 +14,7 @@ class Lost:
     """What a kernel said about a wait that ended without success.
 
     call: the number of the call among all of its workspace, from 1. token: which row. missing: the ranks that did not
-    come. source: the first of them; or, where ``told``, the rank that did come, and told that it had waited for them.
+    come. source: the first of them; or, where ``relayed``, the rank that came and told that it had waited for them.
     """
 
     call: int
@@ -23,7 +23,7 @@ class Lost:
     rank: int
     missing: tuple[int, ...]
     sums: bool
-    told: bool
+    relayed: bool
 
     @staticmethod
     def read(words: Sequence[int]) -> Lost:
@@ -36,7 +36,7 @@ class Lost:
         named = ranks_text(self.missing)
         what = "the sum" if self.sums else "the part"
         where = f"call {self.call} of the workspace, token {self.token}"
-        if self.told:
+        if self.relayed:
             return f"rank {self.rank} heard from rank {self.source} that it had waited in vain for {named} ({where})"
         return f"rank {self.rank} waited in vain for {what} of {named} ({where})"
 
@@ -46,4 +46,4 @@ class Lost:
             "the outputs since then are NaN: start all ranks anew, or compile and call again on all; for a peer "
             "that is slow and not lost, raise kernel_wait_seconds"
         )
-        return HangError(f"{self}; {remedy}", self.missing, told=self.told)
+        return HangError(f"{self}; {remedy}", self.missing, told=self.relayed)

@@ -2,7 +2,7 @@
 
 The compiler is a library that torch's CUDA wheels bring, with cuda-bindings to call it; no toolkit is needed, and no
 device. What was compiled once is kept in a folder of the user's: the name of a file is made of all that its content
-depends on, and a file holds a checksum, so one that was cut off or changed is compiled anew.
+depends on, and a file holds a checksum, so one that was cut off or changed is compiled anew, with a note in the log.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import logging
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import WorkspaceError
+
+log = logging.getLogger(__name__)
 
 FLAGS = ("--std=c++17",)
 _DIGEST = 32  # bytes of the checksum before the instructions
@@ -105,7 +108,10 @@ def _read(place: Path) -> bytes | None:
     except OSError:
         return None
     digest, found = content[:_DIGEST], content[_DIGEST:]
-    return found if hashlib.sha256(found).digest() == digest else None
+    if hashlib.sha256(found).digest() == digest:
+        return found
+    log.warning("the kernel in %s was cut off or changed; it is compiled anew", place)
+    return None
 
 
 def _write(place: Path, found: bytes) -> None:

@@ -1,6 +1,6 @@
 """ringfence: an all-reduce of our own, with what follows it, over peer memory; compiled here, with bounded waits.
 
-The protocol is told in ``cuda/common.cuh``. What is here: the memory of a rank, how it is shared with the others, and
+The protocol is in ``cuda/protocol.cuh``. What is here: the memory of a rank, how it is shared with the others, and
 launches. It needs neither FlashInfer nor a toolkit.
 """
 
@@ -37,6 +37,8 @@ CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
 _CLUSTERS_FROM = (9, 0)
 #: The most ranks, the bytes of the largest row, and the most blocks of a grid: each has a share of a call.
 MOST_RANKS, MOST_ROW_BYTES, MOST_BLOCKS = 8, 64 * 1024, 1024
+#: The most blocks that can share a norm: those of a cluster.
+MOST_CLUSTER = 8
 #: Up to how many tokens each is shared by how many blocks; from how many on a block has few warps, and many rounds.
 _SHARED, _NARROW_FROM, _NARROW = ((16, 4), (64, 2)), 129, 13
 #: How much of an inbox one-shot may ask for: beyond it, a large call is two-shot's.
@@ -147,6 +149,19 @@ class Functions:
             self.driver.unload(module)
 
 
+def check_blocks(blocks: int, norm: bool, capability: tuple[int, int]) -> None:
+    """Raises :class:`WorkspaceError` where no kernel lets so many blocks share a token."""
+    most = MOST_CLUSTER if norm else MOST_BLOCKS
+    if not 1 <= blocks <= most:
+        shared = "of a norm" if norm else "without a norm"
+        raise WorkspaceError(f"blocks={blocks}: 1 to {most} blocks can share a token {shared}")
+    if norm and blocks > 1 and capability < _CLUSTERS_FROM:
+        raise WorkspaceError(
+            f"blocks={blocks}: blocks share a norm from SM{_CLUSTERS_FROM[0]}{_CLUSTERS_FROM[1]} on, and this device "
+            f"is SM{capability[0]}{capability[1]}; leave blocks out"
+        )
+
+
 def blocks_of_token(tokens: int, row_bytes: int, capability: tuple[int, int]) -> int:
     """How many blocks share a token: where tokens are few, more of the device takes part."""
     if capability < _CLUSTERS_FROM:
@@ -171,9 +186,13 @@ class RingfenceKernels:
         return None
 
     def form(self, x: Tensor, epilogue: Epilogue, strategy: Strategy, blocks: int | None = None) -> Form:
-        """The kernel of a call."""
+        """The kernel of a call. Raises :class:`WorkspaceError` for blocks that cannot share a token."""
         row_bytes = x.shape[-1] * x.element_size()
         norm = epilogue.norm
+        if blocks is None:
+            blocks = blocks_of_token(x.shape[0], row_bytes, self._capability)
+        else:
+            check_blocks(blocks, norm is not None, self._capability)
         return Form(
             strategy,
             x.dtype,
@@ -182,7 +201,7 @@ class RingfenceKernels:
             residual=epilogue.residual,
             norm=norm is not None,
             weight=norm is not None and norm.has_weight,
-            blocks=blocks or blocks_of_token(x.shape[0], row_bytes, self._capability),
+            blocks=blocks,
             most_warps=_NARROW if x.shape[0] >= _NARROW_FROM else MOST_WARPS,
         )
 
@@ -201,7 +220,8 @@ class RingfenceKernels:
         """As of :class:`Kernels`, of any epilogue; what it lacks of operands is None.
 
         blocks: that share a token, most_blocks: of the grid, for tests and tuning; any choice returns the same bits.
-        Raises :class:`HangError` where a wait of an earlier call has ended without success.
+        Raises :class:`HangError` where a wait of an earlier call has ended without success, and
+        :class:`WorkspaceError` for a call that does not fit, or blocks that cannot share a token.
         """
         if self._closed:
             raise WorkspaceError(CLOSED)

@@ -434,7 +434,7 @@ def alone(world_size: int, strategy: str, seconds: float = 0.5) -> dict[str, Any
     for rank in range(world_size - 1):
         kernels = ranks.kernels[rank]
         lost = kernels.rank_memory.lost()
-        seen["reports"].append([lost.call, lost.token, list(lost.missing), lost.rank, lost.told] if lost else None)
+        seen["reports"].append([lost.call, lost.token, list(lost.missing), lost.rank, lost.relayed] if lost else None)
         norm, out = outputs[rank]
         seen["nan"].append(bool(out.isnan().all()) and norm is not None and bool(norm.isnan().all()))
         try:
@@ -470,7 +470,7 @@ def told(seconds: float = 0.3) -> dict[str, Any]:
     first, second = outputs[1]
     return {
         "took": took,
-        "reports": [[r.call, r.source, list(r.missing), r.rank, r.told] if r else None for r in reports],
+        "reports": [[r.call, r.source, list(r.missing), r.rank, r.relayed] if r else None for r in reports],
         "nan": [bool(out.isnan().any()) for _, out in (*outputs[0], first, second)],
         "right": call.wrong(*first) is None,
     }

@@ -97,7 +97,9 @@ static inline W load_word(const W *at) {
 static inline void store_in_block(u64 *to, int block, u64 value) {
     cpu::BlockState *owner = cpu::me->owner, *mate = owner->mates[block];
     if (!mate->begun) cpu::fault = "a word is written into a block that has not begun";
-    cpu::words.push_back({mate, (size_t)((char *)to - cpu::aligned(owner)), value, owner->kernel});
+    const int drowsy = cpu::schedule.drowsy;
+    const u64 until = drowsy && cpu::dice() % 8 == 0 ? cpu::turns + cpu::dice() % (10 * drowsy) : 0;
+    cpu::words.push_back({mate, (size_t)((char *)to - cpu::aligned(owner)), value, until, owner->kernel});
     owner->kernel->pending++;
 }
 

@@ -125,11 +125,11 @@ struct Line {
 struct Word {
     BlockState *to;
     size_t place;
-    u64 value;
+    u64 value, until;
     KernelState *kernel;
 };
-// What a run is like. late: the rank that stands still at first. drowsy: for how many turns a warp or a block stands
-// still at most. held: which of all lines arrives only so many turns after it was stored; -1 is none.
+// What a run is like. late: the rank that stands still at first. drowsy: for how many turns a warp, a block or a word
+// stands still at most. held: which of all lines arrives only so many turns after it was stored; -1 is none.
 struct Schedule {
     u32 seed;
     int waits, torn, slots, late, drowsy;
@@ -285,12 +285,11 @@ static void arrive(size_t which, u32 part) {
     for (int i = 0; i < 8; i++)
         if (now >> i & 1) memcpy(line.at + 16 * i, &line.vectors[i], 16);
     line.there &= ~now;
-    if (line.there) return;
-    line.kernel->pending--;
-    lines.erase(lines.begin() + which);
+    if (!line.there) line.kernel->pending--, lines.erase(lines.begin() + which);
 }
 
 static void arrive_word(size_t which) {
+    if (words[which].until > turns) return;
     for (size_t i = 0; i < which; i++)  // those of one place in order
         if (words[i].to == words[which].to && words[i].place == words[which].place) which = i;
     const Word word = words[which];
@@ -346,9 +345,8 @@ static int play(std::vector<std::deque<KernelState>> &all) {
         if (!all[r].empty()) memcpy(reports[r].data(), all[r][0].report, 32);
     std::vector<bool> asleep(all.size(), false);
     if (schedule.late >= 0) asleep[schedule.late] = true;
-    while (true) {
+    for (std::vector<Warp *> ready;; ready.clear()) {
         bool finished = true;
-        std::vector<Warp *> ready;
         for (size_t r = 0; r < all.size(); r++) {
             int resident = 0;
             for (auto &kernel : all[r])
@@ -360,8 +358,8 @@ static int play(std::vector<std::deque<KernelState>> &all) {
                 if (!kernel.begun && may_begin(all[r], i)) begin(kernel);
                 if (!kernel.begun) break;
                 if (!kernel.fed && (i == 0 || all[r][i - 1].ended || !schedule.waits)) feed(kernel);
-                const int slots = schedule.slots, cluster = kernel.kind->cluster;
-                while (kernel.dispatched < kernel.grid && (slots == 0 || resident + cluster <= slots))
+                const int most = schedule.slots ? schedule.slots : 1 << 20, cluster = kernel.kind->cluster;
+                while (kernel.dispatched < kernel.grid && resident + cluster <= most)
                     for (int c = 0; c < cluster; c++, resident++) dispatch(kernel);
                 count(kernel);
                 bool done = kernel.dispatched == kernel.grid && kernel.pending == 0;

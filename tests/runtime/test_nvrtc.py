@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,17 @@ def test_the_name_of_a_file_holds_all_that_its_content_depends_on(
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:40] + b"x" + b[41:]])
-def test_a_file_that_was_cut_off_or_changed_is_made_anew(fake: FakeNvrtc, tmp_path: Path, damage: Any) -> None:
+def test_a_file_that_was_cut_off_or_changed_is_made_anew(
+    fake: FakeNvrtc, tmp_path: Path, damage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(nvrtc.log, "warning", lambda text, *values: said.append(text % values))
     right = nvrtc.cubin("a", (9, 0), tmp_path)
     (file,) = tmp_path.iterdir()
+    assert nvrtc.cubin("a", (9, 0), tmp_path) == right and said == []
     file.write_bytes(damage(file.read_bytes()))
     assert nvrtc.cubin("a", (9, 0), tmp_path) == right and fake.compiled == 2
+    assert said == [f"the kernel in {file} was cut off or changed; it is compiled anew"]
     assert nvrtc.cubin("a", (9, 0), tmp_path) == right and fake.compiled == 2
 
 
@@ -167,6 +174,10 @@ def test_a_form_that_a_kernel_cannot_have_does_not_compile(tmp_path: Path) -> No
     form = Form(Strategy.TWO_SHOT, torch.bfloat16, 8, 1024, True, True, True, 1)
     with pytest.raises(WorkspaceError, match="every rank has a share of each row"):
         nvrtc.cubin(form.source, (9, 0), tmp_path)
+    source = replace(FUSED, blocks=2).source.replace("__cluster_dims__(2, 1, 1)", "")  # which is refused by itself
+    assert nvrtc.cubin(source, (9, 0), tmp_path)
+    with pytest.raises(WorkspaceError, match="several blocks have a norm in common from SM90 on"):
+        nvrtc.cubin(source, (8, 0), tmp_path)
 
 
 @needs_compiler

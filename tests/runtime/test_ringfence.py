@@ -150,6 +150,28 @@ def test_before_clusters_a_token_has_one_block() -> None:
 
 
 @pytest.mark.parametrize(
+    ("capability", "blocks", "epilogue", "why"),
+    [
+        ((8, 0), 2, FUSED, r"blocks=2: blocks share a norm from SM90 on, and this device is SM80; leave blocks out"),
+        ((9, 0), 9, FUSED, "blocks=9: 1 to 8 blocks can share a token of a norm"),
+        ((9, 0), 0, FUSED, "blocks=0: 1 to 8"),
+        ((9, 0), -1, Epilogue(), "blocks=-1: 1 to 1024 blocks can share a token without a norm"),
+        ((9, 0), 1025, Epilogue(), "blocks=1025: 1 to 1024"),  # more than a call has shares
+    ],
+)
+def test_blocks_that_cannot_share_a_token_are_refused(
+    kernels: RingfenceKernels, capability: tuple[int, int], blocks: int, epilogue: Epilogue, why: str
+) -> None:
+    kernels = RingfenceKernels(dataclasses.replace(kernels._functions, capability=capability), kernels.rank_memory)
+    x = torch.zeros(2, 2048, dtype=torch.bfloat16)
+    with pytest.raises(WorkspaceError, match=why):
+        kernels.run(x, epilogue, ONE, (x, x[0]), torch.zeros_like(x), torch.zeros_like(x), blocks=blocks)
+    assert launched(kernels) == []
+    kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x), blocks=2)
+    assert launched(kernels)[0][0] == 4
+
+
+@pytest.mark.parametrize(
     "row", [(64, torch.float32), (2880, torch.float16), (4096, torch.bfloat16), (16384, torch.float32)]
 )
 @pytest.mark.parametrize("epilogue", [FUSED, Epilogue()])

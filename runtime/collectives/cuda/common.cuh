@@ -1,75 +1,9 @@
-// What the forms of the all-reduce share: how a row travels, how its arrival is seen, and what follows the sum.
-//
-// A row of HALVES halves of 16-byte vectors travels in lines of 128 bytes: fifteen halves of data, and one that repeats
-// the number of the call. Eight neighbouring lanes write a line with one store and read it with one load, and such a
-// store arrives whole, over NVLink and within a GPU. So a line says by itself that it is there: no payload can imitate
-// the number of a call, which never comes again, and nothing is ever cleared.
-//
-// The number of the call is kept on the device. A call has SHARES shares, and each block counts those that are its own
-// when it begins: what it found says how many calls began before this one, whatever their grids. So nothing of the
-// protocol is in a captured graph.
-//
-// Calls take turns with two buffers. A rank that writes call n + 2 has received from every peer in call n + 1, so each
-// peer had begun it, and had received all of call n, whose buffer is written now. A kernel lets its dependents begin
-// (programmatic dependent launch) as soon as its blocks have counted and the kernel before has ended. They count too, and
-// wait for its end. Where they cannot, because a kernel in between waits for nothing, a call still does not send before
-// the blocks of all calls before it have received everything, which each counts for its shares.
-//
-// No wait is without an end: what does not come within the bound is reported to the host, and the outputs are NaN.
-//
-// Compiled by NVRTC without headers. There are no ranks' numbers among the template arguments: one image serves all.
-
-// A call of one rank. As in ringfence.py, field by field.
-struct Call {
-    const char *input, *residual, *weight;  // [tokens, hidden], the same, [hidden]
-    char *norm, *out;                       // both [tokens, hidden]
-    char *inbox;                            // two buffers of this rank
-    char *peers[7];                         // the inboxes of the others, by rank
-    u64 *begun;                             // how many shares of calls have begun
-    u64 *received;                          // of how many the blocks have received everything
-    u32 *broken;                            // not 0: a wait has ended without success, for the ranks of these bits
-    const u64 *bound;                       // nanoseconds of a wait, in the host's memory
-    u32 *report;                            // in the host's memory: what report() writes
-    u64 buffer_bytes;
-    u32 tokens, rank;
-    float eps, weight_bias;
-};
-
-// -- rows and blocks -------------------------------------------------------------------
+// What the forms of the all-reduce share: how a row is spread, and what a block does: begin, send, receive, and what
+// follows the sum. protocol.cuh has the protocol, and who waits for what.
 
 constexpr int HALVES_OF_A_LINE = 15;
 constexpr int LINE_BYTES = 128;
 constexpr int LINES_OF_A_WARP = 4;
-constexpr u32 ALL = 0xffffffffu;
-// Of a call: as many as a grid may have blocks.
-constexpr u32 SHARES = 1024;
-// How often a wait looks in vain before it looks at the time.
-constexpr int LOOKS = 64;
-
-// What a wait that ended without success was for: a part, a sum, or nothing, because a source told that it has lost
-// something itself. The host is told, in words of its memory: 1, the call (two words), the token, the source, the own
-// rank, a bit for each rank that did not come, and this.
-constexpr u32 PART = 0, SUM = 1, TOLD = 2;
-// A sum comes after the owner's parts, so the owner gives up first, and tells for whom it has waited.
-constexpr u64 BOUNDS_OF_A_SUM = 2;
-
-// Tell the host, if nothing was told before. absent: a bit for each rank that did not come; returned is what stands.
-__device__ __noinline__ u32 report(const Call &call, u64 number, u32 token, u32 source, u32 absent, u32 what) {
-    const u32 before = atomicCAS(call.broken, 0u, absent);
-    if (before != 0) return before;
-    volatile u32 *to = call.report;
-    to[1] = (u32)number;
-    to[2] = (u32)(number >> 32);
-    to[3] = token;
-    to[4] = source;
-    to[5] = call.rank;
-    to[6] = absent;
-    to[7] = what;
-    __threadfence_system();
-    to[0] = 1;
-    __threadfence_system();
-    return absent;
-}
 
 // How a row is spread: over BLOCKS blocks of WARPS warps, each of which carries a granule of four lines in each of
 // ROUNDS rounds. One warp more, the last of a block, carries none: it counts, and looks at what the device keeps.
@@ -85,12 +19,16 @@ struct Form {
     static constexpr int LINES = (HALVES + HALVES_OF_A_LINE - 1) / HALVES_OF_A_LINE;
     static constexpr int GRANULES = (LINES + LINES_OF_A_WARP - 1) / LINES_OF_A_WARP;
     static constexpr int OF_A_BLOCK = (GRANULES + BLOCKS - 1) / BLOCKS;
+    // Whether a block of a cluster carries nothing, where a row has too few granules for all.
+    static constexpr bool IDLE_BLOCK = CLUSTER && (BLOCKS - 1) * OF_A_BLOCK >= GRANULES;
     static constexpr u64 ROW_BYTES = 8ull * HALVES;
     // Whether a weight is asked for before the wait; with more of it, it would fill the registers.
     static constexpr bool EARLY_WEIGHT = WEIGHT_ && ROUNDS_ <= 2;
     static_assert(RANKS >= 2 && RANKS <= 8, "two to eight ranks");
     static_assert(WARPS * ROUNDS >= OF_A_BLOCK, "the warps do not cover the row");
     static_assert(WARPS >= 1 && WARPS <= 31, "a block has at most 32 warps");
+    static_assert(!CLUSTER || CLUSTERS, "several blocks have a norm in common from SM90 on");
+    static_assert(!CLUSTER || BLOCKS <= 8, "a cluster has at most eight blocks");
 };
 
 // What a lane carries in a round: two halves of a line, one and the flag, or nothing.
@@ -230,15 +168,15 @@ struct Block {
 #pragma unroll
             for (int s = 0; s < SOURCES; s++)
                 if (missing >> s & 1) {
-                    // Who has lost something waits no more, and may be calls ahead: what it tells is for any call.
+                    // Who has lost something waits no more, and may be calls ahead: what it relays is for any call.
                     const bool here = !p.flag || (got[s].z == low && got[s].w == high) || (u8)got[s].w != 0;
                     if (__all_sync(ALL, here)) missing &= ~(1u << s);
                 }
             if (missing == 0) {
-                u32 told = 0;
+                u32 relayed = 0;
 #pragma unroll
-                for (int s = 0; s < SOURCES; s++) told |= p.flag ? (u8)got[s].w : 0;
-                if (__any_sync(ALL, told != 0)) {
+                for (int s = 0; s < SOURCES; s++) relayed |= p.flag ? (u8)got[s].w : 0;
+                if (__any_sync(ALL, relayed != 0)) {
 #pragma unroll
                     for (int s = 0; s < SOURCES; s++) hear(token, p.flag ? (u8)got[s].w : 0, by_rank(1u << s, only));
                     continue;
@@ -282,17 +220,17 @@ struct Block {
         return __shfl_sync(ALL, found, 0);
     }
 
-    // What a source tells of ranks that did not come. The whole warp calls.
-    __device__ void hear(u32 token, u32 told, u32 source) {
-        const u32 lanes = __ballot_sync(ALL, told != 0);
+    // What a source relays of ranks that did not come. The whole warp calls.
+    __device__ void hear(u32 token, u32 relayed, u32 source) {
+        const u32 lanes = __ballot_sync(ALL, relayed != 0);
         if (lanes == 0) return;
-        u32 found = __shfl_sync(ALL, told, __ffs((int)lanes) - 1);
-        if (lane == 0) found = report(call, number, token, __ffs((int)source) - 1, found, TOLD);
+        u32 found = __shfl_sync(ALL, relayed, __ffs((int)lanes) - 1);
+        if (lane == 0) found = report(call, number, token, __ffs((int)source) - 1, found, RELAYED);
         lost = __shfl_sync(ALL, found, 0);
     }
 
-    // What all threads that share the norm of a token get to know of a line, in each block of the cluster.
-    __device__ void tell(int line, int turn, u32 square) const {
+    // The square of a line, to all threads that share the norm of its token, in each block of the cluster.
+    __device__ void publish(int line, int turn, u32 square) const {
         const u64 word = (u64)(turn + 1) << 32 | square;
         u64 *to = &shared.squares[turn & 1][line];
         if (!F::CLUSTER) *(volatile u64 *)to = word;
@@ -301,9 +239,10 @@ struct Block {
     }
 
     // The sum of the squares of a row. It arrives line by line, as the row does, so nobody meets anybody. A warp that
-    // carries something is at most a turn ahead of any other, and one that carries nothing asks in the last turn only.
+    // carries something is at most a turn ahead of any other, and one that carries nothing asks in the last turn only; in
+    // a block of such warps in the one before too, since words of two turns come in any order.
     // A lane asks for its lines at once: a wait for one after the other takes half a microsecond.
-    __device__ float told(int turn) {
+    __device__ float sum_of_squares(int turn) {
         constexpr int AT_ONCE = F::LINES <= 8 * 32 ? (F::LINES + 31) / 32 : 8;
         const u64 whose = (u64)(turn + 1) << 32;
         float total = 0.f;
@@ -356,14 +295,15 @@ struct Block {
                 for (int k = 0; k < T::COUNT; k++) square = fmaf(x[k], x[k], square);
 #pragma unroll
                 for (int half = 1; half < 8; half *= 2) square += __shfl_xor_sync(ALL, square, half);
-                if (p.flag) tell(p.line, turn, lost ? LOST | lost : __float_as_uint(square));
+                if (p.flag) publish(p.line, turn, lost ? LOST | lost : __float_as_uint(square));
             }
             write(call.out, token, p, rounded[i]);
         }
         if (!F::NORM && last && lost && lane == 0) shared.lost = lost;
         if (F::NORM ? !F::CLUSTER : last) __syncthreads();
         if (!last && (!F::NORM || place(0).granule < 0)) return;
-        const float total = F::NORM ? told(turn) : 0.f;
+        if (F::IDLE_BLOCK && last && turn > 0 && (int)part * F::OF_A_BLOCK >= F::GRANULES) sum_of_squares(turn - 1);
+        const float total = F::NORM ? sum_of_squares(turn) : 0.f;
         if (!F::NORM) lost |= shared.lost;
         if (last && warp == F::WARPS && lane == 0) atomicAdd(call.received, shares());  // all have received everything
         if (!F::NORM) return;
