@@ -275,7 +275,7 @@ def test_after_a_failure_nothing_is_called() -> None:
 
 
 def test_steps_of_an_engine_are_written_down_and_a_failure_is_told(tmp_path: Any) -> None:
-    first, second = run_ranks(2, callable_ranks.watched, str(tmp_path), timeout=240)
+    first, second = run_ranks(2, callable_ranks.watched, str(tmp_path))
     told_of_what_was_wrong(first["wrong"], second["wrong"])
     told_of_the_step(first["steps"], second["steps"])
     for found in (first, second):

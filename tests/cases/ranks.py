@@ -32,7 +32,7 @@ def run_all(rank: int) -> dict[str, Any]:
     for name, body in _BODIES.items():
         dist.destroy_process_group()
         own = dist.PrefixStore(f"program {name}", store)
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
         try:
             results[name] = body(rank)
         except Exception:

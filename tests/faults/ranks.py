@@ -456,7 +456,7 @@ def _over_one_store(port: int, attempt: int) -> dist.Store:
     """For the groups of one attempt, which have fresh keys; ringfence writes to the launcher's store as it is."""
     from torch.distributed import distributed_c10d
 
-    shared = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    shared = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
     distributed_c10d._get_default_store = lambda: dist.PrefixStore("default_pg", shared)
     return dist.PrefixStore(f"groups of attempt {attempt}", shared)
 

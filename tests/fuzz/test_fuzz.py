@@ -19,7 +19,7 @@ from fuzz.regressions import REGRESSIONS
 from fuzz.run import run
 from fuzz.share import share
 
-from support import run_ranks
+from support import HARD_END, run_ranks
 
 
 def mostly_right(counts: Counter[str]) -> bool:
@@ -50,7 +50,7 @@ def test_random_programs(kind: str, part: int, seed: int, programs: int) -> None
 @pytest.mark.xdist_group("two ranks")
 def test_random_programs_on_two_ranks(seed: int, programs: int) -> None:
     seeds = share(programs // 2, seed, inductor=0.0, ranks=True)
-    for counts, failures in run_ranks(2, fuzz_ranks, seeds, timeout=200 + 20 * len(seeds)):
+    for counts, failures in run_ranks(2, fuzz_ranks, seeds, timeout=HARD_END + 20 * len(seeds)):
         assert not failures, f"--fuzz-seed {seed}\n" + "\n".join(failures)
         assert mostly_right(counts), counts
 

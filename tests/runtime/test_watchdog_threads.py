@@ -144,9 +144,7 @@ def test_a_main_thread_that_cannot_hear_of_a_signal_ends_with_its_peers(
     how: str, number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     """A shutdown of ranks that wait for their devices: whoever was told first has ended, and no collective breaks."""
-    result: subprocess.CompletedProcess[str] = run_python(
-        "-c", _TOLD_IN_A_CALL, how, str(int(number)), str(tmp_path), timeout=60
-    )
+    result: subprocess.CompletedProcess[str] = run_python("-c", _TOLD_IN_A_CALL, how, str(int(number)), str(tmp_path))
     assert result.returncode == code, result.stderr
     if code == 99:  # the peer goes on, and may come
         return
