@@ -66,6 +66,8 @@ def fuse(
                 raise GraphMetadataError(
                     f"site {candidate.site.index} was found in another graph; pass what find(gm) returns for this one"
                 )
+            if candidate.match.all_reduce.start._erased and candidate.site.merged_into is None:
+                raise GraphMetadataError(f"site {candidate.site.index} is fused already; call find(gm) again")
             if candidate.site.merged_into is None:
                 rewriter.rewrite(candidate.site.index, candidate.match)
         sites.append(candidate.site)

@@ -21,6 +21,7 @@ from ..runtime.errors import GroupError, OptionsError
 from ..runtime.groups import Group, describe_group, group_exists, register_group, resolve_group
 from .engine_ops import GROUP, EngineCall, GroupOf, engine_call
 from .fuse import SITE
+from .given import check_graph
 from .op_calls import nodes_of, op_arguments, op_names
 from .roles import c10d, calls, first_node
 
@@ -30,7 +31,7 @@ NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d",
 
 def describe_groups(
     gm: GraphModule,
-    device: torch.device,
+    device: torch.device | str,
     all_reduce_ops: Mapping[str, GroupOf] | None = None,
     said: dict[str, str] | None = None,
 ) -> dict[str, Group]:
@@ -42,6 +43,8 @@ def describe_groups(
     Raises :class:`GroupError` for a group that does not exist, and :class:`OptionsError` where the option
     ``all_reduce_ops`` does not tell which one an op runs over.
     """
+    check_graph(gm, "describe_groups")
+    device = torch.device(device)
     said = said if said is not None else {}
     for node in nodes_of(gm):
         call = engine_call(node, all_reduce_ops) if all_reduce_ops and not is_ours_or_torchs(node) else None

@@ -8,7 +8,7 @@ collective meet, in this version, on this machine? The stricter answer holds.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
@@ -18,6 +18,7 @@ from ..runtime.hazards.catalogue import applicable
 from ..runtime.hazards.engine_default import engine_default
 from ..runtime.hazards.situation import Collective, Situation, Strategy
 from ..runtime.hazards.table import Action, Hazard
+from . import op_options
 from .all_reduce import is_all_reduce
 from .assignment import Assignment
 from .constants import mark_constants
@@ -80,9 +81,15 @@ def judge(
 
     ``profile="conservative"`` goes by the rule of the field instead
     (:mod:`ringfence.runtime.hazards.engine_default`): whoever captures has asked it before.
+
+    Raises :class:`ArgumentError` and :class:`OptionsError`.
     """
     check_graph(gm, "judge")
     check_one(assigned, Assignment, "judge", "Assignment(groups=describe_groups(gm, device))")
+    check_one(assigned.groups, Mapping, "Assignment(groups=...)", "describe_groups(gm, device)")
+    split_ops = op_options.strings("split_ops", split_ops)
+    op_options.one_of("on_hazard", on_hazard, ("split", "refuse", "raise", "clean"))
+    op_options.one_of("profile", profile, ("causes", "conservative"))
     mark_constants(gm)
     about = surroundings_of(gm)
 

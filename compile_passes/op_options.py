@@ -37,6 +37,12 @@ def positive(key: str, value: object) -> int:
     return value
 
 
+def one_of(key: str, value: object, choices: Sequence[str]) -> None:
+    """One of these words."""
+    if value not in choices:
+        raise OptionsError(f"{key}={value!r} is not one of {list(choices)}")
+
+
 def check_op_name(key: str, name: str) -> None:
     """``"namespace::name"`` or ``"namespace::name.overload"``."""
     namespace, _, rest = name.partition("::")

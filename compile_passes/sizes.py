@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ..runtime.replay.program import Padding, SizeRule
 from .devices import device_of
 from .functional import written_inputs
-from .given import check_graph
+from .given import check_each, check_graph
 from .match import Candidate
 from .moe_calls import is_dispatch
 from .op_calls import op_arguments
@@ -31,6 +31,7 @@ def size_rule(gm: GraphModule, candidates: Sequence[Candidate], static_inputs: f
     on is none.
     """
     check_graph(gm, "size_rule")
+    candidates = check_each(candidates, Candidate, "size_rule", "find(gm)")
     placeholders = gm.graph.find_nodes(op="placeholder")
     symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
     read = read_symbols(gm)

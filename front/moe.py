@@ -100,6 +100,8 @@ def dispatch(
     :class:`CaptureError`.
     """
     name = name_of_group(group)
+    if payloads is None:
+        raise InputError("a dispatch takes a list of payloads, and was given None")
     given = list(payloads)
     tensors = len(given) > 0 and all(isinstance(one, Tensor) for one in (*given, topk_ids))  # else it is refused there
     call = torch.ops.ringfence.moe_dispatch if tensors and is_traced(topk_ids) else moe.dispatched
@@ -120,6 +122,8 @@ def combine_buffer(
 
     hidden, dtype: of the combined rows; float16, bfloat16 or float32. Raises what :func:`combine` raises.
     """
+    if not isinstance(getattr(sent, "route", None), Tensor):
+        raise InputError("a buffer is for what a dispatch returned: combine_buffer(sent, hidden, dtype)")
     name = name_of_group(group)
     traced = is_traced(sent.route)
     call = torch.ops.ringfence.moe_combine_buffer if traced else moe.combine_buffer
@@ -257,6 +261,7 @@ def _ready(
 
 def local_experts(num_experts: int, group: dist.ProcessGroup | str | None = None) -> range:
     """The numbers of this rank's experts: contiguous blocks, the first ranks' larger by one where there is a rest."""
+    positive("num_experts", num_experts)
     found = resolve_group(name_of_group(group))
     ranks, rank = found.size(), found.rank()
     if num_experts < ranks:

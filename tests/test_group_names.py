@@ -105,6 +105,35 @@ def test_so_do_all_that_take_a_group() -> None:
         ringfence.register_group("world", dist.new_group([0]))
 
 
+def test_no_group_is_the_default_one_and_sites_are_fused_once() -> None:
+    ringfence.prepare(None, H, torch.float32, 8)
+    ringfence.close_workspaces()
+    assert not workspaces_of("0").prepared
+    graph = aot_graph(by_torchs_name, *given())
+    found = ringfence.find(graph)
+    ringfence.fuse(graph, found)
+    with pytest.raises(ringfence.GraphMetadataError, match=r"site 0 is fused already; call find\(gm\) again"):
+        ringfence.fuse(graph, found)
+
+
+def test_an_op_between_pieces_that_sites_have_fused_is_noted() -> None:
+    ringfence.register_group("tp:0", dist.group.WORLD)
+    for split, noted in (("vllm::all_reduce", True), ("ringfence::all_reduce_add_rms_norm", False)):
+        torch._dynamo.reset()
+        backend = ringfence.Backend(piece_compiler="eager", all_reduce_ops=["vllm::all_reduce"], split_ops=[split])
+        with torch.no_grad():
+            torch.compile(by_engines_name, backend=backend, fullgraph=True)(*given())
+        (report,) = backend.reports
+        said = [note for note in report.notes if "split_ops names" in note]
+        assert len(said) == noted and report.sites[0].fused, report.notes
+        if noted:
+            assert (
+                "vllm::all_reduce, which sites of this graph have fused" in said[0] and "(ringfence::all_r" in said[0]
+            )
+        else:
+            assert [v.rule for v in report.verdicts if v.site == 0] == ["split_op"], "as the note says"
+
+
 def test_calls_of_one_group_by_two_names_have_one_collective() -> None:
     from ringfence.compile_passes.called import name_prepared
 

@@ -69,6 +69,8 @@ def _check_ids(topk_ids: Tensor, num_experts: int, empty_id: int | None, ranks: 
 
 def check_combine(partial: Tensor, route: Tensor, ranks: int) -> None:
     """Raises :class:`InputError`."""
+    if not isinstance(partial, Tensor) or not isinstance(route, Tensor):
+        raise InputError("a combine takes two tensors: what became of the rows, and the route of their dispatch")
     if route.ndim != 2 or route.dtype != torch.int32 or route.shape[1] != ranks:
         raise InputError(
             f"route is {route.dtype} {list(route.shape)}; pass the one that the dispatch over these {ranks} ranks gave"

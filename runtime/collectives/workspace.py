@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..channel import Channel, failures_text
 from ..errors import GroupError, WorkspaceError
-from ..groups import resolve_group
+from ..groups import name_of_group, resolve_group
 from ..hazards.situation import Collective, Situation, Strategy
 from .kernels import WAIT_SECONDS, Implementation, KernelCall, Kernels
 from .moe_one_sided import MoeSizes, OneSided
@@ -372,15 +372,15 @@ def workspaces_of(group_name: str) -> Workspaces:
     return found
 
 
-def close_workspaces(group: dist.ProcessGroup | str) -> None:
-    """Close the workspaces of a group (or of the group with this name), before it is destroyed.
+def close_workspaces(group: dist.ProcessGroup | str | None = None) -> None:
+    """Close the workspaces of a group, before it is destroyed: a process group, or its name; None is the default one.
 
     Every rank must call, outside of calls of the model. Graphs captured over them are refused from
     then on. Raises :class:`GroupError`.
     """
     try:
-        found = workspaces_of(group if isinstance(group, str) else group.group_name)
-    except (GroupError, AttributeError) as error:
+        found = workspaces_of(name_of_group(group))
+    except GroupError as error:
         raise GroupError(
             f"{group!r} is no process group of this process, nor the name of one; pass the group that the model "
             "reduces over (dist.group.WORLD, say), before dist.destroy_process_group"

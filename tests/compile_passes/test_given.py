@@ -23,6 +23,7 @@ NO_GRAPH = (
     lambda gm: ringfence.find(gm),
     lambda gm: ringfence.fuse(gm, []),
     lambda gm: ringfence.judge(gm, ringfence.Assignment(), capture=True),
+    lambda gm: ringfence.describe_groups(gm, "cpu"),
     lambda gm: ringfence.cut(gm, []),
     lambda gm: ringfence.split(gm, []),
     lambda gm: ringfence.size_rule(gm, [], frozenset()),
@@ -42,6 +43,7 @@ def test_what_is_no_graph_is_refused_with_how_to_get_one(call: Callable[[Any], o
     ("call", "source"),
     [
         (lambda gm, wrong: ringfence.fuse(gm, wrong), r"find\(gm\)"),
+        (lambda gm, wrong: ringfence.size_rule(gm, wrong, frozenset()), r"find\(gm\)"),
         (lambda gm, wrong: ringfence.cut(gm, wrong), r"judge\(gm, ...\)"),
         (lambda gm, wrong: ringfence.split(gm, wrong), r"cut\(gm, verdicts\)"),
         (lambda gm, wrong: ringfence.judge(gm, wrong, capture=True), r"Assignment\(groups="),
@@ -72,6 +74,21 @@ def test_what_another_pass_did_not_return_is_refused(call: Callable[[Any, Any], 
 def test_find_refuses_as_the_options_do(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ringfence.OptionsError, match=message):
         ringfence.find(graph(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split_ops": "aten::mul"}, "not a list of strings"),
+        ({"on_hazard": "shout"}, "on_hazard='shout' is not one of"),
+        ({"profile": "careful"}, "profile='careful' is not one of"),
+    ],
+)
+def test_judge_refuses_as_the_options_do(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ringfence.OptionsError, match=message):
+        ringfence.judge(graph(), ringfence.Assignment(), capture=True, **options)
+    with pytest.raises(ringfence.ArgumentError, match=r"describe_groups\(gm, device\)"):
+        ringfence.judge(graph(), ringfence.Assignment(groups=["0"]), capture=True)  # type: ignore[arg-type]
 
 
 def test_find_takes_ops_as_the_options_do() -> None:

@@ -308,6 +308,27 @@ def test_an_attempt_ends_where_a_rank_has_left() -> None:
     assert time.monotonic() - start < 60
 
 
+def test_a_rank_that_gives_a_call_up_and_makes_the_next_is_in_step() -> None:
+    """What it left is read in the opening that it left, though it has gone on."""
+    store = dist.HashStore()
+    first = [Channel(store, rank, 2, seconds=20) for rank in range(2)]
+    first[1].leave("called wrongly", in_step=True)
+
+    def body(rank: int) -> list[Any]:
+        if rank == 0:
+            with pytest.raises(RankLeftError, match=r"^rank 1 left: called wrongly$") as caught:
+                first[0].exchange("agree", 0)
+            assert caught.value.in_step
+        return Channel(store, rank, 2, seconds=20, purpose="call prepare").exchange("again", rank)
+
+    assert _on_threads(2, body) == [[0, 1]] * 2
+    behind, _ = Channel(other := dist.HashStore(), 1, 2, seconds=20), Channel(other, 0, 2)
+    Channel(other, 0, 2, purpose="call prepare")
+    with pytest.raises(RankLeftError, match="rank 1 did not call prepare where rank 0 did") as caught:
+        behind.exchange("agree", 1)
+    assert not caught.value.in_step
+
+
 def test_an_attempt_ends_where_a_rank_is_ahead() -> None:
     store = dist.HashStore()
     Channel(store, 0, 2)
