@@ -92,14 +92,17 @@ def test_each_protection_that_is_left_out_is_found(mutant: str, strategy: Strate
     assert folded(replace(RULES, **MUTANTS[mutant]), calls, world_size) is unmissed  # type: ignore[arg-type]
 
 
-#: Replays whose numbers come back: only the lines of the last token, which the call between leaves as they were, are
+#: Replays whose numbers come back: only the lines of the last tokens, which the calls between leave as they were, are
 #: taken for new. By one strategy, and where a line of one call lies where another's lies by the other strategy.
 STALE = {
-    "one size": [(ONE, 3, 0), (ONE, 1, 2), (ONE, 3, 0)],
-    "the other size": [(ONE, 2, 0), (ONE, 1, 2), (ONE, 3, 0)],
-    "two-shot": [(TWO, 3, 0), (TWO, 1, 2), (TWO, 3, 0)],
-    "a line of the other strategy": [(ONE, 3, 0), (ONE, 1, 2), (TWO, 4, 0)],
-    "and the other way round": [(TWO, 4, 0), (TWO, 1, 2), (ONE, 3, 0)],
+    name: [first, *((between, 1, epoch) for epoch in (1, 2, 3)), last]
+    for name, first, between, last in (
+        ("one size", (ONE, 3, 0), ONE, (ONE, 3, 0)),
+        ("the other size", (ONE, 2, 0), ONE, (ONE, 3, 0)),
+        ("two-shot", (TWO, 3, 0), TWO, (TWO, 3, 0)),
+        ("a line of the other strategy", (ONE, 3, 0), ONE, (TWO, 4, 0)),
+        ("and the other way round", (TWO, 4, 0), TWO, (ONE, 3, 0)),
+    )
 }
 
 
@@ -120,11 +123,11 @@ def test_the_kept_ranks_have_a_line_of_each_relation() -> None:
     """Between the sender of a line by one-shot and by two-shot; so which line lies where need not be told."""
 
     def writers(world_size: int) -> set[tuple[str, str]]:
-        compiler = RingfenceCompiler(world_size, rules=RULES)
-        stride = max(map(compiler.lines, (ONE, TWO)))
+        compiler = planning._kept_ranks(Collective.RINGFENCE, RULES, world_size, 0, program([1]))
+        assert isinstance(compiler, RingfenceCompiler) and compiler.stride is not None
         by: dict[Strategy, dict[int, tuple[int, str]]] = {ONE: {}, TWO: {}}
         for strategy, rank in ((s, r) for s in by for r in range(world_size)):
-            for op in replace(compiler, stride=stride).ops(rank, (0,), Call(0, strategy, 2)):
+            for op in compiler.ops(rank, (0,), Call(0, strategy, 2)):
                 sent = () if op.kind.waits else op.cells
                 by[strategy].update((cell, (rank, "sum" if op.after else "part")) for cell in sent)
         found = set()
@@ -132,7 +135,7 @@ def test_the_kept_ranks_have_a_line_of_each_relation() -> None:
             words = compiler.memory.names[cell].split()  # buffer 1 granule 9 in rank 2's memory
             (one, _), (two, what) = by[ONE][cell], by[TWO][cell]
             relation = "the same" if one == two else "the receiver" if f"{two}'s" == words[-2] else "another"
-            if int(words[3]) >= stride:  # of the second token
+            if int(words[3]) >= compiler.stride:  # of the second token
                 found.add((what, relation))
         return found
 
