@@ -26,7 +26,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     from ringfence import watch
 
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     watched = watch(on_hang="abort", step_seconds=STEP_SECONDS, journal_dir=folder)
     for step in range(100):
@@ -38,7 +38,8 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 
 def main() -> int:
     print(f"two ranks run steps, rank 1 falls asleep before step {ASLEEP_IN}; deadline {STEP_SECONDS} s", flush=True)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives every rank
+    # It outlives every rank.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.spawn(rank_main, args=(store.port, folder), nprocs=2, join=False)  # type: ignore[attr-defined]
         for process in ranks.processes:
