@@ -271,10 +271,9 @@ def _taken_anew(graph: Graph, view: Node, base: Node, anchor: Node) -> Node:
     for look in reversed(list(_views(view))):
         with graph.inserting_before(anchor):
             moved[look] = graph.node_copy(look, lambda n: moved.get(n, n))
-        moved[look].meta = {
-            **look.meta,
-            "val": fake_call(moved[look].target, moved[look].args, dict(moved[look].kwargs)),
-        }  # type: ignore[arg-type]
+        taken = moved[look]
+        value = fake_call(taken.target, taken.args, dict(taken.kwargs))  # type: ignore[arg-type]
+        taken.meta = {**look.meta, "val": value}
     return moved[view]
 
 
