@@ -56,7 +56,7 @@ def input_names(gm: GraphModule, dynamo_names: Sequence[str]) -> tuple[str, ...]
     AOT calls them ``arg0_1``, ...; Dynamo's placeholders carry the path of the parameter.
     """
     names = []
-    for name in _dynamo_names(gm, dynamo_names):
+    for name in names_by_dynamo(gm, dynamo_names):
         names.append(re.sub(r"_(modules|parameters|buffers)_", ".", name.removeprefix("l_self_modules_")).strip("_"))
     return tuple(_by_shape(gm, names))
 
@@ -79,7 +79,7 @@ def _by_shape(gm: GraphModule, names: Sequence[str]) -> Iterator[str]:
 def inputs_of_modules(gm: GraphModule, dynamo_names: Sequence[str]) -> frozenset[int]:
     """The inputs of an AOT graph that are a module's parameters and buffers, by the names that Dynamo gave them."""
     return frozenset(
-        i for i, name in enumerate(_dynamo_names(gm, dynamo_names)) if "_parameters_" in name or "_buffers_" in name
+        i for i, name in enumerate(names_by_dynamo(gm, dynamo_names)) if "_parameters_" in name or "_buffers_" in name
     )
 
 
@@ -96,7 +96,8 @@ def served(gm: GraphModule, names: Sequence[str], stay: Collection[int]) -> str:
     return ", ".join(shapes[:3]) + more
 
 
-def _dynamo_names(gm: GraphModule, dynamo_names: Sequence[str]) -> Iterator[str]:
+def names_by_dynamo(gm: GraphModule, dynamo_names: Sequence[str]) -> Iterator[str]:
+    """What Dynamo calls the inputs of an AOT graph; ``dynamo_names`` are all of its names."""
     for node in gm.graph.find_nodes(op="placeholder"):
         origin = node.meta.get("desc")
         while hasattr(origin, "base"):  # the local tensor of a DTensor parameter

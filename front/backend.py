@@ -24,7 +24,7 @@ from .compile_passes.bases import name_bases
 from .compile_passes.devices import device_of
 from .compile_passes.digest import digest, with_shared_sizes
 from .compile_passes.dump import dump_graph
-from .compile_passes.graph_inputs import needs_grad, specialise_floats, static_inputs
+from .compile_passes.graph_inputs import Constants, float_inputs, needs_grad, static_inputs
 from .compile_passes.groups import describe_groups, groups_there
 from .compile_passes.match import Site
 from .compile_passes.named_ops import check_not_decomposed, ops_in, ops_replaced
@@ -57,6 +57,7 @@ from .stages import (
     lower_graph,
     prove_plan,
     settle,
+    settle_floats,
     split_graph,
 )
 from .torch_compile import OneObject, check_arguments
@@ -96,6 +97,7 @@ class Backend(OneObject):
         }
         self._seen_ops: set[str] = set()
         self._said_groups: dict[str, str] = {}  # by engine op, see describe_groups
+        self._constants = Constants()
         self._versions = versions()  # read once: it asks the file system
         self.asked = Asked(
             {name: getattr(self.options, name) for name in OF_PROCESS if name in named},
@@ -148,11 +150,12 @@ class Backend(OneObject):
     def _compile_dynamo_graph(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if needs_grad(gm, example_inputs):
             return self._without_fusion(gm, example_inputs)
-        specialise_floats(gm)
         inductor = self.options.piece_compiler == "inductor"
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        floats = float_inputs(gm)
 
         def compile_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            settle_floats(gm, names, floats, self.options, self._constants)
             with self.supervisor.compilation():
                 return self._compile(gm, example_inputs, names)
 

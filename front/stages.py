@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,12 @@ from .compile_passes.assignment import Assignment
 from .compile_passes.called import called_sites
 from .compile_passes.clean import clean_payload
 from .compile_passes.collectives import carried_groups, refuse_sites
+from .compile_passes.devices import device_of
 from .compile_passes.dump import dump_graph
 from .compile_passes.facts import judge_with_facts
 from .compile_passes.find import find
 from .compile_passes.functional import return_inputs_themselves, written_inputs
-from .compile_passes.graph_inputs import check_not_empty
+from .compile_passes.graph_inputs import Constants, FloatInput, check_not_empty, floats_that_fuse
 from .compile_passes.in_place import write_in_place
 from .compile_passes.judge import Verdict
 from .compile_passes.lower import eager_piece, inductor_piece, lower
@@ -29,6 +31,7 @@ from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.outer import OuterCapture
 from .compile_passes.parts import cut
 from .compile_passes.prove import PlanVerdict, prove
+from .compile_passes.provenance import names_by_dynamo
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.returned_numbers import take_returned_numbers
 from .compile_passes.returned_views import take_returned_views, views_of_inputs
@@ -129,17 +132,53 @@ def settle(gm: GraphModule, options: Options) -> dict[int, ReturnedView]:
     return numbers
 
 
-def find_sites(graph: TracedGraph, options: Options, supervisor: Supervisor) -> FoundSites:
-    """Experts are rewritten where all ranks agree; then every all-reduce is a candidate, and so are our own calls."""
-    gm, device = graph.gm, graph.device
-    moe_sites = dispatch_where_agreed(gm, graph.groups, graph.channels, device, options, supervisor)
-    found = find(
+def settle_floats(
+    gm: GraphModule,
+    names: Sequence[str],
+    floats: Mapping[str, FloatInput],
+    options: Options,
+    constants: Constants,
+) -> None:
+    """Trace anew where a float of the model has to be a constant; others stay inputs, which may change.
+
+    It has to be one where a site can be fused only so; and where pieces are captured under ``dynamic=True``, as long as
+    it has the value of its first graph: a captured piece reads no number of the host's. MoE layers are told by
+    patterns with numbers, so there all are constants. floats: by the names of their inputs; ``names`` of all inputs, by
+    Dynamo.
+    """
+    if not floats:
+        constants.specialise(())
+        return
+    inputs = {i: name for i, name in enumerate(names_by_dynamo(gm, names)) if name in floats}
+    if options.moe_dispatch or len(inputs) < len(floats):
+        constants.specialise(floats.values())
+        return
+    needed: set[int] = set()
+    if options.fuse:
+        trial = GraphModule(gm, copy.deepcopy(gm.graph))
+        settle(trial, options)
+        device = device_of(gm)
+        needed = floats_that_fuse(trial, inputs, lambda trial: _candidates(trial, device, options))
+    if (options.capture_sizes or options.outer_capture) and not torch._dynamo.config.assume_static_by_default:
+        needed |= {i for i, name in inputs.items() if constants.is_first(name, floats[name].value)}
+    constants.specialise([floats[inputs[i]] for i in sorted(needed)])
+
+
+def _candidates(gm: GraphModule, device: torch.device, options: Options) -> list[Candidate]:
+    return find(
         gm,
         strict=options.numerics == "strict",
         groups=options.groups,
         all_reduce_ops=options.all_reduce_ops,
         norm_ops=norm_ops_of(gm, options.norm_ops, device),
     )
+
+
+def find_sites(graph: TracedGraph, options: Options, supervisor: Supervisor) -> FoundSites:
+    """Experts are rewritten where all ranks agree; then every all-reduce is a candidate, and so are our own calls."""
+    gm, device = graph.gm, graph.device
+    moe_sites = dispatch_where_agreed(gm, graph.groups, graph.channels, device, options, supervisor)
+    found = _candidates(gm, device, options)
     candidates = switch_off(found, fuse=options.fuse, skip_sites=options.skip_sites)
     check_not_empty(gm, candidates)
     checked = verify(candidates, device) if options.verify else candidates
