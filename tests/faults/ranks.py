@@ -661,7 +661,7 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
         fault(
             "skipped step",
             1,
-            r"ranks? 0.*: step 7 of sizes \(3,\), uncaptured; rank 1: step 7 of sizes \(8,\), replay",
+            r"their step 7: sizes differs: ranks? 0.*: sizes \(3,\); rank 1: sizes \(8,\)",
             options={"check_every_step": True},
         ),
         fault("throws", 1, r"rank 1 failed in step 7 .*the island was told to throw", r"^rank 1 failed in step 7"),
