@@ -119,7 +119,7 @@ class FakeKernels:
         while work is not None and not (work.is_completed() and work.exception() is None):
             if time.monotonic() - began > self.seconds:
                 rank = dist.get_rank()
-                self.lost = Lost(self.words, 0, 1 - rank, rank, (1 - rank,), sums=False, told=False).error()
+                self.lost = Lost(self.words, 0, 1 - rank, rank, (1 - rank,), sums=False, relayed=False).error()
                 break
             time.sleep(0.001)
         return total if self.lost is None else torch.full_like(x, torch.nan)

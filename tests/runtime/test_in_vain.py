@@ -64,7 +64,7 @@ class Watched(Rank):
 
     def gives_up(self, missing: tuple[int, ...] = (1,), told: bool = False) -> None:
         """The kernel returns, so to the device the call is complete."""
-        lost = Lost(313, 2, missing[0], self.journal.rank, missing, sums=False, told=told)
+        lost = Lost(313, 2, missing[0], self.journal.rank, missing, sums=False, relayed=told)
         self.kernels.lost, self.device.ended = lost.error(), 10**9
 
 
