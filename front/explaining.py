@@ -156,7 +156,7 @@ class _Compiler(Backend):
             return plan
         sites, index = self._unfolding.sites(plan.sites)
         verdicts = self._unfolding.verdicts(plan.verdicts, self._places, index)
-        return Plan(sites, verdicts, self._unfolding.plan(plan.split, graph.gm, whole, index))
+        return Plan(sites, verdicts, self._unfolding.plan(plan.split, whole, index))
 
     def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
         if self._unfolding is not None:

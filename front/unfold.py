@@ -129,12 +129,10 @@ class Unfolding:
             found[node.name] = place
         return found
 
-    def plan(
-        self, plan: SplitPlan, gm: GraphModule, whole: GraphModule, index: Callable[[int, Copied], int]
-    ) -> SplitPlan:
-        """The pieces of the whole model. gm, whole: the graph before and after its split."""
+    def plan(self, plan: SplitPlan, whole: GraphModule, index: Callable[[int, Copied], int]) -> SplitPlan:
+        """The pieces of the whole model. whole: the graph after its split."""
         pieces: list[Piece] = []
-        stretches = [(stretch, stretch.place) for stretch in self._stretches(plan, gm, whole)]
+        stretches = [(stretch, stretch.place) for stretch in self._of_parts(plan, whole)]
         for stretch, copied in self.repeated(stretches):
             sites = tuple(index(site, copied) for site in stretch.sites)
             if stretch.begins or not pieces:
@@ -143,21 +141,6 @@ class Unfolding:
             last = pieces[-1]
             pieces[-1] = replace(last, nodes=last.nodes + stretch.nodes, sites=(*last.sites, *sites))
         return SplitPlan(tuple(pieces))
-
-    def _stretches(self, plan: SplitPlan, gm: GraphModule, whole: GraphModule) -> list[_Stretch]:
-        found = self._of_parts(plan, whole)
-        # A split keeps the order and gives new names.
-        ops = [n for n in gm.graph.nodes if n.op not in _NO_OPS]
-        parts = [p for p in plan.pieces for n in _graph(whole, p).nodes if n.op not in _NO_OPS]
-        piece_of = dict(zip(ops, parts, strict=True))
-        places = self.places(gm.graph.nodes)
-        for node in gm.graph.find_nodes(op="get_attr"):  # a constant of a piece, which a split passes to it
-            piece = next((piece_of[user] for user in node.users if user in piece_of), None)
-            mine = [i for i, stretch in enumerate(found) if stretch.piece is piece]
-            at = next((i for i in mine if found[i].place == places[node.name]), mine[0] if mine else None)
-            if at is not None:
-                found[at] = replace(found[at], nodes=found[at].nodes + 1)
-        return found
 
     def _of_parts(self, plan: SplitPlan, whole: GraphModule) -> list[_Stretch]:
         found: list[_Stretch] = []
