@@ -112,6 +112,7 @@ mine, peer, gone = rank(0), rank(1), subprocess.Popen(["true"])
 gone.wait()
 peer.others._process = (this_process()[0], gone.pid)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it runs in the background
 mine.start()
 waits = threading.Event()
 def launcher():
