@@ -17,17 +17,12 @@ from typing import Any
 import torch
 from torch._prims_common import clone_preserve_strides
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from .aliases import fake_call, readers, root, undoes, viewed
-from .functional import SCATTERS, mutable_names
-from .roles import arguments, calls, is_tensor, same_shape, tensor
+from .functional import FIRST_FORM, SCATTERS, SECOND_FORM, mutable_names
+from .roles import arguments, calls, is_tensor, same_shape, same_size, tensor
 from .symbols import as_node, expression, providers
-
-_FIRST = torch.ops.higher_order.auto_functionalized
-_SECOND = torch.ops.higher_order.auto_functionalized_v2
-
 
 Providers = Mapping[Any, Node]
 
@@ -75,7 +70,7 @@ def name_bases(gm: GraphModule, *, eager_pieces: bool) -> None:
     ``eager_pieces``: pieces run op by op. Inductor takes places for counted from the first element, so for it a base
     that begins inside of other memory is left alone.
     """
-    nodes = gm.graph.find_nodes(op="call_function", target=_FIRST)
+    nodes = gm.graph.find_nodes(op="call_function", target=FIRST_FORM)
     sizes = {s: n for s, n in providers(gm).items() if n.op == "placeholder"}
     for node in nodes:
         call = _read(node)
@@ -134,7 +129,7 @@ def _can_be_written(call: _Call, sizes: Providers) -> bool:
 
 def _begins(call: _Call) -> bool:
     """Whether each base begins where its storage does."""
-    return all(statically_known_true(tensor(base).storage_offset() == 0) for base in call.bases)
+    return all(same_size(tensor(base).storage_offset(), 0) for base in call.bases)
 
 
 # -- how new values come together ----------------------------------------------------------
@@ -206,7 +201,7 @@ def _same_place(one: torch.Tensor, its_base: torch.Tensor, other: torch.Tensor, 
         (*_place_of(seen)[:-1], seen.storage_offset() - base.storage_offset())
         for seen, base in ((one, its_base), (other, others_base))
     ]
-    return len(places[0]) == len(places[1]) and all(statically_known_true(a == b) for a, b in zip(*places, strict=True))
+    return len(places[0]) == len(places[1]) and all(map(same_size, *places))
 
 
 def _place_of(seen: torch.Tensor) -> tuple[Any, ...]:
@@ -214,8 +209,7 @@ def _place_of(seen: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _same_layout(one: Node, other: Node) -> bool:
-    strides = zip(tensor(one).stride(), tensor(other).stride(), strict=False)
-    return same_shape(one, other) and all(statically_known_true(a == b) for a, b in strides)
+    return same_shape(one, other) and all(map(same_size, tensor(one).stride(), tensor(other).stride()))
 
 
 # -- the second form ------------------------------------------------------------------------
@@ -230,7 +224,7 @@ def _write(graph: Graph, call: _Call, sizes: Providers, whole: dict[Node, Node],
     with graph.inserting_before(node):
         for argument in call.arguments:
             given |= _place(graph, argument, bases, sizes)
-        second = graph.call_function(_SECOND, (call.op,), {**given, "_all_bases": bases})
+        second = graph.call_function(SECOND_FORM, (call.op,), {**given, "_all_bases": bases})
         new = [graph.call_function(operator.getitem, (second, first + i)) for i in range(len(bases))]
     for value, base in zip(new, bases, strict=True):
         value.meta["val"] = clone_preserve_strides(tensor(base))

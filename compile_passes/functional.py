@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Node
 
 from .roles import aten, calls, first_node, is_tensor, same_shape, tensor
 
-_V1 = torch.ops.higher_order.auto_functionalized
-_V2 = torch.ops.higher_order.auto_functionalized_v2
+#: The two forms of an op that writes.
+FIRST_FORM = torch.ops.higher_order.auto_functionalized
+SECOND_FORM = torch.ops.higher_order.auto_functionalized_v2
 
 #: ``scatter(base, src, ...)`` is ``base`` with ``src`` in the place that ``view(base, ...)`` looks at.
 SCATTERS = {
@@ -93,14 +94,14 @@ def written_inputs(gm: GraphModule) -> frozenset[int]:
 
 
 def is_functionalised(node: Node) -> bool:
-    return calls(node, _V1, _V2)
+    return calls(node, FIRST_FORM, SECOND_FORM)
 
 
 def mutation(node: Node) -> Mutation | None:
     """What a functionalised op does; None for other nodes, and for those that write nothing that exists."""
     if not is_functionalised(node) or not isinstance(node.args[0], torch._ops.OpOverload):
         return None
-    return _second(node) if node.target is _V2 else _first(node)
+    return _second(node) if node.target is SECOND_FORM else _first(node)
 
 
 def new_value(node: Node, output: int) -> Node | None:

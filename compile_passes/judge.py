@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from torch.fx import GraphModule, Node
 
@@ -88,8 +89,8 @@ def judge(
     check_one(assigned, Assignment, "judge", "Assignment(groups=describe_groups(gm, device))")
     check_one(assigned.groups, Mapping, "Assignment(groups=...)", "describe_groups(gm, device)")
     split_ops = op_options.strings("split_ops", split_ops)
-    op_options.one_of("on_hazard", on_hazard, ("split", "refuse", "raise", "clean"))
-    op_options.one_of("profile", profile, ("causes", "conservative"))
+    op_options.one_of("on_hazard", on_hazard, get_args(op_options.OnHazard))
+    op_options.one_of("profile", profile, get_args(op_options.Profile))
     mark_constants(gm)
     about = surroundings_of(gm)
 

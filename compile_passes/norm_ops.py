@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime.collectives import reference
+from .functional import is_functionalised
 from .roles import as_number, is_contiguous, same_size
 
 #: By name: what is added to the weight.
@@ -61,8 +62,6 @@ _BOUND = 4.0
 _BOUND_OF_A_USER = 16.0
 _ABSOLUTE = 1e-5
 _ROWS = 5
-
-_WRAPPERS = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def op_of(node: Node) -> torch._ops.OpOverload | None:
     """The custom op that a node calls, also inside ``auto_functionalized``."""
     if node.op != "call_function":
         return None
-    target = node.args[0] if node.target in _WRAPPERS else node.target
+    target = node.args[0] if is_functionalised(node) else node.target
     return target if isinstance(target, torch._ops.OpOverload) and target.namespace not in _TORCHS else None
 
 
@@ -245,7 +244,7 @@ def read_call(node: Node, row: NormOp) -> NormCall | str:
     if not isinstance(x, Node) or (row.residual is not None and not isinstance(residual, Node)) or eps is None:
         return f"{row.name} is called with something else than tensors and a number for epsilon"
     items = {u.args[1]: u for u in node.users if u.target is operator.getitem}
-    if node.target not in _WRAPPERS and (row.out is not None or row.in_place or row.donated):
+    if not is_functionalised(node) and (row.out is not None or row.in_place or row.donated):
         return f"{row.name} writes into its arguments; hand on a functional graph, in which AOT has wrapped it"
     if row.out is not None:
         norm, summed, mine = items.get(written[row.out]), None, {written[row.out]}
@@ -276,7 +275,7 @@ def _arguments(node: Node, op: torch._ops.OpOverload) -> tuple[dict[str, Any], d
     """The arguments by name, and for those that are written the position of the new value in what the node returns."""
     schema = op._schema.arguments
     defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    if node.target not in _WRAPPERS:
+    if not is_functionalised(node):
         return defaults | dict(zip([a.name for a in schema], node.args, strict=False)) | dict(node.kwargs), {}
     given = dict(node.kwargs)
     bases: Any = given.pop("_all_bases", None)

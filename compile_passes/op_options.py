@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from . import engine_ops
 from . import norm_ops as norms
 from .engine_ops import AllReduceOp, GroupOf
 from .norm_ops import NormOp
+
+OnHazard = Literal["split", "refuse", "raise", "clean"]
+Profile = Literal["causes", "conservative"]
 
 _ROWS: Mapping[str, Any] = {"all_reduce_ops": AllReduceOp, "norm_ops": NormOp}
 
@@ -37,7 +40,7 @@ def positive(key: str, value: object) -> int:
     return value
 
 
-def one_of(key: str, value: object, choices: Sequence[str]) -> None:
+def one_of(key: str, value: object, choices: Sequence[object]) -> None:
     """One of these words."""
     if value not in choices:
         raise OptionsError(f"{key}={value!r} is not one of {list(choices)}")

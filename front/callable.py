@@ -22,7 +22,8 @@ from .assign import nccl_situation, ready_for, wanted_by
 from .compile_passes.assignment import Assignment
 from .compile_passes.fuse import SITE
 from .compile_passes.judge import Decision, Verdict, judge
-from .keywords import CollectiveName, OnHazard, Transport
+from .compile_passes.op_options import OnHazard
+from .keywords import CollectiveName, Transport
 from .options import Options
 from .runtime.capturing import is_capturing
 from .runtime.channel import Channel

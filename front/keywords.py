@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch.distributed as dist
 
+from .compile_passes.op_options import OnHazard, Profile
+
 if TYPE_CHECKING:
     from .compile_passes.engine_ops import GroupOf
     from .compile_passes.norm_ops import NormOp
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 
 CollectiveName = Literal["auto", "reference", "trtllm", "mnnvl", "ringfence"]
 Transport = Literal["auto", "peer", "multicast"]
-OnHazard = Literal["split", "refuse", "raise", "clean"]
 
 
 class WatchKeywords(TypedDict, total=False):
@@ -58,7 +59,7 @@ class OptionKeywords(WatchKeywords, total=False):
     graphs: Literal["auto", "cuda", "simulated"]
     pad_to_capture_size: bool
     on_hazard: OnHazard
-    profile: Literal["causes", "conservative"]
+    profile: Profile
     outer_capture: bool
     static_outputs: bool
     on_report: "Callable[[CompileReport], None] | None"

@@ -23,6 +23,7 @@ from .compile_passes.op_options import (
     group_names,
     groups,
     norm_ops,
+    one_of,
     positive,
     registered,
     strings,
@@ -232,8 +233,8 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
             raise OptionsError(f"unknown option '{key}'{_hint(key, valid)}; valid options: {', '.join(valid)}")
     checked = dict(given)
     for key, choices in _CHOICES.items():
-        if checked.get(key, choices[0]) not in choices:
-            raise OptionsError(f"{key}={checked[key]!r} is not one of {list(choices)}")
+        if key in checked:
+            one_of(key, checked[key], choices)
     for key in _FLAGS:
         if not isinstance(checked.get(key, False), bool):
             raise OptionsError(f"{key}={checked[key]!r} is not a bool")

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -132,6 +132,17 @@ def judge(
     """The verdicts of a graph on :func:`assigned` groups."""
     groups = assigned(backends, situation, capture_failure=capture_failure, nccl=nccl, moe=moe)
     return judging.judge(gm, groups, **options)
+
+
+@contextlib.contextmanager
+def engine_library(namespace: str, *ops: tuple[Any, ...]) -> Iterator[None]:
+    """Ops as engines register them: the schema, what it does, what it does to fake tensors, and tags."""
+    with torch.library._scoped_library(namespace, "FRAGMENT") as library:
+        for schema, body, fake, *tags in ops:
+            name = library.define(schema, tags=tags)
+            library.impl(name, body, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        yield
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

@@ -266,13 +266,12 @@ class Tape(TorchDispatchMode):
         if not self._on_device(leaf):  # a scalar of the host's, as it was
             value = leaf.clone()
             return lambda: value
+        if not leaf.untyped_storage().nbytes():  # what has no memory is nobody's
+            empty = StorageView.of(leaf).on(torch.UntypedStorage(0, device=leaf.device))
+            return lambda: empty
         block = self._pool.block_of(leaf)
-        if block is not None or not leaf.untyped_storage().nbytes():  # what has no memory is nobody's
-            pinned = (
-                block.like(leaf)
-                if block is not None
-                else StorageView.of(leaf).on(torch.UntypedStorage(0, device=leaf.device))
-            )
+        if block is not None:
+            pinned = block.like(leaf)
             return lambda: pinned
         place = _Kept(leaf)
         self.kept.append(place)

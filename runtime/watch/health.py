@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from ..errors import PoisonedError
 
-#: How long whoever hears of it leaves the thread that watches to write the verdict down.
-_SECONDS_TO_WRITE = 10.0
+#: How long whoever hears of a verdict leaves the thread that watches to write it down, and to end the process where it
+#: does.
+SECONDS_TO_ACT = 10.0
 
 
 class Shared(Protocol):
@@ -53,7 +54,7 @@ class Health:
     def check(self) -> None:
         if self.poisoned is not None:
             if self._written is not None:
-                self._written.wait(_SECONDS_TO_WRITE)
+                self._written.wait(SECONDS_TO_ACT)
             raise PoisonedError(
                 f"the ranks are out of step, so the model is not called any more: {self.poisoned}. Start the job "
                 "again; or, where the process group still works, begin anew on every rank: torch._dynamo.reset() "

@@ -15,7 +15,7 @@ from .journal import Journal
 log = logging.getLogger(__name__)
 
 #: What a verdict may take that is written while the process ends.
-_SECONDS_TO_ACT = 3.0
+_SECONDS_AT_THE_END = 3.0
 
 
 class Looping(Protocol):
@@ -63,7 +63,7 @@ def start(
 def _end(stop: threading.Event, rests: threading.Event, threads: Sequence[threading.Thread]) -> None:
     """Stop the threads, and wait a moment: one that is inside torch when the interpreter is gone aborts the process."""
     stop.set()
-    rests.wait(_SECONDS_TO_ACT)
+    rests.wait(_SECONDS_AT_THE_END)
     for thread in threads:
         if thread.ident is not None and thread is not threading.current_thread():
             thread.join(0.5)

@@ -32,7 +32,7 @@ from .cause import cause_of, is_of_a_peer, is_of_the_store, waited_for
 from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, place_of, where
 from .deadlines import Deadlines
 from .ending import how_it_ends, is_in_order
-from .health import Health
+from .health import SECONDS_TO_ACT, Health
 from .heartbeat import Heartbeat, first_lines
 from .in_vain import InVain
 from .journal import Journal
@@ -42,9 +42,6 @@ from .report import Report, ended, failed
 from .told import Told
 
 log = logging.getLogger(__name__)
-
-#: How long a main thread leaves the watchdog to write, and to end the process where it does.
-_SECONDS_TO_ACT = 10.0
 
 
 class Watchdog:
@@ -116,7 +113,7 @@ class Watchdog:
         if self.ends(error):
             return error
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
-            self._follows.wait(_SECONDS_TO_ACT)
+            self._follows.wait(SECONDS_TO_ACT)
             return self._error(self.report)
         if isinstance(error, HangError):  # a kernel has named who did not come
             return self._given_up(error)
@@ -152,7 +149,7 @@ class Watchdog:
         if self.report is None:
             self._blame(found)
         else:
-            self._follows.wait(_SECONDS_TO_ACT)
+            self._follows.wait(SECONDS_TO_ACT)
         self.health.poison(found.sentence, found.ranks)
         return self._error(found)
 
@@ -199,7 +196,7 @@ class Watchdog:
     def interrupt(self) -> None:
         """Raise what was found, for code of the main thread that waits for other ranks."""
         if self.report is not None and self.reaction.on_hang != "report" and not self._ends:
-            self._acted.wait(_SECONDS_TO_ACT)
+            self._acted.wait(SECONDS_TO_ACT)
             raise self._error(self.report)
 
     # -- what its two threads do at every beat ---------------------------------------------------

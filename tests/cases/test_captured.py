@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ringfence
 from ringfence.runtime.replay import runner as runners
+from support import engine_library
 
 H = 64
 pytestmark = pytest.mark.usefixtures("fake_group")
@@ -24,8 +25,7 @@ SEEN: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Iterator[None]:
-    library = torch.library.Library("captured", "FRAGMENT")
-    unsafe, reads = (torch.Tag.cudagraph_unsafe,), (torch.Tag.data_dependent_output,)
+    unsafe, reads = torch.Tag.cudagraph_unsafe, torch.Tag.data_dependent_output
 
     def writes(q: Tensor, out: Tensor) -> None:
         SEEN.append("writes")
@@ -46,19 +46,16 @@ def engine() -> Iterator[None]:
     def attention(x: Tensor) -> Tensor:
         return x * 2
 
-    for schema, body, fake, tags in (
+    ops = (
         ("writes(Tensor q, Tensor(a!) out) -> ()", writes, lambda q, out: None, unsafe),
         ("writes_list(Tensor q, Tensor(a!)[] out) -> ()", writes_first, lambda q, out: None, unsafe),
         ("writes_maybe(Tensor q, Tensor(a!)? out) -> ()", writes, lambda q, out: None, unsafe),
         ("returns(Tensor q) -> Tensor", returns, torch.empty_like, unsafe),
         ("counts(Tensor q, Tensor(a!) state) -> Tensor", counts, lambda q, state: torch.empty_like(q), reads),
-        ("attention(Tensor x) -> Tensor", attention, torch.empty_like, ()),
-    ):  # fmt: skip
-        name = library.define(schema, tags=tags)
-        library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"captured::{name}", fake, lib=library)
-    yield
-    library._destroy()
+        ("attention(Tensor x) -> Tensor", attention, torch.empty_like),
+    )
+    with engine_library("captured", *ops):
+        yield
 
 
 # -- tags of an op that writes ---------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 import ringfence
+from support import engine_library
 
 H, ROWS, LAYERS = 16, 1024, 2
 OPS = ("first::attend", "first::each", "first::pair", "first::step")
@@ -20,8 +21,6 @@ pytestmark = pytest.mark.usefixtures("fake_group")
 
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Iterator[None]:
-    library = torch.library.Library("first", "FRAGMENT")
-
     def attend(q: Tensor, cache: Tensor, out: Tensor) -> None:
         cache[: q.shape[0]].mul_(0.5).add_(q)
         out.copy_(q + cache[:4].mean(0))
@@ -43,17 +42,14 @@ def engine() -> Iterator[None]:
     def nothing(*_: Any) -> None:
         return None
 
-    for schema, body, fake in (
+    ops = (
         ("attend(Tensor q, Tensor(a!) cache, Tensor(b!) out) -> ()", attend, nothing),
         ("each(Tensor x, Tensor(a!)[] caches) -> ()", each, nothing),
         ("pair(Tensor(a!) keys, Tensor(b!) values, Tensor x) -> Tensor", pair, lambda k, v, x: torch.empty_like(x)),
         ("step(Tensor x, Tensor(a!)[] states) -> Tensor", step, lambda x, states: torch.empty_like(x)),
-    ):
-        name = library.define(schema)
-        library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"first::{name}", fake, lib=library)
-    yield
-    library._destroy()
+    )
+    with engine_library("first", *ops):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from cases.serve import SETTINGS, name_of, serve
 from torch import Tensor, nn
 
+from support import engine_library
+
 H = 64
 pytestmark = pytest.mark.usefixtures("fake_group")
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
@@ -19,16 +21,11 @@ every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
 
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Iterator[None]:
-    library = torch.library.Library("sized", "FRAGMENT")
-
     def attention(x: Tensor, out: Tensor) -> None:
         out.copy_(x * 3)
 
-    name = library.define("attention(Tensor x, Tensor(a!) out) -> ()")
-    library.impl(name, attention, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sized::{name}", lambda x, out: None, lib=library)
-    yield
-    library._destroy()
+    with engine_library("sized", ("attention(Tensor x, Tensor(a!) out) -> ()", attention, lambda x, out: None)):
+        yield
 
 
 def site(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:

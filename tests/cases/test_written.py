@@ -13,6 +13,7 @@ from cases.serve import SETTINGS, name_of, serve, whole_copies
 from torch import Tensor, nn
 
 import ringfence
+from support import engine_library
 
 H, ROWS = 64, 8
 pytestmark = pytest.mark.usefixtures("fake_group")
@@ -22,7 +23,6 @@ every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Iterator[None]:
     """Ops as engines register them: what they write is an argument."""
-    library = torch.library.Library("case", "FRAGMENT")
 
     def attention(q: Tensor, cache: Tensor, out: Tensor) -> None:
         cache[: q.shape[0]].add_(q)
@@ -49,18 +49,15 @@ def engine() -> Iterator[None]:
     def nothing(*_: Any) -> None:
         return None
 
-    for schema, body, fake in (
+    ops = (
         ("attention(Tensor q, Tensor(a!) cache, Tensor(b!) out) -> ()", attention, nothing),
         ("append(Tensor(a!) cache, Tensor x, Tensor pos) -> ()", append, nothing),
         ("both(Tensor(a!) keys, Tensor(b!) values, Tensor x) -> Tensor", both, lambda k, v, x: torch.empty_like(x)),
         ("maybe(Tensor x, Tensor(a!)? cache) -> Tensor", maybe, lambda x, cache: torch.empty_like(x)),
         ("each(Tensor x, Tensor(a!)[] caches) -> ()", each, nothing),
-    ):
-        name = library.define(schema)
-        library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"case::{name}", fake, lib=library)
-    yield
-    library._destroy()
+    )
+    with engine_library("case", *ops):
+        yield
 
 
 def site(x: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
