@@ -8,6 +8,7 @@ its own stream. So a step is what the report describes, piece after piece, and w
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,6 +113,7 @@ class _Bench:
         self._clean: Callable[[Tensor], Tensor] = flush(torch.bfloat16) if how == CLEANED else torch.clone
         self._left_over = torch.tensor(LEFT_OVER, dtype=torch.int16, device=device).view(torch.bfloat16)
         self._define_ops()
+        gc.collect()  # the ops of these names that a bench before had take the names along when they die, in mid-run
         split = [ATTENTION, REFERENCE, *[FUSED] * recipe.split]
         self._backend = ringfence.Backend(
             capture_sizes=[TOKENS] if recipe.capture else (),
