@@ -31,7 +31,7 @@ from .layers import Folding
 from .machines import Planned, planned
 from .options import Options
 from .runtime.collectives.size_table import TABLE, read_table
-from .runtime.errors import OptionsError, RingfenceError, TargetError
+from .runtime.errors import OptionsError, RingfenceError, TargetError, first_lines
 from .runtime.replay.runner import PiecewiseRunner
 from .stages import Judged, Plan, TracedGraph
 from .unfold import Unfolding
@@ -134,6 +134,7 @@ class _Compiler(Backend):
 
     def __init__(self, planned: Planned, folding: Folding | None, options: Mapping[str, Any], *, runs: bool) -> None:
         super().__init__(planned=planned.situation, **{**_SIMULATED, **options})
+        self.is_called_by_forward()  # where no graph comes, explain says so
         self._runs = runs
         self._machine = planned
         self._unfolding = Unfolding(folding) if folding is not None else None
@@ -306,7 +307,8 @@ def fake_group(world_size: int) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a user's function may have destroyed it
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -321,11 +323,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:4])
 
 
 def _dtype_of(dtype: Any) -> str:

@@ -240,3 +240,9 @@ class TooManyStatesError(NotDecidedError):
     def __init__(self, states: int, limit: int) -> None:
         RingfenceError.__init__(self, f"the model has more than {limit} states; ask about fewer calls or ranks")
         self.states = states
+
+
+def first_lines(error: BaseException) -> str:
+    """The first lines of somebody else's message, in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:4])

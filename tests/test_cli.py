@@ -62,6 +62,18 @@ def imports_late():
 
 def without_all_reduce():
     return torch.nn.Linear(H, H), (torch.randn(3, H),)
+
+def needs(size, *, layers):
+    return tuple_inputs()
+
+def exits():
+    raise SystemExit("needs a GPU")
+
+def destroys():
+    dist.destroy_process_group()
+    return tuple_inputs()
+
+number = 3
 """
 
 
@@ -72,6 +84,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "neighbour.py").write_text(
         "import torch\ndef inputs():\n    return torch.randn(3, 16), torch.randn(3, 16)\n"
     )
+    for name, text in (("no_syntax", "x = ("), ("script", "import sys; sys.exit(4)"), ("throws", "1 / 0")):
+        (folder / f"{name}.py").write_text(text)
+    (folder / "package").mkdir()
+    for name in ("__init__", "inner"):
+        (folder / "package" / f"{name}.py").write_text("")
+    (folder / "here").mkdir()
     return folder
 
 
@@ -120,12 +138,8 @@ def test_explain_passes_options_on(explain: Run) -> None:
         (["targets:wrong", "--tp", "2"], USAGE, "must return (model, example_inputs)"),
         (["targets:wrong_pair", "--tp", "2"], USAGE, "and returned ['tuple', 'Model']"),
         (["targets:wrong_shapes", "--tp", "2"], USAGE, "'targets:wrong_shapes': the model raised"),
-        (["targets.py:tuple_inputs", "--tp", "2"], USAGE, "without its suffix: targets:tuple_inputs"),
         (["targets:raises", "--tp", "2"], USAGE, "no weights today"),
         (["targets:empty", "--tp", "2"], USAGE, "at least one token"),
-        (["targets:absent", "--tp", "2"], USAGE, "cannot be imported"),
-        (["no_such_module:f", "--tp", "2"], USAGE, "cannot be imported"),
-        (["no_such_target", "--tp", "2"], USAGE, "neither an existing folder nor module:function"),
         ([".", "--tp", "2"], USAGE, "config.json"),
         (["targets:tuple_inputs"], USAGE, "--tp"),
         (["targets:tuple_inputs", "--tp", "1"], USAGE, "world size"),
@@ -138,6 +152,62 @@ def test_wrong_call_is_refused(explain: Run, arguments: list[str], code: int, me
     returned, out, err = explain(*arguments)
     assert returned == code, err
     assert message in err and "Traceback" not in err and "{" not in out
+
+
+WRONG_TARGETS = {
+    # of a file
+    "targets.py:tuple_inputs": "names a file, and a module is named as for import, without its suffix: targets:tuple_",
+    "./targets.py:f": "without its suffix: targets:f",
+    "package/inner:f": "without its suffix: package.inner:f",
+    "../no_such.py:f": "there is no file '../no_such.py'; a target is module:function",
+    "targets.py": "of a file, name the module and a function: targets:FUNCTION",
+    "~/no_such/file.py:f": "there is no file '",
+    # of a module
+    "..targets:f": "'..targets' is none that can be imported by its name",
+    ".:f": "'.' is none that can be imported",
+    "no_such_module:f": "there is no module 'no_such_module', neither installed nor in '",
+    "target:f": "there is no module 'target'",
+    "target:g": "did you mean 'targets'?",
+    "targets.inner:f": "there is no module 'targets.inner'",
+    "no_syntax:f": "'no_syntax' raised SyntaxError",
+    "script:f": "'script' ends the process (SystemExit: 4); what a script does stands under if __name__",
+    "throws:f": "'throws' raised ZeroDivisionError: division by zero",
+    # of a function
+    "targets:": "names no function; a target is module:function",
+    ":f": "names no module; a target is module:function",
+    "targets:f()": "'f()' is no name of one in 'targets'",
+    "targets:tuple_input": "module 'targets' has no 'tuple_input'; did you mean 'tuple_inputs'?",
+    "targets:zz": "has no 'zz'; its functions: tuple_inputs, mapping_inputs, breaks, ",
+    "package:f": "it is a package of inner: package.inner:f",
+    "package:inner": "'inner' is a module of it: package.inner:FUNCTION",
+    "targets:number": "is of type int, and no function",
+    "targets:needs": "is called without arguments, and: missing a required argument: 'size'; name a function ",
+    "targets:exits": "ends the process (SystemExit: needs a GPU)",
+    "targets:destroys": "destroyed the process group that it was called in",
+    # of a folder
+    "package": "has no config.json; a model folder is what save_pretrained writes; of a package, name a function too",
+    "config.json": "name the folder of it: .",
+    "": "a folder has a config.json, and a function is named as my_module:make_model",
+    "no_such_target": "neither an existing folder nor module:function; of a module, name a function too: no_such_",
+    "meta/llama": "a model of the Hub is downloaded first",
+}
+
+
+@pytest.mark.parametrize("target", WRONG_TARGETS)
+def test_a_wrong_target_is_one_line_that_says_what_to_type(explain: Run, target: str) -> None:
+    code, out, err = explain(target, "--tp", "2")
+    said = [line for line in err.splitlines() if not line.endswith(" ...")]  # loading takes seconds once
+    assert code == USAGE and not out and len(said) == 1, err
+    assert WRONG_TARGETS[target] in said[0] and f"'{target}" in said[0]
+
+
+def test_a_file_elsewhere_is_named_with_where_it_is_looked_for(
+    explain: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder / "here")
+    for target, name in (("../targets.py:f", "targets:f"), ("../package/inner.py:f", "package.inner:f")):
+        code, _, err = explain(target, "--tp", "2")
+        assert code == USAGE and err.endswith(f": PYTHONPATH={folder.resolve()} ringfence explain {name}\n")
 
 
 def test_explain_says_what_it_cannot_know(explain: Run) -> None:

@@ -12,6 +12,7 @@ from ..runtime.errors import OptionsError, TargetError
 from ..runtime.hazards.hazard import ALL_REDUCES
 from ..runtime.protocol.plan import MODELLED
 from .arguments import Commands, count, world_size
+from .targets import load_function, named
 from .terminal import FAILED, OK, UNDECIDED, say, say_if_unread, stage, write
 
 if TYPE_CHECKING:
@@ -101,13 +102,12 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
 
 def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[Explanation]:
     target = arguments.target
-    folder = Path(target) if Path(target).is_dir() else None
+    folder = Path(target) if target and Path(target).is_dir() else None
     _check(arguments, folder)
     # Everything that takes seconds to import is imported here, so that --help and usage errors do not.
     with stage(f"loading {target}"):
         from ..explaining import AskedAs, explain_config, explain_function, fake_group
         from ..fake_model import CONTEXT, ModelCall, read_config
-        from .targets import load_function
 
     asked = AskedAs(arguments.tp, arguments.collective, arguments.flashinfer, arguments.gpu).with_options(options)
     asked.planned(arguments.dtype or "bfloat16")  # what is wrong with it is said at once
@@ -144,13 +144,16 @@ def _check(arguments: argparse.Namespace, folder: Path | None) -> None:
         if arguments.context is not None and not arguments.decode:
             raise OptionsError("--context is of the static cache of --decode")
         if not (folder / "config.json").is_file():
-            raise TargetError(f"'{folder}' has no config.json; a model folder is what save_pretrained writes")
+            package = (
+                f"; of a package, name a function too: {folder.name}:FUNCTION"
+                if (folder / "__init__.py").is_file()
+                else ""
+            )
+            raise TargetError(f"'{folder}' has no config.json; a model folder is what save_pretrained writes{package}")
         return
     of_folder = ("prefill", "decode", "batch", "tokens", "context", "dtype", "expert_parallel")
     given = [f"--{name.replace('_', '-')}" for name in of_folder if getattr(arguments, name)]
-    if ":" not in arguments.target:
-        hub = "; a model of the Hub is downloaded first" if arguments.target.count("/") == 1 else ""
-        raise TargetError(f"'{arguments.target}' is neither an existing folder nor module:function{hub}")
+    named(arguments.target)
     if given:
         raise OptionsError(f"{', '.join(given)}: of a folder's model; a function returns its inputs itself")
 

@@ -67,11 +67,6 @@ def say_if_unread(flashinfer: str) -> None:
         say(f"protocols and hazards were read up to FlashInfer {NEWEST_READ}; {flashinfer} may differ")
 
 
-def first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:4])
-
-
 def write(path: Path, text: str) -> None:
     """In UTF-8. Raises :class:`OptionsError`, also for a FIFO that nobody reads."""
     try:
