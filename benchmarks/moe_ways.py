@@ -190,8 +190,9 @@ class Chain(nn.Module):
         y = x
         how: dict[str, Any] = {"empty_id": None, "known_ids": True} if self.lean else {}
         for _ in range(self.pairs):
+            payloads = [x] + [other for other in self.others]  # Dynamo of torch 2.11 does not unpack an empty list
             sent = ringfence.moe.dispatch(
-                [x, *self.others], self.ids, capacity=self.given.tokens, num_experts=self.experts, **how
+                payloads, self.ids, capacity=self.given.tokens, num_experts=self.experts, **how
             )
             if self.lean:
                 partial = ringfence.moe.combine_buffer(sent, self.given.hidden, self.partial.dtype)
