@@ -6,8 +6,10 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .compile_passes.report import CompileReport, Reports
+from .runtime.replay.remarks import Remarks
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.replay.stats import Counts, Stats, graph_stats
 
@@ -40,18 +42,6 @@ class Account:
         if self._on_report is not None:
             self._on_report(report)
 
-    def note(self, index: int, text: str) -> None:
-        """What shows of a graph when it is called."""
-        report = self.reports[index]
-        self.reports[index] = replace(report, notes=(*report.notes, text))
-
-    def wasted(self, index: int, text: str) -> bool:
-        """No capture was replayed, or, without a text, one is now. Returns whether the user was told before."""
-        if text:
-            self.note(index, text)
-        self.reports[index] = replace(self.reports[index], wasted=text or None)
-        return self.told_that_caches_grow
-
     def stats(self) -> Stats:
         graphs = []
         for graph in self._graphs:
@@ -59,3 +49,20 @@ class Account:
             held = sum(runner.bytes_held.values()) if runner is not None else 0
             graphs.append(graph_stats(graph.counts, report.name, report.serves, held))
         return Stats(tuple(graphs), sum(not graph.name.endswith("/0") for graph in graphs if graph.name))
+
+
+class RemarksOnNext(Remarks):
+    """Into the report that the account is given next."""
+
+    def __init__(self, account: Account) -> None:
+        self._account, self._index = account, len(account.reports)
+
+    def note(self, text: str) -> None:
+        self._change(notes=(*self._account.reports[self._index].notes, text))
+
+    def wasted(self, why: str | None) -> bool:
+        self._change(wasted=why)
+        return self._account.told_that_caches_grow
+
+    def _change(self, **fields: Any) -> None:
+        self._account.reports[self._index] = replace(self._account.reports[self._index], **fields)

@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from .account import Account
+from .account import Account, RemarksOnNext
 from .aot import boxed, compiled, inductor_decompositions
 from .assign import assign, described, name_collectives
 from .compile_passes.assignment import Assignment, Limit
@@ -294,8 +294,7 @@ class Backend(OneObject):
             static_outputs=options.static_outputs,
             journal=self.supervisor.journal,
             supervision=supervision,
-            note=functools.partial(self._account.note, len(self.reports)),
-            wasted=functools.partial(self._account.wasted, len(self.reports)),
+            remarks=RemarksOnNext(self._account),
             collective=assigned.judged,
         )
 

@@ -245,7 +245,7 @@ def test_stats_say_what_became_of_the_calls() -> None:
     for n in (4, 6, 4, 4, 6):
         model(rows(n))
     stats = backend.stats
-    assert (stats.captures, stats.replays, stats.wasted, stats.recompilations) == (1, 2, 0, 0)
+    assert (stats.captures, stats.replays, stats.never_replayed, stats.recompilations) == (1, 2, 0, 0)
     assert stats.uncaptured == {"not a token count of capture_sizes": 2} and stats.bytes_held > 0
     (graph,) = stats.graphs
     assert re.fullmatch(r"x \[s\d+, 16\]", graph.serves) and graph.name.endswith("/0")
@@ -279,14 +279,14 @@ def test_captures_of_a_cache_that_grows_are_told_once_and_are_no_capture_in_the_
             _, cache = model(rows(4), cache)
             assert len(caught) == (step >= 2)  # when it has grown twice by as much
     stats = model.ringfence.stats
-    assert (stats.captures, stats.replays, stats.wasted) == (8, 0, 8)
+    assert (stats.captures, stats.replays, stats.never_replayed) == (8, 0, 8)
     assert stats.uncaptured == {"too many sizes besides the token count": 4}
     (report,) = model.ringfence.reports
     assert "capture" not in report.summary and "no replays: sizes change in every call" in report.summary
     assert "8 of the captures never replayed" in str(model.ringfence)
     with torch.no_grad():
         model(rows(4), rows(3))  # as the first one: a second request may find them
-    assert "capture: simulated" in model.ringfence.reports[0].summary and model.ringfence.stats.wasted == 7
+    assert "capture: simulated" in model.ringfence.reports[0].summary and model.ringfence.stats.never_replayed == 7
 
 
 @pytest.mark.usefixtures("fake_group")

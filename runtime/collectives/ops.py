@@ -137,8 +137,7 @@ def normed(
 ) -> tuple[Tensor, ...]:
     """``(norm, sum)``; see above."""
     if collective == PREPARED:
-        if not _looks_right(input, residual, weight, eps, weight_bias):
-            check_operands(input, residual, weight, eps, weight_bias)
+        check_operands(input, residual, weight, eps, weight_bias)
         check_no_grad(_WHAT, input, residual, weight)
     epilogues = _epilogues(residual is not None, eps, weight_bias, weight is not None)
 
@@ -258,45 +257,34 @@ def check_operands(
 ) -> None:
     """Of a call that a person wrote, before it reaches the other ranks: a graph's was matched.
 
-    May be asked of fake tensors, whose sizes are compared as far as they are known. Raises :class:`InputError`.
+    May be asked of fake tensors, whose sizes are compared as far as they are known. It is in the way of every step of
+    an engine that captures nothing, so what is right is found to be with little work. Raises :class:`InputError`.
     """
     if not isinstance(input, Tensor) or input.layout != torch.strided or input.dtype not in DTYPES or not input.dim():
         raise InputError(f"a fused all-reduce takes [..., hidden] of {_TAKEN}, and was given {_told(input)}")
-    wanted = {"residual": (residual, input.shape), "weight": (weight, input.shape[-1:])}
-    for name, (value, shape) in wanted.items():
-        if value is not None and not _fits(value, input, shape):
-            raise InputError(
-                f"{name} is {_told(value)}; with an input of {_told(input)} it is {input.dtype} {list(shape)} there"
-            )
-    for name, number in {"eps": eps, "weight_bias": weight_bias}.items():
-        check_is_number(name, number)
-        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
-            raise InputError(f"{name}={number!r} is no finite number")
-        if name == "eps" and number < 0:
-            raise InputError(f"eps={number!r} is negative, and an RMSNorm takes the root of a mean plus it")
+    shape = input.shape
+    if residual is not None and not _fits(residual, input, shape):
+        raise _unlike("residual", residual, input, shape)
+    if weight is not None and not _fits(weight, input, shape[-1:]):
+        raise _unlike("weight", weight, input, shape[-1:])
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
+        _check_number("eps", eps, positive=True)
+    if type(weight_bias) is not float or not -math.inf < weight_bias < math.inf:
+        _check_number("weight_bias", weight_bias)
+
+
+def _check_number(name: str, number: object, *, positive: bool = False) -> None:
+    check_is_number(name, number)
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+        raise InputError(f"{name}={number!r} is no finite number")
+    if positive and number < 0:
+        raise InputError(f"{name}={number!r} is negative, and an RMSNorm takes the root of a mean plus it")
 
 
 def check_is_number(name: str, number: object) -> None:
     """Also where it is traced: an op's schema would be what complains there. Raises :class:`InputError`."""
     if isinstance(number, Tensor):
         raise InputError(f"{name} is a tensor, and the kernels take a number: pass float({name})")
-
-
-def _looks_right(input: Any, residual: Any, weight: Any, eps: Any, weight_bias: Any) -> bool:
-    """As a call usually is: its check is in the way of every step of an engine that captures nothing."""
-    if not isinstance(input, Tensor) or type(eps) is not float or type(weight_bias) is not float:
-        return False
-    shape, dtype, device = input.shape, input.dtype, input.device
-    return (
-        0.0 <= eps < math.inf
-        and -math.inf < weight_bias < math.inf
-        and dtype in DTYPES
-        and len(shape) > 0
-        and (residual is None or (isinstance(residual, Tensor) and residual.shape == shape))
-        and (weight is None or (isinstance(weight, Tensor) and weight.shape == shape[-1:]))
-        and all(t is None or (t.dtype is dtype and t.device == device) for t in (residual, weight))
-        and all(t is None or t.layout is torch.strided for t in (input, residual, weight))
-    )
 
 
 _TAKEN = ", ".join(map(str, DTYPES))
@@ -310,10 +298,19 @@ def _told(value: object) -> str:
 
 
 def _fits(value: object, input: Tensor, shape: Sequence[int]) -> bool:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.dim() != len(shape):
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype != input.dtype:
         return False
-    known = ((a, b) for a, b in zip(value.shape, shape, strict=True) if isinstance(a, int) and isinstance(b, int))
-    return (value.dtype, value.device) == (input.dtype, input.device) and all(a == b for a, b in known)
+    if value.device != input.device or value.dim() != len(shape):
+        return False
+    for a, b in zip(value.shape, shape, strict=True):
+        if a is not b and isinstance(a, int) and isinstance(b, int) and a != b:
+            return False
+    return True
+
+
+def _unlike(name: str, value: object, input: Tensor, shape: Sequence[int]) -> InputError:
+    there = f"{input.dtype} {list(shape)} there"
+    return InputError(f"{name} is {_told(value)}; with an input of {_told(input)} it is {there}")
 
 
 def _contiguous_like(input: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import bisect
 import enum
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from ..watch.supervision import Supervision
 from .buffers import merged, overlap, span
 from .entry import Entry, Kept, Key
 from .program import Program, SizeRule
+from .remarks import Remarks
 from .stats import Counts, Uncaptured
 
 #: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
@@ -88,8 +89,7 @@ class _Module:
 class Places:
     """The entries of a runner.
 
-    rule: of the sizes. note, wasted: take what the user should read in the report; wasted, that captures are of no use,
-    and returns whether the user was told that before. counts: where they are counted.
+    rule: of the sizes. remarks: who hears what the user should read. counts: where captures are counted.
     """
 
     def __init__(
@@ -97,8 +97,7 @@ class Places:
         program: Program,
         rule: SizeRule,
         supervision: Supervision,
-        note: Callable[[str], object],
-        wasted: Callable[[str], object] = lambda text: None,
+        remarks: Remarks | None = None,
         counts: Counts | None = None,
     ) -> None:
         self._counts = counts if counts is not None else Counts()
@@ -114,7 +113,8 @@ class Places:
         #: Where the program may write, and the addresses that this was made of.
         self._writes: tuple[tuple[Any, ...], list[tuple[int, int]]] = (), []
         self._written = sorted(program.written)
-        self._rule, self._supervision, self._note, self._wasted = rule, supervision, note, wasted
+        self._rule, self._supervision = rule, supervision
+        self._remarks = remarks if remarks is not None else Remarks()
         #: Whether captures hold collectives, which every rank must capture then.
         self.lockstep = supervision.peers and any(s.calls for s in program.steps if not s.island)
         #: Sizes of all ranks that were captured, or tried -> their token count.
@@ -216,7 +216,7 @@ class Places:
             module.replayed += 1
             self._counts.replayed += 1
             if "sizes" in self._said:
-                self._wasted("")
+                self._remarks.wasted(None)
         entry.replays += 1
         if module.recent[-1] != entry.number:
             module.recent.remove(entry.number)
@@ -380,8 +380,10 @@ class Places:
         if about in self._said:
             return
         self._said.add(about)
-        told = (self._wasted if wasted else self._note)(text)
-        if warns and not told:
+        self._remarks.note(text)
+        if wasted:
+            warns = not self._remarks.wasted(text)
+        if warns:
             kind = CapturesWastedWarning if about == "sizes" else MovedInputWarning
             warnings.warn(f"ringfence: {text}", kind, stacklevel=2)
 

@@ -53,6 +53,7 @@ from .places import How, Places
 from .pool import Pool
 from .program import Padding, Program, SizeRule
 from .recording import Recording, reads_of
+from .remarks import Remarks
 from .stats import Counts, Uncaptured
 
 
@@ -70,8 +71,7 @@ class PiecewiseRunner:
     journal: where steps and pieces are written down; one of its own by default.
     supervision: what ranks agree on beside the steps, and what follows when one of them fails.
     collective: what serves its calls, for the journal.
-    note: takes what shows in calls only and belongs into the report, once each.
-    wasted: takes why no capture was replayed, and an empty text once one is; returns whether the user knows already.
+    remarks: who hears what shows in calls only.
     """
 
     def __init__(
@@ -88,8 +88,7 @@ class PiecewiseRunner:
         journal: Journal | None = None,
         supervision: Supervision | None = None,
         collective: str = "",
-        note: Callable[[str], object] = lambda text: None,
-        wasted: Callable[[str], object] = lambda text: None,
+        remarks: Remarks | None = None,
     ) -> None:
         if not isinstance(program, Program) or not isinstance(sizes, SizeRule):
             raise ArgumentError(
@@ -113,7 +112,7 @@ class PiecewiseRunner:
         self._max_tokens = max_tokens
         self._static_outputs = static_outputs
         self.counts = Counts()
-        self._places = Places(program, sizes, self._supervision, note, wasted, self.counts)
+        self._places = Places(program, sizes, self._supervision, remarks, self.counts)
         self._reads = reads_of(program, self._places.kept, apart=static_outputs)
         self._pool: Pool | None = None
         self._pending = Pending()

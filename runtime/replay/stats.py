@@ -37,7 +37,7 @@ class GraphStats:
     """Of one compiled graph.
 
     name: the compiled function and Dynamo's number of the graph. serves: the shapes that it was compiled for. captures,
-    replays: calls that were served so. wasted: captures that were never replayed. uncaptured: calls by reason.
+    replays: calls that were served so. never_replayed: so many of the captures. uncaptured: calls by reason.
     bytes_held: of the buffers and outputs of its captures.
     """
 
@@ -45,15 +45,15 @@ class GraphStats:
     serves: str
     captures: int
     replays: int
-    wasted: int
+    never_replayed: int
     uncaptured: Mapping[str, int]
     bytes_held: int
 
     def __str__(self) -> str:
         said = [f"{_number(self.captures, 'capture')}, {_number(self.replays, 'replay')}"]
         said += [f"{count} uncaptured ({why})" for why, count in self.uncaptured.items()]
-        if self.wasted:
-            said.append(f"{self.wasted} of the captures never replayed")
+        if self.never_replayed:
+            said.append(f"{self.never_replayed} of the captures never replayed")
         return f"{self.name or 'graph'} serves {self.serves or 'fixed shapes'}: {'; '.join(said)}"
 
 
@@ -73,8 +73,8 @@ class Stats:
         return sum(graph.replays for graph in self.graphs)
 
     @property
-    def wasted(self) -> int:
-        return sum(graph.wasted for graph in self.graphs)
+    def never_replayed(self) -> int:
+        return sum(graph.never_replayed for graph in self.graphs)
 
     @property
     def bytes_held(self) -> int:
@@ -101,8 +101,8 @@ class Stats:
 
 def graph_stats(counts: Counts, name: str, serves: str, bytes_held: int) -> GraphStats:
     uncaptured = {str(why): count for why, count in counts.uncaptured.items()}
-    wasted = counts.captures - counts.replayed
-    return GraphStats(name, serves, counts.captures, counts.replays, wasted, uncaptured, bytes_held)
+    never = counts.captures - counts.replayed
+    return GraphStats(name, serves, counts.captures, counts.replays, never, uncaptured, bytes_held)
 
 
 def _number(count: int, of: str) -> str:

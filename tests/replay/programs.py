@@ -12,11 +12,19 @@ from torch import Tensor
 from ringfence.runtime.replay.buffers import static_like, weak_memory
 from ringfence.runtime.replay.capture import CapturedPiece, GraphBackend, SimulatedGraphs
 from ringfence.runtime.replay.program import Padding, Program, SizeRule, Step
+from ringfence.runtime.replay.remarks import Remarks
 
 HIDDEN = 8
 
 #: Rows of the first argument are the one size, and the token count.
 ROWS = SizeRule(bindings=((0, 0),), tokens=lambda sizes: sizes[0])
+
+
+class NotesIn(Remarks):
+    """Notes, in a list."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.note = notes.append  # type: ignore[method-assign]
 
 
 class RecordedPiece(CapturedPiece):

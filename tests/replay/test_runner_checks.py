@@ -11,6 +11,7 @@ from replay.programs import (
     HIDDEN,
     PIECES,
     ROWS,
+    NotesIn,
     RecordingGraphs,
     assert_close,
     both_backends,
@@ -66,7 +67,7 @@ def test_runner_parameters_that_move_by_design_run_uncaptured_with_one_warning(
 ) -> None:
     """FSDP2 gathers them anew for every call; the allocator may give out an address again."""
     notes: list[str] = []
-    runner = PiecewiseRunner(two_weights(), ROWS, make_graphs(), [4], note=notes.append)
+    runner = PiecewiseRunner(two_weights(), ROWS, make_graphs(), [4], remarks=NotesIn(notes))
     w, b = weights(), weights()
     gathered = [w.data.clone() for _ in range(5)]
     with pytest.warns(MovedInputWarning, match=r"'first_weight'.*reshard_after_forward=False") as caught:

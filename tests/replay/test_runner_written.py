@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from replay.programs import HIDDEN, ROWS, assert_close, rows, single
+from replay.programs import HIDDEN, ROWS, NotesIn, assert_close, rows, single
 from torch import Tensor
 
 from ringfence.runtime.errors import (
@@ -82,7 +82,7 @@ def test_runner_written_input_at_a_new_address_is_captured_anew(make_graphs: Cal
 def test_runner_written_input_that_is_always_new_is_captured_a_bounded_number_of_times() -> None:
     graphs = SimulatedGraphs()
     notes: list[str] = []
-    runner = PiecewiseRunner(cached_program(True), ROWS, graphs, [4], note=notes.append)
+    runner = PiecewiseRunner(cached_program(True), ROWS, graphs, [4], remarks=NotesIn(notes))
     kept = []
     with pytest.warns(MovedInputWarning, match=r"'cache'.*mark_static_address") as caught:
         for _ in range(12):
@@ -161,7 +161,11 @@ def test_runner_does_not_pad_where_inputs_are_written() -> None:
 def test_runner_notes_a_large_input_that_is_copied_in_every_step() -> None:
     notes: list[str] = []
     runner = PiecewiseRunner(
-        single(lambda x, cache: (x + cache[0, 0],), ["x", "cache"]), ROWS, SimulatedGraphs(), [4], note=notes.append
+        single(lambda x, cache: (x + cache[0, 0],), ["x", "cache"]),
+        ROWS,
+        SimulatedGraphs(),
+        [4],
+        remarks=NotesIn(notes),
     )
     cache = torch.randn(1 << 20, 8)
     for _ in range(3):
