@@ -21,6 +21,8 @@ from .fuse import fuse
 from .match import Candidate
 from .roles import aten, calls
 
+#: Of a float that a site takes in. Norms that share their code have an epsilon each, which is one or two.
+_MANY_VALUES = 3
 #: In place of a float: a product with it is exact in every dtype, and no overflow.
 _ANY_NUMBER = 0.5
 
@@ -92,18 +94,29 @@ def floats_that_fuse(
 class Constants:
     """Which floats a backend had Dynamo make constants of.
 
-    first: what each was in its first graph, by frame and name. Dynamo keeps the symbols for good, in whatever graph;
-    so they are taken back (once per graph, so that no two graphs of a frame can wait for each other).
+    first: what each was in its first graph, by frame and name; taken_in: what each was where a site took it in. Dynamo
+    keeps the symbols for good, in whatever graph; so they are taken back (once per graph, so that no two graphs of a
+    frame can wait for each other).
     """
 
     first: dict[tuple[object, str], float | None] = field(default_factory=dict)
+    taken_in: dict[tuple[object, str], set[float | None]] = field(default_factory=dict)
+    _told: bool = False
     _asked: set[str] = field(default_factory=set)
     _settled: object = None
 
     def is_first(self, name: str, value: float | None) -> bool:
         """Whether a float of the frame that is compiled has the value that it had first."""
-        compiled = CompileContext.current_compile_id()
-        return self.first.setdefault((compiled.frame_id if compiled else None, name), value) == value
+        return self.first.setdefault((_frame(), name), value) == value
+
+    def keeps_changing(self, name: str, value: float | None) -> bool:
+        """A site takes this float in. Whether it had so many values that it will have more; said of one float, once."""
+        values = self.taken_in.setdefault((_frame(), name), set())
+        values.add(value)
+        if self._told or len(values) < _MANY_VALUES:
+            return False
+        self._told = True
+        return True
 
     def specialise(self, floats: Collection[FloatInput]) -> None:
         """Have Dynamo trace anew with these as constants, each with a guard, where it has not done so already."""
@@ -117,6 +130,12 @@ class Constants:
         if self._asked and compiled != self._settled:
             TensorifyState.force_specializations.difference_update(self._asked)
             self._asked, self._settled = set(), compiled
+
+
+def _frame() -> object:
+    """Of the code that is compiled."""
+    compiled = CompileContext.current_compile_id()
+    return compiled.frame_id if compiled else None
 
 
 def static_inputs(example_inputs: Sequence[Any]) -> frozenset[int]:

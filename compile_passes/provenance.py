@@ -89,11 +89,16 @@ def served(gm: GraphModule, names: Sequence[str], stay: Collection[int]) -> str:
     for i, (node, name) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), names, strict=True)):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and i not in stay:
-            said = re.sub("^l_(kwargs_|args_)?", "", name)
+            said = without_scope(name)
             said = f"argument {said}" if said.isdigit() else said
             shapes.append(f"{said} [{', '.join(map(str, value.shape))}]")
     more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
     return ", ".join(shapes[:3]) + more
+
+
+def without_scope(name: str) -> str:
+    """The name of an input of :func:`input_names`, as the function that is compiled calls it."""
+    return re.sub("^l_(kwargs_|args_)?", "", name)
 
 
 def names_by_dynamo(gm: GraphModule, dynamo_names: Sequence[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.outer import OuterCapture
 from .compile_passes.parts import cut
 from .compile_passes.prove import PlanVerdict, prove
-from .compile_passes.provenance import names_by_dynamo
+from .compile_passes.provenance import input_names, names_by_dynamo, without_scope
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.returned_numbers import take_returned_numbers
 from .compile_passes.returned_views import take_returned_views, views_of_inputs
@@ -46,11 +47,12 @@ from .compile_passes.waits import settle_waits
 from .moe_agree import dispatch_where_agreed
 from .options import Options
 from .runtime.channel import Channel
-from .runtime.errors import HazardError, OptionsError
+from .runtime.errors import ChangingFloatWarning, HazardError, OptionsError
 from .runtime.groups import Group
 from .runtime.replay.capture import GraphBackend
 from .runtime.replay.outer import with_seams
 from .runtime.replay.program import Padding, Program, ReturnedView, SizeRule
+from .runtime.watch.recompile import graph_being_compiled
 from .runtime.watch.supervisor import Supervisor
 
 
@@ -159,27 +161,42 @@ def settle_floats(
         settle(trial, options)
         device = device_of(gm)
         needed = floats_that_fuse(trial, inputs, lambda trial: _candidates(trial, device, options))
+        for i in sorted(needed):
+            if constants.keeps_changing(inputs[i], floats[inputs[i]].value):
+                _say_that_it_changes(without_scope(input_names(gm, names)[i]))
     if (options.capture_sizes or options.outer_capture) and not torch._dynamo.config.assume_static_by_default:
         needed |= {i for i, name in inputs.items() if constants.is_first(name, floats[name].value)}
     constants.specialise([floats[inputs[i]] for i in sorted(needed)])
 
 
+def _say_that_it_changes(name: str) -> None:
+    warnings.warn(
+        f"ringfence: each value of the float '{name}' is a graph of its own ({graph_being_compiled().name} is one of "
+        "them), until Dynamo's recompile_limit leaves the model uncompiled: a fused site takes it in, as an epsilon or "
+        "as a factor of its sum, and kernels take these as numbers. Keep it constant; or apply it behind the norm; or "
+        "leave its site alone by skip_sites, where it is an input that may change",
+        ChangingFloatWarning,
+        stacklevel=2,
+    )
+
+
 def _candidates(gm: GraphModule, device: torch.device, options: Options) -> list[Candidate]:
-    return find(
+    """As :func:`find` has them; those that are switched off are declined."""
+    found = find(
         gm,
         strict=options.numerics == "strict",
         groups=options.groups,
         all_reduce_ops=options.all_reduce_ops,
         norm_ops=norm_ops_of(gm, options.norm_ops, device),
     )
+    return switch_off(found, fuse=options.fuse, skip_sites=options.skip_sites)
 
 
 def find_sites(graph: TracedGraph, options: Options, supervisor: Supervisor) -> FoundSites:
     """Experts are rewritten where all ranks agree; then every all-reduce is a candidate, and so are our own calls."""
     gm, device = graph.gm, graph.device
     moe_sites = dispatch_where_agreed(gm, graph.groups, graph.channels, device, options, supervisor)
-    found = _candidates(gm, device, options)
-    candidates = switch_off(found, fuse=options.fuse, skip_sites=options.skip_sites)
+    candidates = _candidates(gm, device, options)
     check_not_empty(gm, candidates)
     checked = verify(candidates, device) if options.verify else candidates
     candidates = [*checked, *called_sites(gm, len(checked))]

@@ -178,6 +178,10 @@ class CapturesWastedWarning(UserWarning):
     """Calls of one token count have too many other sizes: captures of them are not replayed, and no more are made."""
 
 
+class ChangingFloatWarning(UserWarning):
+    """A float that a fused site takes in is another one in every call, and each of its values is a graph of its own."""
+
+
 class NestedCaptureError(CaptureError):
     """A capture was started while another one runs on this thread."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from backend_model import H, rows
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ringfence
+from ringfence.runtime.errors import ChangingFloatWarning
 from support import TOLERANCE, relative_error
 
 c10d = torch.ops._c10d_functional
 
+CALLS = 6
 CAPTURED = {"capture_sizes": [4], "graphs": "simulated", "on_capture_failure": "raise"}
 
 
@@ -53,17 +57,29 @@ def factor(x: Tensor, r: Tensor, f: float, g: float) -> Tensor:
     return F.rms_norm(functional_sum(x) * f + r, (H,)) - g
 
 
-def runs(fn: Callable[..., Tensor], changes: str, **options: Any) -> ringfence.Backend:
-    """Calls with other floats each time: what ``changes`` names; each equal to the eager model."""
-    backend = ringfence.Backend(piece_compiler="eager", **options)
-    compiled = torch.compile(fn, backend=backend, fullgraph=True)
-    for i in range(6):
+def call_with_other_floats(compiled: Callable[..., Tensor], fn: Callable[..., Tensor], changes: str) -> None:
+    """Each time: what ``changes`` names. All are equal to the eager model."""
+    for i in range(CALLS):
         f = 0.3 + 0.17 * i * ("f" in changes)
         g = 1.7 - 0.13 * i * ("g" in changes)
         x, r = rows(4), rows(4).abs()
         with torch.no_grad():
             assert relative_error(compiled(x, r, f, g), fn(x, r, f, g)) <= 16 * TOLERANCE[torch.float32], (i, f, g)
+
+
+def runs(fn: Callable[..., Tensor], changes: str, **options: Any) -> ringfence.Backend:
+    backend = ringfence.Backend(piece_compiler="eager", **options)
+    call_with_other_floats(torch.compile(fn, backend=backend, fullgraph=True), fn, changes)
     return backend
+
+
+def graphs_of_torch(fn: Callable[..., Tensor], changes: str) -> int:
+    """How many a backend gets that asks nothing of Dynamo: two, or with torch 2.11 one per value of some floats."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    call_with_other_floats(torch.compile(fn, backend=counter, fullgraph=True), fn, changes)
+    torch._dynamo.reset()
+    return counter.frame_count
 
 
 @pytest.mark.parametrize("options", [{}, CAPTURED], ids=["", "captured"])
@@ -71,19 +87,23 @@ def runs(fn: Callable[..., Tensor], changes: str, **options: Any) -> ringfence.B
 @pytest.mark.parametrize("fn", [behind, in_front, soft_cap, no_site])
 @pytest.mark.usefixtures("fake_group")
 def test_float_that_no_site_takes_in_may_change(fn: Callable[..., Tensor], changes: str, options: Any) -> None:
-    """The first graph has them as constants, as with any backend; the second serves all other calls."""
+    """The first graph has them as constants, as with any backend; the second serves all other calls, where torch lets it."""
+    graphs = graphs_of_torch(fn, changes)
     backend = runs(fn, changes, **options)
-    assert len(backend.reports) == 2
+    assert len(backend.reports) == graphs
     for report in backend.reports:
         ringfence.assert_fused(report, count=0 if fn is no_site else 1)
-    assert not options or backend.stats.replays == 4
+    assert not options or backend.stats.replays == CALLS - graphs
 
 
 @pytest.mark.parametrize("fn", [epsilon, epsilon_of_two, factor])
 @pytest.mark.usefixtures("fake_group")
 def test_float_that_a_site_takes_in_is_a_constant(fn: Callable[..., Tensor]) -> None:
-    backend = runs(fn, "f", **CAPTURED)
-    assert len(backend.reports) == 6
+    """Which is said once, when it has had three values."""
+    with pytest.warns(ChangingFloatWarning, match="float 'f'.*skip_sites") as caught:
+        backend = runs(fn, "f", **CAPTURED)
+    assert sum(w.category is ChangingFloatWarning for w in caught) == 1
+    assert len(backend.reports) == CALLS
     for report in backend.reports:
         ringfence.assert_fused(report, count=1)
 
@@ -91,8 +111,9 @@ def test_float_that_a_site_takes_in_is_a_constant(fn: Callable[..., Tensor]) -> 
 @pytest.mark.parametrize("fn", [epsilon, factor])
 @pytest.mark.usefixtures("fake_group")
 def test_only_that_float_is_a_constant(fn: Callable[..., Tensor]) -> None:
+    graphs = graphs_of_torch(fn, "g")
     backend = runs(fn, "g", **CAPTURED)
-    assert len(backend.reports) == 2
+    assert len(backend.reports) == graphs
     for report in backend.reports:
         ringfence.assert_fused(report, count=1)
 
@@ -141,6 +162,21 @@ def test_captured_float_is_a_constant_until_it_changes() -> None:
     assert backend.stats.replays == 4
 
 
+@pytest.mark.parametrize("options", [{"fuse": False}, {"skip_sites": ["test_float_inputs.py:*"]}])
 @pytest.mark.usefixtures("fake_group")
-def test_float_of_a_site_that_is_not_fused_may_change() -> None:
-    assert len(runs(factor, "f", fuse=False).reports) == 2
+def test_float_of_a_site_that_is_not_fused_may_change(options: Any) -> None:
+    """Which is what the warning advises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ChangingFloatWarning)
+        assert len(runs(factor, "f", **options).reports) == graphs_of_torch(factor, "f") < CALLS
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_norms_that_share_their_code_and_differ_in_epsilon_are_not_warned_of() -> None:
+    backend = ringfence.Backend(piece_compiler="eager")
+    compiled = torch.compile(epsilon, backend=backend, fullgraph=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", ChangingFloatWarning)
+        for eps in (1e-5, 1e-6, 1e-3) * 2:
+            compiled(rows(4), rows(4), eps, 1.5)
+    assert len(backend.reports) == 3
