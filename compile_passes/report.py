@@ -54,7 +54,8 @@ class CompileReport:
 
     ``judged_as``: what the plan was judged as, where that is not what carries it out (``ringfence explain
     --collective``). ``captured``: the token counts that are captured when they are met. ``moe_sites``: where tokens
-    are sent to the ranks of their experts.
+    are sent to the ranks of their experts. ``passed_over``: why nothing of the graph was looked at, so that its
+    all-reduces are not known.
     """
 
     sites: tuple[Site, ...]
@@ -72,6 +73,7 @@ class CompileReport:
     name: str = ""
     wasted: str | None = None
     moe_sites: tuple[MoeSite, ...] = ()
+    passed_over: str | None = None
 
     @property
     def collective(self) -> str:
@@ -102,6 +104,8 @@ class CompileReport:
     @property
     def summary(self) -> str:
         """One line: how many all-reduces were fused, how the graph was cut."""
+        if self.passed_over is not None:
+            return f"not looked at, because {self.passed_over}"
         islands = sum(p.island for p in self.pieces)
         cut = f"{len(self.pieces) - islands} pieces and {islands} islands" if islands else "one piece"
         captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else "off"
@@ -209,6 +213,7 @@ class CompileReport:
             "name": self.name,
             "serves": self.serves,
             "wasted": self.wasted,
+            "passed_over": self.passed_over,
             "sites": [_site(s) for s in self.sites],
             "moe_sites": [_moe_site(s) for s in self.moe_sites],
             "pieces": [_plain(p) for p in self.pieces],

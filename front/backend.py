@@ -7,7 +7,6 @@ in place -> split -> prove -> agree -> lower -> run
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Never, Self, Unpack
@@ -34,7 +33,7 @@ from .compile_passes.report import CompileReport
 from .installed import versions
 from .keywords import OptionKeywords
 from .moe_assign import assign_moe
-from .notes import GRAD_MODE, notes
+from .notes import GRAD_MODE, WITHOUT_FUSION, notes
 from .options import Options
 from .runtime.channel import COMPILING
 from .runtime.errors import OptionsError, RingfenceError
@@ -42,6 +41,7 @@ from .runtime.hazards.situation import Situation
 from .runtime.replay.outer import guarded
 from .runtime.replay.program import Program, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
+from .runtime.watch.recompile import graph_being_compiled
 from .runtime.watch.refusal import refuse
 from .runtime.watch.supervision import Asked, Supervision
 from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
@@ -299,9 +299,10 @@ class Backend(OneObject):
         )
 
     def _without_fusion(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        warnings.warn(f"ringfence: {GRAD_MODE}", UserWarning, stacklevel=2)
-        chosen = self.options.as_dict()
-        self._report(CompileReport((), (), (), chosen, self._versions, graphs=None, notes=(GRAD_MODE,)))
+        self.warn_once_of_grad(WITHOUT_FUSION)
+        chosen, name = self.options.as_dict(), graph_being_compiled().name
+        report = CompileReport((), (), (), chosen, self._versions, graphs=None, name=name, notes=(WITHOUT_FUSION,))
+        self._report(replace(report, passed_over=GRAD_MODE))
         fallback = "inductor" if self.options.piece_compiler == "inductor" else "aot_eager"
         return torch._dynamo.lookup_backend(fallback)(gm, list(example_inputs))
 

@@ -20,8 +20,9 @@ from .backend import Backend
 from .hugging_face import HOST_COUNT, counts_on_the_host, grows, is_fresh, remove_backward_hooks
 from .keywords import OptionKeywords
 from .options import Options
-from .runtime.errors import ModelError
+from .runtime.errors import GroupError, ModelError
 from .runtime.watch.steps import Watch
+from .torch_compile import NO_GROUP, is_of_no_group
 from .watching import watch_of_model
 
 log = logging.getLogger(__name__)
@@ -99,8 +100,13 @@ class CompiledForward:
                     return self._eager(*args, **kwargs)
             if self._backend.options.capture_sizes and grows(cache):
                 self._backend.cache_grows(cache, self._backend.options.capture_sizes)
-            with _counts_are_dynamic(cache):
-                result = self._compiled(*args, **kwargs)
+            try:
+                with _counts_are_dynamic(cache):
+                    result = self._compiled(*args, **kwargs)
+            except Exception as error:
+                if is_of_no_group(error):
+                    raise GroupError(NO_GROUP) from error
+                raise
             self._backend.look_once()
             return result
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import torch.distributed as dist
+
 from .compile_passes.assignment import Assignment
 from .compile_passes.match import Site
 from .compile_passes.moe_sites import MoeSite
@@ -15,10 +17,14 @@ from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.replay.program import SizeRule
 from .stages import CallersMemory, FoundSites, Judged, TracedGraph
 
-GRAD_MODE = (
-    "compiled without fusion: grad mode is on and an input or parameter requires grad, and the fused "
-    "collective has no backward. Call the model under torch.no_grad() or torch.inference_mode()"
+GRAD_MODE = "grad mode is on and an input or parameter requires grad"
+WITHOUT_FUSION = (
+    f"compiled without fusion: {GRAD_MODE}, and the fused collective has no backward. Call the model under "
+    "torch.no_grad() or torch.inference_mode()"
 )
+
+
+_START = "start one process for each rank, as by torchrun --nproc-per-node N, and init_process_group in each"
 
 
 def notes(
@@ -35,6 +41,7 @@ def notes(
     unmatched: by option, named ops that no graph had so far. replaced: ops that fusing took out of this one.
     """
     yield from _about_all_reduces(options, found, judged.assigned)
+    yield from _about_missing_ranks(graph, found)
     for option, names in unmatched.items():
         if names:
             yield f"{option} names {', '.join(names)}: no graph so far has such an op"
@@ -72,6 +79,16 @@ def _about_all_reduces(options: Options, found: FoundSites, assigned: Assignment
     if not fused and (meaningless := _about_fused_sites(options)):
         yield f"nothing is fused, so these options mean nothing here: {', '.join(meaningless)}"
     yield from dict.fromkeys(note for carrier in assigned.ready.values() for note in carrier.notes)
+
+
+def _about_missing_ranks(graph: TracedGraph, found: FoundSites) -> Iterator[str]:
+    """Nobody to reduce with."""
+    alone = [name for name, group in graph.groups.items() if group.size == 1]
+    if alone:
+        named = f"group {alone[0]!r} has" if len(alone) == 1 else f"groups {', '.join(map(repr, alone))} have"
+        yield f"{named} one rank, so there is nothing to reduce; {_START}"
+    if found.absent is not None and not (dist.is_available() and dist.is_initialized()):
+        yield f"this process has no process group, so nothing is reduced; {_START}"
 
 
 def _about_moe(assigned: Assignment) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.fx import GraphModule
 
 from .account import Account
 from .compile_passes.report import CompileReport, Reports
-from .runtime.errors import CapturesWastedWarning, OptionsError
+from .runtime.errors import CapturesWastedWarning, NotFusedWarning, OptionsError
 from .runtime.replay.stats import Stats
 from .unfused import fuses, say_if_nothing_is_fused
 
@@ -23,13 +26,16 @@ from .unfused import fuses, say_if_nothing_is_fused
 class Use:
     """given: torch.compile was given this backend. graphs: how many it was called with. broken: how the last one ends.
 
-    looked: whether anything is fused was looked at.
+    looked: whether anything is fused was looked at. grad: it was said that grad mode keeps graphs from being looked at.
+    traced: how many functions Dynamo had begun to trace when the backend was given to it.
     """
 
     given: bool = False
     graphs: int = 0
     broken: str | None = None
     looked: bool = False
+    grad: bool = False
+    traced: int = 0
 
     def begin(self, gm: GraphModule) -> None:
         self.graphs += 1
@@ -81,6 +87,12 @@ class OneObject:
 
         return call
 
+    def warn_once_of_grad(self, why: str) -> None:
+        """A graph is left as it is."""
+        if not self._use.grad:
+            self._use.grad = True
+            warnings.warn(f"ringfence: {why}", NotFusedWarning, stacklevel=3)
+
     def cache_grows(self, cache: object, capture_sizes: Sequence[int]) -> None:
         """A call has a cache that is longer in the next one: say once what that makes of captures."""
         if not self._account.told_that_caches_grow:
@@ -110,20 +122,43 @@ class OneObject:
     @property
     def __name__(self) -> str:
         """The only thing that torch.compile asks of a backend before a graph is compiled."""
-        self._use.given = True
+        self._use.given, self._use.traced = True, _traced()
         return "ringfence"
+
+
+def _traced() -> int:
+    """How many functions Dynamo has begun to trace in this process."""
+    return int(getattr(torch._dynamo.utils, "curr_frame", 0))
 
 
 def _say_if_unused(use: Use) -> None:
     """In one process of the job: what is called like ``model.generate()`` may go round what torch.compile returned."""
-    if use.given and not use.graphs and os.environ.get("RANK", "0") == "0":
-        warnings.warn(
-            "ringfence: torch.compile was given a Backend and no graph ever came to it. generate() of what "
-            "torch.compile(model) returns runs the model uncompiled: type ringfence.compile(model, ...) instead "
-            "(ringfence docs generate)",
-            UserWarning,
-            stacklevel=2,
-        )
+    if not use.given or use.graphs or os.environ.get("RANK", "0") != "0":
+        return
+    why = (
+        "generate() of what torch.compile(model) returns runs the model uncompiled: type ringfence.compile(model, ...) "
+        "instead (ringfence docs generate)"
+    )
+    if _traced() != use.traced:  # the model was called, or another one
+        failed = "Dynamo's error, or TORCH_LOGS=graph_breaks, says what it could not trace"
+        there = dist.is_available() and dist.is_initialized()
+        why = f"{failed}; or {why}" if there else f"{failed}. {NO_GROUP}"
+    text = f"ringfence: torch.compile was given a Backend and no graph ever came to it. {why}"
+    warnings.warn(text, UserWarning, stacklevel=2)
+
+
+#: What the errors mean that torch raises for it, of which Dynamo's is an AssertionError.
+NO_GROUP = (
+    "This process has no process group, and a model that reduces over one needs it before its first call: "
+    "torch.distributed.init_process_group(), in each of the ranks that torchrun --nproc-per-node N starts"
+)
+_OF_NO_GROUP = re.compile("group cannot be None|process group has not been initialized")
+
+
+def is_of_no_group(error: BaseException) -> bool:
+    """Whether a call failed because the model reduces, and there is no process group."""
+    there = dist.is_available() and dist.is_initialized()
+    return not there and _OF_NO_GROUP.search(str(error)) is not None
 
 
 def where_broken(gm: GraphModule) -> str | None:

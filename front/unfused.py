@@ -12,7 +12,6 @@ import torch.distributed as dist
 from .compile_passes.absent import GENERAL
 from .compile_passes.reasons import Reason
 from .compile_passes.report import CompileReport
-from .notes import GRAD_MODE
 from .runtime.errors import NotFusedWarning
 
 _SHARD = (
@@ -31,7 +30,7 @@ def fuses(report: CompileReport) -> bool:
 
 def why_nothing_is_fused(reports: Sequence[CompileReport], ranks: int) -> str | None:
     """A sentence with its remedy; None where something is fused, or nothing was asked for. ranks: of the job."""
-    if any(fuses(report) or GRAD_MODE in report.notes for report in reports):  # grad mode has a warning of its own
+    if any(fuses(report) or report.passed_over is not None for report in reports):  # grad mode has a warning of its own
         return None
     # Of all-reduces: MoE sites are switched off by default, and nobody asked for that.
     declines = [site.decline for report in reports for site in report.sites if site.decline]

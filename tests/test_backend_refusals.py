@@ -17,6 +17,7 @@ from ringfence.runtime.errors import (
     CaptureFailedWarning,
     GroupError,
     InputError,
+    NotFusedWarning,
     OptionsError,
 )
 from ringfence.runtime.replay.capture import SimulatedGraphs
@@ -37,13 +38,17 @@ def test_grad_mode_falls_back_with_one_warning() -> None:
         warnings.simplefilter("always")
         compiled = torch.compile(model, backend=backend)
         out = compiled(x)
-        compiled(x)
+        compiled(rows(5))  # of another size: another graph
         out.sum().backward()
     assert relative_error(out.detach(), model(x)) <= 8 * TOLERANCE[torch.float32]
     assert model.layers[0].up.weight.grad is not None
     ours = [w for w in caught if "ringfence" in str(w.message)]
-    assert len(ours) == 1 and "torch.no_grad()" in str(ours[0].message)
-    assert "grad mode" in backend.reports[0].notes[0]
+    assert len(ours) == 1 and "torch.no_grad()" in str(ours[0].message) and ours[0].category is NotFusedWarning
+    assert len(backend.reports) == 2 and all("torch.no_grad()" in report.notes[0] for report in backend.reports)
+    for report in backend.reports:  # nothing is known of what was not looked at
+        why = "not looked at, because grad mode is on and an input or parameter requires grad"
+        assert report.summary == why and str(report).startswith(f"ringfence: {why}\n")
+        assert report.to_dict()["passed_over"] == report.passed_over != ""
 
 
 def functional_all_reduce(x: Tensor, group: str = "0") -> Tensor:

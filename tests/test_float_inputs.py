@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from backend_model import H, rows
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx import GraphModule
 
 import ringfence
 from ringfence.runtime.errors import ChangingFloatWarning
@@ -73,13 +74,20 @@ def runs(fn: Callable[..., Tensor], changes: str, **options: Any) -> ringfence.B
     return backend
 
 
+@functools.cache
 def graphs_of_torch(fn: Callable[..., Tensor], changes: str) -> int:
     """How many a backend gets that asks nothing of Dynamo: two, or with torch 2.11 one per value of some floats."""
+    graphs = []
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        run: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+        graphs.append(gm)  # it may have asked Dynamo to trace anew
+        return run
+
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    call_with_other_floats(torch.compile(fn, backend=counter, fullgraph=True), fn, changes)
+    call_with_other_floats(torch.compile(fn, backend=backend, fullgraph=True), fn, changes)
     torch._dynamo.reset()
-    return counter.frame_count
+    return len(graphs)
 
 
 @pytest.mark.parametrize("options", [{}, CAPTURED], ids=["", "captured"])
@@ -87,7 +95,7 @@ def graphs_of_torch(fn: Callable[..., Tensor], changes: str) -> int:
 @pytest.mark.parametrize("fn", [behind, in_front, soft_cap, no_site])
 @pytest.mark.usefixtures("fake_group")
 def test_float_that_no_site_takes_in_may_change(fn: Callable[..., Tensor], changes: str, options: Any) -> None:
-    """The first graph has them as constants, as with any backend; the second serves all other calls, where torch lets it."""
+    """The first graph has them as constants, as with any backend; the second serves all others, where torch lets it."""
     graphs = graphs_of_torch(fn, changes)
     backend = runs(fn, changes, **options)
     assert len(backend.reports) == graphs
@@ -99,10 +107,13 @@ def test_float_that_no_site_takes_in_may_change(fn: Callable[..., Tensor], chang
 @pytest.mark.parametrize("fn", [epsilon, epsilon_of_two, factor])
 @pytest.mark.usefixtures("fake_group")
 def test_float_that_a_site_takes_in_is_a_constant(fn: Callable[..., Tensor]) -> None:
-    """Which is said once, when it has had three values."""
-    with pytest.warns(ChangingFloatWarning, match="float 'f'.*skip_sites") as caught:
+    """Which is said once, when it has had three values; with torch 2.11 a product of two is torch's own constant."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         backend = runs(fn, "f", **CAPTURED)
-    assert sum(w.category is ChangingFloatWarning for w in caught) == 1
+    said = [str(w.message) for w in caught if w.category is ChangingFloatWarning]
+    assert len(said) == (fn is not epsilon_of_two or graphs_of_torch(fn, "f") < CALLS)
+    assert all("float 'f'" in text and "skip_sites" in text for text in said)
     assert len(backend.reports) == CALLS
     for report in backend.reports:
         ringfence.assert_fused(report, count=1)

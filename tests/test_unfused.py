@@ -9,11 +9,13 @@ from typing import Any
 import moe_graphs
 import pytest
 import torch
+import torch.distributed as dist
 from backend_model import H, Model, rows
 from torch import Tensor, nn
 
 import ringfence
-from ringfence.runtime.errors import NotFusedWarning
+from ringfence.runtime.errors import GroupError, NotFusedWarning
+from support import start_fake_group
 
 EAGER: dict[str, Any] = {"piece_compiler": "eager"}
 
@@ -49,6 +51,52 @@ def test_without_other_ranks_the_launcher_is_named() -> None:
     first, *rest = said(compiled(nn.Linear(H, H)))
     assert len(first) == 1 and rest == [[], []]
     assert "no graph has an all-reduce" in first[0] and "torchrun" in first[0] and "tp_plan='auto'" in first[0]
+
+
+def test_a_model_without_a_process_group_is_told_so_in_its_report() -> None:
+    model = ringfence.compile(nn.Linear(H, H), **EAGER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotFusedWarning)
+        model(rows(4))
+    (note,) = (n for n in model.ringfence.reports[0].notes if "process group" in n)
+    assert "init_process_group" in note and "torchrun" in note
+
+
+def test_a_group_of_one_rank_is_told_to_have_nothing_to_reduce() -> None:
+    start_fake_group(1)
+    try:
+        backend = ringfence.Backend(**EAGER)
+        with torch.no_grad():
+            torch.compile(Model(), backend=backend)(rows(4))
+        alone = [n for n in backend.reports[0].notes if "nothing to reduce" in n]
+        assert len(alone) == 1 and "group '0' has one rank" in alone[0] and "torchrun" in alone[0]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_a_group_of_several_ranks_is_not() -> None:
+    backend = ringfence.Backend(**EAGER)
+    with torch.no_grad():
+        torch.compile(Model(), backend=backend)(rows(4))
+    assert not [n for n in backend.reports[0].notes if "nothing" in n]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_model_that_reduces_without_a_process_group_is_an_error_that_says_what_to_call(fullgraph: bool) -> None:
+    """Dynamo's is an AssertionError, and torch's of the eager call does not say which processes are meant."""
+    model = ringfence.compile(Model(), fullgraph=fullgraph, **EAGER)
+    with pytest.raises(GroupError, match=r"init_process_group\(\), in each of the ranks that torchrun"):
+        model(rows(4))
+
+
+def test_of_a_backend_whose_model_could_not_be_traced_generate_is_not_told() -> None:
+    backend = ringfence.Backend(**EAGER)
+    with torch.no_grad(), pytest.raises(Exception, match="group cannot be None"):
+        torch.compile(Model(), backend=backend, fullgraph=True)(rows(4))
+    with pytest.warns(UserWarning, match="no graph ever came to it") as caught:
+        backend._unused()
+    assert "init_process_group" in str(caught[0].message) and "generate()" not in str(caught[0].message)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -153,4 +201,5 @@ def test_who_switched_it_off_knows(module: type[nn.Module]) -> None:
 def test_grad_mode_has_a_warning_of_its_own() -> None:
     backend = ringfence.Backend(**EAGER)
     model = torch.compile(Model(), backend=backend)
-    assert said(lambda: model(rows(4).requires_grad_())) == [[], [], []]
+    first, *rest = said(lambda: model(rows(4).requires_grad_()))
+    assert len(first) == 1 and "torch.no_grad()" in first[0] and rest == [[], []]
