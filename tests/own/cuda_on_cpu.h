@@ -17,49 +17,20 @@ constexpr bool CLUSTERS = true;
 // -- instructions ----------------------------------------------------------------------
 
 // Eight lanes store a line at once, and read it at once, if nothing came between them since they last met.
-static inline void store(char *at, uint4 v) {
-    cpu::KernelState *kernel = cpu::me->owner->kernel;
-    const bool apart = !cpu::me->together;
-    cpu::me->together = false;
-    if (at >= kernel->inbox && at < kernel->inbox + kernel->inbox_bytes) {
-        memcpy(at, &v, 16);
-        return;
-    }
-    char *begin = at - (uintptr_t)at % 128;
-    const int place = (at - begin) / 16;
-    for (auto &line : cpu::lines)
-        if (line.at == begin) {
-            if (line.there >> place & 1) cpu::fault = "a line is written again before it arrived";
-            line.vectors[place] = v, line.there |= 1 << place, line.apart |= apart;
-            return;
-        }
-    const bool held = (long long)cpu::stored++ == cpu::schedule.held;
-    cpu::Line line = {begin, {}, 1u << place, kernel, held ? cpu::turns + cpu::schedule.held_for : 0, apart};
-    line.vectors[place] = v;
-    cpu::lines.push_back(line);
-    kernel->pending++;
-}
-
+static inline void store(char *at, uint4 v) { cpu::store(at, v); }
 static inline uint4 load(const char *at) {
-    const bool later = !cpu::me->together && cpu::me->thread.x & 4;
-    for (u32 looks = later ? cpu::dice() % 8 : 0; looks > 0; looks--) cpu::yield();
     uint4 v;
-    memcpy(&v, at, 16);
+    cpu::load(at, v);
     return v;
 }
 
 static inline u64 clock_ns() { return cpu::turns; }
 
-static inline void wait_for_kernel_before() {
-    auto &queue = (*cpu::ranks)[cpu::me->owner->kernel->rank];
-    const int index = cpu::me->owner->kernel->index;
-    while (cpu::schedule.waits && index > 0 && !queue[index - 1].ended) cpu::yield();
-    cpu::collect(0);
-}
+static inline void wait_for_kernel_before() { cpu::wait_for_kernel_before(); }
 
 constexpr u64 ASK_EVERY_NS = 1;
 static inline void pause() { cpu::yield(); }
-static inline void let_dependents_begin() { cpu::me->owner->triggered = true; }
+static inline void let_dependents_begin() { cpu::let_dependents_begin(); }
 
 static inline float __uint_as_float(u32 v) {
     float f;
@@ -78,40 +49,25 @@ static inline u32 one_bf16(float f) {
 static inline u32 two_bf16(float low, float high) { return one_bf16(low) | one_bf16(high) << 16; }
 static inline u32 two_f16(float, float) { abort(); }
 static inline void from_two_f16(u32, float &, float &) { abort(); }
-static inline void arrive_in_cluster() {
-    cpu::note_writes();
-    cpu::me->wrote = false;
-    cpu::arrive(*cpu::me->owner->cluster);
-}
-static inline void arrive_in_cluster_without_words() {
-    cpu::note_writes();
-    if (cpu::me->wrote) cpu::fault = "a thread that has written into shared memory arrives without that";
-    cpu::arrive(*cpu::me->owner->cluster);
-}
-static inline void wait_in_cluster() { cpu::wait(*cpu::me->owner->cluster); }
+static inline void arrive_in_cluster() { cpu::arrive_in_cluster(true); }
+static inline void arrive_in_cluster_without_words() { cpu::arrive_in_cluster(false); }
+static inline void wait_in_cluster() { cpu::wait_in_cluster(); }
 template <class W>
 static inline W load_word(const W *at) {
     cpu::yield();
     return *at;
 }
-static inline void store_in_block(u64 *to, int block, u64 value) {
-    cpu::BlockState *owner = cpu::me->owner, *mate = owner->mates[block];
-    if (!mate->begun) cpu::fault = "a word is written into a block that has not begun";
-    const int drowsy = cpu::schedule.drowsy;
-    const u64 until = drowsy && cpu::dice() % 8 == 0 ? cpu::turns + cpu::dice() % (10 * drowsy) : 0;
-    cpu::words.push_back({mate, (size_t)((char *)to - cpu::aligned(owner)), value, until, owner->kernel});
-    owner->kernel->pending++;
-}
+static inline void store_in_block(u64 *to, int block, u64 value) { cpu::store_in_block(to, block, value); }
 
 // -- what NVRTC knows by itself --------------------------------------------------------
 
-static inline void __syncthreads() { cpu::meet(cpu::me->owner->meeting); }
+static inline void __syncthreads() { cpu::meet_block(); }
 static inline void __syncwarp() {
     cpu::collect(0);
     cpu::me->together = true;
 }
-static inline void __threadfence_system() { cpu::host_looks(cpu::me->owner->kernel); }
-static inline int __ffs(int v) { return ffs(v); }
+static inline void __threadfence_system() { cpu::let_host_look(); }
+static inline int __ffs(int v) { return __builtin_ffs(v); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline u64 atomicAdd(u64 *at, u64 value) {
     cpu::yield();
@@ -125,20 +81,14 @@ static inline u32 atomicCAS(u32 *at, u32 expected, u32 value) {
     if (old == expected) *at = value;
     return old;
 }
-static inline int __all_sync(u32, int here) {
-    const u64 *all = cpu::collect(here != 0);
-    return std::all_of(all, all + 32, [](u64 v) { return v != 0; });
-}
-static inline int __any_sync(u32, int here) {
-    const u64 *all = cpu::collect(here != 0);
-    return std::any_of(all, all + 32, [](u64 v) { return v != 0; });
-}
 static inline u32 __ballot_sync(u32, int here) {
     const u64 *all = cpu::collect(here != 0);
     u32 found = 0;
     for (int lane = 0; lane < 32; lane++) found |= (u32)(all[lane] != 0) << lane;
     return found;
 }
+static inline int __all_sync(u32 who, int here) { return __ballot_sync(who, here) == 0xffffffffu; }
+static inline int __any_sync(u32 who, int here) { return __ballot_sync(who, here) != 0; }
 static inline u32 __shfl_sync(u32, u32 v, int lane) { return (u32)cpu::collect(v)[lane]; }
 static inline float __shfl_xor_sync(u32, float v, int mask) {
     return __uint_as_float((u32)cpu::collect(__float_as_uint(v))[(cpu::me->thread.x & 31) ^ mask]);
