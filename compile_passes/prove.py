@@ -66,7 +66,9 @@ def prove(
             carried.setdefault(verdict.group, {})[verdict.site] = verdict
     pairs = _pairs(verdicts, assigned)
     if not carried and not pairs:
-        return PlanVerdict("safe", f"no call is left to {assigned.judged}, so none waits in its kernels")
+        refused = any(verdict.site is not None for verdict in verdicts)
+        why = f"no call is left to {assigned.judged}" if refused else "nothing is fused"
+        return PlanVerdict("safe", f"{why}, so no call waits in kernels of a collective")
     kernels = [group for group in carried if assigned.collective(group) != Collective.REFERENCE]
     asked = kernels or ([] if pairs else list(carried))
     bound = Bound(MOST_STATES, shortest=MOST_STATES // 6)

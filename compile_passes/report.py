@@ -22,6 +22,7 @@ from .match import Site
 from .moe_sites import MoeSite
 from .prove import PlanVerdict
 from .report_text import lines, moe_sites_table, parts_table, ranges, sites_table, terminal_width
+from .rules import NO_CAPTURE
 from .split import Piece
 
 SCHEMA = 1
@@ -138,7 +139,9 @@ class CompileReport:
 
     @property
     def _nothing_to_prove(self) -> bool:
-        """The reference has no protocol of its own, so nothing of it was asked."""
+        """Nothing is carried out by a collective that has a protocol of its own: the reference has none."""
+        if not self.fused and not any(site.rewritten for site in self.moe_sites):
+            return True
         only = {str(c.collective) for c in self.collectives} <= {str(Collective.REFERENCE)}
         return self.plan is not None and self.plan.kind == "not_modelled" and only
 
@@ -189,7 +192,8 @@ class CompileReport:
         return "\n".join([*tables, *lines(self._why(), width)])
 
     def _why(self) -> Iterator[str]:
-        for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in self.verdicts):
+        telling = (v for v in self.verdicts if v.rule != NO_CAPTURE)  # "capture: off" says it of the whole
+        for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in telling):
             yield f"{ops}: {text}"
         if self.plan is not None and not self._nothing_to_prove:
             yield f"plan: {self.plan.kind}: {self.plan.message}"

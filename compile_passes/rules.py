@@ -94,6 +94,9 @@ KNOWN_UNSAFE: Mapping[str, Fact] = {
     **dict.fromkeys(_READ_A_CONTEXT, Fact.HOST_EPOCH),
 }
 
+#: The rule of every op where no size is captured.
+NO_CAPTURE = "no_capture"
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "split_op",
@@ -103,7 +106,7 @@ RULES: tuple[Rule, ...] = (
         "option split_ops",
     ),
     Rule(
-        "no_capture",
+        NO_CAPTURE,
         lambda f: not f.capture,
         Decision.IN_GRAPH,
         "nothing is captured, so nothing needs to be split off",

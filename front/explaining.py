@@ -25,6 +25,7 @@ from .aot import boxed
 from .backend import Backend
 from .compile_passes.assignment import Assignment, Limit
 from .compile_passes.match import Site
+from .compile_passes.op_options import positive
 from .compile_passes.report import CompileReport
 from .fake_model import CONTEXT, FakeModel, ModelCall, fake_model, quantised_by, read_config
 from .layers import Folding
@@ -32,6 +33,8 @@ from .machines import Planned, planned
 from .options import Options
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.errors import OptionsError, RingfenceError, TargetError, first_lines
+from .runtime.hazards.situation import Collective
+from .runtime.protocol.plan import MODELLED
 from .runtime.replay.runner import PiecewiseRunner
 from .stages import Judged, Plan, TracedGraph
 from .unfold import Unfolding
@@ -102,6 +105,17 @@ class AskedAs:
             "table": (*table, *TABLE),
         }
         return planned(self.tp, self.collective, self.flashinfer, self.gpu, dtype, unfit, by)
+
+    def reference(self) -> str | None:
+        """A note where nobody said whose the fused sites are to be."""
+        if self.gpu is not None or self.collective is not None:
+            return None
+        others = " or ".join(str(c) for c in MODELLED if c is not Collective.MOE_ALL_TO_ALL)
+        return (
+            "the collective is the reference (an all-reduce, then add and norm), because neither --gpu nor "
+            "--collective says what to judge as: --gpu h200 takes what 'auto' chooses on such GPUs, --collective "
+            f"{others} the one that it names"
+        )
 
     def idle(self, options: Mapping[str, Any]) -> str | None:
         """A note about given options on which nothing of a plan depends."""
@@ -181,10 +195,12 @@ def explain_config(
     fold: let equal layers stand for each other.
     """
     dtype = _dtype_of(dtype)
+    asked.with_options(options).planned(dtype)
     found = []
     with quiet(), fake_group(tp):
         for call in calls:
             model = fake_model(config, tp, getattr(torch, dtype), expert_parallel=expert_parallel)
+            _check_names(options)
             tokens, kwargs = model.inputs(call)
             folding = _folded(model, tokens, kwargs, options, fold)
             found.append(_explained_fake(model, call, (tokens,), kwargs, folding, asked, dtype, options))
@@ -224,7 +240,18 @@ def explain_function(
 ) -> Explanation:
     """What becomes of any model, which is called once. A process group of as many ranks is there."""
     with quiet():
+        _check_names(options)
         return Explanation("", _judged(model, args, kwargs, asked, "bfloat16", None, options, runs=True))
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Of ops and groups, which need the model's modules and its process group: before it is traced.
+
+    Raises :class:`OptionsError`.
+    """
+    given = Options.parse({**_SIMULATED, **options})
+    given.check_registered()
+    given.register_groups()
 
 
 def _judged(
@@ -249,8 +276,8 @@ def _judged(
         machine = asked.planned(dtype, unfit)
     if unfit:
         report = _compiled(model, args, kwargs, _Compiler(machine, folding, options, runs=runs))
-    idle = asked.idle(options)
-    return replace(report, notes=(*report.notes, idle)) if idle is not None else report
+    notes = [note for note in (asked.reference() if report.fused else None, asked.idle(options)) if note is not None]
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _compiled(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Backend) -> CompileReport:
@@ -358,6 +385,10 @@ def explain(
     Needs transformers, and that this process has no default process group. Raises :class:`TargetError` for what is no
     such config, and :class:`OptionsError`.
     """
+    for name, value in (("batch", batch), ("tokens", tokens), ("context", context)):
+        positive(name, value)
+    if positive("tp", tp) < 2:
+        raise OptionsError(f"tp={tp} is no tensor-parallel world size of two or more")
     config = read_config(Path(model)) if isinstance(model, str | Path) else model
     call = ModelCall(batch, 1, context) if decode else ModelCall(batch, tokens)
     asked = AskedAs(tp, collective, flashinfer, gpu)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .compile_passes.assignment import Limit
 from .compile_passes.match import Site
+from .compile_passes.op_options import one_of
 from .compile_passes.report import CompileReport, GroupCollective
+from .keywords import CollectiveName
 from .runtime.collectives import table
 from .runtime.collectives.choice import choose
 from .runtime.collectives.flashinfer import SUPPORTED
@@ -24,6 +25,7 @@ from .runtime.errors import CollectiveUnavailableError, OptionsError
 from .runtime.hazards.situation import Collective, Situation, Strategy
 from .runtime.protocol.plan import OWN
 from .runtime.protocol.rules import NEWEST_READ
+from .runtime.spelling import meant
 from .runtime.versions import in_range
 
 
@@ -137,11 +139,9 @@ class Planned:
 
 def find_gpu(name: str) -> GpuKind:
     """Raises :class:`OptionsError` for a GPU that is not known."""
-    found = GPUS.get(name.lower())
+    found = GPUS.get(str(name).lower())
     if found is None:
-        near = difflib.get_close_matches(name.lower(), GPUS, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise OptionsError(f"'{name}' is no GPU that is known: {', '.join(GPUS)}{hint}")
+        raise OptionsError(f"'{name}' is no GPU that is known{meant(str(name).lower(), GPUS, 'known are')}")
     return found
 
 
@@ -161,6 +161,9 @@ def planned(
     otherwise any release. Raises :class:`OptionsError`, and
     :class:`CollectiveUnavailableError` for a collective that is not to be had there.
     """
+    one_of("collective", collective, (None, *(word for word in get_args(CollectiveName) if word != "auto")))
+    if flashinfer is not None and not isinstance(flashinfer, str):
+        raise OptionsError(f"flashinfer={flashinfer!r} is no version; write it as pip prints it: '{NEWEST_READ}'")
     if flashinfer is not None and collective is None and gpu is None:
         raise OptionsError("--flashinfer says nothing without --collective or --gpu")
     if collective is not None and flashinfer is not None and not uses_flashinfer(collective):

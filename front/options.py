@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -33,6 +32,7 @@ from .runtime.collectives import table
 from .runtime.collectives.size_table import read_table
 from .runtime.errors import GroupError, OptionsError
 from .runtime.groups import register_group
+from .runtime.spelling import meant, near
 
 if TYPE_CHECKING:
     from .compile_passes.engine_ops import GroupOf
@@ -230,7 +230,7 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
     valid = [f.name for f in dataclasses.fields(Options)]
     for key in given:
         if key not in valid:
-            raise OptionsError(f"unknown option '{key}'{_hint(key, valid)}; valid options: {', '.join(valid)}")
+            raise OptionsError(f"unknown option '{key}'{_hint(key, valid)}")
     checked = dict(given)
     for key, choices in _CHOICES.items():
         if key in checked:
@@ -255,12 +255,9 @@ def _normalised(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hint(key: object, valid: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(key), valid, n=1)
-    if near:
-        return f" (did you mean '{near[0]}'?)"
-    if key in torch._inductor.list_options():
-        return f" (it is Inductor's, which compiles the pieces: set torch._inductor.config.{key})"
-    return ""
+    if near(key, valid) is None and key in torch._inductor.list_options():
+        return f": it is Inductor's, which compiles the pieces: set torch._inductor.config.{key}"
+    return meant(key, valid, "the options are")
 
 
 def _read_ops(key: str, value: object) -> tuple[str, ...]:

@@ -7,13 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ringfence as package
 from ringfence.cli import main
+from ringfence.commands import line
 from ringfence.commands.terminal import FAILED, OK, UNDECIDED, USAGE
 from support import run_python
+
+NAMES = [command.__name__.rpartition(".")[2] for command in line.COMMANDS]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -212,9 +216,43 @@ def test_a_file_elsewhere_is_named_with_where_it_is_looked_for(
 
 def test_explain_says_what_it_cannot_know(explain: Run) -> None:
     code, out, err = explain("targets:without_all_reduce", "--tp", "2")
-    assert code == FAILED and "has no all-reduce" in err and "note: the graph has no all-reduce" in out
+    assert code == FAILED and "has no all-reduce: nothing is reduced" in err and "note: the graph has no all-" in out
+    assert "safe" not in out and "reference (" not in out, "nothing was asked of a plan, nor of a collective"
     code, out, err = explain("targets:tuple_inputs", "--tp", "2", "--option", "capture_sizes=[3]")
-    assert code == 0 and "over NCCL it is stream work" in out and "host" not in out, "as on GPUs"
+    assert code == 0 and "exit code" not in err and "over NCCL it is stream work" in out and "host" not in out, (
+        "as on GPUs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["without_all_reduce"], FAILED, "exit code 1: there is no all-reduce (none); what counts: --fail-on unsafe,"),
+        (["without_all_reduce", "--fail-on", "nothing"], OK, None),
+        (["tuple_inputs", "--fail-on=declined", "--option=skip_sites=['*']"], FAILED, "is not fused (declined); what"),
+        (["tuple_inputs", "--collective=mnnvl", "--flashinfer=0.6.10"], FAILED, "must not carry out a site (refused);"),
+        (
+            ["tuple_inputs", "--collective=mnnvl", "--flashinfer=0.6.10", "--option=profile=conservative"],
+            FAILED,
+            "the plan can hang or corrupt (unsafe);",
+        ),
+    ],
+)
+def test_explain_says_why_its_exit_code_is_not_0(
+    explain: Run, arguments: list[str], code: int, said: str | None
+) -> None:
+    target, *options = arguments
+    returned, _, err = explain(f"targets:{target}", "--tp", "2", *options)
+    assert returned == code and (said in err if said else "exit code" not in err), err
+
+
+def test_explain_says_why_the_reference_is_the_collective(explain: Run) -> None:
+    why = "note: the collective is the reference (an all-reduce, then add and norm), because neither --gpu nor"
+    code, out, _ = explain("targets:tuple_inputs", "--tp", "2")
+    assert code == OK and why in out and "--collective mnnvl or trtllm or ringfence the one" in out
+    assert "IN_GRAPH" not in out, "where nothing is captured, nothing is in a captured graph"
+    for other in ("--gpu=h200", "--collective=ringfence", "--option=collective=reference"):
+        assert why not in explain("targets:tuple_inputs", "--tp", "2", other)[1], other
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,6 +349,7 @@ def test_hazards_prints_json(ringfence: Run) -> None:
         (["--json", "--markdown"], "not allowed with"),
         (["M1", "--markdown"], "leave the id out"),
         (["M1", "M2"], "unrecognized arguments"),
+        ([""], "there is no hazard ''"),
     ],
 )
 def test_hazards_refuses_what_it_does_not_know(ringfence: Run, arguments: list[str], message: str) -> None:
@@ -490,14 +529,14 @@ def test_check_shows_a_trace_again(ringfence: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--collective", "mnnvl", "--tp", "4"], "needs --flashinfer"),
-        ([], "needs --collective, --flashinfer, --tp"),
-        (["--collective", "nccl"], "invalid choice: 'nccl' (choose from "),
+        (["--collective", "mnnvl", "--tp", "4"], "needs --flashinfer, as in: --flashinfer 0.7.2; or --trace FILE"),
+        ([], "needs --collective, --flashinfer, --tp, as in: --collective mnnvl --flashinfer 0.7.2 --tp 4; or"),
+        (["--collective", "nccl"], "'nccl' is no value of --collective; there are mnnvl"),
         (["--collective", "mnnvl", "--flashinfer", "newest", "--tp", "4"], "'newest' is not a version"),
         (["--collective", "mnnvl", "--flashinfer", "0.5.0", "--tp", "4"], "0.5.0 are not known"),
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "1"], "world size"),
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "3"], "2, 4, 8 or 16"),
-        (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--layers", "0"], "no collective"),
+        (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--layers", "0"], "not a positive integer"),
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--pieces", "0"], "not a positive integer"),
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--capture-sizes", "4;8"], "write it as 4,8"),
         (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--skip-rank", "1"], "belong together"),
@@ -505,7 +544,10 @@ def test_check_shows_a_trace_again(ringfence: Run, tmp_path: Path) -> None:
             ["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--skip-rank", "2", "--skip-call", "0"],
             "--skip-rank 2 is not within 0 to 1",
         ),
-        (["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--payload", "odd"], "invalid choice: 'odd'"),
+        (
+            ["--collective", "mnnvl", "--flashinfer", "0.7.0", "--tp", "2", "--payload", "odd"],
+            "'odd' is no value of --payload",
+        ),
         (
             [
                 "--collective",
@@ -636,15 +678,23 @@ def test_explain_refuses_a_version_of_nothing(explain: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["explian", "x"], "ringfence: 'explian' is no command; there are explain, check, .*; did you mean 'explain'?"),
+        (["explian", "x"], r"ringfence: 'explian' is no command; did you mean 'explain'\? \(see"),
         (["jurnal", "/tmp"], ".*did you mean 'journal'?"),
         (["frobnicate"], r"ringfence: 'frobnicate' is no command; there are [a-z, ]* \(see"),
-        ([], "ringfence: .*command"),
+        (["--frobnicate"], "ringfence: unrecognized arguments: --frobnicate"),
         (["journal"], "ringfence journal: .*folder"),
+        (["explain"], "ringfence explain: the following arguments are required: target, --tp N"),
+        (["bench"], "ringfence bench: the following arguments are required: --write-table FILE"),
+        (["hazards", "--symptom", ""], "ringfence hazards: --symptom '' has no word; say what you see: --symptom '"),
+        (["hazards", "--symptom", " ?!"], "ringfence hazards: --symptom ' [?]!' has no word"),
         (["check", "--colective", "mnnvl"], "ringfence check: .*--colective mnnvl; did you mean '--collective'?"),
         (
             ["check", "--collective", "mnvl"],
-            "ringfence check: .*--collective: invalid choice: .*did you mean 'mnnvl'",
+            r"ringfence check: 'mnvl' is no value of --collective; did you mean 'mnnvl'\? \(see",
+        ),
+        (
+            ["check", "--collective", "nccl"],
+            "ringfence check: 'nccl' is no value of --collective; there are mnnvl, trt",
         ),
     ],
 )
@@ -652,6 +702,64 @@ def test_wrong_usage_is_one_line_with_what_was_meant(ringfence: Run, arguments: 
     code, out, err = ringfence(*arguments)
     assert code == USAGE and not out
     assert len(err.splitlines()) == 1 and re.match(said, err) and err.rstrip().endswith("--help)"), err
+
+
+def test_ringfence_alone_lists_its_commands(ringfence: Run) -> None:
+    code, out, err = ringfence()
+    assert code == USAGE and not out and all(re.search(rf"^ +{name} ", err, re.M) for name in NAMES), err
+
+
+def test_files_are_looked_at_before_the_work(explain: Run, ringfence: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is explored, loaded or read for a picture that cannot be written."""
+    for module in line.COMMANDS:
+        monkeypatch.setattr(module, "run", lambda _: pytest.fail("it was begun"))
+    ways = (("explain", "targets:f", "--tp", "2"), (*MNNVL, "0.7.0"), ("journal", "."))
+    wrong = {"no/x.svg": "there is no folder 'no'", "here": "it is a folder", "a\0b": "embedded null", "": "a folder"}
+    for arguments in ways:
+        for path, why in wrong.items():
+            code, out, err = ringfence(*arguments, "--svg", path)
+            assert (code, out) == (USAGE, "") and f"'{path}' cannot be written: " in err and why in err, err
+
+
+def test_options_are_looked_at_before_the_trace(explain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    import ringfence as package
+    from ringfence import explaining
+
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    config.save_pretrained(tmp_path)
+    for name in ("_folded", "_compiled"):
+        monkeypatch.setattr(explaining, name, lambda *_: pytest.fail("it was traced"))
+    wrong = {
+        "split_ops=['no::op']": "no such op is registered",
+        "norm_ops=['no::op']": "no such op is registered",
+        "group_names={'tp:0':'none'}": "'none' is no process group",
+        "size_table=none": "cannot be read",
+        "capture_size=[1]": "unknown option 'capture_size'; did you mean 'capture_sizes'?\n",
+        "frobnicate=1": "unknown option 'frobnicate'; the options are fuse, ",
+    }
+    for target in (str(tmp_path), "targets:tuple_inputs"):
+        for option, why in wrong.items():
+            code, out, err = explain(target, "--tp", "2", "--option", option)
+            assert code == USAGE and not out and why in err, (target, err)
+    monkeypatch.setattr(explaining, "fake_model", lambda *_, **__: pytest.fail("it was built"))
+    values: list[tuple[dict[str, Any], str]] = [
+        ({"gpu": "h2000"}, "did you mean 'h200'?"),
+        ({"gpu": 3}, "'3' is no GPU that is known; known are a100"),
+        ({"collective": "nccl"}, "collective='nccl' is not one of"),
+        ({"flashinfer": 0.7, "gpu": "h200"}, "flashinfer=0.7 is no version"),
+        ({"flashinfer": "new", "gpu": "h200"}, "'new' is not a version"),
+        ({"batch": 0}, "batch=0 is not a positive integer"),
+        ({"tokens": "8"}, "tokens='8' is not"),
+        ({"context": -1}, "context=-1 is not"),
+        ({"tp": 1}, "tp=1 is no tensor-parallel world size"),
+        ({"tp": "2"}, "tp='2' is not a positive integer"),
+        ({"capture_sizes": [0]}, "capture_sizes holds 0"),
+    ]
+    for given, why in values:
+        with pytest.raises(package.RingfenceError, match=re.escape(why)):
+            package.explain(config, **{"tp": 2} | given)
 
 
 def test_check_says_for_which_sizes_and_whose_protocol_it_speaks(ringfence: Run) -> None:

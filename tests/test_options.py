@@ -31,7 +31,8 @@ def test_options_by_place_and_the_class_in_place_of_an_instance() -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"colective": "auto"}, ["colective", "did you mean 'collective'", "capture_sizes"]),
+        ({"colective": "auto"}, ["unknown option 'colective'; did you mean 'collective'?"]),
+        ({"frobnicate": 1}, ["unknown option 'frobnicate'; the options are fuse, ", "capture_sizes"]),
         ({"collective": "nccl"}, ["collective='nccl'", "reference"]),
         ({"collective": None}, ["collective=None"]),
         ({"piece_compiler": "triton"}, ["piece_compiler", "inductor", "eager"]),

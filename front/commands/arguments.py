@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
-from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from .terminal import USAGE
+from ..runtime.spelling import meant
+from .terminal import USAGE, why_not_written
 
 #: Where a command adds its parser.
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -22,21 +22,20 @@ class Parser(argparse.ArgumentParser):
         if choice is not None:
             what, given, names = choice.groups()
             valid = [name.strip("' ") for name in names.split(",")]
-            if what == "command":
-                message = f"'{given}' is no command; there are {', '.join(valid)}"
-            message += meant(given, valid)
+            what = "is no command" if what == "COMMAND" else f"is no value of {what}"
+            message = f"'{given}' {what}{meant(given, valid, 'there are')}"
+        message = re.sub(r"(?<=are required: ).*", self._with_values, message)
         self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _with_values(self, missing: re.Match[str]) -> str:
+        """What is missing, each option with what it takes."""
+        takes = {name: action.metavar for name, action in self._option_string_actions.items() if action.required}
+        return ", ".join(f"{name} {takes[name]}" if takes.get(name) else name for name in missing[0].split(", "))
 
     def refuse(self, unknown: list[str]) -> NoReturn:
         """What this command does not know."""
         option = next((name for name in unknown if name.startswith("--")), "")
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{meant(option, self._option_string_actions)}")
-
-
-def meant(given: str, valid: Iterable[str]) -> str:
-    """``; did you mean 'explain'?``, or nothing."""
-    near = difflib.get_close_matches(given, list(valid), 1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{meant(option, [*self._option_string_actions])}")
 
 
 def world_size(text: str) -> int:
@@ -68,7 +67,7 @@ def seconds(text: str) -> float:
 
 
 def layers(text: str) -> int:
-    if natural(text) > 1000:
+    if count(text) > 1000:
         raise argparse.ArgumentTypeError(f"'{text}' is more than 1000; layers repeat, so fewer tell as much")
     return int(text)
 
@@ -78,3 +77,11 @@ def bytes_(text: str) -> int:
     if not number.isdecimal() or int(number) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write it as 65536, 64K or 8M")
     return int(number) * {"": 1, "K": 1 << 10, "M": 1 << 20}[unit]
+
+
+def output(text: str) -> Path:
+    """A file that will be written when the work is done, which is too late to find out that it cannot be."""
+    path = Path(text)
+    if (why := why_not_written(path)) is not None:
+        raise argparse.ArgumentTypeError(f"'{text}' cannot be written: {why}")
+    return path

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import NotDecidedError, OptionsError, TraceError
 from ..runtime.hazards.situation import Collective, Payload, Situation, Strategy
 from ..runtime.protocol.plan import MODELLED, OWN, PlannedPiece, even_pieces, exercise, moe_pieces, programs
-from .arguments import Commands, count, layers, natural, seconds, world_size
+from .arguments import Commands, count, layers, natural, output, seconds, world_size
 from .terminal import FAILED, OK, UNDECIDED, progress, read, say_if_unread, write
 
 if TYPE_CHECKING:
     from ..runtime.protocol.answer import Answer
+
+#: What the needed arguments look like.
+_EXAMPLES = {"collective": "mnnvl", "flashinfer": "0.7.2", "tp": "4"}
 
 
 def add(commands: Commands) -> None:
@@ -55,7 +58,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="show the trace that --json printed before")
     parser.add_argument("--json", action="store_true", help="print JSON (described by: ringfence docs report)")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline")
+    parser.add_argument("--svg", type=output, metavar="FILE", help="draw the timeline")
     parser.set_defaults(run=run)
 
 
@@ -168,7 +171,10 @@ def _ask(arguments: argparse.Namespace) -> Answer:
     needed = ("collective", "tp") if arguments.collective in OWN else ("collective", "flashinfer", "tp")
     missing = [name for name in needed if getattr(arguments, name) is None]
     if missing:
-        raise OptionsError(f"ringfence check needs {', '.join('--' + name for name in missing)}, or --trace")
+        shown = " ".join(f"--{name} {_EXAMPLES[name]}" for name in missing)
+        raise OptionsError(
+            f"ringfence check needs {', '.join('--' + name for name in missing)}, as in: {shown}; or --trace FILE"
+        )
     if arguments.collective in OWN and arguments.flashinfer is not None:
         raise OptionsError(f"--collective {arguments.collective} uses no FlashInfer; leave --flashinfer out")
     if (arguments.skip_rank is None) != (arguments.skip_call is None):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 
 from ..runtime.errors import OptionsError
+from ..runtime.spelling import meant
 from .arguments import Commands
 from .terminal import OK
 
@@ -41,9 +41,7 @@ def find_page(asked: str, found: dict[str, Path]) -> Path:
     """Also where it is called as a file is, ``docs/operating.md``. Raises :class:`OptionsError`."""
     name = asked.removeprefix("docs/").removesuffix(".md").lower()
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise OptionsError(f"there is no page '{asked}'{hint}; the pages are {', '.join(found)}")
+        raise OptionsError(f"there is no page '{asked}'{meant(name, found, 'the pages are')}")
     return found[name]
 
 

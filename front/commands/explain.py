@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import OptionsError, TargetError
-from ..runtime.hazards.hazard import ALL_REDUCES
+from ..runtime.hazards.situation import Collective
 from ..runtime.protocol.plan import MODELLED
-from .arguments import Commands, count, world_size
+from .arguments import Commands, count, output, world_size
 from .targets import load_function, named
 from .terminal import FAILED, OK, UNDECIDED, say, say_if_unread, stage, write
 
 if TYPE_CHECKING:
     from ..explaining import Explanation
 
-#: What the exit code may tell: a plan that can hang or corrupt; one that was not decided; a site that the collective
-#: must not carry out; a model without any site; an all-reduce that is not fused; an op that splits the graph.
-_FAILURES = ("unsafe", "undecided", "refused", "none", "declined", "split", "nothing")
+#: What the exit code may tell, and what is the case then.
+_FAILURES = {
+    "unsafe": "the plan can hang or corrupt",
+    "undecided": "the plan was not decided",
+    "refused": "the collective must not carry out a site",
+    "none": "there is no all-reduce",
+    "declined": "an all-reduce is not fused",
+    "split": "an op splits the graph",
+    "nothing": "",
+}
 
 _FAILS = "unsafe,undecided,refused,none"
 
@@ -54,7 +61,7 @@ def add(commands: Commands) -> None:
     judged = parser.add_argument_group("what it is judged as")
     judged.add_argument(
         "--collective",
-        choices=[str(name) for name in MODELLED if name in ALL_REDUCES],
+        choices=[str(name) for name in MODELLED if name is not Collective.MOE_ALL_TO_ALL],
         help="judge the fused sites as this collective's, though it need not run here",
     )
     judged.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")
@@ -77,7 +84,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the report as JSON (described by: ringfence docs report)"
     )
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the plan: layers, sites, pieces, islands, why")
+    parser.add_argument("--svg", type=output, metavar="FILE", help="draw the plan: layers, sites, pieces, islands, why")
     parser.set_defaults(run=run)
 
 
@@ -89,15 +96,25 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     found = _explained(arguments, options)
     for one in found:
         if _has_none(one):
-            plans = "" if arguments.expert_parallel else "; for a plan of the experts alone: --expert-parallel"
-            say(f"'{arguments.target}' has no all-reduce: its tensor-parallel plan is empty, or not applied{plans}")
+            say(f"'{arguments.target}' has no all-reduce: {_why_none(arguments)}")
     if arguments.svg is not None:
         from ..plan_picture import svg
 
         write(arguments.svg, svg(found[0].report, f"{arguments.target}, {arguments.tp} ranks"))
     text = _json(found) if arguments.json else "\n\n".join(_text(one) for one in found)
-    failed = {reason for one in found for reason in _failures(one) if reason in fail_on}
-    return text, OK if not failed else UNDECIDED if failed == {"undecided"} else FAILED
+    failed = [name for name in _FAILURES if name in fail_on and any(name in _failures(one) for one in found)]
+    code = OK if not failed else UNDECIDED if failed == ["undecided"] else FAILED
+    if failed:
+        said = "; ".join(f"{_FAILURES[name]} ({name})" for name in failed)
+        say(f"exit code {code}: {said}; what counts: --fail-on {','.join(fail_on)}")
+    return text, code
+
+
+def _why_none(arguments: argparse.Namespace) -> str:
+    if ":" in arguments.target:
+        return "nothing is reduced over ranks in the graph of what it returns, as the note of its report says"
+    plans = "" if arguments.expert_parallel else "; for a plan of the experts alone: --expert-parallel"
+    return f"its tensor-parallel plan is empty, or not applied{plans}"
 
 
 def _explained(arguments: argparse.Namespace, options: dict[str, Any]) -> list[Explanation]:

@@ -39,12 +39,16 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from ..runtime.hazards.catalogue import HAZARDS, as_dict, as_markdown, as_text, find_hazard, summary_table
     from ..runtime.hazards.search import count_fitting, search
 
-    if arguments.id and arguments.markdown:
+    if arguments.id is not None and arguments.markdown:
         arguments.wrong_usage("--markdown prints the whole table; leave the id out")
-    if arguments.symptom is not None and (arguments.id or arguments.markdown):
+    if arguments.symptom is not None and (arguments.id is not None or arguments.markdown):
         arguments.wrong_usage("--symptom looks for rows; leave the id and --markdown out")
-    rows = (find_hazard(arguments.id),) if arguments.id else HAZARDS
+    rows = (find_hazard(arguments.id),) if arguments.id is not None else HAZARDS
     if arguments.symptom is not None:
+        if not any(map(str.isalnum, arguments.symptom)):
+            arguments.wrong_usage(
+                f"--symptom '{arguments.symptom}' has no word; say what you see: --symptom 'replays hang, no error'"
+            )
         found, fitting = search(arguments.symptom), count_fitting(arguments.symptom)
         rows = tuple(match.hazard for match in found)
         if 0 < len(rows) < fitting:

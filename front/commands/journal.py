@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .arguments import Commands
+from .arguments import Commands, output
 from .terminal import OK, write
 
 
@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("folder", type=Path, help="the folder with journal-rank0.json, journal-rank1.json, ...")
     parser.add_argument("--json", action="store_true", help="print JSON (described by: ringfence docs report)")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the last steps of the ranks")
+    parser.add_argument("--svg", type=output, metavar="FILE", help="draw the last steps of the ranks")
     parser.set_defaults(run=run)
 
 

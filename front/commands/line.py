@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -46,12 +47,15 @@ def run(argv: Sequence[str] | None) -> int:
     """Run a command. Returns the exit code (:mod:`.terminal`)."""
     parser = Parser(prog="ringfence", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ringfence {importlib.metadata.version('ringfence')}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for command in COMMANDS:
         command.add(commands)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        commands.choices[arguments.command].refuse(unknown)
+        commands.choices.get(arguments.command, parser).refuse(unknown)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return USAGE
     command_of: Callable[[argparse.Namespace], tuple[str, int]] = arguments.run
     try:
         text, code = command_of(arguments)

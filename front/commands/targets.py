@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from ..runtime.errors import TargetError, first_lines
+from ..runtime.spelling import meant, near
 
 T = TypeVar("T")
 
@@ -65,11 +65,9 @@ def _module(target: str, name: str) -> ModuleType:
         missing = getattr(error.__cause__, "name", None) if isinstance(error.__cause__, ModuleNotFoundError) else None
         if missing is None or not f"{name}.".startswith(f"{missing}."):
             raise
-        near = difflib.get_close_matches(name, _modules_here(), 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
         raise TargetError(
             f"'{target}' cannot be imported: there is no module '{missing}', neither installed nor in "
-            f"'{Path.cwd()}', where modules are looked for as with python -m{hint}"
+            f"'{Path.cwd()}', where modules are looked for as with python -m{meant(name, _modules_here())}"
         ) from error.__cause__
 
 
@@ -96,8 +94,8 @@ def _there(module: ModuleType, name: str) -> str:
     """What is in a module instead."""
     own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
     inside = [found.name for found in pkgutil.iter_modules(getattr(module, "__path__", ()))]
-    if near := difflib.get_close_matches(name, own, 1):
-        return f"did you mean '{near[0]}'?"
+    if near(name, own) is not None:
+        return f"did you mean '{near(name, own)}'?"
     if name in inside:
         return f"'{name}' is a module of it: {module.__name__}.{name}:FUNCTION"
     if inside and not own:

@@ -76,6 +76,22 @@ def write(path: Path, text: str) -> None:
         raise OptionsError(f"'{path}' cannot be written: {error}") from error
 
 
+def why_not_written(path: Path) -> str | None:
+    """What can be known before; nothing is made. A FIFO may be read later."""
+    if path.is_dir():
+        return "it is a folder"
+    there = path
+    try:
+        path.stat()
+    except FileNotFoundError:
+        there = path.parent
+        if not there.is_dir():
+            return f"there is no folder '{there}'"
+    except (OSError, ValueError) as error:  # a path with a null character is a ValueError
+        return str(error)
+    return None if os.access(there, os.W_OK) else f"'{there}' takes none"
+
+
 def read(path: Path) -> bytes:
     """Raises OSError, also for a FIFO into which nobody writes, and ValueError for what is no path."""
     return _read_fifo(path) if _is_fifo(path) else path.read_bytes()

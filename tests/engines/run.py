@@ -97,7 +97,7 @@ BAD: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "an option that is none": (
         {"RINGFENCE": "pass", "RINGFENCE_OPTIONS": '{"numeric": "strict"}'},
         {},
-        "unknown option 'numeric' (did you mean 'numerics'?)",
+        "unknown option 'numeric'; did you mean 'numerics'?",
     ),
     "an option of another mode": (
         {},

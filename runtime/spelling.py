@@ -1,0 +1,20 @@
+"""What somebody meant who wrote a name that is none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def near(given: object, valid: Collection[str]) -> str | None:
+    """The name that is spelt most like it."""
+    found = difflib.get_close_matches(str(given), valid, 1)
+    return found[0] if found else None
+
+
+def meant(given: object, valid: Collection[str], all_of_them: str = "") -> str:
+    """``; did you mean 'explain'?``. Where none is near all of them, behind such words: ``; there are a, b``."""
+    one = near(given, valid)
+    if one is not None:
+        return f"; did you mean '{one}'?"
+    return f"; {all_of_them} {', '.join(valid)}" if all_of_them else ""
