@@ -150,7 +150,7 @@ def test_what_cannot_be_had_is_named() -> None:
         (("--sizes", "8Q"), None, "'8Q' is no size"),
         (("--sizes", "0"), None, "'0' is no size"),
         (("--hidden", "0"), None, "not a positive integer"),
-        (("--dtype", "int8"), None, "invalid choice"),
+        (("--dtype", "int8"), None, "is no value of"),
     ],
 )
 def test_bad_usage(
