@@ -265,5 +265,5 @@ def local_experts(num_experts: int, group: dist.ProcessGroup | str | None = None
     found = resolve_group(name_of_group(group))
     ranks, rank = found.size(), found.rank()
     if num_experts < ranks:
-        raise InputError(f"{num_experts} experts on {ranks} ranks; every rank has at least one")
+        raise InputError(f"num_experts must be at least {ranks}, one for each rank, but it is {num_experts}")
     return range(first_expert(rank, num_experts, ranks), first_expert(rank + 1, num_experts, ranks))

@@ -108,30 +108,33 @@ def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 def test_operands_that_do_not_fit() -> None:
     x, r, w = given()
     cases: list[tuple[tuple[Any, ...], str]] = [
-        ((x.double(), r, w), r"takes \[\.\.\., hidden\] of torch\.float16"),
-        ((x.long(), r, w), "takes"),
-        (([1.0], r, w), "takes"),
-        ((x[0, 0], None, None), "takes"),
-        ((x, r[:1], w), r"residual is torch\.float32 \[1, 256\]"),
-        ((x, r.bfloat16(), w), "residual is torch.bfloat16"),
-        ((x, r, w[:1]), r"weight is torch\.float32 \[1\]"),
-        ((x, r, w.half()), "weight is torch.float16"),
-        ((x[:0], r[:0], w), "empty tensor"),
-        ((x, [1.0], w), r"residual is \[1\.0\]; with an input"),
-        ((x, r, 1.0), "weight is 1.0; with an input"),
-        ((x.to_sparse(), r, w), r"was given torch\.float32 \[3, 256\] \(torch\.sparse_coo\)"),
-        ((x, r, w, None), "eps=None is no finite number"),
-        ((x, r, w, torch.tensor(1e-6)), r"eps is a tensor, and the kernels take a number: pass float\(eps\)"),
-        ((x, r, w, "1e-6"), "eps='1e-6' is no finite number"),
-        ((x, r, w, float("nan")), "eps=nan is no finite"),
-        ((x, r, w, -1e-6), "eps=-1e-06 is negative"),
+        (
+            (x.double(), r, w),
+            r"the input must be \[\.\.\., hidden\] of torch\.float16, .* but it is torch\.float64 \[3, 256\]",
+        ),
+        ((x.long(), r, w), "the input must be .* but it is torch.int64"),
+        (([1.0], r, w), r"the input must be .* but it is \[1\.0\]"),
+        ((x[0, 0], None, None), r"the input must be .* but it is torch\.float32 \[\]"),
+        ((x, r[:1], w), r"residual must be torch\.float32 \[3, 256\] on cpu, .* but it is torch\.float32 \[1, 256\]"),
+        ((x, r.bfloat16(), w), "residual must be torch.float32 .* but it is torch.bfloat16"),
+        ((x, r, w[:1]), r"weight must be torch\.float32 \[256\] on cpu, .* but it is torch\.float32 \[1\]"),
+        ((x, r, w.half()), "weight must be torch.float32 .* but it is torch.float16"),
+        ((x[:0], r[:0], w), "the input must not be empty, but it is"),
+        ((x, [1.0], w), r"residual must be torch\.float32 .* but it is \[1\.0\]"),
+        ((x, r, 1.0), "weight must be .* but it is 1.0"),
+        ((x.to_sparse(), r, w), r"but it is torch\.float32 \[3, 256\] \(torch\.sparse_coo\)"),
+        ((x, r, w, None), "eps must be a finite number, but it is None"),
+        ((x, r, w, torch.tensor(1e-6)), r"eps must be a number, but it is a tensor: pass float\(eps\)"),
+        ((x, r, w, "1e-6"), "eps must be a finite number, but it is '1e-6'"),
+        ((x, r, w, float("nan")), "eps must be a finite number, but it is nan"),
+        ((x, r, w, -1e-6), "eps must not be negative, .* but it is -1e-06"),
     ]
     for operands, message in cases:
         with pytest.raises(InputError, match=message):
             ringfence.all_reduce_add_rms_norm(*operands)
-    with pytest.raises(InputError, match="takes"):
+    with pytest.raises(InputError, match=r"the input must be .* but it is torch.int32"):
         ringfence.all_reduce(x.int())
-    with pytest.raises(InputError, match="weight_bias=True is no finite"):
+    with pytest.raises(InputError, match="weight_bias must be a finite number, but it is True"):
         ringfence.all_reduce_add_rms_norm(x, r, w, weight_bias=True)
     with pytest.raises(GradModeError, match="no backward"):
         ringfence.all_reduce_add_rms_norm(x, r, w.requires_grad_())
@@ -145,13 +148,16 @@ def test_operands_that_do_not_fit_are_told_where_it_is_compiled(backend: str) ->
     """By ringfence's own backend when it compiles: what it compiles looks at no operands any more."""
     x, r, w = given()
     for operands, message in (
-        ((x, r[:1], w), "residual is torch.float32"),
-        ((x, r.bfloat16(), w), "residual is torch.bfloat16"),
-        ((x.double(), r.double(), w.double()), "was given torch.float64"),
-        ((x, r, w[:1]), "weight is torch.float32"),
-        ((x, r, w, float("nan")), "eps=nan"),
-        ((x, r, w, torch.tensor(1e-6)), r"eps is a tensor.*pass float\(eps\)"),
-        ((x[0, 0], None, None), "takes"),
+        ((x, r[:1], w), "residual must be torch.float32 .*, as the input is, but it is torch.float32"),
+        ((x, r.bfloat16(), w), "residual must be .* but it is torch.bfloat16"),
+        ((x.double(), r.double(), w.double()), "the input must be .* but it is torch.float64"),
+        (
+            (x, r, w[:1]),
+            r"weight must be torch\.float32 .*, beside an input of torch\.float32 \[3, 256\] on cpu, but it is",
+        ),
+        ((x, r, w, float("nan")), "eps must be .* but it is nan"),
+        ((x, r, w, torch.tensor(1e-6)), r"eps must be a number, but it is a tensor.*pass float\(eps\)"),
+        ((x[0, 0], None, None), "the input must be .* but it is torch.float32"),
     ):
         torch._dynamo.reset()
         backends = {"ringfence": ringfence.Backend(piece_compiler="eager")}

@@ -96,7 +96,9 @@ def _serving(group: str, collective: str, call: MoeSizes, device: torch.device) 
     if found is None or call.capacity > found.sizes.capacity:
         return None
     if device != found.device:
-        raise InputError(f"the tensors are on {device}, and the workspace of group '{group}' is on {found.device}")
+        raise InputError(
+            f"the tensors must be on {found.device}, as the workspace of group '{group}' is, but they are on {device}"
+        )
     if why := unserved(found.sizes, call):
         raise InputError(f"{why}; prepare group '{group}' for the largest call (ringfence.moe.prepare)")
     return found

@@ -34,36 +34,38 @@ def check_dispatch(
     for i, payload in enumerate(payloads):
         if payload.ndim != 2 or payload.shape[0] != tokens or payload.shape[1] < 1:
             raise InputError(
-                f"payload {i} is {list(payload.shape)}; with topk_ids of {list(topk_ids.shape)} it is [{tokens}, width]"
+                f"payload {i} must be [{tokens}, width], as topk_ids is {list(topk_ids.shape)}, but it is "
+                f"{list(payload.shape)}"
             )
         if payload.device != topk_ids.device:
-            raise InputError(f"payload {i} is on {payload.device}, and topk_ids on {topk_ids.device}")
+            raise InputError(f"payload {i} must be on {topk_ids.device}, as topk_ids is, but it is on {payload.device}")
     if capacity < 1:
-        raise InputError(f"a capacity of {capacity}; it is at least 1, also where no rank has a token")
+        raise InputError(f"capacity must be at least 1, also where no rank has a token, but it is {capacity}")
     if tokens > capacity:
         raise InputError(
-            f"{tokens} tokens do not fit a capacity of {capacity}: the rest would lie over another rank's rows. The "
-            "capacity is the largest number of tokens that any rank has in this call"
+            f"capacity must be the largest number of tokens that any rank has in this call, but it is {capacity} and "
+            f"this rank has {tokens}: the rest would lie over another rank's rows"
         )
 
 
 def _check_ids(topk_ids: Tensor, num_experts: int, empty_id: int | None, ranks: int) -> None:
     if topk_ids.ndim != 2 or topk_ids.shape[1] < 1 or topk_ids.dtype not in _IDS:
         raise InputError(
-            f"topk_ids is {topk_ids.dtype} {list(topk_ids.shape)}; it is [tokens, top_k] of int32 or int64"
+            "topk_ids must be [tokens, top_k] of torch.int32 or torch.int64, but it is "
+            f"{topk_ids.dtype} {list(topk_ids.shape)}"
         )
     if num_experts < ranks:
-        raise InputError(f"{num_experts} experts on {ranks} ranks; every rank has at least one")
+        raise InputError(f"num_experts must be at least {ranks}, one for each rank, but it is {num_experts}")
     if topk_ids.shape[1] > num_experts:
-        raise InputError(f"top_k is {topk_ids.shape[1]}, and there are {num_experts} experts")
+        raise InputError(f"top_k must be at most {num_experts}, the number of experts, but it is {topk_ids.shape[1]}")
     if empty_id is not None and not -(2**31) <= empty_id < 2**31:
-        raise InputError(f"empty_id={empty_id} is no int32")
+        raise InputError(f"empty_id must be within int32, but it is {empty_id}")
     if topk_ids.device.type == "cpu" and topk_ids.numel() and not is_capturing(topk_ids.device):  # no wait for a device
         low, high = (int(bound) for bound in topk_ids.aminmax())
         if low < 0 or high >= num_experts:
             raise InputError(
-                f"topk_ids holds {low if low < 0 else high}, and the experts are 0 to {num_experts - 1}; a row that is "
-                "only padding has an expert of this rank, and a weight of 0"
+                f"topk_ids must be numbers of experts, 0 to {num_experts - 1}, but it holds "
+                f"{low if low < 0 else high}; give a row that is only padding an expert of this rank, and a weight of 0"
             )
 
 
@@ -73,18 +75,21 @@ def check_combine(partial: Tensor, route: Tensor, ranks: int) -> None:
         raise InputError("a combine takes two tensors: what became of the rows, and the route of their dispatch")
     if route.ndim != 2 or route.dtype != torch.int32 or route.shape[1] != ranks:
         raise InputError(
-            f"route is {route.dtype} {list(route.shape)}; pass the one that the dispatch over these {ranks} ranks gave"
+            f"route must be the one that the dispatch over these {ranks} ranks returned, torch.int32 "
+            f"[tokens, {ranks}], but it is {route.dtype} {list(route.shape)}"
         )
     if partial.dtype not in DTYPES:
-        raise InputError(f"partial is {partial.dtype}; it is one of {', '.join(map(str, DTYPES))}")
+        raise InputError(f"partial must be of {', '.join(map(str, DTYPES))}, but it is {partial.dtype}")
     if partial.ndim != 2 or partial.shape[0] % ranks or partial.shape[1] < 1:
-        raise InputError(f"partial is {list(partial.shape)}; it is [{ranks} * capacity, hidden], as what was received")
+        raise InputError(
+            f"partial must be [{ranks} * capacity, hidden], as what was received, but it is {list(partial.shape)}"
+        )
     if partial.device != route.device:
-        raise InputError(f"partial is on {partial.device}, and route on {route.device}")
+        raise InputError(f"partial must be on {route.device}, as route is, but it is on {partial.device}")
     if route.shape[0] * ranks > partial.shape[0]:
         raise InputError(
-            f"route is of {route.shape[0]} tokens, and partial has {partial.shape[0] // ranks} rows for each rank: it "
-            "belongs to another dispatch"
+            f"route must be of the dispatch that partial answers, which has {partial.shape[0] // ranks} rows for each "
+            f"rank, but it is of {route.shape[0]} tokens"
         )
 
 
@@ -93,7 +98,8 @@ def check_out(out: Tensor, partial: Tensor, route: Tensor) -> None:
     wanted = [route.shape[0], partial.shape[1]]
     if list(out.shape) != wanted or out.dtype != partial.dtype or out.device != partial.device:
         raise InputError(
-            f"out is {out.dtype} {list(out.shape)} on {out.device}; it is {partial.dtype} {wanted} on {partial.device}"
+            f"out must be {partial.dtype} {wanted} on {partial.device}, but it is "
+            f"{out.dtype} {list(out.shape)} on {out.device}"
         )
 
 
@@ -102,6 +108,6 @@ def check_buffer(route: Tensor, rows: int, hidden: int, dtype: torch.dtype, rank
     check_combine(torch.empty(0, max(hidden, 1), dtype=dtype, device=route.device), route[:0], ranks)
     if hidden < 1 or rows < ranks or rows % ranks or route.shape[0] * ranks > rows:
         raise InputError(
-            f"a buffer of [{rows}, {hidden}] for {route.shape[0]} tokens; it is [{ranks} * capacity, hidden], of the "
-            "dispatch that it answers"
+            f"a buffer must be [{ranks} * capacity, hidden], of the dispatch that it answers, but it is "
+            f"[{rows}, {hidden}] for {route.shape[0]} tokens"
         )

@@ -55,7 +55,7 @@ _WHAT = "the fused all-reduce"
 def _workspace(input: Tensor, group: str, collective: str) -> Workspace | None:
     if input.numel() == 0:
         raise InputError(
-            f"fused all-reduce of an empty tensor of shape {list(input.shape)}; pad to at least one token on every rank"
+            f"the input must not be empty, but it is {list(input.shape)}; pad to at least one token on every rank"
         )
     if collective == reference.IMPLEMENTATION.name:
         return None
@@ -118,8 +118,8 @@ def _fused(
             continue
         if other.dtype != x.dtype or other.device != x.device or other.shape[-1] != x.shape[1]:
             raise InputError(  # the kernel would read it as if it were, and return garbage
-                f"{name} is {other.dtype} {list(other.shape)} on {other.device}, "
-                f"and the input is {x.dtype} {list(x.shape)} on {x.device}"
+                f"{name} must be {x.dtype} on {x.device} with rows of {x.shape[1]}, as the input is, but it is "
+                f"{other.dtype} {list(other.shape)} on {other.device}"
             )
     norm = torch.empty_like(x)
     workspace.kernels.run(x, epilogue, strategy, (residual, weight), norm, out)
@@ -261,7 +261,7 @@ def check_operands(
     an engine that captures nothing, so what is right is found to be with little work. Raises :class:`InputError`.
     """
     if not isinstance(input, Tensor) or input.layout != torch.strided or input.dtype not in DTYPES or not input.dim():
-        raise InputError(f"a fused all-reduce takes [..., hidden] of {_TAKEN}, and was given {_told(input)}")
+        raise InputError(f"the input must be [..., hidden] of {_TAKEN}, but it is {_told(input)}")
     shape = input.shape
     if residual is not None and not _fits(residual, input, shape):
         raise _unlike("residual", residual, input, shape)
@@ -276,15 +276,17 @@ def check_operands(
 def _check_number(name: str, number: object, *, positive: bool = False) -> None:
     check_is_number(name, number)
     if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
-        raise InputError(f"{name}={number!r} is no finite number")
+        raise InputError(f"{name} must be a finite number, but it is {number!r}")
     if positive and number < 0:
-        raise InputError(f"{name}={number!r} is negative, and an RMSNorm takes the root of a mean plus it")
+        raise InputError(
+            f"{name} must not be negative, as an RMSNorm takes the root of a mean plus it, but it is {number!r}"
+        )
 
 
 def check_is_number(name: str, number: object) -> None:
     """Also where it is traced: an op's schema would be what complains there. Raises :class:`InputError`."""
     if isinstance(number, Tensor):
-        raise InputError(f"{name} is a tensor, and the kernels take a number: pass float({name})")
+        raise InputError(f"{name} must be a number, but it is a tensor: pass float({name})")
 
 
 _TAKEN = ", ".join(map(str, DTYPES))
@@ -309,8 +311,9 @@ def _fits(value: object, input: Tensor, shape: Sequence[int]) -> bool:
 
 
 def _unlike(name: str, value: object, input: Tensor, shape: Sequence[int]) -> InputError:
-    there = f"{input.dtype} {list(shape)} there"
-    return InputError(f"{name} is {_told(value)}; with an input of {_told(input)} it is {there}")
+    wanted = f"{input.dtype} {list(shape)} on {input.device}"
+    because = "as the input is" if wanted == _told(input) else f"beside an input of {_told(input)}"
+    return InputError(f"{name} must be {wanted}, {because}, but it is {_told(value)}")
 
 
 def _contiguous_like(input: Tensor) -> Tensor:

@@ -297,7 +297,7 @@ def test_calls_that_a_workspace_was_not_made_for() -> None:
             ringfence.moe.combine(torch.zeros(6, 64), torch.zeros(2, 2, dtype=torch.int32))
         said.append(str(caught.value))
         workspace.device = torch.device("meta")
-        with pytest.raises(InputError, match="is on meta"):
+        with pytest.raises(InputError, match=r"must be on meta, as the workspace of group .* is, but they are on cpu"):
             ringfence.moe.dispatch([torch.zeros(2, 1)], ids, capacity=3, num_experts=8)
         return said
 
