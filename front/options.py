@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from .runtime.collectives.size_table import read_table
 from .runtime.errors import GroupError, OptionsError
 from .runtime.groups import register_group
 from .runtime.spelling import meant, near
+from .runtime.watch.folder import check_can_be_written
 
 if TYPE_CHECKING:
     from .compile_passes.engine_ops import GroupOf
@@ -133,7 +133,8 @@ class Options:
     agree_seconds: how long ranks wait for each other where they agree on something.
     check_every_step: compare sizes and choice of graph before every step: slow, and shows who diverges.
     on_capture_failure: a capture that fails on one rank makes all ranks run that size ``"uncaptured"``, or ``"raise"``.
-    journal_dir: folder for the journals that are written when something goes wrong; None writes none.
+    journal_dir: folder for the journals that are written when something goes wrong; None writes none. Its last level is
+        made; what is above it has to be there. It may be another path on each host.
     """
 
     fuse: bool = True
@@ -277,7 +278,10 @@ def _read_journal_dir(folder: object) -> str | None:
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise OptionsError(f"journal_dir={folder!r} is not a folder")
     path = os.fspath(folder)
-    _check_can_be_written(path)
+    if isinstance(path, bytes) or "\0" in path:
+        raise OptionsError(f"journal_dir={folder!r} is no path")
+    path = os.path.abspath(path)  # the process may go elsewhere
+    check_can_be_written(Path(path))
     return path
 
 
@@ -361,22 +365,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dist.ProcessGroup):
         return value.group_name
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
-
-
-def _check_can_be_written(folder: str) -> None:
-    """A folder that exists, or that can be made, and takes files: a hang is too late to find out."""
-    if "\0" in folder:
-        raise OptionsError(f"journal_dir={folder!r} is no path")
-    there = Path(folder)
-    while not there.exists():
-        there = there.parent
-    try:
-        with tempfile.TemporaryFile(dir=there):  # permissions say nothing to root, nor of file systems such as /proc
-            pass
-    except OSError as error:
-        raise OptionsError(
-            f"journal_dir='{folder}' cannot be written: '{there}' takes no files ({error.strerror}); name another one"
-        ) from error
 
 
 def _check_sizes(checked: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class PoisonedError(GroupFailureError):
 
 
 class JournalError(RingfenceError, ValueError):
-    """A folder of journals that cannot be read or merged."""
+    """A folder of journals that cannot be written, read or merged."""
 
 
 class ChannelTimeoutError(RingfenceError):

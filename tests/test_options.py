@@ -100,6 +100,16 @@ def test_bad_options_of_the_collective(options: dict[str, Any], message: str) ->
         Options.parse(options)
 
 
+def test_a_folder_for_journals_has_a_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped path would be made, and its files be looked for elsewhere; nothing is made before there is a file."""
+    with pytest.raises(OptionsError, match=f"'{tmp_path}/lgo' does not exist, and only the last level"):
+        Options(journal_dir=tmp_path / "lgo" / "deep" / "job")
+    monkeypatch.chdir(tmp_path)
+    assert Options(journal_dir="job").journal_dir == str(tmp_path / "job")
+    assert Options(journal_dir=tmp_path).journal_dir == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_built_directly_are_checked_too() -> None:
     assert Options(capture_sizes=[8, 1]).capture_sizes == (1, 8)
     assert Options(capture_sizes=[8, 1]) == ringfence.Backend(capture_sizes=[8, 1]).options

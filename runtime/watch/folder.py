@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..errors import JournalError, OptionsError
 
 #: Why a file is written before anything has happened: what another start has left must not be taken for this one's.
 BEGUN = "begun"
@@ -59,6 +62,41 @@ class Origin:
 def file_of(folder: Path, rank: int, older: int = 0) -> Path:
     """older: 0 for this start's, 1 for the one before."""
     return folder / f"journal-rank{rank}{f'.{older}' * bool(older)}.json"
+
+
+def check_can_be_written(folder: Path) -> None:
+    """A folder that exists, or whose last level can be made, and takes files: a hang is too late to find out.
+
+    Raises :class:`OptionsError`.
+    """
+    if (mistyped := _mistyped(folder)) is not None:
+        raise OptionsError(f"journal_dir='{folder}': {mistyped}")
+    there = folder if folder.exists() else folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):  # permissions say nothing to root, nor of file systems such as /proc
+            pass
+    except OSError as error:
+        raise OptionsError(
+            f"journal_dir='{folder}' cannot be written: '{there}' takes no files ({error.strerror}); name another one"
+        ) from error
+
+
+def make_last_level(folder: Path) -> bool:
+    """Whether the folder was made. Raises :class:`JournalError` where its parent is missing, and OSError."""
+    if folder.exists():
+        return False
+    if (mistyped := _mistyped(folder.absolute())) is not None:
+        raise JournalError(f"no journal is written into '{folder.absolute()}': {mistyped}")
+    folder.mkdir(exist_ok=True)
+    return True
+
+
+def _mistyped(folder: Path) -> str | None:
+    """What of a path is not there, where that is more than its last level."""
+    missing = next((level for level in reversed(folder.parents) if not level.exists()), None)
+    if missing is None:
+        return None
+    return f"'{missing}' does not exist, and only the last level of a path is made; make it, or mend the path"
 
 
 def is_put_away(path: Path) -> bool:

@@ -26,9 +26,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import JournalError
 from . import user_code
 from .bounded import BoundedWaits
-from .folder import BEGUN, Origin, file_of, put_away
+from .folder import BEGUN, Origin, file_of, make_last_level, put_away
 from .marks import CudaMarks
 from .position import CAPTURE, COMPILES, REPLAY, UNCAPTURED, CallSpan, PieceNote, Position, ProgramNote, sizes_text
 from .record import Record
@@ -74,6 +75,7 @@ class Journal(Rings):
         self._exchanges: list[tuple[str, tuple[int, ...]]] = []  # of several threads, perhaps
         self._changed_at = 0
         self._changes = 0
+        self._told_where = False
 
     def name_group(self, name: str, ranks: Sequence[int]) -> None:
         """The global ranks of a group, so that who is missing can be told."""
@@ -255,7 +257,8 @@ class Journal(Rings):
     ) -> Path:
         """Write ``journal-rankN.json`` into a folder, replacing an older one whole; the path of the file.
 
-        What was written with the first ``report`` stays: afterwards a reason is added to it.
+        What was written with the first ``report`` stays: afterwards a reason is added to it. Raises
+        :class:`JournalError` where more than the last level of the folder's path would have to be made, and OSError.
         """
         if self.record.holds(report):
             return self._write(folder, self.record.add(reason, report, **more))
@@ -287,12 +290,17 @@ class Journal(Rings):
     def _try(self, body: Callable[[], object]) -> None:
         try:
             body()
-        except OSError as error:
+        except (OSError, JournalError) as error:
             log.error("ringfence: the journal of rank %d cannot be written: %s", self.rank, error)
 
     def _write(self, folder: str | os.PathLike[str], value: Mapping[str, Any]) -> Path:
         path = file_of(Path(folder), self.rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made = make_last_level(path.parent)
+        if not self._told_where:
+            self._told_where = True
+            level = logging.WARNING if made else logging.INFO  # whoever mistyped it looks for its files elsewhere
+            new = ", a folder that was not there" if made else ""
+            log.log(level, "ringfence: the journal of rank %d is %s%s", self.rank, path.absolute(), new)
         scratch = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         try:
             scratch.write_text(json.dumps(value, default=str))

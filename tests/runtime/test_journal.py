@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -57,6 +58,33 @@ def step(j: Journal, how: str = REPLAY, sizes: tuple[int, ...] = (4,), enter: in
 
 
 # -- where is this rank? -----------------------------------------------------------------
+
+
+def test_only_the_last_level_of_a_folder_is_made_and_the_path_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[int, str]] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.levelno, record.getMessage()))
+
+    logger, lines = logging.getLogger("ringfence.runtime.watch.journal"), Lines()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(logger, "handlers", [lines])
+    monkeypatch.chdir(tmp_path)
+    for level in (logging.WARNING, logging.INFO):
+        j = Journal(rank=3)
+        assert {path.absolute() for path in (j.dump("made"), j.dump("made"))} == {tmp_path / "made/journal-rank3.json"}
+        ((told, text),) = said
+        assert told == level and str(tmp_path / "made/journal-rank3.json") in text
+        assert ("that was not there" in text) == (level == logging.WARNING)
+        said.clear()
+    with pytest.raises(JournalError, match=f"'{tmp_path}/lgo' does not exist"):
+        Journal().dump("lgo/job")
+    Journal().try_dump("lgo/job", "a hang")  # a watch goes on
+    assert [(told, "cannot be written" in text) for told, text in said] == [(logging.ERROR, True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_an_idle_rank_has_completed_what_it_submitted() -> None:
