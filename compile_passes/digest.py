@@ -29,8 +29,9 @@ from .op_calls import op_arguments, op_calls, op_names
 from .provenance import module_of, source_of
 from .roles import arguments, bound_arguments, c10d, calls, dtype_text, is_tensor, tensor
 
-#: Options that may differ between ranks: whom they tell, how long they wait; names of groups, which do differ; and
-#: the path of a size table, whose rows were compared when the collective was chosen.
+#: Options that are not compared here: those that may differ between ranks, and those of the process, which the
+#: supervisor compares whoever gave them (runtime/watch/settings.py says which is which); names of groups, which do
+#: differ; and the path of a size table, whose rows were compared when the collective was chosen.
 _OWN = frozenset(
     {
         "on_report",

@@ -43,8 +43,9 @@ from .runtime.replay.program import Program, SizeRule
 from .runtime.replay.runner import PiecewiseRunner
 from .runtime.watch.recompile import graph_being_compiled
 from .runtime.watch.refusal import refuse
+from .runtime.watch.settings import OF_PROCESS
 from .runtime.watch.supervision import Asked, Supervision
-from .runtime.watch.supervisor import OF_PROCESS, Supervisor, leave, supervisor_for
+from .runtime.watch.supervisor import Supervisor, leave, supervisor_for
 from .stages import (
     CallersMemory,
     FoundSites,
@@ -203,7 +204,8 @@ class Backend(OneObject):
             name=supervision.graph,
         )
         self._report(report, runner)
-        return boxed(guarded(self.looking(runner), judged.outer.barred, graph.device, cut=self.options.outer_capture))
+        run, cut = self.looking(runner), self.options.outer_capture
+        return boxed(guarded(run, judged.outer.barred, graph.device, cut=cut, refuses=runner.refuses))
 
     def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:
         self._account.add(self._use.told(report), runner)

@@ -172,7 +172,8 @@ def _ready(
     parts = {"hidden": hidden, "dtype": dtype, "max_tokens": options.max_tokens, "collective": options.collective}
     if channels:
         told = tuple((name, str(value)) for name, value in parts.items())
-        agree(channels[group.name], PlanDigest(told, what=f"arguments of {_CALL}", arguments=True))
+        digest = PlanDigest(told, what=f"arguments of {_CALL}", arguments=True)
+        agree(channels[group.name], supervisor.compared(digest))
     begin_anew(channels.get(group.name), workspaces_of(group.name))
     sizes = tuple(sorted({1, options.max_tokens or 1}))  # an engine captures several
     wanted = wanted_by(options, hidden, dtype, sizes)

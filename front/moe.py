@@ -254,7 +254,7 @@ def _ready(
         channel = supervisor.open([described], device).get(described.name)
         if channel is not None:
             parts = (*wanted.parts, ("check_every_call", str(check_every_call)))
-            agree(channel, PlanDigest(parts, what=f"arguments of {_CALL}", arguments=True))
+            agree(channel, supervisor.compared(PlanDigest(parts, what=f"arguments of {_CALL}", arguments=True)))
         begin_anew(channel, workspaces_of(described.name))
         return ready_pair(wanted, described, channel, device, supervisor), channel
 

@@ -129,7 +129,8 @@ class Options:
         exit code 85; ``"report"`` writes journals and goes on waiting. None watches nothing and starts no thread.
     kernel_wait_seconds: how long a kernel of ``collective="ringfence"`` waits for a peer; None is half of step_seconds.
         While a rank compiles, captures or runs a graph for the first time it is warm_up_seconds.
-    step_seconds, warm_up_seconds: how long a step may stand still, and how long while a rank compiles or captures.
+    step_seconds, warm_up_seconds: how long a step may stand still, and how long while a rank compiles or captures. They
+        and on_hang are the same on all ranks, or the first graph is an error on all.
     agree_seconds: how long ranks wait for each other where they agree on something.
     check_every_step: compare sizes and choice of graph before every step: slow, and shows who diverges.
     on_capture_failure: a capture that fails on one rank makes all ranks run that size ``"uncaptured"``, or ``"raise"``.

@@ -13,9 +13,10 @@ from .options import Options
 from .runtime.errors import OptionsError
 from .runtime.groups import device_for, device_of_group, name_of_group
 from .runtime.watch.refusal import refused_by_all
+from .runtime.watch.settings import OF_PROCESS
 from .runtime.watch.steps import Watch, watch_group
 from .runtime.watch.supervision import Asked
-from .runtime.watch.supervisor import OF_PROCESS, supervisor_for
+from .runtime.watch.supervisor import supervisor_for
 
 _OPTIONS = tuple(WatchKeywords.__annotations__)
 
@@ -24,13 +25,13 @@ def watch_of_model(model: nn.Module, asked: Asked) -> Watch | None:
     """Watch steps of a model among the ranks that share it, which all call; None where those ranks are not known.
 
     They are the mesh of the first parameter that has one, of one dimension. Whether to watch goes by that alone: a rank
-    may be the only one with ``on_hang`` or a ``journal_dir``, and would meet nobody.
+    may be the only one with ``on_hang``, which is told then, or with a ``journal_dir``, and would meet nobody.
     """
     for parameter in model.parameters():
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is not None and mesh.ndim == 1:
             name = name_of_group(mesh.get_group())
-            return watch_group(name, device_of_group(name), asked, own=OF_PROCESS)
+            return watch_group(name, device_of_group(name), asked)
     return None
 
 

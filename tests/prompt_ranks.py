@@ -36,17 +36,24 @@ def prompt_of(model: Any) -> None:
 
 
 def watched_by_one(rank: int, folder: str) -> dict[str, Any]:
-    """Rank 0 alone asks for a journal and for a watchdog."""
+    """Rank 0 alone asks for a journal; then for a watchdog too."""
     import ringfence
 
-    own: dict[str, Any] = {"on_hang": "report", "journal_dir": folder, "step_seconds": 30} if rank == 0 else {}
+    own: dict[str, Any] = {"journal_dir": folder} if rank == 0 else {}
     model = ringfence.compile(Caching(2), piece_compiler="eager", agree_seconds=180, **own)
     for _ in range(2):
         prompt_of(model)
     steps = model.ringfence.supervisor.journal.to_dict("")["steps"]
     dist.barrier()
     model.ringfence.close()
-    return {"steps": [(step["sizes"], step["how"]) for step in steps]}
+    own |= {"on_hang": "report"} if rank == 0 else {}
+    model = ringfence.compile(Caching(2), piece_compiler="eager", agree_seconds=180, **own)
+    try:
+        prompt_of(model)
+    except ringfence.RankMismatch as error:
+        said = str(error)
+    model.ringfence.close()
+    return {"steps": [(step["sizes"], step["how"]) for step in steps], "said": said}
 
 
 def prompts(rank: int, folder: str) -> dict[str, Any]:

@@ -370,6 +370,7 @@ def test_an_eager_prompt_is_watched_among_the_ranks_that_share_the_model(tmp_pat
 
 
 @pytest.mark.slow
-def test_one_rank_alone_may_ask_for_the_watch_of_a_prompt(tmp_path: Path) -> None:
+def test_one_rank_alone_may_ask_for_a_journal_of_prompts_and_not_for_a_watch(tmp_path: Path) -> None:
     found = run_ranks(2, watched_by_one, str(tmp_path))
     assert [one["steps"] for one in found] == [[([8], "uncaptured")] * 2] * 2
+    assert all("on_hang differs: rank 0: report; rank 1: None" in one["said"] for one in found)

@@ -18,7 +18,7 @@ from ringfence.options import Options
 from ringfence.runtime import errors
 from ringfence.runtime.collectives import table
 from ringfence.runtime.errors import OptionsError, RingfenceError, SizeTableError
-from ringfence.runtime.watch.supervisor import OF_PROCESS
+from ringfence.runtime.watch.settings import OF_PROCESS
 
 
 def test_options_by_place_and_the_class_in_place_of_an_instance() -> None:

@@ -29,12 +29,18 @@ def with_seams(program: Program, device: torch.device) -> Program:
 
 
 def guarded(
-    run: Callable[..., Sequence[Any]], barred: Sequence[str], device: torch.device, *, cut: bool
+    run: Callable[..., Sequence[Any]],
+    barred: Sequence[str],
+    device: torch.device,
+    *,
+    cut: bool,
+    refuses: Callable[[Exception], object] = lambda error: None,
 ) -> Callable[..., Sequence[Any]]:
     """``run``, which no capture holds in silence that must not.
 
     barred: what must not be captured, and why. cut: it breaks the capture by itself where that can be broken; if not,
-    all of it runs between two segments. Raises :class:`CaptureError` where the capture has none.
+    all of it runs between two segments. refuses: told of the error. Raises :class:`CaptureError` where the capture has
+    none.
     """
     if not barred:
         return run
@@ -48,10 +54,12 @@ def guarded(
         if found is not None:
             return list(found)
         more = f"; and {len(barred) - 1} more" if len(barred) > 1 else ""
-        raise CaptureError(
+        error = CaptureError(
             f"the compiled model was called inside a capture that must not hold it: {barred[0]}{more}. Let ringfence "
             "capture it (capture_sizes), or capture in segments between which that runs (vLLM's and SGLang's breakable "
             "graphs)"
         )
+        refuses(error)
+        raise error
 
     return call

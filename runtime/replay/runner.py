@@ -63,8 +63,7 @@ class PiecewiseRunner:
     graphs: what captures; None never captures.
     capture_sizes: token counts to capture.
     padding: serve a size below a captured one by that one; None does not pad.
-    closed: whether the workspace of the collectives was closed; graphs captured over it are refused
-        from then on (:class:`WorkspaceReplacedError`).
+    closed: whether the workspace of the collectives was closed; its captures are :class:`WorkspaceReplacedError` then.
     max_tokens: the largest token count that is served at all; None serves any.
     static_outputs: return the captured buffers themselves, valid until the next call,
         instead of copies that the caller owns.
@@ -101,8 +100,8 @@ class PiecewiseRunner:
         notes = tuple(PieceNote(step.name, step.island, step.calls) for step in program.steps)
         lockstep = any(step.calls for step in program.steps if not step.island)
         shared = None if lockstep else sizes.shared  # as they are compared before a capture
-        graph = self._supervision.graph
-        self._number = self._journal.register(ProgramNote(notes, collective, graph, shared, lockstep))
+        note = ProgramNote(notes, collective, self._supervision.graph, shared, lockstep)
+        self._number, self._groups = self._journal.register(note), note.groups
         self._sizes = sizes
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
         self._in_use = threading.Lock()
@@ -136,14 +135,28 @@ class PiecewiseRunner:
         return list(dict.fromkeys(sizes for sizes, _ in self._places.entries))
 
     def __call__(self, *args: Any) -> list[Any]:
+        begun = self._journal.begun
+        try:
+            return self._call(args)
+        except Exception as error:
+            if self._journal.begun == begun:
+                self.refuses(error)
+            raise
+
+    def refuses(self, error: Exception) -> None:
+        """A call that was to come here is an error, and its step does not begin."""
+        self._supervision.refuses(error, self._groups)
+
+    def _call(self, args: Sequence[Any]) -> list[Any]:
+        self._supervision.check()
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise GradModeError(
                 "the runner serves inference and was called in grad mode with inputs that require grad; "
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
-        self._supervision.check()
         if len(args) != len(self._program.inputs):
-            raise self._wrong_inputs(len(args))
+            wanted = f"{len(self._program.inputs)} inputs ({', '.join(self._program.inputs)})"
+            raise ArgumentError(f"the runner takes {wanted}, and was given {len(args)}")
         if self._max_tokens is not None:
             self._sizes.check(args, self._max_tokens)
         if self._graphs is None:
@@ -165,10 +178,6 @@ class PiecewiseRunner:
             return self._serve(target, sizes, args)
         finally:
             self._in_use.release()
-
-    def _wrong_inputs(self, given: int) -> ArgumentError:
-        wanted = f"{len(self._program.inputs)} inputs ({', '.join(self._program.inputs)})"
-        return ArgumentError(f"the runner takes {wanted}, and was given {given}")
 
     def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         assert self._graphs is not None

@@ -19,8 +19,8 @@ from ..channel import Channel, Failures, by_value, first_difference
 from ..errors import RankMismatch
 from .position import sizes_text
 
-#: Of a step's parts: how it is run.
-HOW = "how it runs"
+#: Of a step's parts: whether it begins at all, and how it is run.
+BEGINS, HOW = "whether it begins", "how it runs"
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,20 @@ class GroupAgreement:
         for channel in self._channels:
             channel.leave(why)
 
-    def before_step(self, step: int, parts: tuple[tuple[str, str], ...]) -> None:
+    def before_step(self, step: int, parts: tuple[tuple[str, str], ...], error: str = "") -> None:
         """The opt-in check of every step. parts: what it is; :data:`HOW` counts where collectives are captured.
+
+        error: why it does not begin here; the others read it where they differ.
 
         Raises :class:`RankMismatch` where ranks choose differently, with the first part that differs.
         """
         mine = (("number", str(step)), *(part for part in parts if self._digest.lockstep or part[0] != HOW))
         for channel in self._channels:
-            answers = channel.exchange("step", mine)
+            answers, errors = zip(*channel.exchange("step", (mine, error)), strict=True)
             if len(set(answers)) > 1:
                 difference = first_difference(answers, channel.ranks)
+                said = "".join(f"; rank {r} raised {e}" for r, e in zip(channel.ranks, errors, strict=True) if e)
                 raise RankMismatch(
-                    f"the ranks do not take the same step, their step {step}: {difference}; what chooses a step or a "
-                    "graph (sizes, padding) must be equal on all ranks"
+                    f"the ranks do not take the same step, their step {step}: {difference}{said}; what chooses a step "
+                    "or a graph (sizes, padding) must be equal on all ranks"
                 )

@@ -188,6 +188,25 @@ def find_alone(
     return None
 
 
+def find_refused(
+    positions: Mapping[int, Position], members: Mapping[str, Sequence[int]], seconds: float
+) -> Finding | None:
+    """Ranks whose last call of the model was an error, where others began that call and wait for them in it.
+
+    Calls that all ranks refuse, as one of too many tokens, are nobody's fault. None where there are no such ranks, or
+    not for ``seconds`` yet: a rank may call again.
+    """
+    settled = [p for p in positions.values() if p.still >= seconds]
+    for there in (p for p in settled if p.refusal and p.phase == "idle" and not p.exchange):
+        for here in (p for p in settled if p.stuck_in_piece and not p.exchange):
+            for call in here.calls:
+                ranks, group = members.get(call.group) or tuple(positions), call.group
+                only_there = there.refused.get(group, 0) > here.refused.get(group, 0)
+                if only_there and there.rank in ranks and there.submitted.get(group, 0) <= call.first:
+                    return _behind_or_past(positions, here.rank, call, ranks, {})
+    return None
+
+
 def _alone(positions: Mapping[int, Position], there: Position, here: Position) -> Finding:
     def alike(one: Position, other: Position) -> bool:
         return (one.exchange, one.compiles, one.calls) == (other.exchange, other.compiles, other.calls)
@@ -272,9 +291,10 @@ def _what_it_does(position: Position) -> str:
         return f"compiles since {position.still:.1f} s, {_when(position)}"
     if position.stuck_in_piece:
         return f"is in {where(position)}"
-    if position.step < 0:
+    if position.step < 0 and not position.refusal:
         return "has not called the model"
-    return f"is outside of the model since {position.still:.1f} s, after {where(position)}"
+    refused = f"; its last call was an error: {position.refusal}" if position.refusal else ""
+    return f"is outside of the model since {position.still:.1f} s, {_when(position)}{refused}"
 
 
 def place_of(position: Position) -> str:

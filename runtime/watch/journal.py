@@ -142,7 +142,7 @@ class Journal(Rings):
         last = self._steps - 1
         slot = last & self._step_mask
         ended = (self._ended[slot] or self._began[slot]) if last >= 0 else 0
-        last_move = max(ended, self._changed_at)
+        last_move = max(ended, self._changed_at, self._refused_at if self._refused else 0)
         submitted = self._calls_submitted()
         return Position(
             self.rank,
@@ -153,6 +153,8 @@ class Journal(Rings):
             completed=dict(submitted),
             still=(self._clock() - last_move) / 1e9 if last_move else 0.0,
             graph=self._graph_of(last) if last >= 0 else "",
+            refused=self._refused,
+            refusal=self._refusal,
             **beside,
         )
 
@@ -186,6 +188,7 @@ class Journal(Rings):
             completed,
             still=(self._clock() - moved_at) / 1e9,
             graph=self._graph_of(step),
+            refused=self._refused_before[slot],
             **beside,
         )
 

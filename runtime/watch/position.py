@@ -74,6 +74,8 @@ class Position:
     exchange: the topic of the exchange in which this rank waits for the others, beside steps; empty where it does not.
     among: the ranks of that exchange.
     compiles: ``compiles forward 0/2 anew, because ...``; empty where it compiles nothing.
+    refused: by group, the calls of the model that ended with an error before their step began, since the last step, or
+    right before the step that this rank is in. refusal: why the last of them did; empty in a step.
     still: seconds since anything moved.
     moved: pieces entered and left, ever: it changes when anything moves.
     """
@@ -95,6 +97,8 @@ class Position:
     graph: str = ""
     among: tuple[int, ...] = ()
     compiles: str = ""
+    refused: Mapping[str, int] = field(default_factory=dict)
+    refusal: str = ""
 
     @property
     def stuck_in_piece(self) -> bool:
@@ -115,7 +119,7 @@ class Position:
         fields = dict(value)
         if "strategy" in fields:  # what the field was called once; a strategy is one-shot or two-shot
             fields["collective"] = fields.pop("strategy")
-        texts = ("phase", "name", "kind", "collective", "exchange", "graph", "compiles")
+        texts = ("phase", "name", "kind", "collective", "exchange", "graph", "compiles", "refusal")
         forms: dict[str, Callable[[Any], Any]] = dict.fromkeys(texts, checked.text) | {
             "rank": checked.integer,
             "step": checked.integer,
@@ -125,6 +129,7 @@ class Position:
             "among": checked.integers,
             "submitted": checked.counts,
             "completed": checked.counts,
+            "refused": checked.counts,
             "still": checked.number,
             "calls": _calls,
         }

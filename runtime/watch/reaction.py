@@ -83,6 +83,14 @@ class Reaction:
         return {name: found.get(name, late) for name in probes}
 
 
+def abort_groups() -> None:
+    """Wake a main thread that waits in NCCL. gloo has no abort."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        group.abort()
+
+
 def bounded(body: Callable[[], Any], seconds: float) -> None:
     """Give ``body`` some seconds: a full pipe, a dead file server or an abort that hangs must not stop the watchdog."""
     thread = threading.Thread(target=body, daemon=True)

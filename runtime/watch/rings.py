@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import ConcurrentCallError
 from .marks import DeviceMarks
@@ -86,6 +86,9 @@ class Rings(Marks):
         self._how: list[str] = [""] * steps
         self._sizes: list[tuple[int, ...]] = [()] * steps
         self._before: list[array[int]] = []  # calls of each group before each step
+        self._refused: dict[str, int] = {}  # by group: calls of the model that began no step, since the last one began
+        self._refused_before: list[dict[str, int]] = [self._refused] * steps
+        self._refusal, self._refused_at = "", 0
         self._step_mask = steps - 1
         self._steps = 0
         self._one = threading.Lock()
@@ -156,6 +159,9 @@ class Rings(Marks):
         self._sizes[slot] = sizes
         for group, before in enumerate(self._before):
             before[slot] = self._totals[group] + self._beside[group]
+        self._refused_before[slot] = self._refused
+        if self._refused:
+            self._refused, self._refusal = {}, ""
         if self._shown:
             for group, calls in self._calls[program]:
                 if group in self._shown:
@@ -165,6 +171,13 @@ class Rings(Marks):
         self._open = True
         self._steps += 1
         return self
+
+    def refuse(self, groups: Collection[str], why: str) -> None:
+        """A call of the model began no step: so many of each group the others may have begun, and wait in now."""
+        if not self._refused:
+            self._refused_at = self._clock()
+        self._refused = {**self._refused, **{group: self._refused.get(group, 0) + 1 for group in groups}}
+        self._refusal = why
 
     def _begin_beside(self, program: int) -> Marks:
         self.missed += 1

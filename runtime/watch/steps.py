@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Collection
 from typing import SupportsIndex
 
 import torch
@@ -46,7 +45,7 @@ class Watch:
         try:
             tokens = _checked(name, tokens, replay)
         except ArgumentError as error:
-            self._supervision.refuses(error)
+            self._supervision.refuses(error, (self._name,))
             raise
         number = self._numbers.get(name)
         if number is None:
@@ -131,22 +130,13 @@ def _checked(name: object, tokens: object, replay: object) -> int:
     return count
 
 
-def watch_group(
-    name: str,
-    device: torch.device,
-    asked: Asked,
-    *,
-    own: Collection[str] = ("journal_dir",),
-) -> Watch:
+def watch_group(name: str, device: torch.device, asked: Asked) -> Watch:
     """Watch the steps of a group's ranks. Every rank must call, as often as the others.
-
-    own: of the settings, those that may differ between ranks.
 
     Raises :class:`RankMismatch` where the ranks ask for different things.
     """
     supervisor = supervisor_for(asked)
-    settings = (*sorted(asked.process.items()), ("check_every_step", asked.every_step))
-    told = tuple((key, str(value)) for key, value in settings if key not in own)
+    told = (("check_every_step", str(asked.every_step)),)
     digest = PlanDigest(told, what="options of the watch", arguments=True)
     try:
         with supervisor.compiling(asked, "call ringfence.watch"), supervisor.compilation():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..channel import DEFAULT_SECONDS, failures_text
-from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch
-from .agree import HOW, GroupAgreement
+from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch, RingfenceError
+from .agree import BEGINS, HOW, GroupAgreement
 from .bounded import BoundedWaits
 from .health import Health
 from .journal import CAPTURE
@@ -22,7 +23,7 @@ T = TypeVar("T")
 class Asked:
     """What a backend asks of the supervisor.
 
-    process: of the options that are the process's (:data:`.supervisor.OF_PROCESS`), those that it was given. The rest
+    process: of the options that are the process's (:data:`.settings.OF_PROCESS`), those that it was given. The rest
     is for its own graphs: agree_seconds, how long an exchange waits; every_step, compare sizes and choice of graph
     before each step; raise_on_capture, a capture that fails on one rank is an error on all, instead of a step down for
     all.
@@ -50,6 +51,9 @@ class Watching(Protocol):
 
     def write(self, reason: str) -> Any:
         """Write the journal down."""
+
+    def refused(self, error: Exception, groups: Collection[str]) -> None:
+        """A call over these groups began no step."""
 
     def broke_off(self, error: BaseException) -> None:
         """A step breaks off. May raise another error in its place."""
@@ -103,15 +107,24 @@ class Supervision:
             return
         agreement, step = self.agreement, self._steps
         self._steps += 1
-        parts = (("name", name), ("sizes", sizes_text(sizes)), (HOW, how))
+        parts = ((BEGINS, "yes"), ("name", name), ("sizes", sizes_text(sizes)), (HOW, how))
         self._agreed(lambda: agreement.before_step(step, parts))
 
-    def refuses(self, error: Exception) -> None:
-        """A step that was called wrongly does not begin. Where every step is compared, the others would wait for it."""
+    def refuses(self, error: Exception, groups: Collection[str]) -> None:
+        """A call ends with ``error``, and its step does not begin: the others may begin theirs, and wait for this rank.
+
+        The watch tells them so, unless they refuse the call too; where every step is compared, the comparison does.
+        groups: those that the step has calls of.
+        """
+        if self.supervisor is None or self.supervisor.health.poisoned is not None:
+            return
+        self.supervisor.refused(error, groups)
         if self.agreement is not None and self.asked is not None and self.asked.every_step:
-            self.agreement.leave(str(error))
-            if self.supervisor is not None:
-                self.supervisor.disagreed(error)
+            agreement, step = self.agreement, self._steps
+            self._steps += 1
+            text = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(RingfenceError):  # this rank raises its own
+                self._agreed(lambda: agreement.before_step(step, ((BEGINS, "no"),), text))
 
     def before_capture(self, sizes: tuple[int, ...]) -> None:
         """Before a size is captured. Raises :class:`RankMismatch` where ranks would capture different things."""

@@ -13,7 +13,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,17 +40,16 @@ from .deadlines import Deadlines
 from .ending import broken_off, how_it_ends, on_uncaught
 from .folder import Origin
 from .health import Health
+from .heartbeat import first_lines
 from .journal import Journal
 from .marks import CudaMarks
 from .page import Neighbours, Page
-from .reaction import Reaction
+from .reaction import Reaction, abort_groups
 from .recompile import CompiledGraph, graph_being_compiled
 from .report import Report
+from .settings import Own, alike, deadlines_of, differs_here, tell_differences
 from .supervision import Asked, Supervision
 from .watchdog import Watchdog, open_watchdog
-
-#: The options that are the process's, not one graph's.
-OF_PROCESS = ("on_hang", "step_seconds", "warm_up_seconds", "journal_dir")
 
 _COMPILATION = "the compilation of a graph"
 
@@ -84,6 +83,7 @@ class Supervisor:
         self._forget_uncaught: Callable[[], None] | None = None
         self._neighbours: dict[str, Neighbours] = {}
         self._has_marks, self._first = False, 0
+        self._told: set[str] = set()  # what of the ranks' own options differs
 
     # -- who asks for what -------------------------------------------------------------------
 
@@ -91,9 +91,9 @@ class Supervisor:
         """Raises :class:`OptionsError` where another backend asks for something else of the process."""
         if asked in self._asked:
             return
-        if self._differs(asked) is not None:
+        if differs_here(self._settings, asked.process) is not None:
             gc.collect()  # a backend that nobody holds any more asks for nothing
-        if (differs := self._differs(asked)) is not None:
+        if (differs := differs_here(self._settings, asked.process)) is not None:
             raise OptionsError(differs)
         self._asked.add(asked)
         weakref.finalize(asked, _rest, weakref.ref(self)).atexit = False
@@ -135,25 +135,13 @@ class Supervisor:
     def _settings(self) -> dict[str, Any]:
         return {name: value for asked in self._asked for name, value in asked.process.items()}
 
-    def _differs(self, asked: Asked) -> str | None:
-        settings = self._settings
-        for name, value in asked.process.items():
-            if name in settings and settings[name] != value:
-                return (
-                    f"{name}={value!r}, and another backend of this process has {name}={settings[name]!r}; journal and "
-                    f"watchdog are the process's, so give both the same, leave {name} out in one of them, or close() "
-                    "the other backend first"
-                )
-        return None
-
     @property
     def deadlines(self) -> Deadlines:
-        settings, default = self._settings, Deadlines()
-        return Deadlines(settings.get("step_seconds", default.steady), settings.get("warm_up_seconds", default.warm_up))
+        return deadlines_of(self._settings)
 
     def _reaction(self) -> Reaction:
         on_hang = self._settings.get("on_hang") or "report"
-        return Reaction(on_hang, self.folder, self.probes, _abort_groups, self.waits)
+        return Reaction(on_hang, self.folder, self.probes, abort_groups, self.waits)
 
     # -- while a graph is compiled ------------------------------------------------------------
 
@@ -269,10 +257,19 @@ class Supervisor:
         graph = self._graph
         if not channels:
             return Supervision(asked=graph.asked, graph=graph.about.name)
-        agreement = GroupAgreement(tuple(channels.values()), digest)
+        agreement = GroupAgreement(tuple(channels.values()), self.compared(digest))
+        own = Own(graph.asked.agree_seconds, self.folder is not None)
         for name, channel in channels.items():  # a rank that failed, or ran a step uncompiled, has counted fewer
-            self.journal.count_from(name, max(channel.exchange("calls so far", self.journal.calls(name))))
+            calls, owns = zip(*channel.exchange("calls so far", (self.journal.calls(name), own)), strict=True)
+            self.journal.count_from(name, max(calls))
+            tell_differences(owns, channel, self._told)
         return Supervision(self, agreement, graph.asked, graph.about.name)
+
+    def compared(self, digest: PlanDigest) -> PlanDigest:
+        """With what the ranks must have alike of the process's options, whoever gave them."""
+        if self._settings.keys() - self._graph.asked.process.keys():
+            gc.collect()  # as in join: which ranks have collected it is luck
+        return replace(digest, parts=(*alike(self._settings), *digest.parts))
 
     def begins(self, first: bool) -> None:
         """A step begins. Until the last first one of its kind has ended, kernels have the patience of a warm-up."""
@@ -289,6 +286,10 @@ class Supervisor:
     def check(self) -> None:
         """Raises :class:`HangError` where a kernel has given up, :class:`PoisonedError` where ranks are out of step."""
         Supervision(self).check()
+
+    def refused(self, error: Exception, groups: Collection[str]) -> None:
+        """A call of the model over these groups is an error, and began no step."""
+        self.journal.refuse(groups, f"{type(error).__name__}: {first_lines(str(error))}")
 
     # -- when something breaks off ---------------------------------------------------------------
 
@@ -390,11 +391,3 @@ def _rest(supervisor: weakref.ref[Supervisor]) -> None:
     found = supervisor()
     if found is not None:
         found.rest()
-
-
-def _abort_groups() -> None:
-    """Wake a main thread that waits in NCCL. gloo has no abort."""
-    from torch.distributed import distributed_c10d
-
-    for group in list(distributed_c10d._world.pg_map):
-        group.abort()

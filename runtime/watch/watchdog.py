@@ -29,7 +29,7 @@ from ..channel import Store
 from ..errors import ChannelTimeoutError, HangError, RingfenceError
 from . import looping
 from .cause import cause_of, is_of_a_peer, is_of_the_store, waited_for
-from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, place_of, where
+from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, find_refused, place_of, where
 from .deadlines import Deadlines
 from .ending import how_it_ends, is_in_order
 from .health import SECONDS_TO_ACT, Health
@@ -271,10 +271,11 @@ class Watchdog:
         self._act(report)
 
     def _alone(self) -> Finding | None:
-        """Ranks that wait for each other in two places: told at once, because it ends never."""
+        """Ranks that wait in two places, or for one whose call was an error: told at once, because it ends never."""
         if self.others.store_is_gone() or self.others.stale() or self.others.silent():
             return None
-        return find_alone(self.others.positions(), self.others.members, self.deadlines.alone)
+        there = self.others.positions(), self.others.members, self.deadlines.alone
+        return find_alone(*there) or find_refused(*there)
 
     def _heard_of_failure(self) -> Report | None:
         """What another rank reported. A victim has looked for the cause before, so its report is the second choice."""

@@ -71,6 +71,7 @@ def test_only_the_last_level_of_a_folder_is_made_and_the_path_is_said_once(
 
     logger, lines = logging.getLogger("ringfence.runtime.watch.journal"), Lines()
     monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(logger, "_cache", {})
     monkeypatch.setattr(logger, "handlers", [lines])
     monkeypatch.chdir(tmp_path)
     for level in (logging.WARNING, logging.INFO):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -13,12 +17,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringfence.runtime.channel import open_channel
-from ringfence.runtime.errors import CaptureFailedWarning, GroupFailureError, PoisonedError, RankMismatch
+from ringfence.runtime.errors import (
+    ArgumentError,
+    CaptureFailedWarning,
+    GradModeError,
+    GroupFailureError,
+    InputError,
+    NestedCaptureError,
+    PoisonedError,
+    RankMismatch,
+    WorkspaceReplacedError,
+)
 from ringfence.runtime.groups import Group
 from ringfence.runtime.replay.capture import SimulatedGraphs
 from ringfence.runtime.replay.program import Program, SizeRule, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
 from ringfence.runtime.watch.agree import GroupAgreement, PlanDigest
+from ringfence.runtime.watch.position import Position
 from ringfence.runtime.watch.supervision import Asked, Supervision
 from ringfence.runtime.watch.supervisor import Supervisor
 from support import run_threaded
@@ -97,6 +112,134 @@ def test_ranks_that_would_capture_different_sizes_do_not() -> None:
         return run.captured_sizes
 
     assert run_threaded(2, body) == [[(4,)], [(4,)]]
+
+
+def test_a_call_that_is_an_error_before_its_step_is_where_the_others_can_see_it() -> None:
+    """Whatever the error is; those of a step are told in it."""
+
+    class Told(Supervisor):
+        def refused(self, error: Exception, groups: Collection[str]) -> None:
+            told.append((type(error), tuple(groups)))
+            super().refused(error, groups)
+
+    def fails(x: Tensor) -> tuple[Tensor]:
+        if x.shape[0] == 7:
+            raise ValueError("in a step")
+        return (x * 2,)
+
+    told: list[tuple[type[Exception], tuple[str, ...]]] = []
+    graphs, supervisor, gone = SimulatedGraphs(), Told(), []
+    program = Program((Step("submod_0", fails, (0,), (1,), False, calls=("tp",)),), ("x",), (1,), 2, (), frozenset())
+    run = PiecewiseRunner(
+        program,
+        SIZES,
+        graphs,
+        [2],
+        max_tokens=8,
+        closed=lambda: bool(gone),
+        journal=supervisor.journal,
+        supervision=Supervision(supervisor, asked=Asked()),
+    )
+    for _ in range(2):
+        run(twos(2))
+    position = supervisor.journal.position
+    calls: dict[type[Exception], Callable[[], object]] = {
+        InputError: lambda: run(twos(9)),
+        ArgumentError: lambda: run(twos(2), twos(2)),
+        GradModeError: lambda: run(twos(2).requires_grad_()),
+        NestedCaptureError: lambda: graphs.capture(run, [twos(2)]),
+        WorkspaceReplacedError: lambda: (gone.append(1), run(twos(2))),
+    }
+    for count, (kind, call) in enumerate(calls.items(), 1):
+        with pytest.raises(kind) as caught:
+            call()
+        assert told[-1] == (kind, ("tp",)) and len(told) == count
+        assert position().refused == {"tp": count} and position().refusal.startswith(f"{kind.__name__}: ")
+        assert position().refusal.endswith(" ".join(str(caught.value).split()))
+    assert Position.from_dict(json.loads(json.dumps(position().to_dict()))) == replace(position(), still=ANY)
+    run(twos(3))
+    assert position().refused == {} and position().refusal == ""
+    with pytest.raises(ValueError, match="in a step"):
+        run(twos(7))
+    assert len(told) == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "message"),
+    [
+        ({"on_hang": "abort"}, {}, "on_hang differs: rank 0: abort; rank 1: None"),
+        ({"on_hang": "abort"}, {"on_hang": "raise"}, "on_hang differs: rank 0: abort; rank 1: raise"),
+        ({"step_seconds": 5}, {}, "step_seconds differs: rank 0: 5; rank 1: 60"),
+        ({"warm_up_seconds": 70.5}, {"warm_up_seconds": 80}, "warm_up_seconds differs: rank 0: 70.5; rank 1: 80"),
+    ],
+)
+def test_what_ranks_must_have_alike_is_an_error_on_all(mine: Any, others: Any, message: str) -> None:
+    """A rank that watches alone would take the others, which say nothing, for dead."""
+
+    def body(rank: int) -> None:
+        asked = Asked(others if rank else mine)
+        supervisor = of_rank(rank, asked)
+        channel = open_channel(dist.group.WORLD.group_name, seconds=120)
+        with pytest.raises(RankMismatch, match=f"agree on the compiled graph: {message}"):
+            supervisor.supervise({"tp": channel}, PlanDigest((("plan", "the same"),)))
+
+    run_threaded(2, body)
+
+
+def test_options_are_those_of_the_process_whichever_backend_gave_them() -> None:
+    def body(rank: int) -> None:
+        first = Asked({"step_seconds": 7, "journal_dir": f"/mnt/{rank}"})
+        second = Asked({"step_seconds": 7.0} if rank else {})
+        supervisor = of_rank(rank, first)
+        supervisor.join(second)
+        channel = open_channel(dist.group.WORLD.group_name, seconds=120)
+        assert supervisor.supervise({"tp": channel}, PlanDigest(())).agreement is not None
+        assert supervisor._told == set(), "where journals are is each host's affair"
+
+    run_threaded(2, body)
+
+
+def test_what_ranks_should_have_alike_is_told_once() -> None:
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    def body(rank: int) -> None:
+        asked = Asked({"journal_dir": "/mnt"} if rank else {}, agree_seconds=120 - rank)
+        supervisor = of_rank(rank, asked)
+        for _ in range(2):
+            channel = open_channel(dist.group.WORLD.group_name, seconds=120)
+            with supervisor.compiling(asked):
+                supervisor.supervise({"tp": channel}, PlanDigest(()))
+
+    said: list[str] = []
+    lines, logger = Lines(), logging.getLogger("ringfence.runtime.watch.settings")
+    logger.addHandler(lines)
+    try:
+        run_threaded(2, body)
+    finally:
+        logger.removeHandler(lines)
+    assert len(said) == 2
+    assert "agree_seconds differs (rank 0: 120; rank 1: 119)" in said[0] and "the shortest counts" in said[0]
+    assert "journal_dir differs (rank 0: None; rank 1: given)" in said[1] and "on all ranks" in said[1]
+
+
+def test_where_steps_are_compared_the_others_hear_of_a_call_that_is_an_error() -> None:
+    def body(rank: int) -> None:
+        run = runner(rank, every_step=True)
+        with pytest.raises(ArgumentError):
+            run()
+        run(twos(3))  # all were called wrongly, and no step began
+        if rank:
+            with pytest.raises(ArgumentError):
+                run()
+        else:
+            with pytest.raises(RankMismatch, match=r"step 2: whether it begins .*rank 1: no; rank 1 raised Argument"):
+                run(twos(3))
+        with pytest.raises(PoisonedError):
+            run(twos(3))
+
+    run_threaded(2, body)
 
 
 def test_steps_are_compared_where_asked_for() -> None:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,46 @@ def test_probes_are_asked_where_a_file_is_written(clock: Clock, tmp_path: Path) 
 
 def _throw() -> None:
     raise RuntimeError("no such memory")
+
+
+#: Longer than it must look so that ranks wait in two places, and far from a deadline of steps.
+PATIENT = replace(SHORT, steady=60.0, alone=0.2)
+
+
+def test_a_rank_whose_call_was_an_error_is_named_at_once(clock: Clock) -> None:
+    waits, refuses = both = ranks(deadlines=PATIENT)
+    waits.step(enter=2, leave=1)
+    refuses.journal.refuse({"tp"}, "GradModeError: called in grad mode")
+    refuses.journal.refuse({"tp"}, "GradModeError: called in grad mode")  # again and again
+    look(clock, both, 0.1)
+    assert waits.watchdog.report is None, "it may call again"
+    look(clock, both, 0.3)
+    report = waits.watchdog.report
+    assert report is not None and (report.kind, report.ranks) == ("hang", (1,))
+    assert "rank 1 did not come to call 1 of group 'tp'" in report.sentence and "rank 0 waits" in report.sentence
+    assert report.sentence.endswith("its last call was an error: GradModeError: called in grad mode")
+    assert refuses.watchdog.report is not None
+
+
+@pytest.mark.parametrize("how", ["all", "called again", "another group", "later"])
+def test_a_rank_that_is_late_after_an_error_is_not(clock: Clock, how: str) -> None:
+    waits, late = both = ranks(deadlines=PATIENT)
+    if how != "later":
+        late.journal.refuse({"dp" if how == "another group" else "tp"}, "InputError: too many tokens")
+    if how == "all":
+        waits.journal.refuse({"tp"}, "InputError: too many tokens")
+    if how == "called again":
+        for rank in both:
+            rank.step()
+    waits.step(enter=2, leave=1)
+    look(clock, both, 1.0)
+    assert waits.watchdog.report is None and late.watchdog.report is None
+    if how == "later":
+        late.journal.refuse({"tp"}, "InputError: too many tokens")
+        look(clock, both, 0.1)
+        late.step(enter=2, leave=1)
+        look(clock, both, 0.5)
+        assert waits.watchdog.report is None
 
 
 def test_slow_but_progressing_ranks_are_left_alone(clock: Clock) -> None:
