@@ -1,6 +1,7 @@
-"""Imported by the server that ranks are forked from (support.py): what torch.compile does once.
+"""Imported by the server that ranks are forked from (support.py): what torch.compile and Inductor do once.
 
-Its first graph takes a process two seconds, the second some tenths. Caches are all that is left: no group, no thread.
+Their first graph takes a process four seconds, the second some tenths: Inductor runs the preprocessor over torch's
+headers and a program that tries its vectors. Caches are all that is left: no group, no thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from tqdm import tqdm
 
 from support import aot_graph, measure_no_guards, start_fake_group
@@ -37,6 +40,10 @@ def warm() -> None:
     with mock.patch.object(tqdm, "monitor_interval", 0):  # else its monitor is a thread
         for inductor in (False, True):
             aot_graph(_Layer(), torch.randn(4, 16), torch.randn(4, 16), inductor=inductor, dynamic=[(0, 0), (1, 0)])
+        torch._dynamo.reset()
+        with torch.no_grad(), inductor_config.patch(compile_threads=1):  # its threads would be waited for too
+            torch.compile(_Layer(), dynamic=True)(torch.randn(4, 16), torch.randn(4, 16))
+    counters.clear()  # a rank counts its own
     dist.destroy_process_group()
     torch._dynamo.reset()
     assert threading.active_count() == 1, threading.enumerate()
