@@ -18,7 +18,8 @@ from .roles import VIEWS, arguments, aten, bound_arguments, calls, is_tensor
 #: Views that keep the order of the elements: one undoes another where the shapes say so.
 RESHAPES = frozenset(VIEWS)
 
-_BY_PLACE = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+#: Views that are said by places in the storage.
+BY_PLACE = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 
 #: Views of a whole tensor in another order of dimensions: the arguments that undo them.
 INVERSES: dict[Any, Callable[[Any], Any]] = {
@@ -65,7 +66,7 @@ def read_by_place(gm: GraphModule) -> frozenset[int]:
     """The indices of the inputs that ``as_strided`` looks at: it counts from the start of their storage, so a copy of
     what they span would not do."""
     placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    strided = [n for op in _BY_PLACE for n in gm.graph.find_nodes(op="call_function", target=op)]
+    strided = [n for op in BY_PLACE for n in gm.graph.find_nodes(op="call_function", target=op)]
     roots = (root(arguments(node)[0]) for node in strided)
     return frozenset(placeholders[node] for node in roots if node in placeholders)
 

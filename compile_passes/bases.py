@@ -10,7 +10,7 @@ form of them: what lies in an input is written in place, and Inductor sees how l
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,10 @@ from torch._prims_common import clone_preserve_strides
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .aliases import fake_call, readers, root, undoes, viewed
+from .aliases import BY_PLACE, fake_call, readers, root, undoes, viewed
 from .functional import FIRST_FORM, SCATTERS, SECOND_FORM, mutable_names
 from .roles import arguments, calls, is_tensor, same_shape, same_size, tensor
-from .symbols import as_node, expression, providers
-
-Providers = Mapping[Any, Node]
+from .symbols import Providers, as_node, expression, providers
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,15 @@ class _Call:
         return list(dict.fromkeys(root(a.old) for a in self.arguments if a.old is not None))
 
 
-def name_bases(gm: GraphModule, *, eager_pieces: bool) -> None:
+def name_bases(gm: GraphModule) -> None:
     """Write each ``auto_functionalized`` with views or lists as ``auto_functionalized_v2``; one that does not say how
     its tensors come together again stays as it is. Changes ``gm``.
-
-    ``eager_pieces``: pieces run op by op. Inductor takes places for counted from the first element, so for it a base
-    that begins inside of other memory is left alone.
     """
     nodes = gm.graph.find_nodes(op="call_function", target=FIRST_FORM)
     sizes = {s: n for s, n in providers(gm).items() if n.op == "placeholder"}
     for node in nodes:
         call = _read(node)
-        if call is not None and _can_be_written(call, sizes) and (eager_pieces or _begins(call)):
+        if call is not None and _can_be_written(call, sizes):
             steps = _steps(call)
             if steps is not None:
                 _write(gm.graph, call, sizes, *steps)
@@ -127,11 +122,6 @@ def _can_be_written(call: _Call, sizes: Providers) -> bool:
     return not plain and not returned and alike and known
 
 
-def _begins(call: _Call) -> bool:
-    """Whether each base begins where its storage does."""
-    return all(same_size(tensor(base).storage_offset(), 0) for base in call.bases)
-
-
 # -- how new values come together ----------------------------------------------------------
 
 
@@ -161,9 +151,9 @@ def _steps(call: _Call) -> tuple[dict[Node, Node], set[Node]] | None:
         if base in whole or any(u.target in SCATTERS and arguments(u)[1] is argument.new for u in users):
             return None
     seen_in_part = any(reader not in steps for value in partial for reader, _ in readers(value))
-    other_layout = any(not _same_layout(value, base) for base, value in whole.items())
     read = [a for a in call.arguments if a.new is not None and a.old is not None and set(a.new.users) - steps]
-    return None if seen_in_part or other_layout or not all(_same_layout(a.new, a.old) for a in read) else (whole, steps)  # type: ignore[arg-type]
+    replaced: list[Any] = [*((value, base) for base, value in whole.items()), *((a.new, a.old) for a in read)]
+    return (whole, steps) if not seen_in_part and all(_may_stand_for(old, new) for new, old in replaced) else None
 
 
 def _put_back(argument: _Argument, base: Node, latest: Node) -> list[Node] | None:
@@ -208,8 +198,19 @@ def _place_of(seen: torch.Tensor) -> tuple[Any, ...]:
     return (*seen.shape, *seen.stride(), seen.storage_offset())
 
 
-def _same_layout(one: Node, other: Node) -> bool:
-    return same_shape(one, other) and all(map(same_size, tensor(one).stride(), tensor(other).stride()))
+def _may_stand_for(old: Node, new: Node) -> bool:
+    """Whether what is laid out as ``old`` may be read instead of ``new``, which may begin elsewhere in its storage."""
+    alike = same_shape(new, old) and all(map(same_size, tensor(new).stride(), tensor(old).stride()))
+    begins_there = same_size(tensor(new).storage_offset(), tensor(old).storage_offset())
+    return alike and (begins_there or not any(view.target in BY_PLACE for view in _views_of(new)))
+
+
+def _views_of(node: Node) -> Iterator[Node]:
+    """The views of a node, each behind what it is taken of."""
+    for user in node.users:
+        if viewed(user) is node:
+            yield user
+            yield from _views_of(user)
 
 
 # -- the second form ------------------------------------------------------------------------
@@ -237,13 +238,21 @@ def _write(graph: Graph, call: _Call, sizes: Providers, whole: dict[Node, Node],
     for argument in call.arguments:
         if argument.old is not None and argument.new is not None and set(argument.new.users) - steps:
             seen = _taken_anew(graph, argument.old, value_of[root(argument.old)], node)
-            argument.new.replace_all_uses_with(seen, lambda user: user not in steps)
+            _replace(argument.new, seen, lambda user: user not in steps)
     for base, value in whole.items():
-        value.replace_all_uses_with(value_of[base])
+        _replace(value, value_of[base])
     for user in list(node.users):
         if user.args[1] in range(len(call.op._schema.returns)):
             user.replace_input_with(node, second)
     _erase(graph, [*whole.values(), *(a.new for a in call.arguments if a.new is not None), *node.users, node])
+
+
+def _replace(value: Node, new: Node, where: Callable[[Node], bool] = lambda user: True) -> None:
+    """Let readers read ``new``; what they look at begins where that begins."""
+    value.replace_all_uses_with(new, where)
+    if not same_size(tensor(new).storage_offset(), tensor(value).storage_offset()):
+        for view in _views_of(new):
+            view.meta["val"] = fake_call(view.target, view.args, dict(view.kwargs))  # type: ignore[arg-type]
 
 
 def _place(graph: Graph, argument: _Argument, bases: list[Node], sizes: Providers) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from ..runtime.versions import in_range
 from .aliases import root
 from .roles import is_tensor
 
-#: Part of the key of Inductor's cache. What is done here is in no graph, so code that was made without it has another.
-CACHE_TAG = "ringfence: reads before writes"
+#: Part of the key of Inductor's cache. What is done here is in no graph, and where an input begins is in no key, so
+#: code that was made without either has another.
+CACHE_TAG = "ringfence: reads before writes, inputs from their first element"
 
 
 def compute_in_time(piece: GraphModule) -> None:

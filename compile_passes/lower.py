@@ -25,6 +25,7 @@ from .groups import collectives_of, group_of
 from .inductor_order import compute_in_time, order_kept
 from .roles import arguments, calls
 from .split import SplitPlan
+from .storage_offsets import begin_at_first_elements
 from .symbols import forget_sizes
 
 PieceCompiler = Callable[[GraphModule], Callable[..., Sequence[Any]]]
@@ -156,6 +157,10 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.utils import BoxedBool
 
+    begun = begin_at_first_elements(piece)
+    if begun is None:
+        return eager_piece(piece)
+    piece = begun
     (output,) = piece.graph.find_nodes(op="output")
     # The next piece was traced with these strides, so Inductor may not choose its own.
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))

@@ -22,6 +22,9 @@ from .roles import aten
 
 _OP = "aten::sym_size"
 
+#: Size symbols, and the nodes that are them.
+Providers = Mapping[sympy.Symbol, Node]
+
 
 def expression(value: Any) -> sympy.Expr:
     """What an integer of a trace is, in the symbols that hold now: one that was replaced is gone."""
@@ -38,7 +41,7 @@ def providers(gm: GraphModule) -> dict[sympy.Symbol, Node]:
     return found
 
 
-def as_node(graph: Graph, wanted: sympy.Expr, known: Mapping[sympy.Symbol, Node]) -> Any:
+def as_node(graph: Graph, wanted: sympy.Expr, known: Providers) -> Any:
     """A node, or a number, for an expression of symbols; inserted where the graph inserts."""
     if wanted.is_Integer:
         return int(wanted)
@@ -50,22 +53,6 @@ def as_node(graph: Graph, wanted: sympy.Expr, known: Mapping[sympy.Symbol, Node]
             values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             node.meta["val"] = node.target(*values[0], **values[1])
     return result.node
-
-
-def fix_storage_offsets(gm: GraphModule) -> None:
-    """Say where a view begins by the trace, as strided views do. Inductor computes it of a buffer that begins anew."""
-    known = providers(gm)
-    for node in gm.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
-        wanted = expression(node.meta["val"])
-        if not wanted.free_symbols <= known.keys() or any(node < known[s] for s in wanted.free_symbols):
-            continue
-        with gm.graph.inserting_before(node):
-            value = as_node(gm.graph, wanted, known)
-        if isinstance(value, Node):
-            node.replace_all_uses_with(value)
-        else:
-            _put(node, value)
-        gm.graph.erase_node(node)
 
 
 def give_sizes(gm: GraphModule, parts: Sequence[GraphPart]) -> tuple[GraphPart, ...]:
@@ -136,10 +123,3 @@ def symbols_of(node: Node) -> set[sympy.Symbol]:
         numbers = [*value.shape, *value.stride(), value.storage_offset()]
         return {s for n in numbers for s in expression(n).free_symbols}
     return set(expression(value).free_symbols) if isinstance(value, torch.SymInt) else set()
-
-
-def _put(node: Node, value: int) -> None:
-    """A number in the place of a node, in all that read it."""
-    for user in list(node.users):
-        user.args = torch.fx.node.map_arg(user.args, lambda n: value if n is node else n)
-        user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)

@@ -30,6 +30,7 @@ from .compile_passes.named_ops import check_not_decomposed, ops_in, ops_replaced
 from .compile_passes.provenance import input_names, inputs_of_modules, name_inputs, served
 from .compile_passes.ranges import Ranged, leave_beyond
 from .compile_passes.report import CompileReport
+from .compile_passes.storage_offsets import slices_of_their_base
 from .installed import versions
 from .keywords import OptionKeywords
 from .moe_assign import assign_moe
@@ -166,7 +167,8 @@ class Backend(OneObject):
             keep_inference_input_mutations=True,  # a copy of the whole cache after each step otherwise
             decompositions=inductor_decompositions() if inductor else {},
         )
-        return compiler(gm, example_inputs)
+        with slices_of_their_base():
+            return compiler(gm, example_inputs)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any], names: Sequence[str]) -> Callable[..., Any]:
         """Compile one functional ATen graph, for AOT: its tensors are fake. names: of the inputs, by Dynamo."""
@@ -254,7 +256,7 @@ class Backend(OneObject):
     def _fuse(self, gm: GraphModule, ranged: Ranged, assigned: Assignment) -> list[Site]:
         sites = name_collectives(gm, ranged.candidates, assigned, self.options)
         self._seen_ops |= ops_in(gm)
-        name_bases(gm, eager_pieces=self.options.piece_compiler == "eager")
+        name_bases(gm)
         dump_graph("fused", gm)
         return sites
 

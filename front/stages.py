@@ -39,8 +39,9 @@ from .compile_passes.returned_views import take_returned_views, views_of_inputs
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.spec import check_parts
 from .compile_passes.split import SplitPlan, split
+from .compile_passes.storage_offsets import fix_storage_offsets
 from .compile_passes.switch_off import switch_off
-from .compile_passes.symbols import fix_storage_offsets, give_sizes
+from .compile_passes.symbols import give_sizes
 from .compile_passes.value_numbers import FunctionalNumbers
 from .compile_passes.verify import verify
 from .compile_passes.waits import settle_waits

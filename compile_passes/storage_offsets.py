@@ -1,0 +1,150 @@
+"""Storage offsets: where a trace and Inductor count from different places.
+
+A trace counts a strided view from the start of its storage. Inductor's code is given a pointer to the first element of
+an input, and counts from there. Both are the same place until an input begins inside of other memory, as a slice of a
+pool of caches does. Then Inductor reads and writes beside the tensor, and so do its own copies, which it lays out by
+the trace. So :func:`begin_at_first_elements` has a piece traced as if each input began where its storage does.
+
+Two more places count from nowhere that holds: :func:`fix_storage_offsets`, :func:`slices_of_their_base`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._prims_common import clone_preserve_strides
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from .aliases import BY_PLACE, fake_call
+from .functional import SECOND_FORM, is_functionalised, mutable_names
+from .roles import aten, bound_arguments, same_size, tensor
+from .symbols import Providers, as_node, expression, providers
+
+
+def fix_storage_offsets(gm: GraphModule) -> None:
+    """Say where a view begins by the trace, as strided views do. Inductor computes it of a buffer that begins anew."""
+    known = providers(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
+        wanted = expression(node.meta["val"])
+        if not wanted.free_symbols <= known.keys() or any(node < known[s] for s in wanted.free_symbols):
+            continue
+        with gm.graph.inserting_before(node):
+            value = as_node(gm.graph, wanted, known)
+        if isinstance(value, Node):
+            node.replace_all_uses_with(value)
+        else:
+            _put(node, value)
+        gm.graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def slices_of_their_base() -> Iterator[None]:
+    """Let AOT name slices that an op writes only where their base begins its storage.
+
+    AOT divides the slice's offset in the storage by a stride (``try_use_slice``), so of a base that begins inside of
+    other memory it names later rows. Of such a slice it says the offset itself instead.
+    """
+    from torch._higher_order_ops import auto_functionalize
+
+    named: Any = auto_functionalize.try_use_slice
+
+    def slice_of(base: Tensor, tensor: Tensor) -> Any:
+        return named(base, tensor) if same_size(base.storage_offset(), 0) else None
+
+    with mock.patch.object(auto_functionalize, "try_use_slice", slice_of):
+        yield
+
+
+def begin_at_first_elements(piece: GraphModule) -> GraphModule | None:
+    """The piece, traced as if each input began where its storage does; a copy where that is another trace.
+
+    None where that cannot be said: something looks at what lies before an input, or asks for an offset.
+    """
+    if not any(_is_inside(n.meta.get("val")) for n in piece.graph.find_nodes(op="placeholder")):
+        return piece
+    if piece.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
+        return None
+    piece = GraphModule(piece, copy.deepcopy(piece.graph))
+    was = {node: node.meta.get("val") for node in piece.graph.nodes}
+    inside = [n for n in piece.graph.find_nodes(op="placeholder") if _is_inside(was[n])]
+    for node in inside:
+        node.meta["val"] = _begun_anew(tensor(node))
+    known = providers(piece)
+    for node in piece.graph.nodes:
+        if node.op != "call_function" or all(n.meta.get("val") is was.get(n) for n in node.all_input_nodes):
+            continue
+        if not _count_anew(node, was, known):
+            return None
+        if any(map(_is_inside, tree_leaves(was[node]))):
+            node.meta["val"] = _value(node)
+        if "eager_input_vals" in node.meta:  # Inductor looks at what it was traced with
+            node.meta["eager_input_vals"] = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    piece.recompile()
+    return piece
+
+
+def _count_anew(node: Node, was: Mapping[Node, Any], known: Providers) -> bool:
+    """Say where a node looks from where its base begins now; whether that can be said."""
+    if node.target in BY_PLACE:
+        given: Any = bound_arguments(node)
+        *seen, offset = (given[a.name] for a in node.target._schema.arguments)  # type: ignore[union-attr]
+        offset = _moved(node, seen[0], offset, was, known)
+        node.args, node.kwargs = (*seen, offset), {}
+        return offset is not None
+    if node.target is SECOND_FORM:
+        bases: Any = node.kwargs["_all_bases"]
+        for name in [n for n in node.kwargs if n.endswith("_storage_offset")]:
+            base = bases[node.kwargs[name.removesuffix("_storage_offset") + "_base_index"]]
+            offset = _moved(node, base, node.kwargs[name], was, known)
+            if offset is None:
+                return False
+            node.kwargs = {**node.kwargs, name: offset}
+    return True
+
+
+def _moved(node: Node, base: Node, offset: Any, was: Mapping[Node, Any], known: Providers) -> Any:
+    """An offset in the storage of ``base``, from where that begins now; None where it is before that or not known."""
+    begins = tensor(base).storage_offset()
+    counted = offset.meta["val"] if isinstance(offset, Node) else offset
+    wanted = begins if counted is None else counted - was[base].storage_offset() + begins  # None: from where it begins
+    known_now = wanted if isinstance(wanted, int) else wanted.node.hint
+    if not expression(wanted).free_symbols <= known.keys() or (known_now is not None and known_now < 0):
+        return None
+    with node.graph.inserting_before(node):
+        return as_node(node.graph, expression(wanted), known)
+
+
+def _value(node: Node) -> Any:
+    """What a node is now, as far as it shares or copies the layout of what it is given."""
+    if not is_functionalised(node) or not isinstance(node.args[0], torch._ops.OpOverload):
+        return fake_call(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    op, old = node.args[0], node.meta["val"]
+    memory: Any = (
+        node.kwargs["_all_bases"] if node.target is SECOND_FORM else [node.kwargs[n] for n in mutable_names(op)]
+    )
+    laid_out: Any = map_arg(memory, lambda n: clone_preserve_strides(tensor(n)))
+    return (*old[: max(1, len(op._schema.returns))], *laid_out)
+
+
+def _begun_anew(value: Tensor) -> Tensor:
+    return value.new_empty_strided(value.size(), value.stride())
+
+
+def _is_inside(value: Any) -> bool:
+    """Whether a tensor begins, or may begin, inside of its storage."""
+    return isinstance(value, Tensor) and not same_size(value.storage_offset(), 0)
+
+
+def _put(node: Node, value: int) -> None:
+    """A number in the place of a node, in all that read it."""
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)

@@ -1,0 +1,128 @@
+"""Caches that begin inside of other memory, as slices of a pool do: right however they are written and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases.serve import SETTINGS, name_of, serve, whole_copies
+from torch import Tensor
+
+import ringfence
+from support import engine_library
+
+H, ROWS, BEFORE = 16, 64, 3
+pytestmark = pytest.mark.usefixtures("fake_group")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine() -> Iterator[None]:
+    def attend(q: Tensor, cache: Tensor, out: Tensor) -> None:
+        cache[: q.shape[0]].mul_(0.5).add_(q)
+        out.copy_(q + cache[:4].mean(0))
+
+    def rows(x: Tensor, caches: list[Tensor]) -> Tensor:
+        """As many rows as the first cache has: its shape is taken for the output's."""
+        for i, cache in enumerate(caches):
+            cache[: x.shape[0]].copy_(x + i)
+        return caches[0] * 2
+
+    ops = (
+        ("attend(Tensor q, Tensor(a!) cache, Tensor(b!) out) -> ()", attend, lambda *_: None),
+        ("rows(Tensor x, Tensor(a!)[] caches) -> Tensor", rows, lambda x, caches: torch.empty_like(caches[0])),
+    )
+    with engine_library("pool", *ops):
+        yield
+
+
+op = torch.ops.pool
+
+
+def whole(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    out = torch.empty_like(x)
+    op.attend(x, c, out)
+    return out + c[:4].sum(0), kv[0, :2] * 1
+
+
+def slices(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    """Slices of one cache by one op after the other, and what was there before."""
+    old, out = c[5].clone(), torch.empty_like(x)
+    op.attend(x, c[4:12], out)
+    y = torch.tanh(out)
+    op.attend(y, c[:8], out)
+    return y + out + c[:12].sum(0) + old
+
+
+def shape_of_a_slice(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    """The op returns as many rows as the slice has."""
+    return op.rows(x, [c[4:], kv[1]]) + 1, kv[1, :6].sum(0)
+
+
+def layers(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    """A view is read after the layers beside it were written, and views are returned."""
+    old, out = kv[0, 1:3], torch.empty_like(x)
+    op.attend(x, kv[0], out)
+    y = torch.sin(out)
+    op.attend(y, kv[1], out)
+    return y + out + old.sum(0), kv[1, 2:5] * 2, c[1:3]
+
+
+def by_aten(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    rows = c[2:6]
+    before = rows.sum(0)
+    c[4 : 4 + x.shape[0]] = x
+    kv[1, 3:5].mul_(0.5).add_(x[:2])
+    return x + rows.sum(0) + before, kv[:, :6].sum((0, 1))
+
+
+def by_place(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    """Looked at from the start of the storage, of a view, and of where that begins."""
+    c.as_strided((2, H), (2 * H, 1), c.storage_offset() + 3 * H).mul_(0.5)
+    return x + c.as_strided((4, 8), (H, 2)).sum() + c[4:].as_strided((2, H), (H, 1)).sum(0), c[:8].sum(0)
+
+
+def what_is_before(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    """No code of Inductor's can look there: it is not given that memory."""
+    return x + c.as_strided((2, H), (H, 1), c.storage_offset() - H).sum(0), torch.cos(c[4:]).sum(0)
+
+
+PROGRAMS = (whole, slices, shape_of_a_slice, layers, by_aten, by_place, what_is_before)
+
+
+def given(steps: int, *, rows: int = ROWS) -> Iterator[tuple[Any, ...]]:
+    caches = torch.randn(BEFORE + 2, rows, H)[BEFORE:], torch.randn(BEFORE + rows, H)[BEFORE:]
+    for i in range(steps):
+        yield torch.randn((4, 2)[i % 2], H), *caches
+
+
+@pytest.mark.parametrize(
+    ("program", "setting"),
+    [(p, s) for p in PROGRAMS for s in SETTINGS if s is not SETTINGS[2] or p in (slices, layers)],
+    ids=lambda each: name_of(each) if isinstance(each, dict) else each.__name__,
+)
+def test_caches_inside_of_other_memory(program: Callable[..., Any], setting: dict[str, Any]) -> None:
+    """As islands where pieces are captured, inside of a piece where they are not."""
+    split_ops = ["pool::attend", "pool::rows"] if "capture_sizes" in setting else []
+    served = serve(program, given(4), split_ops=split_ops, **setting)
+    assert max(served.off) < 1e-5, served.off
+
+
+def test_what_begins_elsewhere_is_another_cache() -> None:
+    """Its place is a number here, and no part of what Inductor's own cache finds code by."""
+    for before in (3, 0, 5):
+        cache = torch.randn(before + ROWS, H)[before:]
+        served = serve(slices, [(torch.randn(4, H), torch.randn(2, ROWS, H), cache)] * 2, dynamic=False)
+        assert max(served.off) < 1e-5, (before, served.off)
+
+
+@pytest.mark.parametrize("setting", SETTINGS[:2], ids=name_of)
+def test_none_is_copied_whole(setting: dict[str, Any]) -> None:
+    split_ops = ["pool::attend"] if "capture_sizes" in setting else []
+    compiled = torch.compile(slices, backend=ringfence.Backend(split_ops=split_ops, **setting), dynamic=True)
+    arguments = list(given(3, rows=1024))
+    with torch.no_grad():
+        for each in arguments[:2]:
+            compiled(*each)
+    assert not whole_copies(compiled, arguments[2], 1024 * H)
