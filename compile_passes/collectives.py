@@ -11,6 +11,7 @@ from ..runtime.collectives import ops
 from ..runtime.collectives.epilogue import DTYPES
 from ..runtime.errors import RefusedError
 from ..runtime.hazards.situation import Collective
+from ..runtime.spelling import group_word
 from .judge import Decision, Verdict
 from .moe_calls import calls_of, in_pairs, name_collective
 from .roles import arguments, bound_arguments, c10d, calls, tensor
@@ -34,8 +35,8 @@ def refuse_sites(gm: GraphModule, verdicts: Sequence[Verdict]) -> int:
         if not in_pairs(of_group):
             why = next(v.message for v in verdicts if v.node in refused and v.group == group)
             raise RefusedError(
-                f"the other half of a dispatch or combine over group '{group}' is not in this graph, so the reference "
-                f"cannot have this one alone: {why} Compile both halves as one graph"
+                f"the other half of a dispatch or combine over group '{group_word(group)}' is not in this graph, so "
+                f"the reference cannot have this one alone: {why} Compile both halves as one graph"
             )
         for node in of_group:
             name_collective(node, str(Collective.REFERENCE))

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from ..runtime.collectives.epilogue import DTYPES
 from ..runtime.groups import same_groups
+from ..runtime.spelling import group_word
 from . import op_options, roles
 from .all_reduce import ALL_REDUCES, AllReduce, nested_all_reduces, recognise_all_reduce
 from .engine_ops import GroupOf
@@ -259,7 +260,8 @@ def _usable(all_reduce: AllReduce, groups: Collection[str] | None) -> Decline | 
     if groups is not None and all_reduce.group not in groups:
         return Decline(
             Reason.OTHER_GROUP,
-            f"{label(start)} reduces over group '{all_reduce.group}', and only {sorted(groups)} are to be fused",
+            f"{label(start)} reduces over group '{group_word(all_reduce.group)}', and only "
+            f"{sorted(map(group_word, groups))} are to be fused",
         )
     users = list(value.users)
     if not users:

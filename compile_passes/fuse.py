@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 from ..runtime.collectives import ops, table
 from ..runtime.errors import ArgumentError, GraphMetadataError, NotFusedWarning, OptionsError
 from ..runtime.groups import AnyGroup, ByGroup, name_of_group, resolve_group, same_groups
+from ..runtime.spelling import group_word
 from .all_reduce import AllReduce
 from .given import check_each, check_graph
 from .match import Candidate, Match, Site
@@ -93,8 +94,8 @@ def _carriers(given: Mapping[AnyGroup, str], candidates: Iterable[Candidate]) ->
     left = fused - same_groups(fused, named)
     if left and (idle := named - same_groups(named, fused)):
         warnings.warn(
-            f"collectives names {sorted(idle)}, over which this graph has no site to fuse; sites over {sorted(left)} "
-            "are the reference's",
+            f"collectives names {sorted(idle)}, over which this graph has no site to fuse; sites over "
+            f"{sorted(map(group_word, left))} are the reference's",
             NotFusedWarning,
             stacklevel=3,
         )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch.fx import GraphModule, Node
 
+from ..runtime.spelling import group_word
 from .groups import collectives_of, group_of
 from .moe_sites import MoeCandidate, MoeMatch
 from .op_calls import op_names
@@ -43,7 +44,10 @@ def _left_alone(
 ) -> Decline | None:
     site, match = candidate.site, candidate.match
     if only is not None and site.group not in only:
-        return Decline(Reason.OTHER_GROUP, f"it is over group '{site.group}', and only {sorted(only)} are to be fused")
+        return Decline(
+            Reason.OTHER_GROUP,
+            f"it is over group '{group_word(site.group)}', and only {sorted(map(group_word, only))} are to be fused",
+        )
     pattern = next((p for p in skip_sites if names_site(p, site)), None)
     if pattern is not None:
         return Decline(Reason.SWITCHED_OFF, f"switched off (skip_sites: '{pattern}')")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, free_unbacked_symbols, statically_known_true
 
 from ..runtime.groups import Group, ranks_of
+from ..runtime.spelling import group_word
 from .assignment import Limit
 from .match import Candidate, Site
 from .reasons import Decline, Reason
@@ -97,7 +98,10 @@ def _uneven(group: str, groups: Mapping[str, Group]) -> str | None:
     other = next((name for name in groups if groups[name].size > 1 and not mine.issuperset(ranks_of(name))), None)
     if other is None:
         return None
-    return f"ranks of group '{other}' may have another token count, and would not compile a graph for it with these"
+    return (
+        f"ranks of group '{group_word(other)}' may have another token count, and would not compile a graph for it "
+        "with these"
+    )
 
 
 def _not_guarded(rows: Any) -> str | None:

@@ -17,6 +17,7 @@ import torch
 
 from ..runtime.errors import ArgumentError, NotFusedError
 from ..runtime.hazards.situation import Collective
+from ..runtime.spelling import group_word
 from .judge import Decision, Verdict
 from .match import Site
 from .moe_sites import MoeSite
@@ -148,7 +149,11 @@ class CompileReport:
     @property
     def _collectives(self) -> str:
         """The collective, or those of several groups: ``mnnvl, reference over group '1'``."""
-        others = [f"{c.collective} over group '{c.group}'" for c in self.collectives if c.collective != self.collective]
+        others = [
+            f"{c.collective} over group '{group_word(c.group)}'"
+            for c in self.collectives
+            if c.collective != self.collective
+        ]
         return ", ".join([self.collective, *others])
 
     @property
@@ -163,7 +168,7 @@ class CompileReport:
         tokens = [f"{n} tokens of {h} {d}" for (h, d), n in counts.items()]
         size = f"{most / 2**20:g} MiB" if most >= 2**20 else f"{most / 2**10:g} KiB"
         of = f" ({', '.join(tokens)})" if tokens else ""
-        over = f" over group '{carrier.group}'" if len(self.collectives) > 1 else ""
+        over = f" over group '{group_word(carrier.group)}'" if len(self.collectives) > 1 else ""
         larger = "are left to the piece compiler, in a graph of their own"
         if self.options.get("deterministic"):
             larger = "are refused"
@@ -198,7 +203,7 @@ class CompileReport:
         if self.plan is not None and not self._nothing_to_prove:
             yield f"plan: {self.plan.kind}: {self.plan.message}"
         for carrier in self.collectives:
-            over = f" (group '{carrier.group}')" if len(self.collectives) > 1 else ""
+            over = f" (group '{group_word(carrier.group)}')" if len(self.collectives) > 1 else ""
             yield from (f"collective {candidate}{over}" for candidate in carrier.candidates)
         yield from (f"note: {note}" for note in self.notes)
 

@@ -37,6 +37,7 @@ from .runtime.groups import Group, nccl_version
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
+from .runtime.spelling import group_word
 from .runtime.watch.supervisor import Supervisor
 
 
@@ -71,14 +72,14 @@ def assign(
                 wanted = replace(_wanted(sites, summed, options), operands=of_all)
                 ready[name] = _prepare(wanted, group, channels[name], device, supervisor)
                 if ready[name].workspace is None and options.collective == "auto":
-                    left[name] = f"no kernels are to be had over group '{name}'"
+                    left[name] = f"no kernels are to be had over group '{group_word(name)}'"
                 continue
         if sites:
             _check_not_insisted(options, group, planned, missing)
             asked = _wanted(sites, summed, options) if planned is None else None
             ready[name] = reference_collective(group.size, missing, asked)
             if planned is None and options.collective == "auto" and device.type == "cuda":
-                left[name] = f"no kernels are to be had over group '{name}': {missing}"
+                left[name] = f"no kernels are to be had over group '{group_word(name)}': {missing}"
     return Assignment(groups, ready, planned, nccl_situation(groups, ready, planned), left=left)
 
 
@@ -156,13 +157,13 @@ def _check_not_insisted(options: Options, group: Group, planned: Situation | Non
         return
     if options.collective not in ("auto", "reference"):
         raise CollectiveUnavailableError(
-            f"collective='{options.collective}' cannot be had over group '{group.name}': {why}; leave it 'auto' to "
-            "fall back, or name the groups to fuse over in the option groups"
+            f"collective='{options.collective}' cannot be had over group '{group_word(group.name)}': {why}; leave it "
+            "'auto' to fall back, or name the groups to fuse over in the option groups"
         )
     if options.deterministic:
         why = why or "collective='reference' is not shown to return the same bits"
         raise CollectiveUnavailableError(
-            f"deterministic=True needs a fused kernel over group '{group.name}': {why}; leave it out"
+            f"deterministic=True needs a fused kernel over group '{group_word(group.name)}': {why}; leave it out"
         )
 
 
@@ -198,7 +199,7 @@ def _prepare(
     # Real memory and real launches, in the midst of a trace with fake tensors.
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
-        if (probed := f"workspaces of group '{group.name}'") not in supervisor.probes:
+        if (probed := f"workspaces of group '{group_word(group.name)}'") not in supervisor.probes:
             supervisor.probes[probed] = make_probe(group.name, device)
         ready = prepare(channel, group, device, wanted)
         if ready.workspace is not None:
@@ -217,8 +218,8 @@ def check_deterministic(sites: Sequence[Site], verdicts: Sequence[Verdict], assi
         if site.index in refused or not serves:
             raise CollectiveUnavailableError(
                 f"deterministic=True: {carrier.collective} does not carry out site {site.index} "
-                f"({site.source or site.node}; group {site.group}, hidden size {hidden}, {site.dtype}), and the "
-                "reference is not shown to return the same bits; leave deterministic out"
+                f"({site.source or site.node}; group '{group_word(site.group or '')}', hidden size {hidden}, "
+                f"{site.dtype}), and the reference is not shown to return the same bits; leave deterministic out"
             )
 
 

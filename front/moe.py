@@ -45,6 +45,7 @@ from .runtime.collectives.ops import PREPARED
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import InputError, OptionsError, RankMismatch, WorkspaceError
 from .runtime.groups import Group, describe_group, device_for, name_of_group, resolve_group
+from .runtime.spelling import group_word
 from .runtime.watch.agree import PlanDigest, agree
 from .runtime.watch.refusal import refused_by_all
 from .runtime.watch.supervision import Asked
@@ -171,7 +172,7 @@ class MoePrepared:
     def __str__(self) -> str:
         """A line for a log, and one for each candidate."""
         serves = f"capacities up to {self.capacity}, {self.nbytes / 2**20:.1f} MiB" if self.capacity else "all calls"
-        first = f"ringfence: group '{self.group}': dispatch and combine by {self.collective}, {serves}"
+        first = f"ringfence: group '{group_word(self.group)}': dispatch and combine by {self.collective}, {serves}"
         return "\n".join((first, *(f"collective {why}" for why in self.why)))
 
 

@@ -34,6 +34,7 @@ from .runtime.collectives.size_table import MOE_TABLE, read_moe_rows
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import CollectiveUnavailableError
 from .runtime.groups import Group
+from .runtime.spelling import group_word
 from .runtime.watch.supervisor import Supervisor
 
 
@@ -120,7 +121,8 @@ def _capacities(options: Options) -> tuple[int, ...]:
 def _without_kernels(wanted: str, group: Group, why: str | None) -> MoeReady:
     if wanted == MOE and why is not None and group.size > 1:
         raise CollectiveUnavailableError(
-            f"moe_collective='{MOE}' cannot be had over group '{group.name}': {why}; leave it 'auto' to fall back"
+            f"moe_collective='{MOE}' cannot be had over group '{group_word(group.name)}': {why}; leave it 'auto' to "
+            "fall back"
         )
     return reference_pair(group.size, why)
 
@@ -136,6 +138,6 @@ def ready_pair(
     # Real memory and real launches, in the midst of a trace with fake tensors.
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
-        if (probed := f"workspaces of group '{group.name}'") not in supervisor.probes:
+        if (probed := f"workspaces of group '{group_word(group.name)}'") not in supervisor.probes:
             supervisor.probes[probed] = make_probe(group.name, device)
         return prepare_moe(channel, group, device, wanted)

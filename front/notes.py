@@ -15,6 +15,7 @@ from .options import Options
 from .runtime.groups import group_exists, same_groups
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.replay.program import SizeRule
+from .runtime.spelling import group_word
 from .stages import CallersMemory, FoundSites, Judged, TracedGraph
 
 GRAD_MODE = "grad mode is on and an input or parameter requires grad"
@@ -72,7 +73,8 @@ def _about_all_reduces(options: Options, found: FoundSites, assigned: Assignment
     elif unknown := [n for n in options.groups or () if not same_groups(filter(None, there), [n])]:
         strangers = [n for n in unknown if not group_exists(n)]
         none = f"; {strangers} are no groups of this process" if strangers else ""
-        yield f"option groups names {unknown}, and the graph's sites are over {sorted(map(str, there))}{none}"
+        over = sorted(group_word(group) for group in there if group is not None)
+        yield f"option groups names {unknown}, and the graph's sites are over {over}{none}"
     if idle := [p for p in options.skip_sites if not any(names_site(p, site) for site in sites)]:
         yield f"skip_sites names {', '.join(idle)}: no site of this graph has such a module or source"
     fused = any(c.fuses for c in found.candidates)
@@ -83,7 +85,7 @@ def _about_all_reduces(options: Options, found: FoundSites, assigned: Assignment
 
 def _about_missing_ranks(graph: TracedGraph, found: FoundSites) -> Iterator[str]:
     """Nobody to reduce with."""
-    alone = [name for name, group in graph.groups.items() if group.size == 1]
+    alone = [group_word(name) for name, group in graph.groups.items() if group.size == 1]
     if alone:
         named = f"group {alone[0]!r} has" if len(alone) == 1 else f"groups {', '.join(map(repr, alone))} have"
         yield f"{named} one rank, so there is nothing to reduce; {_START}"
@@ -100,7 +102,7 @@ def _about_moe(assigned: Assignment) -> Iterator[str]:
             serves = f" (capacities up to {capacity}, {size:.1f} MiB; the reference beyond)"
         why = "; ".join(str(c) for c in ready.candidates if c.why_not is not None)
         yield (
-            f"dispatches and combines over group '{group}' are carried out by {ready.collective}{serves}"
+            f"dispatches and combines over group '{group_word(group)}' are carried out by {ready.collective}{serves}"
             f"{f': {why}' if why else ''}"
         )
 

@@ -90,8 +90,8 @@ def resolve_group(name: str, device: torch.device | None = None) -> dist.Process
         return group
     raise GroupError(
         f"group '{name}' does not exist in this process; groups are named by ProcessGroup.group_name, and the default "
-        f"one is '{_default_group_name()}', or '{WORLD}'. A name of an engine's own is "
-        f"registered in each process: ringfence.register_group('{name}', process_group)"
+        f"one is '{WORLD}' too. A name of an engine's own is registered in each process: "
+        f"ringfence.register_group('{name}', process_group)"
     )
 
 
@@ -271,8 +271,3 @@ def nccl_version() -> str | None:
     if failed:
         return ".".join(map(str, torch.cuda.nccl.version()[:3]))
     return f"{code.value // 10000}.{code.value // 100 % 100}.{code.value % 100}"
-
-
-def _default_group_name() -> str:
-    world = dist.group.WORLD
-    return str(world.group_name) if world is not None else ""

@@ -18,3 +18,8 @@ def meant(given: object, valid: Collection[str], all_of_them: str = "") -> str:
     if one is not None:
         return f"; did you mean '{one}'?"
     return f"; {all_of_them} {', '.join(valid)}" if all_of_them else ""
+
+
+def group_word(name: str) -> str:
+    """What messages call a process group: ``"world"`` for the default one, which torch numbers ``"0"``."""
+    return "world" if name == "0" else name

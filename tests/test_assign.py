@@ -99,7 +99,9 @@ def test_no_rank_has_kernels_in_a_group_where_another_fuses_nothing(graph: Any) 
     assert found.judged == "mnnvl" and found.collective("0") is Collective.REFERENCE
     found, seen = assigned(graph, (), {"0": 0, "1": 0})
     assert seen == [] and found.names == {} and found.judged == "reference"
-    with pytest.raises(CollectiveUnavailableError, match=r"over group '0': nothing is fused on rank 1.*option groups"):
+    with pytest.raises(
+        CollectiveUnavailableError, match=r"over group 'world': nothing is fused on rank 1.*option groups"
+    ):
         assigned(graph, ("0", "1"), {"0": 0, "1": 2}, collective="mnnvl")
 
 
@@ -107,7 +109,7 @@ def test_the_report_tells_of_each_group() -> None:
     collectives = (GroupCollective("1", "mnnvl", ("mnnvl/peer: chosen",), 1 << 20), GroupCollective("0", "reference"))
     site = Site(0, "n", "all_reduce_rms_norm", None, "1", "bfloat16", 16, 1e-6, False, None, None)
     report = CompileReport((site,), (), (), {}, {}, None, collectives)
-    assert report.summary.startswith("1 of 1 all-reduces fused (collective: mnnvl, reference over group '0');")
+    assert report.summary.startswith("1 of 1 all-reduces fused (collective: mnnvl, reference over group 'world');")
     assert (report.collective, report.fused_bytes, report.candidates) == ("mnnvl", 1 << 20, ("mnnvl/peer: chosen",))
     data = report.to_dict()
     assert [(c["group"], c["collective"], c["fused_bytes"]) for c in data["collectives"]] == [

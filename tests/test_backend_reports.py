@@ -169,7 +169,7 @@ def test_nothing_is_captured_where_the_token_count_is_not_known() -> None:
 @pytest.mark.parametrize(
     ("options", "note"),
     [
-        ({"groups": ["0", "absent"]}, r"option groups names \['absent'\], and the graph's sites are over \['0'\]"),
+        ({"groups": ["0", "absent"]}, r"option groups names \['absent'\], and the graph's sites are over \['world'\]"),
         ({"groups": ["0"]}, None),
         (
             {"capture_sizes": [3], "graphs": "simulated", "pad_to_capture_size": True},

@@ -311,7 +311,7 @@ def told_of_what_was_wrong(right: dict[str, tuple[str, float]], wrong: dict[str,
         ("option", "OptionsError", "watch takes no capture_sizes"),
         ("op", "OptionsError", "split_ops holds 'nope::op'"),
         ("group_names", "OptionsError", "group_names: 'nope' is no process group"),
-        ("later", "CollectiveUnavailableError", "collective='trtllm' cannot be had over group '0'"),
+        ("later", "CollectiveUnavailableError", "collective='trtllm' cannot be had over group 'world'"),
     ):
         (heard, seconds), (own, own_seconds) = right[way], wrong[way]
         assert own.startswith(f"{kind}: ") and message in own, own

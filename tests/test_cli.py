@@ -255,6 +255,13 @@ def test_explain_says_why_the_reference_is_the_collective(explain: Run) -> None:
         assert why not in explain("targets:tuple_inputs", "--tp", "2", other)[1], other
 
 
+def test_the_default_group_is_called_world(explain: Run) -> None:
+    """torch numbers it 0, which nobody types."""
+    _, out, _ = explain("targets:tuple_inputs", "--tp", "2", "--option", "groups=['other']")
+    assert "reduces over group 'world', and only ['other'] are to be fused" in out
+    assert "the graph's sites are over ['world']" in out and " world " in out.splitlines()[4] and "'0'" not in out
+
+
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

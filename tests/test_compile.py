@@ -365,7 +365,7 @@ def test_an_eager_prompt_is_watched_among_the_ranks_that_share_the_model(tmp_pat
     first, second = run_ranks(2, prompts, str(tmp_path))
     assert first["steps"] == second["steps"] == [([8], "uncaptured")] * 2
     assert second["said"].startswith(
-        "rank 1 did not come to call 1 of group '0' (step 1 of sizes (8,), piece 0 'prompt'"
+        "rank 1 did not come to call 1 of group 'world' (step 1 of sizes (8,), piece 0 'prompt'"
     )
 
 

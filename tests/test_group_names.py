@@ -166,7 +166,7 @@ def test_what_names_no_group_is_told() -> None:
     ):
         with pytest.raises(kind, match=message):
             fused(wrong)
-    with pytest.warns(ringfence.NotFusedWarning, match=r"names \['1'\], .* sites over \['0'\] are the reference's"):
+    with pytest.warns(ringfence.NotFusedWarning, match=r"names \['1'\], .* sites over \['world'\] are the reference's"):
         assert fused({other: "prepared"}) == ["reference"]
     assert fused({other: "prepared", "world": "prepared"}) == ["prepared"], "a group may have no site in a graph"
     graph = aot_graph(by_torchs_name, *given())

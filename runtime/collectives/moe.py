@@ -49,6 +49,7 @@ from ..errors import CaptureError, CollectiveUnavailableError, InputError, Poiso
 from ..groups import HOST_BACKENDS, describe_group, resolve_group
 from ..hazards.situation import Collective
 from ..seams import run_between
+from ..spelling import group_word
 from . import moe_reference as reference
 from .moe_checks import check_buffer, check_combine, check_dispatch, check_out
 from .moe_one_sided import MoeSizes, id_bytes, unserved
@@ -97,10 +98,11 @@ def _serving(group: str, collective: str, call: MoeSizes, device: torch.device) 
         return None
     if device != found.device:
         raise InputError(
-            f"the tensors must be on {found.device}, as the workspace of group '{group}' is, but they are on {device}"
+            f"the tensors must be on {found.device}, as the workspace of group '{group_word(group)}' is, but "
+            f"they are on {device}"
         )
     if why := unserved(found.sizes, call):
-        raise InputError(f"{why}; prepare group '{group}' for the largest call (ringfence.moe.prepare)")
+        raise InputError(f"{why}; prepare group '{group_word(group)}' for the largest call (ringfence.moe.prepare)")
     return found
 
 
@@ -222,7 +224,8 @@ def _carried(
     why = workspace.capture_failure if workspace is not None else None
     if workspace is None and (backend := describe_group(group, device).backend) in HOST_BACKENDS:
         why = (
-            f"the collectives of group '{group}' run on the host over {backend}, and a replay would not run them again"
+            f"the collectives of group '{group_word(group)}' run on the host over {backend}, and a replay would not "
+            "run them again"
         )
     if why is None:
         return run(*operands)

@@ -18,6 +18,7 @@ from ..groups import Group
 from ..hazards.catalogue import applicable
 from ..hazards.hazard import Action
 from ..hazards.situation import Collective, Situation
+from ..spelling import group_word
 from . import flashinfer, moe_one_sided
 from .choice import Considered
 from .group_facts import facts_of_all, with_copies
@@ -129,7 +130,8 @@ def ready_by(workspace: MoeWorkspace) -> MoeReady:
 def _other(group: Group, wanted: MoeWanted, why: str) -> MoeReady:
     if wanted.collective == MOE:
         raise CollectiveUnavailableError(
-            f"moe_collective='{MOE}' cannot be had over group '{group.name}': {why}; leave it 'auto' to fall back"
+            f"moe_collective='{MOE}' cannot be had over group '{group_word(group.name)}': {why}; leave it 'auto' to "
+            "fall back"
         )
     return reference_pair(group.size, why)
 

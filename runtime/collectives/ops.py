@@ -39,6 +39,7 @@ from ..errors import CaptureError, CollectiveUnavailableError, InputError, Poiso
 from ..groups import HOST_BACKENDS, describe_group
 from ..hazards.situation import Strategy
 from ..seams import run_between
+from ..spelling import group_word
 from . import reference, table
 from .epilogue import DTYPES, Epilogue, RmsNorm
 from .no_backward import check_no_grad, without_backward
@@ -229,7 +230,8 @@ def _carried(run: Callable[..., tuple[Tensor, ...]], group: str, collective: str
     backend = describe_group(group, input.device).backend
     if backend in HOST_BACKENDS:
         why = (
-            f"the collectives of group '{group}' run on the host over {backend}, and a replay would not run them again"
+            f"the collectives of group '{group_word(group)}' run on the host over {backend}, and a replay would not "
+            "run them again"
         )
     elif prepared is not None and prepared.collective == reference.IMPLEMENTATION.name:
         why = prepared.capture

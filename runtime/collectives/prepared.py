@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..spelling import group_word
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -35,8 +37,8 @@ class Prepared:
         tokens = f"up to {self.largest // self.row_bytes} tokens of {self.hidden} {self.dtype}"
         serves = tokens if self.largest else "all calls"
         first = (
-            f"ringfence: group '{self.group}': {self.collective}, {serves}, {self.nbytes / 2**20:.1f} MiB; in a "
-            f"capture of the caller's: {'captured' if self.captured else 'not captured'} ({self.capture})"
+            f"ringfence: group '{group_word(self.group)}': {self.collective}, {serves}, {self.nbytes / 2**20:.1f} MiB; "
+            f"in a capture of the caller's: {'captured' if self.captured else 'not captured'} ({self.capture})"
         )
         return "\n".join((first, *(f"collective {why}" for why in self.why), *(f"note: {note}" for note in self.notes)))
 

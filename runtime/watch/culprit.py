@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..channel import ranks_text
+from ..spelling import group_word
 from . import checked
 from .position import COMPILES, CallSpan, Position, sizes_text
 
@@ -62,7 +63,7 @@ class Finding:
 
 
 def where(position: Position, said: CallSpan | None = None) -> str:
-    """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group '0'``. said: a call not to be repeated."""
+    """``step 4 of sizes (8,), piece 7 'submod_7' (island), call 12 of group 'world'``. said: a call to leave out."""
     if position.step < 0:
         return "no step yet"
     text = f"step {position.step} of {sizes_text(position.sizes)}" + f" of {position.graph}" * bool(position.graph)
@@ -239,7 +240,7 @@ def _behind_or_past(
     known = [r for r in members if r in positions]
     inside = tuple(r for r in known if any(c.group == call.group and c.first == call.first for c in positions[r].calls))
     behind = [r for r in known if positions[r].submitted.get(call.group, 0) <= call.first]
-    call_text = f"call {call.first} of group '{call.group}'"
+    call_text = f"call {call.first} of group '{group_word(call.group)}'"
     if behind:
         least = min(positions[r].submitted.get(call.group, 0) for r in behind)
         culprits = tuple(r for r in behind if positions[r].submitted.get(call.group, 0) == least)
@@ -259,18 +260,21 @@ def _behind_or_past(
         return Finding(
             (r,),
             tuple(w for w in inside if w != r),
-            f"rank {r} has entered calls before {entered} of group '{call.group}', and rank {rank} all of its step "
-            f"({where(positions[rank])}): {ended.get(r) or f'rank {r} {_what_it_does(positions[r])}'}",
-            f"rank {r} has entered calls before {entered} of group '{call.group}'; rank {rank} waits, in {call}",
+            f"rank {r} has entered calls before {entered} of group '{group_word(call.group)}', and rank {rank} all of "
+            f"its step ({where(positions[rank])}): {ended.get(r) or f'rank {r} {_what_it_does(positions[r])}'}",
+            f"rank {r} has entered calls before {entered} of group '{group_word(call.group)}'; rank {rank} waits, "
+            f"in {call}",
         )
     past = tuple(r for r in known if positions[r].completed.get(call.group, 0) > call.last)
     if past and len(past) <= len(inside):
         return Finding(
             past,
             inside,
-            f"{ranks_text(past)} left out a call of group '{call.group}': {'they have' if len(past) > 1 else 'it has'} "
-            f"completed call {call.last}, in which {_wait(inside, 'still ')} ({where(positions[rank], call)})",
-            f"{ranks_text(past)} left out a call of group '{call.group}'; {_wait(inside, 'still ')} in {call}",
+            f"{ranks_text(past)} left out a call of group '{group_word(call.group)}': "
+            f"{'they have' if len(past) > 1 else 'it has'} completed call {call.last}, in which "
+            f"{_wait(inside, 'still ')} ({where(positions[rank], call)})",
+            f"{ranks_text(past)} left out a call of group '{group_word(call.group)}'; "
+            f"{_wait(inside, 'still ')} in {call}",
         )
     if past:
         return Finding(

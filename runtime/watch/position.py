@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..spelling import group_word
 from . import checked
 
 #: What a rank does that compiles a graph of which no more is known.
@@ -59,7 +60,7 @@ class CallSpan:
 
     def __str__(self) -> str:
         numbers = f"call {self.first}" if self.first == self.last else f"calls {self.first} to {self.last}"
-        return f"{numbers} of group '{self.group}'"
+        return f"{numbers} of group '{group_word(self.group)}'"
 
 
 @dataclass(frozen=True)

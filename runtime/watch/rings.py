@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import ConcurrentCallError
+from ..spelling import group_word
 from .marks import DeviceMarks
 from .position import CAPTURE, CallSpan, PieceNote, ProgramNote
 
@@ -185,8 +186,9 @@ class Rings(Marks):
         both = sorted(self.programs[program].groups & other.groups)
         if self.one_caller and both and self._caller != threading.get_ident():
             return _Refused(
-                f"two threads call models over group '{both[0]}' at once, so its calls come in no order that all ranks "
-                "share; call them from one thread, give each model a group of its own, or leave on_hang out"
+                f"two threads call models over group '{group_word(both[0])}' at once, so its calls come in no order "
+                "that all ranks share; call them from one thread, give each model a group of its own, or leave on_hang "
+                "out"
             )
         return _Beside(self, program)
 

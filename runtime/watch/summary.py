@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ..channel import ranks_text
 from ..drawing import wrapped
+from ..spelling import group_word
 from .culprit import came_with
 from .journals import Merged, RankJournal
 from .position import COMPILES, Position, sizes_text
@@ -112,7 +113,7 @@ def where(position: Position, groups: bool) -> str:
 
 def call_text(first: int, last: int, group: str, groups: bool) -> str:
     numbers = f"call {first}" if first == last else f"calls {first} to {last}"
-    return f"{numbers} of group '{group}'" if groups else numbers
+    return f"{numbers} of group '{group_word(group)}'" if groups else numbers
 
 
 def _more(merged: Merged) -> Iterator[str]:

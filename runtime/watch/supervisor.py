@@ -31,6 +31,7 @@ from ..errors import (
 )
 from ..groups import Group, ranks_of, with_peers
 from ..meeting import Start, leave_last_words, meet, start_of, world_store
+from ..spelling import group_word
 from . import user_code
 from .agree import GroupAgreement, PlanDigest
 from .bounded import BoundedWaits
@@ -218,8 +219,7 @@ class Supervisor:
             return
         position = journal.position()
         does = position.compiles or f"waits for the others in the exchange '{position.exchange}'"
-        place = f"call {journal.calls(group)} of group '{group}'"
-        text = alone_text((journal.rank,), ahead, does, place)
+        text = alone_text((journal.rank,), ahead, does, f"call {journal.calls(group)} of group '{group_word(group)}'")
         neighbours.tell(text, (journal.rank,))
         raise RecompiledAloneError(text, (journal.rank,)) if position.compiles else RankMismatch(text)
 

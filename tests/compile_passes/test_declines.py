@@ -233,7 +233,7 @@ def test_group_that_is_no_string_is_declined() -> None:
 def test_other_group_is_declined_when_groups_are_named() -> None:
     reason, message = declined(add_norm, groups=("tensor_parallel",))
     assert reason is Reason.OTHER_GROUP
-    assert "'0'" in message and "tensor_parallel" in message
+    assert "'world'" in message and "tensor_parallel" in message
 
 
 @pytest.mark.usefixtures("fake_group")

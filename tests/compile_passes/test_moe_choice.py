@@ -284,7 +284,7 @@ def test_a_rank_without_sites_comes_to_the_exchange_too() -> None:
     ("options", "code", "says"),
     [
         ({"groups": ["0"]}, None, ""),
-        ({"groups": ["other"]}, "other_group", "is over group '0'"),
+        ({"groups": ["other"]}, "other_group", "is over group 'world'"),
         ({"skip_sites": ["moe_graphs.py:*"]}, "switched_off", "skip_sites: 'moe_graphs.py:*'"),
         ({"skip_sites": ["elsewhere.py:*"]}, None, ""),
         ({"split_ops": ["_c10d_functional::reduce_scatter_tensor"]}, "switched_off", "split_ops names"),

@@ -696,7 +696,8 @@ def faults(ranks: int = 3, device: str = "cpu", first_device: int = 0, **options
             fault(
                 "skipped draft",
                 1,
-                r"rank 1 did not come to call 35 of group '0' \(step 23 of sizes \(4,\) of Model.forward \d/0, piece "
+                r"rank 1 did not come to call 35 of group 'world' \(step 23 of sizes \(4,\) of Model.forward \d/0, "
+                r"piece "
                 rf".*{wait(1)}: rank 1 is outside of the model",
                 r"^rank 1 did not come to call 35 ",
                 sizes=(4,),

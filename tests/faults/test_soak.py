@@ -91,6 +91,6 @@ def test_jobs_share_pairs_and_nothing_may_be_left_on_a_gpu(
 
 
 SAID = (
-    "rank 1 did not come to call 14 of group '0', in which rank 0 waits: rank 1 is in step 7; "
+    "rank 1 did not come to call 14 of group 'world', in which rank 0 waits: rank 1 is in step 7; "
     "rank 0 waited in vain for the part of rank 1 (call 313 of the workspace, token 2)"
 )

@@ -89,7 +89,7 @@ def test_a_rank_whose_disk_was_full_is_not_to_blame(tmp_path: Path, full: int) -
     (tmp_path / f"journal-rank{full}.123.456.part").write_text("{")
     found = merged(tmp_path)
     assert found.finding is not None and found.finding.ranks == (1,) and found.finding.waiting == (0, 2)
-    assert found.sentence.startswith("rank 1 did not come to call 14 of group '0'")
+    assert found.sentence.startswith("rank 1 did not come to call 14 of group 'world'")
     assert found.missing == found.could_not_write == (full,)
     assert found.to_dict()["could_not_write"] == [full]
 
@@ -131,7 +131,7 @@ def test_hosts_whose_clocks_are_hours_apart_say_the_same(tmp_path: Path) -> None
         for rank in RANKS:
             others = heard({r: p for r, p in at.items() if r != rank})
             write(tmp_path, rank, at[rank], "hang: rank 1", heard=others, time=1000.0 + rank * shift)
-        assert merged(tmp_path).sentence.startswith("rank 1 did not come to call 14 of group '0'")
+        assert merged(tmp_path).sentence.startswith("rank 1 did not come to call 14 of group 'world'")
 
 
 @pytest.mark.parametrize("watched", [True, False])

@@ -158,7 +158,9 @@ def test_where_nothing_works_the_reference_does() -> None:
         assert passed_over == ["mnnvl/multicast", "ringfence/peer", "mnnvl/peer", "trtllm/peer"]
         sites = result["reports"][0]["sites"]
         assert [s["reason"] for s in sites] == ["no_kernel", "no_kernel", "escapes_graph"], "slower than not fusing"
-        assert "no kernels are to be had over group '0'; all-reduce, add and norm are left to" in sites[0]["message"]
+        assert (
+            "no kernels are to be had over group 'world'; all-reduce, add and norm are left to" in sites[0]["message"]
+        )
         assert all(result["closed"])
 
 
