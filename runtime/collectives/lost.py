@@ -14,7 +14,8 @@ class Lost:
     """What a kernel said about a wait that ended without success.
 
     call: the number of the call among all of its workspace, from 1. token: which row. missing: the ranks that did not
-    come. source: the first of them; or, where ``relayed``, the rank that came and told that it had waited for them.
+    come. source: the first of them; or, where ``relayed``, the rank that told of them: it had waited in vain, or had
+    been told so itself, perhaps of its own absence.
     """
 
     call: int
@@ -37,7 +38,8 @@ class Lost:
         what = "the sum" if self.sums else "the part"
         where = f"call {self.call} of the workspace, token {self.token}"
         if self.relayed:
-            return f"rank {self.rank} heard from rank {self.source} that it had waited in vain for {named} ({where})"
+            who = "others" if self.source in self.missing else "it"
+            return f"rank {self.rank} heard from rank {self.source} that {who} had waited in vain for {named} ({where})"
         return f"rank {self.rank} waited in vain for {what} of {named} ({where})"
 
     def error(self) -> HangError:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
-from ringfence.runtime.collectives.forms import CallArguments, Form
+from ringfence.runtime.collectives.forms import GRANULE, CallArguments, Form, granules_of_token
 from ringfence.runtime.collectives.lost import Lost
 from ringfence.runtime.collectives.ringfence import MOST_BLOCKS, buffer_bytes
 from ringfence.runtime.hazards.situation import Strategy
@@ -48,6 +48,10 @@ class Step:
     dtype: torch.dtype = torch.bfloat16
     payload: str = "ordinary"
     present: tuple[int, ...] | None = None
+
+    def granules(self, world_size: int) -> int:
+        """That a token needs of an inbox."""
+        return granules_of_token(self.strategy, self.hidden * self.dtype.itemsize, world_size)
 
     def form(self, world_size: int) -> Form:
         norm = self.epilogue.norm
@@ -89,7 +93,7 @@ def library(forms: Sequence[Form], folder: Path, *changes: tuple[str, str]) -> A
 class Asked(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("kind", "grid", "rank", "index")),
-        *((name, ctypes.c_ulonglong) for name in ("input", "residual", "bytes")),
+        *((name, ctypes.c_ulonglong) for name in ("input", "residual", "bytes", "used")),
     )
 
 
@@ -98,7 +102,7 @@ class Schedule(ctypes.Structure):
 
     _fields_ = (
         ("seed", ctypes.c_uint),
-        *((name, ctypes.c_int) for name in ("waits", "torn", "slots", "late", "drowsy")),
+        *((name, ctypes.c_int) for name in ("waits", "torn", "slots", "late", "drowsy", "slow")),
         ("held", ctypes.c_longlong),
         *((name, ctypes.c_ulonglong) for name in ("held_for", "most")),
     )
@@ -106,13 +110,18 @@ class Schedule(ctypes.Structure):
 
 @dataclass
 class Outcome:
-    """fault: what no run may do; None where it was right. lost: by rank, what its kernels reported."""
+    """fault: what no run may do; None where it was right. lost: by rank, what its kernels reported.
+
+    early: how many kernels began while blocks of the one before worked. held: the address of the line that was held up.
+    """
 
     fault: str | None
     turns: int
     lost: list[Lost | None]
     outputs: list[list[tuple[Tensor, Tensor]]]
     counts: list[tuple[int, int]]
+    early: int
+    held: int | None
 
 
 @dataclass
@@ -153,6 +162,7 @@ class Ranks:
         slots: int = 0,
         asleep: int = -1,
         drowsy: int = 0,
+        slow: int = 0,
         held: tuple[int, int] = (-1, 0),
         most: int = 400_000,
     ) -> Outcome:
@@ -181,18 +191,18 @@ class Ranks:
                 here = step.present is None or rank in step.present
                 grid = min(step.tokens, step.grid[rank % len(step.grid)]) * step.blocks if here else 0
                 kind, size = self.forms.index(step.form(self.world_size)), residual.nbytes
-                fed = inputs[rank].data_ptr(), residual.data_ptr(), size
+                used = step.tokens * step.granules(self.world_size) * GRANULE
+                fed = inputs[rank].data_ptr(), residual.data_ptr(), size, used
                 asked[rank * count + i] = Asked(kind, grid, rank, i, *fed)
-        schedule = Schedule(seed, waits, torn, slots, asleep, drowsy, *held, most)
-        turns, fault = ctypes.c_ulonglong(), ctypes.c_char_p()
-        code = self.library.play(
-            self.world_size, count, asked, calls, ctypes.byref(schedule), ctypes.byref(turns), ctypes.byref(fault)
-        )
+        schedule = Schedule(seed, waits, torn, slots, asleep, drowsy, slow, *held, most)
+        turns, early, line, fault = ctypes.c_ulonglong(), ctypes.c_ulonglong(), ctypes.c_void_p(), ctypes.c_char_p()
+        told = map(ctypes.byref, (schedule, turns, early, line, fault))
+        code = self.library.play(self.world_size, count, asked, calls, *told)
         said = {0: None, 1: f"not done within {most} turns", 2: (fault.value or b"").decode()}[code]
         counts = [(int(b), int(r)) for b, r in zip(self.begun, self.received, strict=True)]
         reports = [[w & 0xFFFFFFFF for w in report.tolist()] for report in self.reports]
         lost = [Lost.read(report) if report[0] else None for report in reports]
-        return Outcome(said, turns.value, lost, outputs, counts)
+        return Outcome(said, turns.value, lost, outputs, counts, early.value, line.value)
 
     def wrong(self, outcome: Outcome, *steps: int) -> str | None:
         """The first output, of ``steps`` or of all, that is not what plain torch makes of the inputs."""
@@ -204,6 +214,13 @@ class Ranks:
                 if trouble := self._trouble(i, step, norm, out, outcome.outputs[(step.present or (0,))[0]][i]):
                     return f"rank {rank}, step {i}: {trouble}"
         return None
+
+    def row_of(self, line: int, step: Step) -> tuple[int, bool]:
+        """Of a line at this address, in a call of ``step``: its token, and whether it is of a sum."""
+        at = next(line - inbox for inbox in self.inboxes if 0 <= line - inbox < 2 * self.size) % self.size
+        token, granule = divmod(at // GRANULE, step.granules(self.world_size))
+        sums = step.strategy is TWO and granule >= step.granules(self.world_size) - step.form(self.world_size).granules
+        return token, sums
 
     def silent(self, outcome: Outcome) -> str | None:
         """The first row that is neither right nor all NaN, or is NaN without a report, or is not NaN after one."""

@@ -28,7 +28,7 @@ static inline u64 clock_ns() { return cpu::turns; }
 
 static inline void wait_for_kernel_before() { cpu::wait_for_kernel_before(); }
 
-constexpr u64 ASK_EVERY_NS = 1;
+constexpr u64 ASK_EVERY_NS = cpu::ASK_EVERY;
 static inline void pause() { cpu::yield(); }
 static inline void let_dependents_begin() { cpu::let_dependents_begin(); }
 
@@ -54,6 +54,7 @@ static inline void arrive_in_cluster_without_words() { cpu::arrive_in_cluster(fa
 static inline void wait_in_cluster() { cpu::wait_in_cluster(); }
 template <class W>
 static inline W load_word(const W *at) {
+    cpu::look_at(at);
     cpu::yield();
     return *at;
 }

@@ -3,6 +3,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <map>
@@ -29,6 +30,7 @@ struct Warp {
     int arrived = 0, left = 0;  // left: lanes that are not done
     u32 turn = 0;
     u64 given[32], found[2][32], sleeps_until = 0;
+    u64 dispatched = 0, asked = 0;  // asked: how often it has looked into the host's memory
     bool done() const { return left == 0; }
 };
 struct Meeting {
@@ -68,7 +70,8 @@ struct Word {
 };
 
 Lane *me;
-u64 turns;
+u64 turns, early;
+char *held;
 static jmp_buf scheduler;
 static std::vector<std::deque<KernelState>> ranks;
 static std::vector<Line> lines;
@@ -164,11 +167,12 @@ static void meet(Meeting &meeting) {
     self()->turn = turn;
 }
 
-// The host may see the words of a report in any order between two fences.
+// The host may see the words of a report in any order between two fences. It reads them when it likes, so they stay.
 static void host_looks(KernelState *kernel) {
     auto &seen = reports[kernel->rank];
-    const bool told = kernel->report[0] != seen[0];
-    if (told && memcmp(kernel->report + 1, &seen[1], 28)) fault = "the host may read a report before its words";
+    const bool other = memcmp(kernel->report + 1, &seen[1], 28);
+    if (other && kernel->report[0] != seen[0]) fault = "the host may read a report before its words";
+    if (other && seen[0]) fault = "a report is written again";
     memcpy(seen.data(), kernel->report, 32);
 }
 
@@ -204,7 +208,7 @@ static void dispatch(KernelState &kernel) {
     block.warps.resize(kernel.kind->threads / 32);
     block.left = kernel.kind->threads;
     const u64 until = schedule.drowsy && dice() % 3 == 0 ? turns + dice() % schedule.drowsy : 0;
-    for (Warp &warp : block.warps) warp.sleeps_until = until;
+    for (Warp &warp : block.warps) warp.sleeps_until = until, warp.dispatched = turns;
     for (int t = 0; t < kernel.kind->threads; t++) {
         Warp &warp = block.warps[t / 32];
         auto thread = std::make_unique<Thread>();
@@ -272,6 +276,16 @@ static bool may_begin(std::deque<KernelState> &queue, size_t i) {
     return true;
 }
 
+static bool works(const KernelState &kernel) {
+    const auto &blocks = kernel.blocks;
+    return std::any_of(blocks.begin(), blocks.end(), [](const BlockState &block) { return !block.done(); });
+}
+
+static bool slow(const Warp *warp) {
+    const BlockState *block = warp->lanes[0]->owner;
+    return schedule.slow == 1 ? warp == &block->warps.back() : schedule.slow == 2 && block == block->mates.back();
+}
+
 static int to_their_end() {
     std::vector<bool> asleep(ranks.size(), false);
     if (schedule.late >= 0) asleep[schedule.late] = true;
@@ -285,7 +299,7 @@ static int to_their_end() {
                 KernelState &kernel = ranks[r][i];
                 if (kernel.ended) continue;
                 finished = false;
-                if (!kernel.begun && may_begin(ranks[r], i)) begin(kernel);
+                if (!kernel.begun && may_begin(ranks[r], i)) begin(kernel), early += i > 0 && works(ranks[r][i - 1]);
                 if (!kernel.begun) break;
                 if (!kernel.fed && (i == 0 || ranks[r][i - 1].ended || !schedule.waits)) feed(kernel);
                 const int most = schedule.slots ? schedule.slots : 1 << 20, cluster = kernel.kind->cluster;
@@ -316,7 +330,7 @@ static int to_their_end() {
         if (ready.empty()) continue;
         for (int several = 0; several < 4; several++) {
             Warp *warp = ready[dice() % ready.size()];
-            if (warp->sleeps_until > turns) continue;
+            if (warp->sleeps_until > turns || (slow(warp) && dice() % 64)) continue;
             for (auto &lane : warp->lanes)
                 if (!lane->done) resume(lane.get());
         }
@@ -325,7 +339,7 @@ static int to_their_end() {
 
 int play(const Request *requests, int count, int rank_count, const Schedule &how, u64 all_shares, const char **why) {
     schedule = how, shares = all_shares;
-    turns = stored = 0, fault = nullptr;
+    turns = stored = early = 0, fault = held = nullptr;
     dice.seed(schedule.seed);
     lines.clear(), words.clear(), left_behind.clear();
     ranks.clear(), ranks.resize(rank_count);
@@ -345,8 +359,18 @@ int play(const Request *requests, int count, int rank_count, const Schedule &how
 
 char *shared_of_block() { return aligned(self()->owner); }
 
+// Whether a call may write there: into what it needs of a buffer, in an inbox.
+static bool belongs(const char *at, const KernelState &kernel) {
+    const auto within = [&](const char *inbox) {
+        return inbox && at >= inbox && at < inbox + kernel.inbox_bytes &&
+               (at - inbox) % (kernel.inbox_bytes / 2) < kernel.used;
+    };
+    return within(kernel.inbox) || std::any_of(kernel.peers, kernel.peers + 7, within);
+}
+
 void store(char *at, const uint4 &v) {
     KernelState *kernel = self()->owner->kernel;
+    if (!belongs(at, *kernel)) fault = "a line is written where it does not belong";
     const bool apart = !me->together;
     me->together = false;
     if (at >= kernel->inbox && at < kernel->inbox + kernel->inbox_bytes) {
@@ -361,8 +385,9 @@ void store(char *at, const uint4 &v) {
             line.vectors[place] = v, line.there |= 1 << place, line.apart |= apart;
             return;
         }
-    const bool held = (long long)stored++ == schedule.held;
-    Line line = {begin, {}, 1u << place, kernel, held ? turns + schedule.held_for : 0, apart};
+    const bool late = (long long)stored++ == schedule.held;
+    if (late) held = begin;
+    Line line = {begin, {}, 1u << place, kernel, late ? turns + schedule.held_for : 0, apart};
     line.vectors[place] = v;
     lines.push_back(line);
     kernel->pending++;
@@ -404,5 +429,12 @@ void store_in_block(u64 *to, int block, u64 value) {
 }
 
 void let_host_look() { host_looks(self()->owner->kernel); }
+
+// A wait looks into the host's memory once in a while, and not before it has lasted so long.
+void look_at(const void *at) {
+    Warp &warp = *self()->warp;
+    if (at == self()->owner->kernel->bound && ++warp.asked > (turns - warp.dispatched) / ASK_EVERY)
+        fault = "a wait looks into the host's memory too often";
+}
 
 }  // namespace cpu

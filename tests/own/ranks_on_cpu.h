@@ -1,7 +1,8 @@
 // The threads of all ranks as fibers of one thread, in an order that a seed decides.
 //
 // What it keeps of a device, and no more:
-// - The lanes of a warp go on together after a vote or a shuffle. A warp, or a block, may stand still for a while.
+// - The lanes of a warp go on together after a vote or a shuffle. A warp, or a block, may stand still for a while, and
+//   the last warps of all blocks, or the last blocks of all clusters, may be slow.
 // - Blocks are dispatched in order into a number of slots, the blocks of a cluster at once, into shared memory that
 //   holds what an earlier kernel left there.
 // - A kernel begins when the one before it has ended, or when all of its blocks let dependents begin. What it reads is
@@ -9,7 +10,7 @@
 // - A store to a peer's memory arrives later, and at the latest when its kernel ends: whole lines in any order, where
 //   the lanes stored at once. One line may be held up for long. With `torn` each line may arrive in two halves.
 // - A word for another block of a cluster arrives later too, in any order but that of one place.
-// - The host sees what a kernel reports in any order but that of a fence.
+// - The host sees what a kernel reports in any order but that of a fence, and at any time. Its own memory is far.
 //
 // What the kernels' sources see of it is here; ranks_on_cpu.cpp does it, and is compiled once for all kernels.
 
@@ -55,28 +56,35 @@ struct Input {
     const char *from;
     u64 bytes;
 };
-// A call of a rank; counted, received: its shares.
+// A call of a rank. used: bytes of a buffer that it needs; counted, received: its shares; bound: in the host's memory.
 struct Request {
     int rank, grid;
     const Kind *kind;
     const Call *call;
     char *inbox;
-    u64 inbox_bytes;
-    const u64 *counted, *received;
+    char *const *peers;
+    u64 inbox_bytes, used;
+    const u64 *counted, *received, *bound;
     const u32 *report;
     Input inputs[2];
 };
 // What a run is like. late: the rank that stands still at first. drowsy: for how many turns a warp, a block or a word
-// stands still at most. held: which of all lines arrives only so many turns after it was stored; -1 is none.
+// stands still at most. slow: who goes on once where others do 64 times: nobody, the last warps of all blocks (1), or the
+// last blocks of all clusters (2). held: which of all lines arrives only so many turns after it was stored; -1 is none.
 struct Schedule {
     u32 seed;
-    int waits, torn, slots, late, drowsy;
+    int waits, torn, slots, late, drowsy, slow;
     long long held;
     u64 held_for, most;
 };
 
+// Turns that a wait lasts before it looks into the host's memory, and looks again.
+constexpr u64 ASK_EVERY = 1000;
+
 extern Lane *me;
-extern u64 turns;
+// early: how many kernels began while blocks of the one before worked. held: the line that was held up.
+extern u64 turns, early;
+extern char *held;
 
 void yield();
 // What all lanes of the warp give, once all have come. All go on in the next turn of the warp.
@@ -92,6 +100,7 @@ void arrive_in_cluster(bool with_words);
 void wait_in_cluster();
 void store_in_block(u64 *to, int block, u64 value);
 void let_host_look();
+void look_at(const void *at);
 
 // The requests of all ranks to their end. 0; or 1: not within so many turns, 2: a fault.
 int play(const Request *requests, int count, int rank_count, const Schedule &how, u64 shares, const char **why);

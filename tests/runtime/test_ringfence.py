@@ -204,6 +204,8 @@ def test_a_report_becomes_an_error_that_names_the_ranks(kernels: RingfenceKernel
     assert "rank 6 waited in vain for the part of ranks 4, 9" in str(named.lost())
     words[:] = [1, 5, 0, 7, 0, 1, 0b100, 2]
     assert "rank 1 heard from rank 0 that it had waited in vain for rank 2" in str(kernels.rank_memory.lost())
+    words[4] = 2  # the one that was late tells what it was told
+    assert "rank 1 heard from rank 2 that others had waited in vain for rank 2" in str(kernels.rank_memory.lost())
 
 
 def test_a_step_does_not_begin_where_a_kernel_has_given_up(kernels: RingfenceKernels) -> None:
