@@ -8,13 +8,15 @@ A comment stands before each block:
     <!-- file: FILE -->         a program, whole; a command in the block behind it runs it
     <!-- model: FOLDER -->      every command is run, with 0, beside a small Hugging Face model in that folder
     <!-- from: FILE -->         lines of a program that test_examples.py runs
-    <!-- GPU --> <!-- yours --> <!-- example --> <!-- picture: ... -->      needs a GPU, or what only the reader has
+    <!-- GPU --> <!-- yours --> <!-- picture: ... -->      needs a GPU, or what only the reader has
+    <!-- yours: FOLDER --> <!-- example -->      a command about a config in that folder, and what it prints
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 import pytest
 from test_examples import RUNS
 
+from ringfence.cli import main
 from support import HARD_END, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +148,37 @@ def test_a_whole_program_runs_as_it_is_copied(clone: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.startswith("The hobbit looked into the ") and "captures" in ran.stdout, ran.stdout
     assert "Warning" not in ran.stderr, ran.stderr
+
+
+def test_the_plan_is_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its picture is docs/plan.svg. Lines of transformers' sources change with its version."""
+    from transformers import LlamaConfig
+
+    (asked,) = [block for block in BLOCKS if block.kind == "yours" and block.said]
+    (printed,) = [block for block in BLOCKS if block.kind == "example"]
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5).save_pretrained(tmp_path / asked.said)
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(asked.text)
+    assert program == "ringfence" and main(arguments) == 0
+    assert _without_lines(capsys.readouterr().out.rstrip("\n")) == _without_lines(printed.text)
+    picture = (tmp_path / "plan.svg").read_text()
+    assert _without_lines(picture) == _without_lines((ROOT / "docs" / "plan.svg").read_text())
+
+
+def _without_lines(text: str) -> str:
+    return re.sub(r"(?<=\.py:)\d+", lambda line: "N" * len(line[0]), text)
+
+
+def test_figures_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "measurements.md").read_text()
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.search(r"\| \d+\.\d", line)]
+    figures = [figure for row in rows for figure in re.findall(r"\d+\.\d+", row)]
+    assert len(figures) > 30
+    assert not [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", page)]
 
 
 def test_what_ci_runs_is_not_run_twice() -> None:
