@@ -59,6 +59,10 @@ class GraphBackend(Protocol):
         """
         return None
 
+    def make_room(self) -> None:
+        """Before a recording: give back the memory that an allocator keeps and nobody uses."""
+        return None
+
     def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
         """``call(*args)``, run where it is about to be captured: it loads modules and picks algorithms."""
         ...
@@ -131,6 +135,11 @@ class CudaGraphs(GraphBackend):
             self._pool = CudaPool(self._device) if own else shared_pool(self.name, self._device, CudaPool)
         return self._pool
 
+    def make_room(self) -> None:
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.device(self._device):
+            torch.cuda.empty_cache()
+
     def warm_up(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:
         stream = self.pool_for().stream
         caller = torch.cuda.current_stream(self._device)
@@ -141,26 +150,44 @@ class CudaGraphs(GraphBackend):
         return outputs
 
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any]) -> CapturedPiece:
-        pool, graph = self.pool_for(), torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[self._device.index]
-        state = generator.clone_state()
         before = self._control_words()
         try:
-            # Only this thread is watched: NCCL's watchdog thread queries events meanwhile.
-            with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
-                outputs = tuple(call(*args))
-        except BaseException:
-            # A capture that was invalidated never ends for the generator and for the pool: random
-            # numbers and the next capture would raise. Graphs that exist keep the old pool.
-            generator.graphsafe_set_state(state)
-            pool.renew()
-            raise
-        after = self._control_words()
+            recorded = self._recorded(call, args)
+        except torch.OutOfMemoryError:
+            recorded = None  # and the error is let go, whose frames hold what was allocated so far
+        if recorded is None:  # what the pieces' own runs left to the allocator is not given back inside of a capture
+            self.make_room()
+            recorded = self._recorded(call, args)
+        (graph, outputs), pool, after = recorded, self.pool_for(), self._control_words()
         if before != after:
             graph.reset()
             raise CaptureError(f"the capture changed the control words of the collectives from {before} to {after}")
         pool.graphs.add(graph)
         return _CudaPiece(graph, outputs, pool)
+
+    def _recorded(
+        self, call: Callable[..., Sequence[Any]], args: Sequence[Any]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Any, ...]]:
+        """Not by ``torch.cuda.graph``, which waits for the device and empties its allocator before each capture."""
+        pool, graph, ended = self.pool_for(), torch.cuda.CUDAGraph(), False
+        generator = torch.cuda.default_generators[self._device.index]
+        state = generator.clone_state()
+        try:
+            with torch.cuda.stream(pool.stream):
+                # Only this thread is watched: NCCL's watchdog thread queries events meanwhile.
+                graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+                try:
+                    return graph, tuple(call(*args))
+                finally:
+                    graph.capture_end()
+                    ended = True
+        except BaseException:
+            # A capture that was invalidated never ends for the generator and for the pool: random
+            # numbers and the next capture would raise. Graphs that exist keep the old pool.
+            if not ended:
+                generator.graphsafe_set_state(state)
+                pool.renew()
+            raise
 
     def is_capturing(self) -> bool:
         with torch.cuda.device(self._device):

@@ -85,6 +85,7 @@ class Recording:
         """Run and record all steps. Releases what it has where the model raises."""
         entry = self.entry
         try:
+            self.graphs.make_room()
             for i, step in enumerate(self.program.steps):
                 marks.enter()
                 if step.island:

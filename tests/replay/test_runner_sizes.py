@@ -84,7 +84,8 @@ def test_runner_runs_and_records_piece_by_piece() -> None:
     graphs = RecordingGraphs()
     runner = PiecewiseRunner(layer_program(), ROWS, graphs, [4])
     runner(rows(4), weights())
-    assert graphs.events == [event for i in range(PIECES) for event in ("warm up", f"capture {i}")]
+    pieces = [event for i in range(PIECES) for event in ("warm up", f"capture {i}")]
+    assert graphs.events == ["make room", *pieces], "once for all of them"
 
 
 @pytest.mark.parametrize("where", ["piece", "island"])
