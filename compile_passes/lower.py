@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ..runtime.collectives.moe import moe_combine_buffer, moe_dispatch
 from ..runtime.errors import ArgumentError
-from ..runtime.replay.program import Program, ReturnedView, Step
+from ..runtime.replay.program import Program, ReturnedView, Step, last_reads
 from .elided import keep_snapshots
 from .functional import written_inputs
 from .given import check_graph, check_one
@@ -92,8 +92,9 @@ def lower(
             slots += 1
         else:
             result_slots.append(slot_of[result])
+    stay = {*static_inputs, *written, *result_slots, *(slot for slot, _ in constants)}
     return Program(
-        steps=tuple(_with_frees(steps, keep={*range(len(names)), *result_slots, *(slot for slot, _ in constants)})),
+        steps=tuple(replace(step, frees=frees) for step, frees in zip(steps, last_reads(steps, stay), strict=True)),
         inputs=tuple(names),
         outputs=tuple(result_slots),
         slots=slots,
@@ -121,13 +122,6 @@ def _return_tuple(piece: GraphModule) -> int:
         output.args = ((values,),)
         return 1
     return len(values)
-
-
-def _with_frees(steps: Sequence[Step], keep: set[int]) -> Iterator[Step]:
-    last_read = {slot: i for i, step in enumerate(steps) for slot in (*step.outputs, *step.inputs)}
-    for i, step in enumerate(steps):
-        frees = tuple(s for s in sorted({*step.inputs, *step.outputs}) if last_read[s] == i and s not in keep)
-        yield replace(step, frees=frees)
 
 
 def _progress(items: Sequence[Node], label: str) -> Iterator[Node]:
@@ -164,8 +158,8 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     (output,) = piece.graph.find_nodes(op="output")
     # The next piece was traced with these strides, so Inductor may not choose its own.
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    writes = bool(written_inputs(piece))  # Inductor changes the graph
-    if writes:
+    written = written_inputs(piece)  # Inductor changes the graph
+    if written:
         keep_snapshots(piece)
     compute_in_time(piece)
     for node in piece.graph.find_nodes(op="placeholder"):
@@ -175,11 +169,35 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
         compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
 
-    def call(*args: Any) -> Sequence[Any]:
-        outputs: Sequence[Any] = compiled(list(args))
-        return outputs
+    return _Compiled(compiled, written)
 
-    return _with_memory_of_their_own(call) if writes else call
+
+class _Compiled:
+    """A piece that Inductor compiled. What it returns looks at no memory that it writes into, nor at another output's.
+
+    Inductor drops the clone of a slice that was written (``remove_noop_ops``, which compares the storages of the
+    functional graph), and then writes that slice in place: what is left of the clone is a view of the input.
+    """
+
+    def __init__(self, compiled: Callable[[list[Any]], Sequence[Any]], written: frozenset[int]) -> None:
+        self._compiled, self._written = compiled, sorted(written)
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        return self.boxed(list(args))
+
+    def boxed(self, args: list[Any]) -> Sequence[Any]:
+        """The same for arguments in a list, which die with their last use."""
+        if not self._written:
+            return self._compiled(args)
+        taken = {args[i].untyped_storage()._cdata for i in self._written}
+        outputs = []
+        for output in self._compiled(args):
+            if isinstance(output, torch.Tensor):
+                if output.untyped_storage()._cdata in taken:
+                    output = output.clone()
+                taken.add(output.untyped_storage()._cdata)
+            outputs.append(output)
+        return outputs
 
 
 def _planes_left_alone(piece: GraphModule) -> contextlib.AbstractContextManager[Any]:
@@ -190,27 +208,6 @@ def _planes_left_alone(piece: GraphModule) -> contextlib.AbstractContextManager[
         allow_buffer_reuse=False, inplace_buffers=False
     )
     return patched
-
-
-def _with_memory_of_their_own(call: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-    """``call`` of a piece that writes into its inputs. What it returns looks at no memory of theirs, nor at another's.
-
-    Inductor drops the clone of a slice that was written (``remove_noop_ops``, which compares the storages of the
-    functional graph), and then writes that slice in place: what is left of the clone is a view of the input.
-    """
-
-    def owning(*args: Any) -> Sequence[Any]:
-        taken = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
-        outputs = []
-        for output in call(*args):
-            if isinstance(output, torch.Tensor):
-                if output.untyped_storage()._cdata in taken:
-                    output = output.clone()
-                taken.add(output.untyped_storage()._cdata)
-            outputs.append(output)
-        return outputs
-
-    return owning
 
 
 def _current(value: Any) -> Any:

@@ -51,13 +51,11 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def boxed(runner: Callable[..., Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
-    """AOT's calling convention: the arguments come in a list, which the callee empties."""
+def boxed(run: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
+    """AOT's calling convention: the arguments come in a list, which the callee empties. Marks what does so."""
 
     def call(args: list[Any]) -> Sequence[Any]:
-        values = tuple(args)
-        args.clear()
-        return runner(*values)
+        return run(args)
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call

@@ -206,7 +206,7 @@ class Backend(OneObject):
             name=supervision.graph,
         )
         self._report(report, runner)
-        run, cut = self.looking(runner), self.options.outer_capture
+        run, cut = self.looking(runner.boxed), self.options.outer_capture
         return boxed(guarded(run, judged.outer.barred, graph.device, cut=cut, refuses=runner.refuses))
 
     def _report(self, report: CompileReport, runner: PiecewiseRunner | None = None) -> None:

@@ -139,7 +139,7 @@ class _NotRun(Exception):
     """Of a compiled graph that is called: there is nothing to run it on."""
 
 
-def _not_run(*_: Any) -> Any:
+def _not_run(args: list[Any]) -> Any:
     raise _NotRun
 
 

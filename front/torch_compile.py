@@ -72,18 +72,18 @@ class OneObject:
             self._use.looked = True
             say_if_nothing_is_fused(self.reports)
 
-    def looking(self, run: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-        """``run``, of the last report. In its second call all graphs of the first are there."""
+    def looking(self, run: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
+        """``run``, of the last report, which takes a list. In its second call all graphs of the first are there."""
         if fuses(self.reports[-1]) or self._use.looked:
             return run
         calls = 0
 
-        def call(*args: Any) -> Sequence[Any]:
+        def call(args: list[Any]) -> Sequence[Any]:
             nonlocal calls
             calls += 1
             if calls == 2:
                 self.look_once()
-            return run(*args)
+            return run(args)
 
         return call
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import ringfence
 from ringfence.runtime.errors import (
     MovedInputWarning,
     OptionsError,
 )
-from support import TOLERANCE, relative_error, run_python, run_threaded
+from support import TOLERANCE, engine_library, relative_error, run_python, run_threaded
 
 
 @pytest.fixture(autouse=True)
@@ -305,6 +306,49 @@ def test_data_dependent_op_becomes_an_island() -> None:
             for actual, expected in zip(compiled(x), run(x), strict=True):
                 assert torch.allclose(actual, expected, atol=1e-6)
     assert "data_dependent" in {v.rule for v in backend.reports[0].verdicts}
+
+
+class _Keeps(ringfence.Backend):
+    """Hands out what it gives AOT, which calls it with a list of arguments."""
+
+    compiled: Callable[..., Any]
+
+    def _compile(self, *args: Any) -> Callable[..., Any]:
+        self.compiled = super()._compile(*args)
+        return self.compiled
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("split", [{}, {"split_ops": ["frees::look"]}], ids=["whole", "split"])
+@pytest.mark.parametrize("options", [{}, {"capture_sizes": [5], "graphs": "simulated"}], ids=["off", "size"])
+def test_an_argument_is_held_up_to_its_last_use(split: dict[str, Any], options: dict[str, Any]) -> None:
+    """As Inductor does, in the midst of a piece too, and in a call whose size is none of the captured ones."""
+    dead: list[list[bool]] = []
+    made: list[StorageWeakRef] = []
+
+    def look(x: Tensor) -> Tensor:
+        dead.append([ref.expired() for ref in made])
+        return x * 1
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cos(torch.ops.frees.look(torch.sin(x)) + x + y)
+
+    def last_use(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cos(torch.ops.frees.look(torch.sin(x)) + y)
+
+    backend = _Keeps(**split, **options)
+    with engine_library("frees", ("look(Tensor x) -> Tensor", look, torch.empty_like)), torch.no_grad():
+        for function, expected in ((run, [False, False]), (last_use, [True, False])):
+            torch.compile(function, backend=backend, dynamic=False)(rows(6), rows(6))
+            given = [rows(6), rows(6)]
+            made = [StorageWeakRef(x.untyped_storage()) for x in given]
+            right = function(*given)
+            dead.clear()
+            (out,) = backend.compiled(given)
+            assert torch.allclose(out, right, atol=1e-5)
+            assert dead == [expected]
+            assert not given
+            made = []
 
 
 # -- the package ---------------------------------------------------------------------------

@@ -29,14 +29,14 @@ def with_seams(program: Program, device: torch.device) -> Program:
 
 
 def guarded(
-    run: Callable[..., Sequence[Any]],
+    run: Callable[[list[Any]], Sequence[Any]],
     barred: Sequence[str],
     device: torch.device,
     *,
     cut: bool,
     refuses: Callable[[Exception], object] = lambda error: None,
-) -> Callable[..., Sequence[Any]]:
-    """``run``, which no capture holds in silence that must not.
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """``run``, which takes its arguments in a list, and which no capture holds in silence that must not.
 
     barred: what must not be captured, and why. cut: it breaks the capture by itself where that can be broken; if not,
     all of it runs between two segments. refuses: told of the error. Raises :class:`CaptureError` where the capture has
@@ -45,12 +45,12 @@ def guarded(
     if not barred:
         return run
 
-    def call(*args: Any) -> Sequence[Any]:
+    def call(args: list[Any]) -> Sequence[Any]:
         if not is_capturing(device):
-            return run(*args)
+            return run(args)
         if cut and run_between(tuple, (), device) is not None:
-            return run(*args)
-        found = run_between(run, args, device) if not cut else None
+            return run(args)
+        found = run_between(lambda *given: run(list(given)), args, device) if not cut else None
         if found is not None:
             return list(found)
         more = f"; and {len(barred) - 1} more" if len(barred) > 1 else ""

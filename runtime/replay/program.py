@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,9 @@ from ..errors import InputError
 class Step:
     """Call ``call(*slots[inputs])`` and put what it returns into ``slots[outputs]``.
 
-    ``island`` steps run eagerly, always. A step may write into arguments of the program only, and
-    what it returns is no alias of another argument: AOT traces graphs so, and captures rely on it.
+    A ``call`` may have a method ``boxed``, which is given its arguments in a list that it empties, so that they die as
+    it goes. ``island`` steps run eagerly, always. A step may write into arguments of the program only, and what it
+    returns is no alias of another argument: AOT traces graphs so, and captures rely on it.
     ``frees`` are the slots that nothing reads after this step; ``calls`` the process groups
     of the collectives in it, in order.
     """
@@ -27,6 +29,30 @@ class Step:
     island: bool
     frees: tuple[int, ...] = ()
     calls: tuple[str, ...] = ()
+
+    def run(self, slots: list[Any]) -> None:
+        """Run it on slots and free some; before, where the call lets go of its arguments as it goes."""
+        given = [slots[i] for i in self.inputs]
+        boxed: Callable[[list[Any]], Sequence[Any]] | None = getattr(self.call, "boxed", None)
+        if boxed is not None:
+            self._free(slots)
+        values = boxed(given) if boxed is not None else self.call(*given)
+        for slot, value in zip(self.outputs, values, strict=True):
+            slots[slot] = value
+        self._free(slots)  # an output that nobody reads among them
+
+    def _free(self, slots: list[Any]) -> None:
+        for slot in self.frees:
+            slots[slot] = None
+
+
+def last_reads(steps: Sequence[Step], stay: Collection[int]) -> tuple[tuple[int, ...], ...]:
+    """For each step the slots that nothing reads after it, in order, but for those that ``stay``."""
+    last = {slot: i for i, step in enumerate(steps) for slot in (*step.outputs, *step.inputs)}
+    return tuple(
+        tuple(sorted(s for s in {*step.inputs, *step.outputs} if last[s] == i and s not in stay))
+        for i, step in enumerate(steps)
+    )
 
 
 @dataclass(frozen=True)
@@ -75,8 +101,16 @@ class Program:
             slots[slot] = value
         return slots
 
-    def with_views(self, outputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """What the caller is given of the outputs, which are the caller's own already."""
+    @functools.cached_property
+    def viewed(self) -> frozenset[int]:
+        """The arguments that views are taken with, when all steps have run."""
+        return frozenset(i for view in self.views.values() for i in view.inputs)
+
+    def with_views(self, outputs: Sequence[Any], args: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
+        """What the caller is given of the outputs, which are the caller's own already.
+
+        args: the arguments of the call, of which :attr:`viewed` are enough.
+        """
         given = list(outputs)
         for position, view in self.views.items():
             of = () if view.of is None else (outputs[view.of],)

@@ -19,7 +19,7 @@ from .capture import CapturedPiece, GraphBackend
 from .entry import Entry
 from .pending import Pending
 from .pool import Pool
-from .program import Program, Step
+from .program import Program, Step, last_reads
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,10 @@ def reads_of(program: Program, kept: Sequence[int], *, apart: bool = False) -> R
     them to the next call, and loading that call's inputs one by one would write into it before it is read.
     """
     by_pieces = frozenset(i for step in program.steps if not step.island for i in step.inputs)
-    final = {slot: i for i, step in enumerate(program.steps) for slot in (*step.outputs, *step.inputs)}
     stay = {*kept, *(slot for slot, _ in program.constants)}
     stay |= {slot for slot in program.outputs if slot >= len(program.inputs)}
     stay |= {*range(len(program.inputs))} if apart else set()
-    last = tuple(
-        tuple(sorted(s for s in {*step.inputs, *step.outputs} if final[s] == i and s not in stay))
-        for i, step in enumerate(program.steps)
-    )
+    last = last_reads(program.steps, stay)
     returned = {slot for step in program.steps if step.island for slot in step.outputs if slot in program.outputs}
     return Reads(by_pieces, last, tuple(sorted(returned - by_pieces)))
 

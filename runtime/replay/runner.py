@@ -135,6 +135,10 @@ class PiecewiseRunner:
         return list(dict.fromkeys(sizes for sizes, _ in self._places.entries))
 
     def __call__(self, *args: Any) -> list[Any]:
+        return self.boxed(list(args))
+
+    def boxed(self, args: list[Any]) -> list[Any]:
+        """A call with its arguments in a list, which is emptied: an uncaptured call holds each up to its last use."""
         begun = self._journal.begun
         try:
             return self._call(args)
@@ -147,7 +151,7 @@ class PiecewiseRunner:
         """A call that was to come here is an error, and its step does not begin."""
         self._supervision.refuses(error, self._groups)
 
-    def _call(self, args: Sequence[Any]) -> list[Any]:
+    def _call(self, args: list[Any]) -> list[Any]:
         self._supervision.check()
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise GradModeError(
@@ -179,7 +183,7 @@ class PiecewiseRunner:
         finally:
             self._in_use.release()
 
-    def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
+    def _serve(self, target: tuple[int, ...], sizes: tuple[int, ...], args: list[Any]) -> list[Any]:
         assert self._graphs is not None
         if self._pool is None:
             self._pool = self._graphs.pool_for(args, own=self._static_outputs)  # nobody writes what the caller holds
@@ -271,17 +275,18 @@ class PiecewiseRunner:
 
     # -- uncaptured ------------------------------------------------------------------
 
-    def _run(self, args: Sequence[Any], sizes: tuple[int, ...]) -> list[Any]:
-        return self._program.with_views(self._values(args, sizes), args)
+    def _run(self, args: list[Any], sizes: tuple[int, ...]) -> list[Any]:
+        viewed = {i: args[i] for i in self._program.viewed}
+        return self._program.with_views(self._values(args, sizes), viewed)
 
-    def _values(self, args: Sequence[Any], sizes: tuple[int, ...]) -> list[Any]:
+    def _values(self, args: list[Any], sizes: tuple[int, ...]) -> list[Any]:
+        """The outputs of an uncaptured call. Empties ``args``: the slots hold what is read later."""
         slots = self._program.slots_of(args)
+        args.clear()
         self._step(sizes, UNCAPTURED, self._run_steps, slots)
         return [slots[i] for i in self._program.outputs]
 
-    def _run_as(
-        self, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any], why: Uncaptured
-    ) -> list[Any]:
+    def _run_as(self, target: tuple[int, ...], sizes: tuple[int, ...], args: list[Any], why: Uncaptured) -> list[Any]:
         """Uncaptured what would be a call of ``target``: other ranks may replay it, so the rows must be as many."""
         self.counts.uncaptured[why] += 1
         if target == sizes or self._padding is None:
@@ -305,13 +310,8 @@ class PiecewiseRunner:
         enter, leave = marks.enter, marks.leave
         for step in self._program.steps:
             enter()
-            values: Any = step.call(*[slots[i] for i in step.inputs])
+            step.run(slots)
             leave()
-            for slot, value in zip(step.outputs, values, strict=True):
-                slots[slot] = value
-            values = value = None  # an output that nobody reads dies here, not after the next step
-            for slot in step.frees:
-                slots[slot] = None
 
     # -- which captured size serves this call ----------------------------------------
 

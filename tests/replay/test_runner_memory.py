@@ -28,7 +28,7 @@ from replay.programs import (
 from torch import Tensor
 
 from ringfence.runtime.replay.capture import SimulatedGraphs
-from ringfence.runtime.replay.program import Program, Step
+from ringfence.runtime.replay.program import Program, ReturnedView, Step, last_reads
 from ringfence.runtime.replay.runner import PiecewiseRunner
 
 
@@ -237,6 +237,50 @@ def test_runner_frees_slots_after_their_last_use_when_uncaptured() -> None:
         "d": [False, True, True],  # b is returned
         "e": [False, True, False, True],
     }
+
+
+def test_an_uncaptured_call_holds_an_argument_up_to_its_last_use() -> None:
+    """As Inductor does with a list of arguments. What views are taken with when all has run stays as long."""
+    alive: list[list[bool]] = []
+    given = [rows(3) for _ in range(4)]
+    made = [weakref.ref(x) for x in given]
+
+    def step(*args: Tensor) -> tuple[Tensor]:
+        alive.append([ref() is not None for ref in made])
+        return (args[0] * 2,)
+
+    class Boxed:
+        def __call__(self, *args: Tensor) -> Sequence[Tensor]:
+            raise AssertionError("it is given a list, where it takes one")
+
+        def boxed(self, args: list[Tensor]) -> Sequence[Tensor]:
+            (x,) = args
+            args.clear()
+            y = x + 1
+            del x
+            return step(y)
+
+    steps = (
+        Step("first", step, (0, 1), (4,), island=False),
+        Step("second", step, (4,), (5,), island=True),
+        Step("third", Boxed(), (1,), (6,), island=False),  # type: ignore[arg-type]
+    )
+    program = Program(
+        steps=tuple(replace(s, frees=f) for s, f in zip(steps, last_reads(steps, {3, 5, 6}), strict=True)),
+        inputs=("x", "y", "looked", "static"),
+        outputs=(5, 6, 2),
+        slots=7,
+        constants=(),
+        static_inputs=frozenset({3}),
+        views={2: ReturnedView(lambda looked: looked[1:], (2,))},
+    )
+    right = [given[0] * 4, (given[1] + 1) * 2, given[2][1:].clone()]
+    static = given[3]
+    out = PiecewiseRunner(program, ROWS, None).boxed(given)
+    assert_close(out, right)
+    assert not given
+    assert static is made[3]()
+    assert alive == [[True, True, True, True], [False, True, True, True], [False, False, True, True]]
 
 
 def test_runner_drops_an_unused_output_before_the_next_step() -> None:
