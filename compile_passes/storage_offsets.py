@@ -95,7 +95,7 @@ def _count_anew(node: Node, was: Mapping[Node, Any], known: Providers) -> bool:
     """Say where a node looks from where its base begins now; whether that can be said."""
     if node.target in BY_PLACE:
         given: Any = bound_arguments(node)
-        *seen, offset = (given[a.name] for a in node.target._schema.arguments)  # type: ignore[union-attr]
+        *seen, offset = (given[a.name] for a in node.target._schema.arguments)
         offset = _moved(node, seen[0], offset, was, known)
         node.args, node.kwargs = (*seen, offset), {}
         return offset is not None
