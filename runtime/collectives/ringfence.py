@@ -1,12 +1,11 @@
 """ringfence: an all-reduce of our own, with what follows it, over peer memory; compiled here, with bounded waits.
 
-The protocol is in ``cuda/protocol.cuh``. What is here: the memory of a rank, how it is shared with the others, and
-launches. It needs neither FlashInfer nor a toolkit.
+The protocol is in ``cuda/protocol.cuh``, and memory that ranks share in ``peer_memory.py``. What is here: what the
+kernels of a rank work on, their launches, and where they fit. It needs neither FlashInfer nor a toolkit.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_uint, c_ulonglong, c_void_p
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..channel import Channel
-from ..errors import RingfenceError, WorkspaceError
+from ..errors import WorkspaceError
 from ..hazards.situation import Collective, Fact, Strategy
 from . import nvrtc
 from .cuda_driver import Driver, current_stream
@@ -29,6 +28,7 @@ from .forms import ENTRY, GRANULE, GRANULE_DATA, MOST_WARPS, CallArguments, Form
 from .kernels import CLOSED, WAIT_SECONDS, Implementation, KernelCall, KernelMemory, Kernels, Requirement
 from .links import FULL
 from .lost import Lost
+from .peer_memory import Release, share
 from .rank_facts import RankFacts, cannot_compile, differ, linked, peers_out_of_reach, topology_of
 
 #: Devices that the kernels were written for.
@@ -43,8 +43,6 @@ MOST_CLUSTER = 8
 _SHARED, _NARROW_FROM, _NARROW = ((16, 4), (64, 2)), 129, 13
 #: How much of an inbox one-shot may ask for: beyond it, a large call is two-shot's.
 _MOST_ONE_SHOT_BYTES = 128 << 20
-#: Seconds that ranks wait for each other before memory is given back.
-_CLOSE_SECONDS = 5.0
 #: How many kernels are compiled at a time.
 _COMPILERS = 8
 #: Words of 8 bytes of pinned memory, where the report begins, and how many words of 4 bytes it has.
@@ -175,7 +173,7 @@ class RingfenceKernels:
 
     strategies: tuple[Strategy, ...] = (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
 
-    def __init__(self, functions: Functions, memory: RankMemory, release: _Release | None = None) -> None:
+    def __init__(self, functions: Functions, memory: RankMemory, release: Release | None = None) -> None:
         self._functions, self.rank_memory, self._release = functions, memory, release
         self._capability = functions.capability
         self._closed = False
@@ -289,25 +287,7 @@ class RingfenceKernels:
             self._release()
 
 
-# -- memory that ranks share -----------------------------------------------------------
-
-
-@dataclass
-class _Release:
-    """Gives memory back once nobody has it open. Every rank must call; ``together`` is not for what only some have."""
-
-    driver: Driver
-    channel: Channel
-    inbox: int
-    opened: list[int] = field(default_factory=list)
-
-    def __call__(self, *, together: bool = True) -> None:
-        while self.opened:
-            self.driver.close(self.opened.pop())
-        if together:
-            with contextlib.suppress(RingfenceError, RuntimeError):  # of a rank that is gone, the driver closes it
-                self.channel.exchange("ringfence workspace: closed", None, seconds=_CLOSE_SECONDS)
-        self.driver.free(self.inbox)
+# -- a rank's kernels -----------------------------------------------------------------
 
 
 def buffer_bytes(world_size: int, max_tokens: int, row_bytes: int) -> int:
@@ -317,25 +297,6 @@ def buffer_bytes(world_size: int, max_tokens: int, row_bytes: int) -> int:
         for strategy in (Strategy.ONE_SHOT, Strategy.TWO_SHOT)
     )
     return max(two_shot, min(one_shot, _MOST_ONE_SHOT_BYTES))
-
-
-def share(driver: Driver, channel: Channel, size: int) -> tuple[int, tuple[int, ...], _Release]:
-    """``size`` bytes of 0 on each rank's device: this rank's address, those of the others, and how to give it back.
-
-    All ranks have it, or none: one that fails is missed in an exchange, and the others give theirs back alone.
-    """
-    inbox = driver.allocate(size)
-    release = _Release(driver, channel, inbox)
-    try:
-        handles = channel.exchange("ringfence workspace: memory", driver.handle(inbox))
-        for rank, handle in enumerate(handles):
-            if rank != channel.rank:
-                release.opened.append(driver.open(handle))
-        channel.exchange("ringfence workspace: opened", None)  # only what all have open is closed by all
-    except BaseException:
-        release(together=False)
-        raise
-    return inbox, tuple(release.opened), release
 
 
 def create(

@@ -23,7 +23,7 @@ from enum import StrEnum
 from ..hazards.situation import Strategy
 from .calls import Call, Calls
 from .compiler import Compiler
-from .machine import CellTable, Launch, Machine, Op, OpKind, flag
+from .machine import Launch, Machine, Op, OpKind, flag
 from .rules import Epoch
 
 #: Numbers are told from here on where a run is looked at from its middle: older ones are all different from them.
@@ -249,4 +249,4 @@ def _raise(cells: tuple[int, ...], number: int, after: int, detail: str) -> Op:
     return Op(OpKind.RAISE, cells, (flag(number),) * len(cells), after, detail=detail)
 
 
-__all__ = ["RULES", "Begin", "CellTable", "LineRules", "RingfenceCompiler", "ringfence", "ringfence_compiler"]
+__all__ = ["RULES", "Begin", "LineRules", "RingfenceCompiler", "ringfence", "ringfence_compiler"]

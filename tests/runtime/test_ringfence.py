@@ -25,6 +25,7 @@ from ringfence.runtime.collectives.forms import GRANULE, CallArguments, Form, gr
 from ringfence.runtime.collectives.kernels import KernelCall
 from ringfence.runtime.collectives.links import Topology
 from ringfence.runtime.collectives.lost import Lost
+from ringfence.runtime.collectives.peer_memory import share
 from ringfence.runtime.collectives.ringfence import (
     IMPLEMENTATION,
     MOST_BLOCKS,
@@ -34,7 +35,6 @@ from ringfence.runtime.collectives.ringfence import (
     blocks_of_token,
     buffer_bytes,
     create,
-    share,
 )
 from ringfence.runtime.collectives.workspace import Workspaces
 from ringfence.runtime.errors import CollectiveUnavailableError, HangError, PoisonedError, WorkspaceError
