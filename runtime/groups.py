@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .errors import GroupError, OptionsError
+from .spelling import group_word
 
 T = TypeVar("T")
 #: A key of a mapping by group.
@@ -57,7 +58,7 @@ def describe_group(name: str, device: torch.device) -> Group:
         backend = group._get_backend(device).name()
     except RuntimeError as error:
         raise GroupError(
-            f"group '{name}' has no backend for {device.type} tensors; create it with one for that device"
+            f"group '{group_word(name)}' has no backend for {device.type} tensors; create it with one for that device"
         ) from error
     return Group(name, "nccl" if backend in NCCL_BACKENDS else backend, group.size(), group.rank())
 
@@ -69,7 +70,7 @@ def resolve_group(name: str, device: torch.device | None = None) -> dist.Process
     """
     if not dist.is_available() or not dist.is_initialized():
         raise GroupError(
-            f"group '{name}' is asked for, and no process group is initialised: call "
+            f"group '{group_word(name)}' is asked for, and no process group is initialised: call "
             "torch.distributed.init_process_group before"
         )
     found = _find(name)
