@@ -109,7 +109,9 @@ class CompileReport:
         if self.passed_over is not None:
             return f"not looked at, because {self.passed_over}"
         islands = sum(p.island for p in self.pieces)
-        cut = f"{len(self.pieces) - islands} pieces and {islands} islands" if islands else "one piece"
+        pieces = len(self.pieces) - islands
+        cut = f"{pieces} piece{'s' * (pieces != 1)} and {islands} island{'s' * (islands != 1)}"
+        cut = cut if islands else "one piece"
         captured = f"{self.graphs}, {_counts(self.captured)}" if self.captured else "off"
         replays = f"capture: {captured}" if self.wasted is None else "no replays: sizes change in every call"
         fused = f"{len(self.fused)} of {len(self.sites)} all-reduces fused"

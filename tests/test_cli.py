@@ -242,8 +242,9 @@ def test_explain_says_why_its_exit_code_is_not_0(
     explain: Run, arguments: list[str], code: int, said: str | None
 ) -> None:
     target, *options = arguments
-    returned, _, err = explain(f"targets:{target}", "--tp", "2", *options)
+    returned, out, err = explain(f"targets:{target}", "--tp", "2", *options)
     assert returned == code and (said in err if said else "exit code" not in err), err
+    assert ("; 1 piece and 1 island; " if "refused" in str(said) else "; one piece; ") in out
 
 
 def test_explain_says_why_the_reference_is_the_collective(explain: Run) -> None:
