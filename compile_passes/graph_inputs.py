@@ -94,7 +94,7 @@ def floats_that_fuse(
 class Constants:
     """Which floats a backend had Dynamo make constants of.
 
-    first: what each was in its first graph, by frame and name; taken_in: what each was where a site took it in. Dynamo
+    first: what each was in its first graph, by frame and name; taken_in: what each was where it became a constant. Dynamo
     keeps the symbols for good, in whatever graph; so they are taken back (once per graph, so that no two graphs of a
     frame can wait for each other).
     """
@@ -110,7 +110,7 @@ class Constants:
         return self.first.setdefault((_frame(), name), value) == value
 
     def keeps_changing(self, name: str, value: float | None) -> bool:
-        """A site takes this float in. Whether it had so many values that it will have more; said of one float, once."""
+        """This float becomes a constant. Whether it had so many values that it will have more; true of one, once."""
         values = self.taken_in.setdefault((_frame(), name), set())
         values.add(value)
         if self._told or len(values) < _MANY_VALUES:

@@ -32,7 +32,7 @@ from .compile_passes.norm_ops import norm_ops_of
 from .compile_passes.outer import OuterCapture
 from .compile_passes.parts import cut
 from .compile_passes.prove import PlanVerdict, prove
-from .compile_passes.provenance import input_names, names_by_dynamo, without_scope
+from .compile_passes.provenance import names_by_dynamo, without_scope
 from .compile_passes.repeats import merge_repeats
 from .compile_passes.returned_numbers import take_returned_numbers
 from .compile_passes.returned_views import take_returned_views, views_of_inputs
@@ -154,6 +154,9 @@ def settle_floats(
         return
     inputs = {i: name for i, name in enumerate(names_by_dynamo(gm, names)) if name in floats}
     if options.moe_dispatch or len(inputs) < len(floats):
+        _tell_of_changes(
+            floats, constants, "moe_dispatch=True tells experts by patterns with numbers", "leave that out"
+        )
         constants.specialise(floats.values())
         return
     needed: set[int] = set()
@@ -162,23 +165,27 @@ def settle_floats(
         settle(trial, options)
         device = device_of(gm)
         needed = floats_that_fuse(trial, inputs, lambda trial: _candidates(trial, device, options))
-        for i in sorted(needed):
-            if constants.keeps_changing(inputs[i], floats[inputs[i]].value):
-                _say_that_it_changes(without_scope(input_names(gm, names)[i]))
+        _tell_of_changes({inputs[i]: floats[inputs[i]] for i in sorted(needed)}, constants, _TAKEN_IN, _LEAVE_ALONE)
     if (options.capture_sizes or options.outer_capture) and not torch._dynamo.config.assume_static_by_default:
         needed |= {i for i, name in inputs.items() if constants.is_first(name, floats[name].value)}
     constants.specialise([floats[inputs[i]] for i in sorted(needed)])
 
 
-def _say_that_it_changes(name: str) -> None:
-    warnings.warn(
-        f"ringfence: each value of the float '{name}' is a graph of its own ({graph_being_compiled().name} is one of "
-        "them), until Dynamo's recompile_limit leaves the model uncompiled: a fused site takes it in, as an epsilon or "
-        "as a factor of its sum, and kernels take these as numbers. Keep it constant; or apply it behind the norm; or "
-        "leave its site alone by skip_sites, where it is an input that may change",
-        ChangingFloatWarning,
-        stacklevel=2,
-    )
+_TAKEN_IN = "a fused site takes it in, as an epsilon or as a factor of its sum, and kernels take these as numbers"
+_LEAVE_ALONE = "apply it behind the norm; or leave its site alone by skip_sites, where it is an input that may change"
+
+
+def _tell_of_changes(floats: Mapping[str, FloatInput], constants: Constants, why: str, remedy: str) -> None:
+    """Warn of one that becomes a constant again and again. floats: by the names of their inputs."""
+    for name, one in floats.items():
+        if constants.keeps_changing(name, one.value):
+            warnings.warn(
+                f"ringfence: each value of the float '{without_scope(name.strip('_'))}' is a graph of its own "
+                f"({graph_being_compiled().name} is one of them), until Dynamo's recompile_limit leaves the model "
+                f"uncompiled: {why}. Keep it constant; or {remedy}",
+                ChangingFloatWarning,
+                stacklevel=2,
+            )
 
 
 def _candidates(gm: GraphModule, device: torch.device, options: Options) -> list[Candidate]:

@@ -173,6 +173,12 @@ def test_captured_float_is_a_constant_until_it_changes() -> None:
     assert backend.stats.replays == 4
 
 
+@pytest.mark.usefixtures("fake_group")
+def test_where_experts_are_dispatched_every_float_is_a_constant_and_told() -> None:
+    with pytest.warns(ChangingFloatWarning, match="float 'f'.*moe_dispatch=True"):
+        assert len(runs(behind, "f", moe_dispatch=True).reports) == CALLS
+
+
 @pytest.mark.parametrize("options", [{"fuse": False}, {"skip_sites": ["test_float_inputs.py:*"]}])
 @pytest.mark.usefixtures("fake_group")
 def test_float_of_a_site_that_is_not_fused_may_change(options: Any) -> None:
