@@ -94,13 +94,13 @@ def floats_that_fuse(
 class Constants:
     """Which floats a backend had Dynamo make constants of.
 
-    first: what each was in its first graph, by frame and name; taken_in: what each was where it became a constant. Dynamo
-    keeps the symbols for good, in whatever graph; so they are taken back (once per graph, so that no two graphs of a
-    frame can wait for each other).
+    first: what each was in its first graph, by frame and name; values: all that it was as a constant. Dynamo keeps the
+    symbols for good, in whatever graph; so they are taken back (once per graph, so that no two graphs of a frame can
+    wait for each other).
     """
 
     first: dict[tuple[object, str], float | None] = field(default_factory=dict)
-    taken_in: dict[tuple[object, str], set[float | None]] = field(default_factory=dict)
+    values: dict[tuple[object, str], set[float | None]] = field(default_factory=dict)
     _told: bool = False
     _asked: set[str] = field(default_factory=set)
     _settled: object = None
@@ -111,7 +111,7 @@ class Constants:
 
     def keeps_changing(self, name: str, value: float | None) -> bool:
         """This float becomes a constant. Whether it had so many values that it will have more; true of one, once."""
-        values = self.taken_in.setdefault((_frame(), name), set())
+        values = self.values.setdefault((_frame(), name), set())
         values.add(value)
         if self._told or len(values) < _MANY_VALUES:
             return False

@@ -154,9 +154,8 @@ def settle_floats(
         return
     inputs = {i: name for i, name in enumerate(names_by_dynamo(gm, names)) if name in floats}
     if options.moe_dispatch or len(inputs) < len(floats):
-        _tell_of_changes(
-            floats, constants, "moe_dispatch=True tells experts by patterns with numbers", "leave that out"
-        )
+        if options.moe_dispatch:
+            _tell_of_changes(floats, constants, _BY_PATTERNS, "leave moe_dispatch out")
         constants.specialise(floats.values())
         return
     needed: set[int] = set()
@@ -172,6 +171,7 @@ def settle_floats(
 
 
 _TAKEN_IN = "a fused site takes it in, as an epsilon or as a factor of its sum, and kernels take these as numbers"
+_BY_PATTERNS = "moe_dispatch=True tells experts by patterns with numbers"
 _LEAVE_ALONE = "apply it behind the norm; or leave its site alone by skip_sites, where it is an input that may change"
 
 
