@@ -49,7 +49,8 @@ def watch(
     group: a process group, or its name; None is the default group. device: where steps run; the current CUDA device
     where the group serves one, else the CPU. options: ``on_hang``, ``step_seconds``, ``warm_up_seconds``,
     ``journal_dir``, ``agree_seconds`` and ``check_every_step`` of :class:`ringfence.Options`; the process has one
-    journal and one watchdog, so these are the same for all that ask.
+    journal and one watchdog, so these are the same for all that ask. Ranks may differ in ``journal_dir``, and with a
+    warning in ``agree_seconds``.
 
     Raises :class:`OptionsError`, :class:`GroupError`, and :class:`RankMismatch` where ranks ask for different things.
     """

@@ -28,6 +28,7 @@ from ringfence.runtime.hazards.situation import Collective, Situation
 from ringfence.runtime.replay.capture import SimulatedGraphs
 from ringfence.runtime.replay.tape import Tape
 from ringfence.runtime.seams import run_between
+from ringfence.runtime.watch.supervision import Supervision
 from support import TOLERANCE, aot_graph, assigned, relative_error
 
 H = 16
@@ -116,10 +117,12 @@ def test_what_it_must_not_hold_is_refused_and_the_model_goes_on(
 ) -> None:
     call, _ = compiled(body, **options)
     x, w = torch.randn(4, H), torch.ones(H)
-    with torch.no_grad():
-        for _ in range(2):
-            with pytest.raises(CaptureError, match=f"inside a capture that must not hold it: .*{why}"):
+    with torch.no_grad(), mock.patch.object(Supervision, "refuses") as told:  # the other ranks begin their step
+        for i in range(2):
+            with pytest.raises(CaptureError, match=f"inside a capture that must not hold it: .*{why}") as caught:
                 SimulatedGraphs().capture(call, (x, w))
+            assert told.call_count == i + 1 and str(told.call_args.args[0]) in str(caught.value)
+            assert told.call_args.args[1] == ({"0"} if body is summing else set())
             for ours, wanted in zip(call(x, w), body(x, w), strict=True):
                 assert relative_error(ours, wanted.double()) <= 2 * TOLERANCE[torch.float32]
 
