@@ -26,6 +26,7 @@ from ringfence.runtime.collectives.ready import ReadyCollective
 from ringfence.runtime.errors import CollectiveUnavailableError
 from ringfence.runtime.groups import Group
 from ringfence.runtime.hazards.situation import Collective, Situation
+from ringfence.runtime.spelling import group_word
 from support import aot_graph
 
 H = 16
@@ -71,7 +72,7 @@ def assigned(graph: Any, mine: tuple[str, ...], peer: dict[str, int], **options:
         seen.append(group.name)
         return ReadyCollective(Collective.MNNVL, Situation(Collective.MNNVL, "0.7.0", world_size=group.size))
 
-    supervisor = mock.Mock(probes={f"workspaces of group '{name}'": None for name in groups})
+    supervisor = mock.Mock(probes={f"workspaces of group '{group_word(name)}'": None for name in groups})
     channels: Any = {name: Peer(peer[name]) for name in groups}
     with (
         mock.patch("ringfence.assign.why_reference_only", lambda group, device: None),
