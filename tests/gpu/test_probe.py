@@ -217,7 +217,7 @@ def watched(rank: int, collective: str, folder: str) -> Any:
 def test_the_journals_of_a_hang_hold_what_the_probes_saw(tmp_path: Path, collective: str) -> None:
     result, _ = run_ranks(2, watched, collective, str(tmp_path), backend="nccl", timeout=200)
     print(result["text"])
-    name = f"workspaces of group '{GROUP}'"
+    name = "workspaces of group 'world'"
     waits, absent = (probes[name][0] for probes in result["probes"])
     assert waits["says"] == "a call waits: nothing has arrived from rank 1" and waits["silent"] == [1]
     assert absent["says"] == "no call of this rank waits in it; what rank 0 sent for the next one is here"
