@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
+from fake_driver import FakeChannel, FakeDriver
 from fake_flashinfer import FACTS
 
 from ringfence.assign import wanted_by
 from ringfence.options import Options
-from ringfence.runtime.channel import Channel
 from ringfence.runtime.collectives import nvrtc
 from ringfence.runtime.collectives.choice import choose
 from ringfence.runtime.collectives.epilogue import Epilogue, RmsNorm
-from ringfence.runtime.collectives.forms import GRANULE, CallArguments, Form, granules_of_token
+from ringfence.runtime.collectives.forms import GRANULE, Form, granules_of_token
 from ringfence.runtime.collectives.kernels import KernelCall
 from ringfence.runtime.collectives.links import Topology
 from ringfence.runtime.collectives.lost import Lost
@@ -34,9 +31,7 @@ from ringfence.runtime.collectives.ringfence import (
     RingfenceKernels,
     blocks_of_token,
     buffer_bytes,
-    create,
 )
-from ringfence.runtime.collectives.workspace import Workspaces
 from ringfence.runtime.errors import CollectiveUnavailableError, HangError, PoisonedError, WorkspaceError
 from ringfence.runtime.hazards.situation import Strategy
 from ringfence.runtime.watch.supervision import Supervision
@@ -44,58 +39,6 @@ from ringfence.runtime.watch.supervisor import Supervisor
 
 ONE, TWO = Strategy.ONE_SHOT, Strategy.TWO_SHOT
 FUSED = Epilogue(True, RmsNorm(1e-5, 1.0))
-
-
-class FakeDriver:
-    """Keeps what was launched, opened and given back."""
-
-    def __init__(self) -> None:
-        self.launched: list[tuple[int, int, CallArguments, bool]] = []
-        self.open_memory: list[int] = []
-        self.freed: list[int] = []
-        self.refuse = self.allocated = False
-
-    def allocate(self, size: int) -> int:
-        self.allocated = True
-        return 4096
-
-    def free(self, address: int) -> None:
-        assert self.open_memory == [], "nobody may free what is still open"
-        self.freed.append(address)
-
-    def handle(self, address: int) -> bytes:
-        return bytes(64)
-
-    def open(self, handle: bytes) -> int:
-        if self.refuse:
-            raise WorkspaceError("cuIpcOpenMemHandle_v2 failed")
-        self.open_memory.append(8192 + len(self.open_memory))
-        return self.open_memory[-1]
-
-    def close(self, address: int) -> None:
-        self.open_memory.remove(address)
-
-    def load(self, cubin: bytes) -> Any:
-        return cubin
-
-    def unload(self, module: Any) -> None:
-        pass
-
-    def function(self, module: Any, name: str) -> Any:
-        return module
-
-    def launch(self, function: Any, blocks: int, threads: int, argument: Any, stream: int, *, dependent: bool) -> None:
-        copy = CallArguments.from_buffer_copy(bytes(argument))
-        self.launched.append((blocks, threads, copy, dependent))
-
-
-class FakeChannel:
-    """Of three ranks that all say the same."""
-
-    rank, size = 1, 3
-
-    def exchange(self, topic: str, value: Any, *, seconds: float | None = None) -> list[Any]:
-        return [value] * self.size
 
 
 @pytest.fixture
@@ -133,6 +76,10 @@ def test_a_call_is_launched_with_everything_that_the_kernel_reads(kernels: Ringf
     kernels.run(x[:2], Epilogue(), TWO, None, None, out[:2])
     blocks, _, call, _ = launched(kernels)[1]
     assert (blocks, call.tokens, call.residual, call.weight, call.norm) == (8, 2, 0, 0, 0)
+    older = RingfenceKernels(dataclasses.replace(kernels._functions, capability=(8, 0)), kernels.rank_memory)
+    older.run(x[:2], Epilogue(norm=RmsNorm(1e-5)), ONE, (None, weight), norm[:2], out[:2])
+    _, _, call, dependent = launched(kernels)[2]
+    assert (call.residual, call.weight, round(call.eps, 7), dependent) == (0, weight.data_ptr(), 1e-5, False)
 
 
 def test_a_grid_never_has_more_blocks_than_a_call_has_shares(kernels: RingfenceKernels) -> None:
@@ -147,6 +94,11 @@ def test_a_grid_never_has_more_blocks_than_a_call_has_shares(kernels: RingfenceK
 def test_before_clusters_a_token_has_one_block() -> None:
     assert [blocks_of_token(n, 16384, (9, 0)) for n in (1, 16, 17, 65)] == [4, 4, 2, 1]
     assert blocks_of_token(1, 480, (9, 0)) == 1 and blocks_of_token(1, 16384, (8, 0)) == 1
+
+
+def test_the_warps_of_a_block_have_as_many_rounds_each() -> None:
+    form = Form(ONE, torch.bfloat16, 2, 32000, True, True, True, blocks=2)  # 34 granules a block, and 31 warps at most
+    assert (form.rounds, form.warps, form.threads) == (2, 17, 576)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +153,7 @@ def test_a_report_becomes_an_error_that_names_the_ranks(kernels: RingfenceKernel
     assert caught.value.ranks == (0, 2) and launched(kernels) == []
     assert kernels.rank_memory.lost() == Lost((1 << 32) + 5, 7, 2, 1, (0, 2), False, False)
     named = dataclasses.replace(kernels.rank_memory, names=(4, 6, 9))
-    assert "rank 6 waited in vain for the part of ranks 4, 9" in str(named.lost())
+    assert "rank 6 waited in vain for the part of ranks 4, 9" in str(named.lost()) and named.lost().source == 9
     words[:] = [1, 5, 0, 7, 0, 1, 0b100, 2]
     assert "rank 1 heard from rank 0 that it had waited in vain for rank 2" in str(kernels.rank_memory.lost())
     words[4] = 2  # the one that was late tells what it was told
@@ -250,6 +202,8 @@ def test_a_call_beyond_the_inbox_is_not_served(kernels: RingfenceKernels) -> Non
     with pytest.raises(WorkspaceError, match=r"\[200, 4096\].*one-shot does not fit .*max_tokens"):
         kernels.run(x, Epilogue(), ONE, None, None, torch.zeros_like(x))
     assert launched(kernels) == []
+    exact = dataclasses.replace(kernels.rank_memory, buffer_bytes=1000 * 2 * GRANULE)
+    assert RingfenceKernels(kernels._functions, exact).holds(tiny)
     assert tiny.size < call.size and kernels.holds(tiny) is (1000 * 2 * GRANULE <= 1 << 20)
 
 
@@ -258,60 +212,13 @@ def test_memory_is_given_back_once_and_after_it_was_closed_everywhere(kernels: R
     inbox, peers, release = share(driver, FakeChannel(), 512)  # type: ignore[arg-type]
     assert inbox == 4096 and peers == (8192, 8193)
     closing = RingfenceKernels(kernels._functions, kernels.rank_memory, release)
+    closing.load([(KernelCall(1, 64, torch.float32, 3, ONE), Epilogue())])
     closing.close()
     closing.close()
     assert driver.freed == [4096] and driver.open_memory == []
+    assert len(kernels._functions.driver.unloaded) == 1  # type: ignore[attr-defined]
     with pytest.raises(WorkspaceError, match="closed; compile the model"):
         closing.run(torch.zeros(1, 64), Epilogue(), ONE, None, None, torch.zeros(1, 64))
-
-
-def test_memory_that_cannot_be_opened_is_given_back() -> None:
-    driver = FakeDriver()
-    driver.refuse = True
-    with pytest.raises(WorkspaceError, match="cuIpcOpenMemHandle"):
-        share(driver, FakeChannel(), 512)  # type: ignore[arg-type]
-    assert driver.freed == [4096]
-
-
-@pytest.mark.parametrize("fails", ["open", "handle", "make"])
-def test_one_rank_that_fails_leaves_nothing_and_all_go_on(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the others have no workspace then, and the exchanges of the next collective are theirs alone."""
-    store, here, drivers = dist.HashStore(), threading.local(), [FakeDriver(), FakeDriver()]
-    words = torch.zeros(16, dtype=torch.int64)
-    made = RankMemory(0, 0, 0, (), 512, words, words, words, words)
-
-    def refuse(*_: object) -> Any:
-        raise WorkspaceError("on this rank alone")
-
-    def make(*given: Any) -> RankMemory:
-        return refuse() if fails == "make" and given[1] == 1 else made
-
-    if fails != "make":
-        monkeypatch.setattr(drivers[1], fails, refuse)
-    monkeypatch.setattr(RankMemory, "make", make)
-    monkeypatch.setattr("ringfence.runtime.collectives.ringfence.Driver", lambda: here.driver)
-    for name, value in (("current_device", 0), ("synchronize", None), ("get_device_capability", (9, 0))):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-
-    def of_rank(rank: int) -> tuple[Any, Any]:
-        here.driver, channel, workspaces = drivers[rank], Channel(store, rank, 2, seconds=120), Workspaces()
-
-        def making() -> Any:
-            return mock.Mock(kernels=create(channel, None, 8, 64, torch.float32))  # type: ignore[arg-type]
-
-        def another() -> Any:
-            return mock.Mock(kernels=channel.exchange("the next one's", rank))
-
-        first = workspaces.create(channel, making, "ringfence", "peer")
-        return first, workspaces.create(channel, another, "mnnvl", "peer").workspace.kernels
-
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(of_rank, range(2)))
-    why = "its workspace could not be created (rank 1: on this rank alone)"
-    assert found == [((None, why), [0, 1])] * 2
-    for driver in drivers:
-        assert driver.open_memory == [] and driver.freed == ([4096] if driver.allocated else [])
-    assert drivers[0].allocated
 
 
 @pytest.mark.parametrize(
