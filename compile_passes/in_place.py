@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from .aliases import RESHAPES, ancestors, readers, root, viewed
@@ -28,7 +27,7 @@ from .elided import may_be_read_late
 from .functional import SCATTERS, Mutation, View, Written, in_place_form, mutation, new_value, updated
 from .part_editor import PartEditor
 from .parts import GraphPart
-from .roles import arguments, aten, calls, same_shape, tensor
+from .roles import arguments, aten, calls, same_shape, same_size, tensor
 from .symbols import as_node, expression, providers
 from .value_numbers import LOOKED
 from .versions import WrittenInput, is_own, scatter_of, written_inputs_of
@@ -182,7 +181,7 @@ class _InPlace(PartEditor):
 
     def _same_layout(self, one: Node, other: Node) -> bool:
         strides = [tuple(tensor(n).stride()) for n in (one, other)]
-        return same_shape(one, other) and all(_equal(a, b) for a, b in zip(*strides, strict=True))
+        return same_shape(one, other) and all(map(same_size, *strides))
 
     def _seen(self, memory: Node, old: Node, view: View, anchor: Node, p: int) -> Node:
         """What of the memory an argument looks at. A trace counts strided views from the start of the storage."""
@@ -201,12 +200,15 @@ class _InPlace(PartEditor):
     def _difference(self, offset: Any, base: Any, anchor: Node, p: int) -> Any:
         """``offset - base`` of one trace."""
         value = offset.meta["val"] if isinstance(offset, Node) else offset
-        wanted = expression(value) - expression(base)
-        if not wanted.free_symbols <= self.sizes.keys():
-            return offset
+        start = expression(base)
+        wanted = expression(value) - start
+        known = wanted.free_symbols <= self.sizes.keys()
         with self.graph.inserting_before(anchor):
             before = anchor.prev
-            result = as_node(self.graph, wanted, self.sizes)
+            result = as_node(self.graph, wanted if known else start, self.sizes)
+            if not known:  # the offset is a number of the data's
+                result = self.graph.call_function(operator.sub, (offset, result))
+                result.meta["val"] = value - base
         while before is not anchor.prev and (before := before.next) is not anchor:
             self.put(before, anchor, p)
         return result
@@ -389,10 +391,6 @@ class _InPlace(PartEditor):
 
 def _reshapes(node: Node, look: Node) -> bool:
     return node.target is look.target and arguments(node)[1:] == arguments(look)[1:]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)
 
 
 def _is_free(node: Node) -> bool:

@@ -14,6 +14,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -46,7 +47,8 @@ def as_node(graph: Graph, wanted: sympy.Expr, known: Providers) -> Any:
     if wanted.is_Integer:
         return int(wanted)
     before = set(graph.nodes)
-    proxies = {symbol: torch.fx.Proxy(known[symbol]) for symbol in wanted.free_symbols}
+    tracer = GraphAppendingTracer(graph)  # one for all: a minimum of two sizes asks for it
+    proxies = {symbol: torch.fx.Proxy(known[symbol], tracer) for symbol in wanted.free_symbols}
     result = sympy_interp(PythonReferenceAnalysis, proxies, wanted)
     for node in graph.nodes:
         if node not in before:

@@ -109,6 +109,22 @@ def test_caches_inside_of_other_memory(program: Callable[..., Any], setting: dic
     assert max(served.off) < 1e-5, served.off
 
 
+@pytest.mark.parametrize("setting", SETTINGS[:2], ids=name_of)
+def test_a_slice_by_a_number_of_the_data(setting: dict[str, Any]) -> None:
+    """Its size is a minimum of two others, and only its own offset is no size of the inputs."""
+
+    def run(x: Tensor, c: Tensor, position: Tensor) -> Tensor:
+        n, out = int(position.item()), torch.empty_like(x)
+        torch._check(n >= 0)
+        op.attend(x, c[n : n + 8], out)
+        return out + c[:8].sum(0)
+
+    cache = torch.randn(BEFORE + ROWS, H)[BEFORE:]
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        served = serve(run, [(torch.randn(4, H), cache, torch.tensor(n)) for n in (2, 4, 3)], **setting)
+    assert max(served.off) < 1e-5, served.off
+
+
 def test_what_begins_elsewhere_is_another_cache() -> None:
     """Its place is a number here, and no part of what Inductor's own cache finds code by."""
     for before in (3, 0, 5):

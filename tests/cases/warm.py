@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,30 +64,3 @@ def hits_and_misses(rank: int) -> tuple[int, int]:
         assert backend.reports[-1].fused
     counters = torch._dynamo.utils.counters["inductor"]
     return counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]
-
-
-def hits_and_misses_of_architectures(rank: int, folder: Path) -> dict[str, tuple[int, int]]:
-    """The same of each model that was saved in ``folder``, tensor parallel by transformers' own plan."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    from ringfence.hugging_face import remove_backward_hooks
-
-    found = {}
-    for path in sorted(folder.iterdir()):
-        torch._dynamo.reset()
-        before = Counter(torch._dynamo.utils.counters["inductor"])
-        plan = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
-        model = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan, dtype=torch.float32).eval()
-        remove_backward_hooks(model)
-        backend = ringfence.Backend(capture_sizes=[3], graphs="simulated", agree_seconds=180)
-        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-        with torch.no_grad():
-            for tokens in (torch.arange(3)[None], torch.arange(3, 6)[None]):
-                ours, right = (m(tokens, use_cache=False).logits for m in (compiled, model))
-                torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
-        assert backend.reports[-1].fused
-        seen = torch._dynamo.utils.counters["inductor"] - before
-        found[path.name] = seen["fxgraph_cache_hit"], seen["fxgraph_cache_miss"]
-    return found
