@@ -192,7 +192,7 @@ class _InPlace(PartEditor):
             return self.new(anchor, p, view.target, (memory, *args))
         size, stride, offset = args
         inside = self._difference(offset, tensor(old).storage_offset(), anchor, p)
-        if memory.op == "placeholder":
+        if getattr(memory.target, "namespace", "") != "aten":  # what is not ATen's may begin inside of its storage
             start = self.new(anchor, p, aten.sym_storage_offset.default, (memory,))
             inside = self.new(anchor, p, operator.add, (start, inside))
         return self.new(anchor, p, aten.as_strided.default, (memory, size, stride, inside))

@@ -66,8 +66,11 @@ def slices_of_their_base() -> Iterator[None]:
 def begin_at_first_elements(piece: GraphModule) -> GraphModule | None:
     """The piece, traced as if each input began where its storage does; a copy where that is another trace.
 
-    None where that cannot be said: something looks at what lies before an input, or asks for an offset.
+    None where that cannot be said: something looks at what lies before an input, or asks for an offset; or an op of
+    another library returns what begins inside of a storage, beside one that counts from there.
     """
+    if _made_inside(piece):
+        return None
     if not any(_is_inside(n.meta.get("val")) for n in piece.graph.find_nodes(op="placeholder")):
         return piece
     if piece.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
@@ -89,6 +92,17 @@ def begin_at_first_elements(piece: GraphModule) -> GraphModule | None:
             node.meta["eager_input_vals"] = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     piece.recompile()
     return piece
+
+
+def _made_inside(piece: GraphModule) -> bool:
+    """Whether an op makes what begins inside of its storage, in a piece where somebody counts by that."""
+    made = any(
+        isinstance(n.target, torch._ops.OpOverload)
+        and n.target.namespace not in ("aten", "prims")
+        and any(map(_is_inside, tree_leaves(n.meta.get("val"))))
+        for n in piece.graph.nodes
+    )
+    return made and any(n.target in BY_PLACE or is_functionalised(n) for n in piece.graph.nodes)
 
 
 def _count_anew(node: Node, was: Mapping[Node, Any], known: Providers) -> bool:

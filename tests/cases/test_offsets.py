@@ -29,8 +29,12 @@ def engine() -> Iterator[None]:
             cache[: x.shape[0]].copy_(x + i)
         return caches[0] * 2
 
+    def inside(x: Tensor) -> Tensor:
+        return x.new_ones(x.shape[0] + 3, H)[3:]
+
     ops = (
         ("attend(Tensor q, Tensor(a!) cache, Tensor(b!) out) -> ()", attend, lambda *_: None),
+        ("inside(Tensor x) -> Tensor", inside, inside),
         ("rows(Tensor x, Tensor(a!)[] caches) -> Tensor", rows, lambda x, caches: torch.empty_like(caches[0])),
     )
     with engine_library("pool", *ops):
@@ -88,7 +92,14 @@ def what_is_before(x: Tensor, kv: Tensor, c: Tensor) -> Any:
     return x + c.as_strided((2, H), (H, 1), c.storage_offset() - H).sum(0), torch.cos(c[4:]).sum(0)
 
 
-PROGRAMS = (whole, slices, shape_of_a_slice, layers, by_aten, by_place, what_is_before)
+def made_inside(x: Tensor, kv: Tensor, c: Tensor) -> Any:
+    """What an op returns may begin inside of memory too."""
+    y, out = op.inside(x), torch.empty_like(x)
+    op.attend(x[:1], y[1:], out[:1])
+    return out[:1] + y[:2], torch.cos(c[:2])
+
+
+PROGRAMS = (whole, slices, shape_of_a_slice, layers, by_aten, by_place, what_is_before, made_inside)
 
 
 def given(steps: int, *, rows: int = ROWS) -> Iterator[tuple[Any, ...]]:
