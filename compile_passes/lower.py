@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +27,10 @@ from .groups import collectives_of, group_of
 from .inductor_order import compute_in_time, order_kept
 from .roles import arguments, calls
 from .split import SplitPlan
-from .storage_offsets import begin_at_first_elements
+from .storage_offsets import begin_at_first_elements, traced_offsets
 from .symbols import forget_sizes
+
+_log = logging.getLogger(__name__)
 
 PieceCompiler = Callable[[GraphModule], Callable[..., Sequence[Any]]]
 
@@ -151,8 +155,15 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.utils import BoxedBool
 
+    begins = traced_offsets(piece)
+    otherwise = eager_piece(GraphModule(piece, copy.deepcopy(piece.graph))) if begins else None
     begun = begin_at_first_elements(piece)
     if begun is None:
+        _log.warning(
+            "ringfence: a piece of %d nodes runs op by op: it looks at memory by its place in a storage, from where "
+            "Inductor's code cannot count (as_strided of an input, or an op's result that begins inside of a storage)",
+            len(piece.graph.nodes),
+        )
         return eager_piece(piece)
     piece = begun
     (output,) = piece.graph.find_nodes(op="output")
@@ -169,7 +180,8 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
         compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
 
-    return _Compiled(compiled, written)
+    whole = _Compiled(compiled, written)
+    return whole if otherwise is None else _WhereTraced(whole, otherwise, begins)
 
 
 class _Compiled:
@@ -198,6 +210,21 @@ class _Compiled:
                 taken.add(output.untyped_storage()._cdata)
             outputs.append(output)
         return outputs
+
+
+class _WhereTraced:
+    """A piece that Inductor compiled for inputs that begin at these offsets of their storages; op by op for others."""
+
+    def __init__(self, compiled: _Compiled, otherwise: Callable[..., Sequence[Any]], begins: Mapping[int, int]) -> None:
+        self._compiled, self._otherwise, self._begins = compiled, otherwise, begins
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        return self.boxed(list(args))
+
+    def boxed(self, args: list[Any]) -> Sequence[Any]:
+        if all(args[i].storage_offset() == offset for i, offset in self._begins.items()):
+            return self._compiled.boxed(args)
+        return self._otherwise(*args)
 
 
 def _planes_left_alone(piece: GraphModule) -> contextlib.AbstractContextManager[Any]:

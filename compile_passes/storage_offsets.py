@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from .aliases import BY_PLACE, fake_call
+from .aliases import BY_PLACE, fake_call, root
 from .functional import SECOND_FORM, is_functionalised, mutable_names
 from .roles import aten, bound_arguments, same_size, tensor
 from .symbols import Providers, as_node, expression, providers
@@ -34,7 +34,7 @@ def fix_storage_offsets(gm: GraphModule) -> None:
     known = providers(gm)
     for node in gm.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
         wanted = expression(node.meta["val"])
-        if not wanted.free_symbols <= known.keys() or any(node < known[s] for s in wanted.free_symbols):
+        if not wanted.free_symbols <= known.keys() or any(node <= known[s] for s in wanted.free_symbols):
             continue
         with gm.graph.inserting_before(node):
             value = as_node(gm.graph, wanted, known)
@@ -72,6 +72,7 @@ def begin_at_first_elements(piece: GraphModule) -> GraphModule | None:
     if _made_inside(piece):
         return None
     if not any(_is_inside(n.meta.get("val")) for n in piece.graph.find_nodes(op="placeholder")):
+        _say_where_views_begin(piece)
         return piece
     if piece.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
         return None
@@ -90,8 +91,41 @@ def begin_at_first_elements(piece: GraphModule) -> GraphModule | None:
             node.meta["val"] = _value(node)
         if "eager_input_vals" in node.meta:  # Inductor looks at what it was traced with
             node.meta["eager_input_vals"] = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    piece.recompile()
+    _say_where_views_begin(piece)
     return piece
+
+
+def traced_offsets(piece: GraphModule) -> dict[int, int]:
+    """Where inputs began in the trace, by index, of a piece that counts from the start of a storage.
+
+    Nothing guards that: a graph is called again with a tensor that begins elsewhere, and its code holds the number.
+    """
+    if all(bound_arguments(node)["storage_offset"] is None for node in _by_place(piece)):
+        return {}
+    values = (node.meta.get("val") for node in piece.graph.find_nodes(op="placeholder"))
+    begins = {i: value.storage_offset() for i, value in enumerate(values) if isinstance(value, Tensor)}
+    return {i: offset for i, offset in begins.items() if isinstance(offset, int)}
+
+
+def _by_place(piece: GraphModule) -> list[Node]:
+    return [node for op in BY_PLACE for node in piece.graph.find_nodes(op="call_function", target=op)]
+
+
+def _say_where_views_begin(piece: GraphModule) -> None:
+    """A strided view of a view that does not say where it begins becomes one of what that is a view of.
+
+    Inductor of torch 2.11 has it begin with the storage.
+    """
+    known = providers(piece)
+    for node in piece.graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        given: Any = bound_arguments(node)
+        view, *layout, offset = (given[a.name] for a in aten.as_strided.default._schema.arguments)
+        begins, owner = expression(tensor(view).storage_offset()), root(view)
+        says_nothing = offset is None and owner is not view and tensor(owner).dtype == tensor(view).dtype
+        if says_nothing and begins.free_symbols <= known.keys():
+            with piece.graph.inserting_before(node):
+                node.args, node.kwargs = (owner, *layout, as_node(piece.graph, begins, known)), {}
+    piece.recompile()
 
 
 def _made_inside(piece: GraphModule) -> bool:

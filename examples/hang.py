@@ -47,7 +47,10 @@ def main() -> int:
         codes = [process.exitcode for process in ranks.processes]
         for process in ranks.processes:
             process.kill()
-        print(f"exit codes of the ranks: {codes}\n\n$ ringfence journal {folder}", flush=True)
+        print(
+            f"exit codes of the ranks: {codes}\n\n$ ringfence journal {folder}    # it is removed at the end",
+            flush=True,
+        )
         files = list(Path(folder).glob("journal-rank*.json"))
         found = codes == [ABORTED, ABORTED] and bool(files) and ringfence(["journal", folder]) == 0
     print("hang: rank 1 was named by both" if found else "hang: not as it should be")

@@ -182,7 +182,8 @@ def _tell_of_changes(floats: Mapping[str, FloatInput], constants: Constants, why
             warnings.warn(
                 f"ringfence: each value of the float '{without_scope(name.strip('_'))}' is a graph of its own "
                 f"({graph_being_compiled().name} is one of them), until Dynamo's recompile_limit leaves the model "
-                f"uncompiled: {why}. Keep it constant; or {remedy}",
+                f"uncompiled: {why}. Where it changes from call to call, keep it constant or {remedy}; where layers "
+                "that share their code differ in it, compile the model as one or raise recompile_limit",
                 ChangingFloatWarning,
                 stacklevel=2,
             )

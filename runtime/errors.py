@@ -179,7 +179,7 @@ class CapturesWastedWarning(UserWarning):
 
 
 class ChangingFloatWarning(UserWarning):
-    """A float that a fused site takes in is another one in every call, and each of its values is a graph of its own."""
+    """A float that a fused site takes in has had several values, and each is a graph of its own."""
 
 
 class NestedCaptureError(CaptureError):

@@ -108,6 +108,8 @@ def test_a_folder_for_journals_has_a_parent(tmp_path: Path, monkeypatch: pytest.
     assert Options(journal_dir="job").journal_dir == str(tmp_path / "job")
     assert Options(journal_dir=tmp_path).journal_dir == str(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OptionsError, match=r"cannot be written.*name too long"):
+        Options(journal_dir=tmp_path / ("j" * 300))
 
 
 def test_options_built_directly_are_checked_too() -> None:

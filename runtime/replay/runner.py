@@ -139,11 +139,11 @@ class PiecewiseRunner:
 
     def boxed(self, args: list[Any]) -> list[Any]:
         """A call with its arguments in a list, which is emptied: an uncaptured call holds each up to its last use."""
-        begun = self._journal.begun
+        begun = self._journal.begun, self._journal.missed  # steps, and those beside another's
         try:
             return self._call(args)
         except Exception as error:
-            if self._journal.begun == begun:
+            if (self._journal.begun, self._journal.missed) == begun:
                 self.refuses(error)
             raise
 

@@ -69,10 +69,11 @@ def check_can_be_written(folder: Path) -> None:
 
     Raises :class:`OptionsError`.
     """
-    if (mistyped := _mistyped(folder)) is not None:
-        raise OptionsError(f"journal_dir='{folder}': {mistyped}")
-    there = folder if folder.exists() else folder.parent
+    there = folder
     try:
+        if (mistyped := _mistyped(folder)) is not None:
+            raise OptionsError(f"journal_dir='{folder}': {mistyped}")
+        there = folder if folder.exists() else folder.parent
         with tempfile.TemporaryFile(dir=there):  # permissions say nothing to root, nor of file systems such as /proc
             pass
     except OSError as error:

@@ -68,6 +68,7 @@ class Journal(Rings):
         self.record = Record()
         #: Which process writes it.
         self.origin = Origin()
+        self._file_begun = False
         #: Kernels of this rank that end their waits by themselves.
         self.waits: BoundedWaits | None = None
         self._ranks_of: dict[str, tuple[int, ...]] = {}
@@ -269,7 +270,7 @@ class Journal(Rings):
 
     def begin_file(self, folder: str | os.PathLike[str] | None, origin: Origin) -> None:
         """Put away what an earlier start has left, and say that this one has begun; once."""
-        if folder is None or self.origin.token:
+        if folder is None or self._file_begun:
             self.origin = replace(origin, before=self.origin.before)
             return
 
@@ -277,7 +278,7 @@ class Journal(Rings):
             self.origin = replace(origin, before=put_away(Path(folder), self.rank))
             self._write(folder, {**self.to_dict(BEGUN), "steps": [], "programs": [], "stacks": {}})
 
-        self.origin = origin
+        self.origin, self._file_begun = origin, True
         self._try(begin)
 
     def withdraw(self, folder: str | os.PathLike[str] | None, why: str) -> None:

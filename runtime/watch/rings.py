@@ -175,6 +175,8 @@ class Rings(Marks):
 
     def refuse(self, groups: Collection[str], why: str) -> None:
         """A call of the model began no step: so many of each group the others may have begun, and wait in now."""
+        if not groups:
+            return
         if not self._refused:
             self._refused_at = self._clock()
         self._refused = {**self._refused, **{group: self._refused.get(group, 0) + 1 for group in groups}}

@@ -84,6 +84,7 @@ class Supervisor:
         self._forget_uncaught: Callable[[], None] | None = None
         self._neighbours: dict[str, Neighbours] = {}
         self._has_marks, self._first = False, 0
+        self._begun_file: tuple[int, str | None] = 0, None  # how many groups had met, and the folder
         self._told: set[str] = set()  # what of the ranks' own options differs
 
     # -- who asks for what -------------------------------------------------------------------
@@ -192,7 +193,8 @@ class Supervisor:
             store, _ = store_of(name)
             self._met[name] = meet(store, world_store(), self.start, ranks.index(dist.get_rank()), ranks, **hooks)
             self._tokens |= dict(zip(ranks, self._met[name], strict=True))
-            start = self.start
+        if (begins := (len(self._met), self.folder)) != self._begun_file:  # a later one has a folder
+            self._begun_file, start = begins, self.start
             self.journal.begin_file(self.folder, Origin(start.token, self._tokens, start.run, start.attempt))
         if self.watchdog is not None:
             self.watchdog.others.join_group(name, ranks, self._met[name])

@@ -18,6 +18,7 @@ from ringfence.cli import main
 from ringfence.runtime.errors import JournalError
 from ringfence.runtime.watch import journals, picture, summary
 from ringfence.runtime.watch.culprit import Failure, Finding, find_culprit
+from ringfence.runtime.watch.folder import Origin
 from ringfence.runtime.watch.journal import (
     CAPTURE,
     REPLAY,
@@ -86,6 +87,20 @@ def test_only_the_last_level_of_a_folder_is_made_and_the_path_is_said_once(
     Journal().try_dump("lgo/job", "a hang")  # a watch goes on
     assert [(told, "cannot be written" in text) for told, text in said] == [(logging.ERROR, True)]
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_file_is_begun_when_a_later_backend_is_the_first_with_a_folder(tmp_path: Path) -> None:
+    j = Journal(rank=1)
+    for folder in (None, None, tmp_path, tmp_path):
+        j.begin_file(folder, Origin("token", {1: "token"}, "run", 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["journal-rank1.json"]
+
+
+def test_an_error_that_concerns_no_group_is_not_told_of_later_steps() -> None:
+    j = journal()
+    j.refuse((), "InputError: too many tokens")
+    step(j)
+    assert "too many tokens" not in str(j.position())
 
 
 def test_an_idle_rank_has_completed_what_it_submitted() -> None:
