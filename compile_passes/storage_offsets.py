@@ -129,14 +129,16 @@ def _say_where_views_begin(piece: GraphModule) -> None:
 
 
 def _made_inside(piece: GraphModule) -> bool:
-    """Whether an op makes what begins inside of its storage, in a piece where somebody counts by that."""
+    """Whether an op makes what begins inside of its storage, in a piece where a view says where in one it begins."""
     made = any(
         isinstance(n.target, torch._ops.OpOverload)
         and n.target.namespace not in ("aten", "prims")
         and any(map(_is_inside, tree_leaves(n.meta.get("val"))))
         for n in piece.graph.nodes
     )
-    return made and any(n.target in BY_PLACE or is_functionalised(n) for n in piece.graph.nodes)
+    return made and any(
+        n.target in BY_PLACE or any(name.endswith("_storage_offset") for name in n.kwargs) for n in piece.graph.nodes
+    )
 
 
 def _count_anew(node: Node, was: Mapping[Node, Any], known: Providers) -> bool:

@@ -118,7 +118,15 @@ def test_eager_dispatches_are_compared_where_that_was_asked_for(ranks: list[dict
         said, sent = found[f"compared, {collective}"]
         assert sent == 0, "nothing is sent"
         *unlike, alike = said
-        told = ("capacity", "row_bytes", "num_experts", "[8], float32 [4]", "float16 [16]", "5 tokens", "all of them")
+        told = (
+            "capacity",
+            "row_bytes",
+            "num_experts",
+            "[8], float32 [4]",
+            "float16 [16]",
+            "this rank has 5",
+            "all of them",
+        )
         for text, what in zip(unlike, told, strict=True):
             assert text.startswith("RankMismatch: the ranks call a dispatch differently") and what in text, text
         assert alike.startswith("InputError: a dispatch takes a list"), "all refuse it alike"

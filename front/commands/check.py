@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..runtime.protocol.answer import Answer
 
 #: What the needed arguments look like.
-_EXAMPLES = {"collective": "mnnvl", "flashinfer": "0.7.2", "tp": "4"}
+_EXAMPLES = {"collective": next(iter(MODELLED)), "flashinfer": "0.7.2", "tp": "4"}
 
 
 def add(commands: Commands) -> None:
