@@ -62,12 +62,15 @@ def root(node: Node) -> Node:
     return node
 
 
+def views_by_place(gm: GraphModule) -> list[Node]:
+    return [node for op in BY_PLACE for node in gm.graph.find_nodes(op="call_function", target=op)]
+
+
 def read_by_place(gm: GraphModule) -> frozenset[int]:
     """The indices of the inputs that ``as_strided`` looks at: it counts from the start of their storage, so a copy of
     what they span would not do."""
     placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    strided = [n for op in BY_PLACE for n in gm.graph.find_nodes(op="call_function", target=op)]
-    roots = (root(arguments(node)[0]) for node in strided)
+    roots = (root(arguments(node)[0]) for node in views_by_place(gm))
     return frozenset(placeholders[node] for node in roots if node in placeholders)
 
 

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.fx import Node
 
-from ..runtime.groups import WORLD, group_exists, name_of_ranks
+from ..runtime.groups import group_exists, name_of_ranks
+from ..runtime.spelling import WORLD
 from . import roles
 from .functional import View, is_functionalised, mutation
 from .op_calls import op_arguments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import operator
 import sys
@@ -156,7 +155,7 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     from torch._inductor.utils import BoxedBool
 
     begins = traced_offsets(piece)
-    otherwise = eager_piece(GraphModule(piece, copy.deepcopy(piece.graph))) if begins else None
+    otherwise = eager_piece(piece) if begins else None
     begun = begin_at_first_elements(piece)
     if begun is None:
         _log.warning(
@@ -180,8 +179,7 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
         inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
         compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
 
-    whole = _Compiled(compiled, written)
-    return whole if otherwise is None else _WhereTraced(whole, otherwise, begins)
+    return _Compiled(compiled, written) if otherwise is None else _WhereTraced(compiled, written, begins, otherwise)
 
 
 class _Compiled:
@@ -212,18 +210,22 @@ class _Compiled:
         return outputs
 
 
-class _WhereTraced:
+class _WhereTraced(_Compiled):
     """A piece that Inductor compiled for inputs that begin at these offsets of their storages; op by op for others."""
 
-    def __init__(self, compiled: _Compiled, otherwise: Callable[..., Sequence[Any]], begins: Mapping[int, int]) -> None:
-        self._compiled, self._otherwise, self._begins = compiled, otherwise, begins
-
-    def __call__(self, *args: Any) -> Sequence[Any]:
-        return self.boxed(list(args))
+    def __init__(
+        self,
+        compiled: Callable[[list[Any]], Sequence[Any]],
+        written: frozenset[int],
+        begins: Mapping[int, int],
+        otherwise: Callable[..., Sequence[Any]],
+    ) -> None:
+        super().__init__(compiled, written)
+        self._begins, self._otherwise = begins, otherwise
 
     def boxed(self, args: list[Any]) -> Sequence[Any]:
         if all(args[i].storage_offset() == offset for i, offset in self._begins.items()):
-            return self._compiled.boxed(args)
+            return super().boxed(args)
         return self._otherwise(*args)
 
 

@@ -46,8 +46,7 @@ def _left_alone(
     if only is not None and site.group not in only:
         return Decline(
             Reason.OTHER_GROUP,
-            f"it is over group '{group_word(site.group or '')}', and only {sorted(map(group_word, only))} are to be "
-            "fused",
+            f"it is over group '{group_word(site.group)}', and only {sorted(map(group_word, only))} are to be fused",
         )
     pattern = next((p for p in skip_sites if names_site(p, site)), None)
     if pattern is not None:

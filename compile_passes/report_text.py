@@ -133,7 +133,7 @@ def _row(site: Site) -> Row:
         str(site.index),
         "fused" if site.fused else str(site.decline.reason) if site.decline else "",
         site.kind or "",
-        group_word(site.group or ""),
+        group_word(site.group),
         site.dtype,
         str(site.hidden_size) if site.hidden_size is not None else "",
         f"{site.eps:.3g}" if site.eps is not None else "",
@@ -146,7 +146,7 @@ def _moe_row(site: MoeSite) -> Row:
     return (
         str(site.index),
         "dispatch and combine" if site.decline is None else str(site.decline.reason),
-        group_word(site.group or ""),
+        group_word(site.group),
         site.dtype,
         str(site.hidden_size) if site.hidden_size is not None else "",
         str(site.num_experts) if site.num_experts is not None else "",

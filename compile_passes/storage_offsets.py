@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from .aliases import BY_PLACE, fake_call, root
+from .aliases import BY_PLACE, fake_call, root, views_by_place
 from .functional import SECOND_FORM, is_functionalised, mutable_names
 from .roles import aten, bound_arguments, same_size, tensor
 from .symbols import Providers, as_node, expression, providers
@@ -100,15 +100,17 @@ def traced_offsets(piece: GraphModule) -> dict[int, int]:
 
     Nothing guards that: a graph is called again with a tensor that begins elsewhere, and its code holds the number.
     """
-    if all(bound_arguments(node)["storage_offset"] is None for node in _by_place(piece)):
+    if all(_said(node)[-1] is None for node in views_by_place(piece)):
         return {}
     values = (node.meta.get("val") for node in piece.graph.find_nodes(op="placeholder"))
     begins = {i: value.storage_offset() for i, value in enumerate(values) if isinstance(value, Tensor)}
     return {i: offset for i, offset in begins.items() if isinstance(offset, int)}
 
 
-def _by_place(piece: GraphModule) -> list[Node]:
-    return [node for op in BY_PLACE for node in piece.graph.find_nodes(op="call_function", target=op)]
+def _said(node: Node) -> list[Any]:
+    """All arguments of a view by place, the last where it begins."""
+    given, target = bound_arguments(node), node.target
+    return [given[argument.name] for argument in target._schema.arguments]  # type: ignore[union-attr]
 
 
 def _say_where_views_begin(piece: GraphModule) -> None:
@@ -118,8 +120,7 @@ def _say_where_views_begin(piece: GraphModule) -> None:
     """
     known = providers(piece)
     for node in piece.graph.find_nodes(op="call_function", target=aten.as_strided.default):
-        given: Any = bound_arguments(node)
-        view, *layout, offset = (given[a.name] for a in aten.as_strided.default._schema.arguments)
+        view, *layout, offset = _said(node)
         begins, owner = expression(tensor(view).storage_offset()), root(view)
         says_nothing = offset is None and owner is not view and tensor(owner).dtype == tensor(view).dtype
         if says_nothing and begins.free_symbols <= known.keys():
@@ -144,8 +145,7 @@ def _made_inside(piece: GraphModule) -> bool:
 def _count_anew(node: Node, was: Mapping[Node, Any], known: Providers) -> bool:
     """Say where a node looks from where its base begins now; whether that can be said."""
     if node.target in BY_PLACE:
-        given: Any = bound_arguments(node)
-        *seen, offset = (given[a.name] for a in node.target._schema.arguments)
+        *seen, offset = _said(node)
         offset = _moved(node, seen[0], offset, was, known)
         node.args, node.kwargs = (*seen, offset), {}
         return offset is not None

@@ -218,7 +218,7 @@ def check_deterministic(sites: Sequence[Site], verdicts: Sequence[Verdict], assi
         if site.index in refused or not serves:
             raise CollectiveUnavailableError(
                 f"deterministic=True: {carrier.collective} does not carry out site {site.index} "
-                f"({site.source or site.node}; group '{group_word(site.group or '')}', hidden size {hidden}, "
+                f"({site.source or site.node}; group '{group_word(site.group)}', hidden size {hidden}, "
                 f"{site.dtype}), and the reference is not shown to return the same bits; leave deterministic out"
             )
 

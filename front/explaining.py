@@ -33,8 +33,7 @@ from .machines import Planned, planned
 from .options import Options
 from .runtime.collectives.size_table import TABLE, read_table
 from .runtime.errors import OptionsError, RingfenceError, TargetError, first_lines
-from .runtime.hazards.situation import Collective
-from .runtime.protocol.plan import MODELLED
+from .runtime.protocol.plan import MODELLED_SUMS
 from .runtime.replay.runner import PiecewiseRunner
 from .stages import Judged, Plan, TracedGraph
 from .unfold import Unfolding
@@ -110,7 +109,7 @@ class AskedAs:
         """A note where nobody said whose the fused sites are to be."""
         if self.gpu is not None or self.collective is not None:
             return None
-        others = " or ".join(str(c) for c in MODELLED if c is not Collective.MOE_ALL_TO_ALL)
+        others = " or ".join(map(str, MODELLED_SUMS))
         return (
             "the collective is the reference (an all-reduce, then add and norm), because neither --gpu nor "
             "--collective says what to judge as: --gpu h200 takes what 'auto' chooses on such GPUs, --collective "

@@ -39,6 +39,7 @@ from .runtime.capturing import is_capturing
 from .runtime.channel import Channel, first_difference
 from .runtime.collectives import moe
 from .runtime.collectives.epilogue import DTYPES
+from .runtime.collectives.moe_checks import check_num_experts
 from .runtime.collectives.moe_ready import DEFAULT_BYTES, MoeReady, MoeWanted, needed
 from .runtime.collectives.moe_reference import first_expert
 from .runtime.collectives.ops import PREPARED
@@ -265,6 +266,5 @@ def local_experts(num_experts: int, group: dist.ProcessGroup | str | None = None
     positive("num_experts", num_experts)
     found = resolve_group(name_of_group(group))
     ranks, rank = found.size(), found.rank()
-    if num_experts < ranks:
-        raise InputError(f"num_experts must be at least {ranks}, one for each rank, but it is {num_experts}")
+    check_num_experts(num_experts, ranks)
     return range(first_expert(rank, num_experts, ranks), first_expert(rank + 1, num_experts, ranks))

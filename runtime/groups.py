@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .errors import GroupError, OptionsError
-from .spelling import group_word
+from .spelling import WORLD, group_word
 
 T = TypeVar("T")
 #: A key of a mapping by group.
@@ -34,8 +34,6 @@ NCCL_BACKENDS = frozenset({"nccl", "nccl2", "nccl-lazy"})
 #: Groups whose ranks are not processes of their own.
 _WITHOUT_PEERS = frozenset({"fake", "threaded"})
 
-#: What graphs call the default process group, where an engine's op takes no group.
-WORLD = "world"
 _OF_RANKS = "ranks:"
 
 

@@ -1,9 +1,12 @@
-"""What somebody meant who wrote a name that is none."""
+"""Names in messages: what somebody meant who wrote one that is none, and what groups are called."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+
+#: The default process group: in messages, and in graphs where an engine's op takes no group.
+WORLD = "world"
 
 
 def near(given: object, valid: Collection[str]) -> str | None:
@@ -20,6 +23,6 @@ def meant(given: object, valid: Collection[str], all_of_them: str = "") -> str:
     return f"; {all_of_them} {', '.join(valid)}" if all_of_them else ""
 
 
-def group_word(name: str) -> str:
-    """What messages call a process group: ``"world"`` for the default one, which torch numbers ``"0"``."""
-    return "world" if name == "0" else name
+def group_word(name: str | None) -> str:
+    """What messages call a process group: :data:`WORLD` for the default one, which torch numbers ``"0"``."""
+    return WORLD if name == "0" else name or ""

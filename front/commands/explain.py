@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import OptionsError, TargetError
-from ..runtime.hazards.situation import Collective
-from ..runtime.protocol.plan import MODELLED
+from ..runtime.protocol.plan import MODELLED_SUMS
 from .arguments import Commands, count, output, world_size
 from .targets import load_function, named
 from .terminal import FAILED, OK, UNDECIDED, say, say_if_unread, stage, write
@@ -61,7 +60,7 @@ def add(commands: Commands) -> None:
     judged = parser.add_argument_group("what it is judged as")
     judged.add_argument(
         "--collective",
-        choices=[str(name) for name in MODELLED if name is not Collective.MOE_ALL_TO_ALL],
+        choices=[str(name) for name in MODELLED_SUMS],
         help="judge the fused sites as this collective's, though it need not run here",
     )
     judged.add_argument("--flashinfer", metavar="VERSION", help="and as in this version of FlashInfer")

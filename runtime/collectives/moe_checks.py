@@ -48,14 +48,19 @@ def check_dispatch(
         )
 
 
+def check_num_experts(num_experts: int, ranks: int) -> None:
+    """Every rank has one. Raises :class:`InputError`."""
+    if num_experts < ranks:
+        raise InputError(f"num_experts must be at least {ranks}, one for each rank, but it is {num_experts}")
+
+
 def _check_ids(topk_ids: Tensor, num_experts: int, empty_id: int | None, ranks: int) -> None:
     if topk_ids.ndim != 2 or topk_ids.shape[1] < 1 or topk_ids.dtype not in _IDS:
         raise InputError(
             "topk_ids must be [tokens, top_k] of torch.int32 or torch.int64, but it is "
             f"{topk_ids.dtype} {list(topk_ids.shape)}"
         )
-    if num_experts < ranks:
-        raise InputError(f"num_experts must be at least {ranks}, one for each rank, but it is {num_experts}")
+    check_num_experts(num_experts, ranks)
     if topk_ids.shape[1] > num_experts:
         raise InputError(f"top_k must be at most {num_experts}, the number of experts, but it is {topk_ids.shape[1]}")
     if empty_id is not None and not -(2**31) <= empty_id < 2**31:

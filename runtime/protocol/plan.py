@@ -49,6 +49,9 @@ WORLD_SIZES = (2, 4, 8, 16)
 #: Collectives whose protocol has a model.
 MODELLED = (Collective.MNNVL, Collective.TRTLLM, Collective.RINGFENCE, Collective.MOE_ALL_TO_ALL)
 
+#: Of these, all-reduces.
+MODELLED_SUMS = tuple(collective for collective in MODELLED if collective is not Collective.MOE_ALL_TO_ALL)
+
 #: Of these, those that come with ringfence itself, and depend on no version of FlashInfer.
 OWN = (Collective.RINGFENCE,)
 MOST_OWN_RANKS = 8

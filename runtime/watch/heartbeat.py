@@ -109,7 +109,7 @@ class Heartbeat:
             self._hear(self._store)
             self._talked = time.monotonic()
         except (DistError, OSError) as error:  # its host is gone
-            self._store_error = f"{type(error).__name__}: {first_lines(str(error))}"
+            self._store_error = on_one_line(error)
 
     def _say(self, store: Store) -> None:
         new, end = list(self._outbox), self.end
@@ -286,6 +286,7 @@ class Heartbeat:
             peer.ended_at += seconds
 
 
-def first_lines(text: str) -> str:
-    """On one line, not too long."""
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
+def on_one_line(error: BaseException) -> str:
+    """Its type and text, not too long."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {text[:400]}"

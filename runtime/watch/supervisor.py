@@ -41,7 +41,7 @@ from .deadlines import Deadlines
 from .ending import broken_off, how_it_ends, on_uncaught
 from .folder import Origin
 from .health import Health
-from .heartbeat import first_lines
+from .heartbeat import on_one_line
 from .journal import Journal
 from .marks import CudaMarks
 from .page import Neighbours, Page
@@ -84,7 +84,6 @@ class Supervisor:
         self._forget_uncaught: Callable[[], None] | None = None
         self._neighbours: dict[str, Neighbours] = {}
         self._has_marks, self._first = False, 0
-        self._begun_file: tuple[int, str | None] = 0, None  # how many groups had met, and the folder
         self._told: set[str] = set()  # what of the ranks' own options differs
 
     # -- who asks for what -------------------------------------------------------------------
@@ -193,9 +192,8 @@ class Supervisor:
             store, _ = store_of(name)
             self._met[name] = meet(store, world_store(), self.start, ranks.index(dist.get_rank()), ranks, **hooks)
             self._tokens |= dict(zip(ranks, self._met[name], strict=True))
-        if (begins := (len(self._met), self.folder)) != self._begun_file:  # a later one has a folder
-            self._begun_file, start = begins, self.start
-            self.journal.begin_file(self.folder, Origin(start.token, self._tokens, start.run, start.attempt))
+        start = self.start
+        self.journal.begin_file(self.folder, Origin(start.token, self._tokens, start.run, start.attempt))
         if self.watchdog is not None:
             self.watchdog.others.join_group(name, ranks, self._met[name])
         channel = open_channel(name, start=start_of(self._met[name]) + "+" * turn, purpose=self._graph.purpose, **hooks)
@@ -291,7 +289,7 @@ class Supervisor:
 
     def refused(self, error: Exception, groups: Collection[str]) -> None:
         """A call of the model over these groups is an error, and began no step."""
-        self.journal.refuse(groups, f"{type(error).__name__}: {first_lines(str(error))}")
+        self.journal.refuse(groups, on_one_line(error))
 
     # -- when something breaks off ---------------------------------------------------------------
 

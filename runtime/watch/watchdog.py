@@ -33,7 +33,7 @@ from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culpr
 from .deadlines import Deadlines
 from .ending import how_it_ends, is_in_order
 from .health import SECONDS_TO_ACT, Health
-from .heartbeat import Heartbeat, first_lines
+from .heartbeat import Heartbeat, on_one_line
 from .in_vain import InVain
 from .journal import Journal
 from .position import Position
@@ -118,7 +118,7 @@ class Watchdog:
         if isinstance(error, HangError):  # a kernel has named who did not come
             return self._given_up(error)
         position = self.journal.position()
-        text = f"{type(error).__name__}: {first_lines(str(error))}"
+        text = on_one_line(error)
         if isinstance(error, ChannelTimeoutError):
             self._blame(Report("failure", self._rank, Finding(error.ranks, (self._rank,), text)))
             return error

@@ -40,6 +40,17 @@ class Served:
         return ["fused" if s.fused else str(s.decline.reason) for s in self.reports[-1].sites if s.fused or s.decline]
 
 
+def attend(q: Tensor, cache: Tensor, out: Tensor) -> None:
+    """What an op of an engine does that writes a cache and an output."""
+    cache[: q.shape[0]].mul_(0.5).add_(q)
+    out.copy_(q + cache[:4].mean(0))
+
+
+def write_each(x: Tensor, caches: Sequence[Tensor]) -> None:
+    for i, cache in enumerate(caches):
+        cache[: x.shape[0]].copy_(x + i)
+
+
 def serve(
     model: nn.Module | Callable[..., Any],
     steps: Iterable[Sequence[Any]],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.serve import SETTINGS, name_of, serve, whole_copies
+from cases.serve import SETTINGS, attend, name_of, serve, whole_copies, write_each
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
@@ -21,14 +21,6 @@ pytestmark = pytest.mark.usefixtures("fake_group")
 
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Iterator[None]:
-    def attend(q: Tensor, cache: Tensor, out: Tensor) -> None:
-        cache[: q.shape[0]].mul_(0.5).add_(q)
-        out.copy_(q + cache[:4].mean(0))
-
-    def each(x: Tensor, caches: list[Tensor]) -> None:
-        for i, cache in enumerate(caches):
-            cache[: x.shape[0]].copy_(x + i)
-
     def pair(keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
         keys[: x.shape[0]].copy_(x)
         values[: x.shape[0]].copy_(keys[: x.shape[0]] * 2)
@@ -44,7 +36,7 @@ def engine() -> Iterator[None]:
 
     ops = (
         ("attend(Tensor q, Tensor(a!) cache, Tensor(b!) out) -> ()", attend, nothing),
-        ("each(Tensor x, Tensor(a!)[] caches) -> ()", each, nothing),
+        ("each(Tensor x, Tensor(a!)[] caches) -> ()", write_each, nothing),
         ("pair(Tensor(a!) keys, Tensor(b!) values, Tensor x) -> Tensor", pair, lambda k, v, x: torch.empty_like(x)),
         ("step(Tensor x, Tensor(a!)[] states) -> Tensor", step, lambda x, states: torch.empty_like(x)),
     )
