@@ -3,7 +3,7 @@
     RINGFENCE_KERNELS=kernels python -m pytest tests/gpu/test_moe.py -rs -s
 
 Kernels: ``tests/gpu/build_kernels.py 0.6.18.post1 --into kernels --modules mnnvl_moe_alltoall --install``. The
-integrator's to run; ``tests/runtime/test_moe_one_sided.py`` shows the same logic over a library in Python.
+integrator's to run; ``tests/runtime/test_moe_pairs.py`` shows the same logic over a library in Python.
 """
 
 from __future__ import annotations
