@@ -1,27 +1,19 @@
 """What find + fuse cost, in figures that a noisy machine leaves alone: `python benchmarks/passes.py --against COMMIT`.
 
-Prints how many functions are called, which no load changes, and the least CPU time of many runs in processes that take
-turns: the code of a commit beside the one that is installed. Imports torch alone, so that old commits can be asked.
+Prints how many functions are called, which no load changes, and the least CPU time of many runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import cProfile
 import gc
-import json
-import os
 import pstats
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import against
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -78,60 +70,19 @@ def cost(repeats: int) -> dict[str, float]:
     return {"calls": pstats.Stats(profile).total_calls, "ms": least * 1e3}
 
 
-def unpack(commit: str, folder: Path) -> None:
-    """The package as it was at a commit, under its name; the folders were one until they became front/ and others."""
-    tree, package = folder / "tree", folder / "ringfence"
-    tree.mkdir()
-    archive = subprocess.run(
-        ["git", "archive", commit], capture_output=True, check=True, cwd=Path(__file__).parent.parent
-    )
-    subprocess.run(["tar", "x", "-C", str(tree)], input=archive.stdout, check=True)
-    if not (tree / "front").is_dir():
-        tree.rename(package)
-        return
-    (tree / "front").rename(package)
-    for name in ("compile_passes", "runtime", "docs"):
-        shutil.move(tree / name, package / name)
+def measured(repeats: int) -> dict[str, float]:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    return cost(repeats)
 
 
-def ask(folder: Path | None, repeats: int) -> dict[str, float]:
-    """:func:`cost` in a process of its own, of the package in ``folder`` or of the one that is installed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(folder)} if folder else {})
-    command = [sys.executable, __file__, "--here", "--repeats", str(repeats)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--against", help="a commit to compare with")
-    parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--here", action="store_true", help="ask the package that this process imports, once")
-    given = parser.parse_args()
-    if given.here:
-        import torch.distributed as dist
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        torch.set_num_threads(1)
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-        print(json.dumps(cost(given.repeats)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        packages: dict[str, Path | None] = {"this": None}
-        if given.against:
-            unpack(given.against, Path(folder))
-            packages[given.against] = Path(folder)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in packages}
-        for _ in range(given.processes):
-            for name, at in packages.items():
-                found[name].append(ask(at, given.repeats))
-    for name, each in found.items():
-        times = sorted(one["ms"] for one in each)
-        print(
-            f"{name}: {each[0]['calls']:,} calls, {times[0]:.1f} ms at least ({', '.join(f'{t:.1f}' for t in times)})"
-        )
+def shown(processes: Sequence[dict[str, float]]) -> str:
+    times = sorted(one["ms"] for one in processes)
+    return f"{processes[0]['calls']:,} calls, {times[0]:.1f} ms at least ({', '.join(f'{t:.1f}' for t in times)})"
 
 
 if __name__ == "__main__":
-    main()
+    against.main(__file__, __doc__ or "", measured, shown, repeats=15)

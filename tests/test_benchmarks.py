@@ -16,15 +16,21 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     import caches
     import passes
     import run
+    import runner
 
-    for module, small in ((run, {"PIECES": 3}), (passes, {"LAYERS": 2}), (caches, {"SLOTS": 1})):
+    for module, small in (
+        (run, {"PIECES": 3}),
+        (runner, {"PIECES": 3}),
+        (passes, {"LAYERS": 2}),
+        (caches, {"SLOTS": 1}),
+    ):
         for name, value in small.items():
             monkeypatch.setattr(module, name, value)
     step_ms = caches.step_ms
     monkeypatch.setattr(run, "median_ms", lambda body, repeats: (body() and 0.0) or 1.0)
     monkeypatch.setattr(caches, "step_ms", lambda backends: step_ms(backends, repeats=3))
     yield run
-    for name in ("run", "caches", "passes"):
+    for name in ("run", "runner", "caches", "passes", "against"):
         sys.modules.pop(name, None)
 
 
@@ -32,7 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_row_of_the_passes_and_the_runner_is_computed(bench: Any) -> None:
     rows = [bench.bench_passes(), bench.bench_split(), *bench.bench_runner(), bench.bench_journal()]
     assert [r.what for r in rows if "8 parts" in r.what], rows
-    assert len(rows) == 6 and all(r.ours for r in rows)
+    assert len(rows) == 7 and all(r.ours for r in rows)
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .program import taker
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,25 @@ def static_like(tensor: Tensor) -> Tensor:
 _COPIED_TOGETHER = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64))
 
 
-def copy_all(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """:func:`copy_into` for each pair; one launch for those that allow it, as a launch costs more than a small copy."""
-    together: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for buffer, value in zip(buffers, values, strict=True):
-        if buffer.dtype in _COPIED_TOGETHER and buffer.is_contiguous():
-            together[0].append(buffer)
-            together[1].append(value)
-        else:
-            copy_into(buffer, value)
-    if together[0]:
-        torch._foreach_copy_(*together)
+class Loads:
+    """:func:`copy_into` for the buffers of some arguments; one launch for those that allow it.
+
+    A launch costs more than a small copy, and what can be known of buffers is asked once.
+    """
+
+    def __init__(self, buffers: Mapping[int, Tensor]) -> None:
+        together = {i: b for i, b in buffers.items() if b.dtype in _COPIED_TOGETHER and b.is_contiguous()}
+        if len(together) < 2:  # a copy of one alone is cheaper
+            together = {}
+        self.buffers = buffers
+        self._apart = [(i, buffer) for i, buffer in buffers.items() if i not in together]
+        self._together, self._take = list(together.values()), taker(list(together))
+
+    def __call__(self, args: Sequence[Any]) -> None:
+        for i, buffer in self._apart:
+            copy_into(buffer, args[i])
+        if self._together:
+            torch._foreach_copy_(self._together, self._take(args))
 
 
 def copy_into(buffer: Tensor, value: Tensor) -> None:

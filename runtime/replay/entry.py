@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .buffers import Loads
 from .capture import CapturedPiece
 
 #: Whether nobody holds a storage any more, without the two calls of Python around it.
@@ -35,10 +36,10 @@ class Kept:
 class Entry:
     """Everything recorded for one tuple of sizes and one place of the kept arguments.
 
-    slots: a value for each of the program's, in buffers that stay where they are. parameters: the kept
-    arguments, in the order of ``addresses``. failed: why it cannot be used. nbytes: of the buffers and of
-    what pieces return. module: what it belongs to among those of its runner, and which of its captures it
-    is. replays: how often it was replayed.
+    slots: a value for each of the program's, in buffers that stay where they are. own: those of the arguments,
+    between calls; loads: copies into those that are buffers. parameters: the kept arguments, in the order of
+    ``addresses``. failed: why it cannot be used. nbytes: of the buffers and of what pieces return. module: what it
+    belongs to among those of its runner, and which of its captures it is. replays: how often it was replayed.
     """
 
     sizes: tuple[int, ...]
@@ -47,6 +48,8 @@ class Entry:
     pieces: list[CapturedPiece]
     addresses: tuple[Any, ...]
     parameters: list[Kept]
+    own: list[Any] = field(default_factory=list)
+    loads: Loads = field(default_factory=lambda: Loads({}))
     failed: str | None = None
     nbytes: int = 0
     module: Any = None
@@ -56,6 +59,23 @@ class Entry:
     @property
     def key(self) -> Key:
         return self.sizes, self.addresses
+
+    def settle(self, args: Sequence[Any], kept: Sequence[int]) -> None:
+        """After the recording, when memory is where it will be: keep nothing that stays with the caller."""
+        for i in kept:
+            self.slots[i] = None
+        self.own = self.slots[: len(args)]
+        self.loads = Loads({i: buffer for i, buffer in enumerate(self.own) if isinstance(buffer, Tensor)})
+
+    def lend(self, args: Sequence[Any], copied: Sequence[int]) -> None:
+        """Let islands read the caller's arguments, but for those that are copied, until :meth:`forget`."""
+        self.slots[: len(args)] = args
+        for i in copied:
+            self.slots[i] = self.own[i]
+
+    def forget(self) -> None:
+        """Keep nothing of the caller's alive: a module that is dropped takes its memory with it."""
+        self.slots[: len(self.own)] = self.own
 
     @property
     def gone(self) -> bool:

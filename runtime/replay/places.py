@@ -28,6 +28,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -37,9 +38,12 @@ from ..watch.journal import sizes_text
 from ..watch.supervision import Supervision
 from .buffers import merged, overlap, span
 from .entry import Entry, Kept, Key
-from .program import Program, SizeRule
+from .program import Program, SizeRule, taker
 from .remarks import Remarks
 from .stats import Counts, Uncaptured
+
+#: Asked of every kept argument in every call, so without a look-up of its name each time.
+_address, _size, _stride, _dtype = Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype")
 
 #: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
 CACHES = 8
@@ -110,6 +114,7 @@ class Places:
         self.written = sorted(program.written - program.static_inputs)
         #: The arguments that captures hold by address: parameters, then written inputs.
         self.kept = [*self.static, *self.written]
+        self._take_kept, self._take_written = taker(self.kept), taker(self.written)
         #: Where the program may write, and the addresses that this was made of.
         self._writes: tuple[tuple[Any, ...], list[tuple[int, int]]] = (), []
         self._written = sorted(program.written)
@@ -124,9 +129,9 @@ class Places:
 
     def key(self, sizes: tuple[int, ...], args: Sequence[Any]) -> Key:
         """By what an entry is found."""
-        addresses: tuple[Any, ...] = tuple([args[i].data_ptr() for i in self.kept])
+        addresses: tuple[Any, ...] = tuple(map(_address, self._take_kept(args)))
         if self.written:  # the layout of a parameter is guarded
-            addresses += tuple([self._layout(args[i]) for i in self.written])
+            addresses += self._layouts(self._take_written(args))
         return sizes, addresses
 
     def share_memory(self, key: Key, args: Sequence[Any], copied: Sequence[int]) -> bool:
@@ -154,9 +159,9 @@ class Places:
                     return True
         return False
 
-    def _layout(self, cache: Tensor) -> tuple[Any, ...]:
-        identity = cache.untyped_storage()._cdata if self.lockstep else None
-        return cache.size(), cache.stride(), cache.dtype, identity
+    def _layouts(self, caches: Sequence[Tensor]) -> tuple[Any, ...]:
+        identities = tuple([cache.untyped_storage()._cdata for cache in caches]) if self.lockstep else ()
+        return tuple(map(_size, caches)), tuple(map(_stride, caches)), tuple(map(_dtype, caches)), identities
 
     def how(self, key: Key, args: Sequence[Any]) -> How:
         """How a call is served. Captures that cannot be used any more are released.

@@ -6,14 +6,22 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
-from ..errors import InputError
+from ..errors import ArgumentError, InputError
+
+
+def taker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...] | list[Any]]:
+    """A function that takes these items of a list or tuple, without a loop in Python."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return itemgetter(slice(indices[0], indices[0] + 1) if indices else slice(0))
 
 
 @dataclass(frozen=True)
 class Step:
-    """Call ``call(*slots[inputs])`` and put what it returns into ``slots[outputs]``.
+    """Call ``call(*slots[inputs])`` and put what it returns into ``slots[outputs]``, which follow each other.
 
     A ``call`` may have a method ``boxed``, which is given its arguments in a list that it empties, so that they die as
     it goes. ``island`` steps run eagerly, always. A step may write into arguments of the program only, and what it
@@ -30,20 +38,53 @@ class Step:
     frees: tuple[int, ...] = ()
     calls: tuple[str, ...] = ()
 
-    def run(self, slots: list[Any]) -> None:
-        """Run it on slots and free some; before, where the call lets go of its arguments as it goes."""
-        given = [slots[i] for i in self.inputs]
-        boxed: Callable[[list[Any]], Sequence[Any]] | None = getattr(self.call, "boxed", None)
-        if boxed is not None:
-            self._free(slots)
-        values = boxed(given) if boxed is not None else self.call(*given)
-        for slot, value in zip(self.outputs, values, strict=True):
-            slots[slot] = value
-        self._free(slots)  # an output that nobody reads among them
+    def __post_init__(self) -> None:
+        if self.outputs != tuple(range(self.into.start, self.into.stop)):
+            raise ArgumentError(
+                f"the outputs of step '{self.name}' go into slots {self.outputs}, not one after another"
+            )
 
-    def _free(self, slots: list[Any]) -> None:
-        for slot in self.frees:
-            slots[slot] = None
+    @functools.cached_property
+    def into(self) -> slice:
+        """Where its outputs go."""
+        first = self.outputs[0] if self.outputs else 0
+        return slice(first, first + len(self.outputs))
+
+    @functools.cached_property
+    def run(self) -> Callable[[list[Any]], None]:
+        """Runs it on slots and frees some; before, where the call lets go of its arguments as it goes.
+
+        A function that was made once: it runs for every piece of every call, and decides nothing there.
+        """
+        call, take, into, count, frees = self.call, taker(self.inputs), self.into, len(self.outputs), self.frees
+        boxed: Callable[[list[Any]], Sequence[Any]] | None = getattr(call, "boxed", None)
+        unread = tuple(slot for slot in frees if slot in self.outputs)
+
+        def run(slots: list[Any]) -> None:
+            values = call(*take(slots))
+            if len(values) != count:
+                raise self.returned(len(values))
+            slots[into] = values
+            for slot in frees:
+                slots[slot] = None
+
+        def run_boxed(slots: list[Any]) -> None:
+            given = list(take(slots))
+            for slot in frees:
+                slots[slot] = None
+            assert boxed is not None
+            values = boxed(given)
+            if len(values) != count:
+                raise self.returned(len(values))
+            slots[into] = values
+            for slot in unread:
+                slots[slot] = None
+
+        return run if boxed is None else run_boxed
+
+    def returned(self, count: int) -> ValueError:
+        """What is raised where a call returns another number of values than it has outputs."""
+        return ValueError(f"step '{self.name}' returned {count} values, and has {len(self.outputs)} outputs")
 
 
 def last_reads(steps: Sequence[Step], stay: Collection[int]) -> tuple[tuple[int, ...], ...]:

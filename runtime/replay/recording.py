@@ -19,7 +19,7 @@ from .capture import CapturedPiece, GraphBackend
 from .entry import Entry
 from .pending import Pending
 from .pool import Pool
-from .program import Program, Step, last_reads
+from .program import Program, Step, last_reads, taker
 
 
 @dataclass(frozen=True)
@@ -151,29 +151,34 @@ class Recording:
         What only islands read, or the caller, stays as it comes: it may have another
         size each time.
         """
-        call, inputs, slots, pending = step.call, step.inputs, self.entry.slots, self.pending
-        # Where each output lands, and what the host would else ask the landing buffer in every replay.
-        landings: list[tuple[int, bool, Any, Any, Any]] = []
-        for slot, value in zip(step.outputs, call(*[slots[i] for i in inputs]), strict=True):
-            lands = slot in self.reads.by_pieces
-            shape, dtype = (value.shape, value.dtype) if isinstance(value, Tensor) else (None, None)
+        call, take, slots, pending = step.call, taker(step.inputs), self.entry.slots, self.pending
+        count, stays = len(step.outputs), [(i, s) for i, s in enumerate(step.outputs) if s not in self.reads.by_pieces]
+        # Where the others land, and what the host would else ask the landing buffer in every replay.
+        landings: list[tuple[int, Any, Any, Any]] = []
+        for i, (slot, value) in enumerate(zip(step.outputs, call(*take(slots)), strict=True)):
             slots[slot] = value
-            if lands and isinstance(value, Tensor):
+            if slot not in self.reads.by_pieces:
+                continue
+            shape, dtype = (value.shape, value.dtype) if isinstance(value, Tensor) else (None, None)
+            if isinstance(value, Tensor):
                 pending.wait((value,))
                 copy_into(self.buffer(slot, value), value)
-            landings.append((slot, lands, _weak(self.pool, slots[slot]) if lands else None, shape, dtype))
+            landings.append((i, _weak(self.pool, slots[slot]), shape, dtype))
         dropped = [s for s in last if s >= len(self.program.inputs) and s not in self.reads.by_pieces]
         dropped = [s for s in dropped if s not in self._returned]
         waits = any(s.calls for s in self.program.steps if s.island)
 
         def run() -> None:
-            values = call(*[slots[i] for i in inputs])
+            values = call(*take(slots))
+            if len(values) != count:
+                raise step.returned(len(values))
             if waits and pending.any():
-                pending.wait(v for (_, lands, *_), v in zip(landings, values, strict=True) if lands)
-            for (slot, lands, landing, shape, dtype), value in zip(landings, values, strict=True):
-                if not lands:
-                    slots[slot] = value
-                elif shape is not None and isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype:
+                pending.wait(values[i] for i, *_ in landings)
+            for i, slot in stays:
+                slots[slot] = values[i]
+            for i, landing, shape, dtype in landings:
+                value = values[i]
+                if shape is not None and isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype:
                     copy_into(landing, value)
                 elif isinstance(value, Tensor) or isinstance(landing, Tensor) or landing != value:
                     seen, now = (_describe(v) for v in (landing, value))

@@ -45,7 +45,7 @@ from ..errors import (
 )
 from ..watch.journal import CAPTURE, REPLAY, UNCAPTURED, Journal, Marks, PieceNote, ProgramNote, sizes_text
 from ..watch.supervision import Supervision
-from .buffers import copy_all, narrow
+from .buffers import Loads, narrow
 from .capture import GraphBackend
 from .entry import Entry, Key
 from .pending import Pending
@@ -117,7 +117,9 @@ class PiecewiseRunner:
         self._pending = Pending()
         self._issues = any(step.calls for step in program.steps if step.island)
         read_by_islands = {i for step in program.steps if step.island for i in step.inputs}
-        self._read_kept = [i for i in self._places.kept if i in read_by_islands]
+        self._read_kept = any(i in read_by_islands for i in self._places.kept)
+        self._loose = () if static_outputs else self._reads.loose
+        self._runs = [step.run for step in program.steps]
         self._dynamic = [i for i in range(len(program.inputs)) if i not in self._places.kept]
         self._unseen = program.unseen
 
@@ -153,7 +155,7 @@ class PiecewiseRunner:
 
     def _call(self, args: list[Any]) -> list[Any]:
         self._supervision.check()
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             raise GradModeError(
                 "the runner serves inference and was called in grad mode with inputs that require grad; "
                 "call it under torch.no_grad() or torch.inference_mode()"
@@ -196,9 +198,10 @@ class PiecewiseRunner:
             key = places.key(target, args)
             if places.share_memory(key, args, self._dynamic):
                 return self._run_as(target, sizes, args, Uncaptured.SHARED)
-            how = How.REPLAY if key in places.entries and not places.lockstep else self._how(key, args)
+            entry = None if places.lockstep else places.entries.get(key)
+            how = How.REPLAY if entry is not None else self._how(key, args)
             if how is How.REPLAY:
-                return self._serve_replay(places.entries[key], sizes, args)
+                return self._serve_replay(entry or places.entries[key], sizes, args)
             if how is How.UNCAPTURED:
                 return self._run_as(target, sizes, args, places.why)
             return self._serve_capture(key, sizes, args, agreed=how is How.CAPTURE)
@@ -233,7 +236,10 @@ class PiecewiseRunner:
             self._step(entry.sizes, REPLAY, self._replay, entry, sizes, args)
             return self._outputs(entry, sizes, args)
         finally:
-            self._forget(entry)
+            if self._read_kept:
+                entry.forget()
+            if self._loose:
+                self._drop_loose(entry)
 
     def _serve_capture(self, key: Key, sizes: tuple[int, ...], args: Sequence[Any], *, agreed: bool) -> list[Any]:
         """Record, and return what was computed meanwhile. ``agreed``: all ranks record in this step."""
@@ -251,7 +257,8 @@ class PiecewiseRunner:
                 recording.give_outputs_back()
             return outputs
         finally:
-            self._forget(entry)
+            entry.settle(args, self._places.kept)
+            self._drop_loose(entry)
 
     def _step(self, sizes: tuple[int, ...], how: str, body: Callable[..., None], *args: Any) -> None:
         """``body(marks, *args)`` as one step of the journal; the other ranks hear of it when it fails."""
@@ -266,12 +273,11 @@ class PiecewiseRunner:
         marks.end()
 
     def _replay(self, marks: Marks, entry: Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
-        self._load(entry, sizes, args)
-        enter, leave = marks.enter, marks.leave
-        for action in entry.actions:
-            enter()
+        if self._read_kept:
+            entry.lend(args, self._dynamic)
+        self._load(entry.loads, entry.sizes, sizes, args)
+        for action in marks.each(entry.actions):
             action()
-            leave()
 
     # -- uncaptured ------------------------------------------------------------------
 
@@ -307,11 +313,8 @@ class PiecewiseRunner:
         return self._program.with_views(outputs, args)
 
     def _run_steps(self, marks: Marks, slots: list[Any]) -> None:
-        enter, leave = marks.enter, marks.leave
-        for step in self._program.steps:
-            enter()
-            step.run(slots)
-            leave()
+        for run in marks.each(self._runs):
+            run(slots)
 
     # -- which captured size serves this call ----------------------------------------
 
@@ -327,30 +330,18 @@ class PiecewiseRunner:
 
     # -- captured ----------------------------------------------------------------------
 
-    def _load(self, entry: Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> None:
+    def _load(self, loads: Loads, target: tuple[int, ...], sizes: tuple[int, ...], args: Sequence[Any]) -> None:
         """Copy the call's inputs into the static buffers; rows that are padding become zero."""
-        grown = self._padding.inputs if self._padding is not None and sizes != entry.sizes else {}
-        for i in self._read_kept:
-            entry.slots[i] = args[i]
-        buffers, values = [], []
-        for i in self._dynamic:
-            buffer = entry.slots[i]
-            if not isinstance(buffer, Tensor):
-                continue
-            if i in grown:
-                buffer.zero_()
-                buffer = narrow(buffer, grown[i], sizes[0])
-            buffers.append(buffer)
-            values.append(args[i])
-        copy_all(buffers, values)
+        if self._padding is not None and sizes != target:
+            buffers = dict(loads.buffers)
+            for i in self._padding.inputs:
+                buffers[i] = narrow(buffers[i].zero_(), self._padding.inputs[i], sizes[0])
+            loads = Loads(buffers)
+        loads(args)
 
-    def _forget(self, entry: Entry) -> None:
-        """Keep nothing of the caller's alive: a module that is dropped takes its memory with it."""
-        for i in self._places.kept:
+    def _drop_loose(self, entry: Entry) -> None:
+        for i in self._loose:
             entry.slots[i] = None
-        if not self._static_outputs:
-            for i in self._reads.loose:
-                entry.slots[i] = None
 
     def _outputs(self, entry: Entry, sizes: tuple[int, ...], args: Sequence[Any]) -> list[Any]:
         grown = self._padding.outputs if self._padding is not None and sizes != entry.sizes else {}
@@ -382,7 +373,9 @@ class PiecewiseRunner:
             elif target != sizes and isinstance(args[i], int):
                 slots[i] = target[0]  # a graph that can be padded has one size, and this is it
         self._places.note(args, self._dynamic)
-        self._load(entry, sizes, args)
+        loads = Loads({i: slots[i] for i in self._dynamic if isinstance(slots[i], Tensor)})
+        self._load(loads, target, sizes, args)
+        del loads  # memory of a buffer that was read is given to later ones
         recording.steps(marks)
 
     def _keep_or_drop(self, entry: Entry, args: Sequence[Any], agreed: bool) -> None:

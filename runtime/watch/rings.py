@@ -12,16 +12,26 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from ..errors import ConcurrentCallError
 from ..spelling import group_word
 from .marks import DeviceMarks
 from .position import CAPTURE, CallSpan, PieceNote, ProgramNote
 
+T = TypeVar("T")
+
 
 class Marks:
     """What a runner calls around each piece. This one writes nothing down."""
+
+    def each(self, pieces: Iterable[T]) -> Iterator[T]:
+        """The same pieces, each entered before it is given and left when the next one is asked for."""
+        for piece in pieces:
+            self.enter()
+            yield piece
+            self.leave()
 
     def enter(self) -> None: ...
 
@@ -203,6 +213,18 @@ class Rings(Marks):
         at = self._submitted
         self._left[(at - 1) & self._piece_mask] = self._clock()
         self._returned = at
+
+    def each(self, pieces: Iterable[T]) -> Iterator[T]:
+        """:meth:`enter` and :meth:`leave` in one: between two pieces nothing is done, so that is one moment."""
+        entered, left, mask, clock = self._entered, self._left, self._piece_mask, self._clock
+        at, now = self._submitted, clock()
+        for piece in pieces:
+            place = at & mask
+            entered[place] = now
+            self._submitted = at = at + 1
+            yield piece
+            left[place] = now = clock()
+            self._returned = at
 
     def end(self) -> None:
         step = self._steps - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import weakref
@@ -26,9 +27,10 @@ from replay.programs import (
     weights,
 )
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringfence.runtime.replay.capture import SimulatedGraphs
-from ringfence.runtime.replay.program import Program, ReturnedView, Step, last_reads
+from ringfence.runtime.replay.program import Program, ReturnedView, SizeRule, Step, last_reads
 from ringfence.runtime.replay.runner import PiecewiseRunner
 
 
@@ -321,6 +323,38 @@ def test_runner_keeps_no_input_of_a_captured_call_alive() -> None:
         ref = weakref.ref(x)
         del x
         assert ref() is None
+
+
+@pytest.mark.parametrize("how", ["replayed", "failed"])
+def test_runner_keeps_no_parameter_alive_that_an_island_reads(how: str) -> None:
+    def island(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        if x[0, 0].isnan():
+            raise ValueError("no number")
+        return (x * weight,)
+
+    program = Program(
+        steps=(
+            Step("double", lambda x: (x * 2,), (1,), (2,), island=False),
+            Step("scale", island, (2, 0), (3,), island=True, frees=(2,)),
+            Step("add", lambda h, weight: (h + weight,), (3, 0), (4,), island=False, frees=(3,)),
+        ),
+        inputs=("weight", "x"),
+        outputs=(4,),
+        slots=5,
+        constants=(),
+        static_inputs=frozenset({0}),
+    )
+    runner = PiecewiseRunner(program, SizeRule(((1, 0),), lambda sizes: sizes[0]), SimulatedGraphs(), [4])
+    weight, x = torch.randn(HIDDEN), rows(4)
+    assert_close(runner(weight, x), [x * 2 * weight + weight])
+    assert_close(runner(weight, -x), [-x * 2 * weight + weight])
+    if how == "failed":
+        with pytest.raises(ValueError, match="no number"):
+            runner(weight, x.fill_(float("nan")))
+    memory = StorageWeakRef(weight.untyped_storage())
+    del weight
+    gc.collect()
+    assert memory.expired() and runner.counts.replays == 1 + (how == "failed")
 
 
 def test_runner_leaves_the_callers_inputs_alone_when_a_piece_writes_into_its_own() -> None:

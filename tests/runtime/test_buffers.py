@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringfence.runtime.replay.buffers import StorageView, copy_all, overlap, static_like
+from ringfence.runtime.replay.buffers import Loads, StorageView, overlap, static_like
 
 
 def bytes_of(tensor: Tensor) -> set[int]:
@@ -95,7 +95,8 @@ def test_every_layout_and_type_arrives(mode: Any) -> None:
     for buffer in buffers:
         buffer.untyped_storage().fill_(0xEE)
     with mode():
-        copy_all(buffers, [v.clone(memory_format=torch.preserve_format) if v.is_contiguous() else v for v in given])
+        values = [v.clone(memory_format=torch.preserve_format) if v.is_contiguous() else v for v in given]
+        Loads(dict(enumerate(buffers)))(values)
     for buffer, value in zip(buffers, given, strict=True):
         assert buffer.dtype == value.dtype and buffer.stride() == value.stride()
         assert torch.equal(
@@ -108,8 +109,11 @@ def test_usual_inputs_are_one_launch() -> None:
     given = [v for v in inputs() if v.is_contiguous() and v.dtype in (torch.float32, torch.bfloat16, torch.int64)]
     buffers = [static_like(v) for v in given]
     with torch.no_grad(), Ops() as ops:
-        copy_all(buffers, given)
+        Loads(dict(enumerate(buffers, 3)))(["not", "of", "these", *given])
+    assert all(map(torch.equal, buffers, given))
     assert len(given) > 4 and ops.names == ["aten::_foreach_copy_"]
     with torch.no_grad(), Ops() as ops:
-        copy_all([], [])
-    assert ops.names == []
+        Loads({})([])
+        assert ops.names == []
+        Loads({1: buffers[0]})(given[-1:] + given[:1])
+    assert ops.names == ["aten::copy_"]

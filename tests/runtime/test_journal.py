@@ -61,6 +61,36 @@ def step(j: Journal, how: str = REPLAY, sizes: tuple[int, ...] = (4,), enter: in
 # -- where is this rank? -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_each_piece_is_entered_before_it_is_given_and_left_before_the_next(beside: bool) -> None:
+    j, by_hand = journal(), journal()
+    if beside:  # of a step that another one is in
+        j.begin(0, (4,), REPLAY), by_hand.begin(0, (4,), REPLAY)
+    marks, others = j.begin(0, (4,), REPLAY), by_hand.begin(0, (4,), REPLAY)
+    given = ""
+    for piece in marks.each("abc"):
+        others.enter()
+        ours, theirs = j.position(), by_hand.position()
+        assert (ours.piece, ours.submitted, ours.completed) == (theirs.piece, theirs.submitted, theirs.completed)
+        given += piece
+        others.leave()
+    assert given == "abc"
+    assert j.position().submitted == by_hand.position().submitted == {"tp": 3}
+
+
+def test_a_piece_that_raises_is_not_left_and_the_next_is_not_entered() -> None:
+    j = journal()
+    marks = j.begin(0, (4,), REPLAY)
+    with pytest.raises(ValueError, match="b"):
+        for piece in marks.each("abc"):
+            if piece == "b":
+                raise ValueError(piece)
+    (written,) = j.to_dict()["steps"]
+    (first_began, first_ended), (began, ended) = written["pieces"]
+    assert first_began <= first_ended == began and ended is None
+    assert j.position().piece == 1 and j.position().stuck_in_piece
+
+
 def test_only_the_last_level_of_a_folder_is_made_and_the_path_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
