@@ -26,7 +26,7 @@ from .groups import collectives_of, group_of
 from .inductor_order import compute_in_time, order_kept
 from .roles import arguments, calls
 from .split import SplitPlan
-from .storage_offsets import begin_at_first_elements, traced_offsets
+from .storage_offsets import begin_at_first_elements, told_unaligned, traced_offsets, unaligned_inputs
 from .symbols import forget_sizes
 
 _log = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ def lower(
             slot_of[node] = outputs[0]
         groups = tuple(group_of(n) for n in collectives_of(piece))
         call = eager_piece(piece) if islands[name] else compile_piece(piece)
-        inputs = tuple(slot_of[n] for n in arguments(node))
-        steps.append(Step(name, call, inputs, outputs, islands[name], calls=groups))
+        inputs, why = tuple(slot_of[n] for n in arguments(node)), getattr(call, "why", None)
+        steps.append(Step(name, call, inputs, outputs, islands[name], calls=groups, op_by_op=why))
 
     (output,) = whole.graph.find_nodes(op="output")
     results = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
@@ -154,16 +154,12 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.utils import BoxedBool
 
-    begins = traced_offsets(piece)
+    begins, unaligned = traced_offsets(piece), unaligned_inputs(piece)
     otherwise = eager_piece(piece) if begins else None
     begun = begin_at_first_elements(piece)
-    if begun is None:
-        _log.warning(
-            "ringfence: a piece of %d nodes runs op by op: it looks at memory by its place in a storage, from where "
-            "Inductor's code cannot count (as_strided of an input, or an op's result that begins inside of a storage)",
-            len(piece.graph.nodes),
-        )
-        return eager_piece(piece)
+    if isinstance(begun, str):
+        _log.warning("ringfence: a piece of %d nodes runs op by op: %s", len(piece.graph.nodes), begun)
+        return _OpByOp(piece, begun)
     piece = begun
     (output,) = piece.graph.find_nodes(op="output")
     # The next piece was traced with these strides, so Inductor may not choose its own.
@@ -177,9 +173,20 @@ def inductor_piece(piece: GraphModule) -> Callable[..., Sequence[Any]]:
     with _own_tracing_context(), order_kept(), _planes_left_alone(piece):
         piece = joint_graph_passes(piece)
         inputs = [n.meta["val"] for n in piece.graph.find_nodes(op="placeholder")]
-        compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
+        with told_unaligned([inputs[i] for i in unaligned]):
+            compiled = compile_fx_inner(piece, inputs, is_inference=True, cudagraphs=BoxedBool(False))
 
     return _Compiled(compiled, written) if otherwise is None else _WhereTraced(compiled, written, begins, otherwise)
+
+
+class _OpByOp:
+    """A piece beside those that Inductor compiles, which runs as it is. why: in a sentence, for the report."""
+
+    def __init__(self, piece: GraphModule, why: str) -> None:
+        self._run, self.why = eager_piece(piece), why
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        return self._run(*args)
 
 
 class _Compiled:
@@ -222,6 +229,10 @@ class _WhereTraced(_Compiled):
     ) -> None:
         super().__init__(compiled, written)
         self._begins, self._otherwise = begins, otherwise
+        self.why = (
+            "only where an input begins elsewhere in its storage than when this was traced: a view counts from where "
+            "the storage begins"
+        )
 
     def boxed(self, args: list[Any]) -> Sequence[Any]:
         if all(args[i].storage_offset() == offset for i, offset in self._begins.items()):

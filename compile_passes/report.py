@@ -202,6 +202,8 @@ class CompileReport:
         telling = (v for v in self.verdicts if v.rule != NO_CAPTURE)  # "capture: off" says it of the whole
         for ops, text in _grouped((v.op, f"{v.decision}: {v.message}") for v in telling):
             yield f"{ops}: {text}"
+        for names, why in _grouped((p.name, p.op_by_op or "") for p in self.pieces):
+            yield f"{names} runs op by op: {why}"
         if self.plan is not None and not self._nothing_to_prove:
             yield f"plan: {self.plan.kind}: {self.plan.message}"
         for carrier in self.collectives:

@@ -22,7 +22,8 @@ class Piece:
     """One part of the split graph, in the order of execution.
 
     ``name`` is the submodule's; ``island`` says that it runs eagerly, because of
-    ``ops``; ``nodes`` counts its operations; ``sites`` are the fused sites in it.
+    ``ops``; ``nodes`` counts its operations; ``sites`` are the fused sites in it. ``op_by_op``: why it runs as it is
+    where Inductor compiles the others, or when it does.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Piece:
     ops: tuple[str, ...]
     nodes: int
     sites: tuple[int, ...]
+    op_by_op: str | None = None
 
 
 @dataclass(frozen=True)

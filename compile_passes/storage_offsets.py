@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .aliases import BY_PLACE, fake_call, root, views_by_place
 from .functional import SECOND_FORM, is_functionalised, mutable_names
+from .provenance import label
 from .roles import aten, bound_arguments, same_size, tensor
 from .symbols import Providers, as_node, expression, providers
 
@@ -63,19 +64,22 @@ def slices_of_their_base() -> Iterator[None]:
         yield
 
 
-def begin_at_first_elements(piece: GraphModule) -> GraphModule | None:
+def begin_at_first_elements(piece: GraphModule) -> GraphModule | str:
     """The piece, traced as if each input began where its storage does; a copy where that is another trace.
 
-    None where that cannot be said: something looks at what lies before an input, or asks for an offset; or an op of
+    Why not, where that cannot be said: something looks at what lies before an input, or asks for an offset; or an op of
     another library returns what begins inside of a storage, beside one that counts from there.
     """
-    if _made_inside(piece):
-        return None
+    made = _made_inside(piece)
+    if made is not None:
+        return (
+            f"what {label(made)} returns begins inside of a storage, and a view beside it counts from where one begins"
+        )
     if not any(_is_inside(n.meta.get("val")) for n in piece.graph.find_nodes(op="placeholder")):
         _say_where_views_begin(piece)
         return piece
-    if piece.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
-        return None
+    for node in piece.graph.find_nodes(op="call_function", target=aten.sym_storage_offset.default):
+        return f"{label(node)} asks for the place in a storage where an input begins"
     piece = GraphModule(piece, copy.deepcopy(piece.graph))
     was = {node: node.meta.get("val") for node in piece.graph.nodes}
     inside = [n for n in piece.graph.find_nodes(op="placeholder") if _is_inside(was[n])]
@@ -86,13 +90,38 @@ def begin_at_first_elements(piece: GraphModule) -> GraphModule | None:
         if node.op != "call_function" or all(n.meta.get("val") is was.get(n) for n in node.all_input_nodes):
             continue
         if not _count_anew(node, was, known):
-            return None
+            return f"{label(node)} looks at what lies before an input in its storage, or at a place that no size tells"
         if any(map(_is_inside, tree_leaves(was[node]))):
             node.meta["val"] = _value(node)
         if "eager_input_vals" in node.meta:  # Inductor looks at what it was traced with
             node.meta["eager_input_vals"] = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     _say_where_views_begin(piece)
     return piece
+
+
+def unaligned_inputs(piece: GraphModule) -> frozenset[int]:
+    """Which inputs were traced where Inductor's code for an accelerator may not load 16 bytes at once."""
+    from torch._inductor.utils import tensor_is_aligned
+
+    values = [node.meta.get("val") for node in piece.graph.find_nodes(op="placeholder")]
+    return frozenset(i for i, v in enumerate(values) if isinstance(v, Tensor) and not tensor_is_aligned(v))
+
+
+@contextlib.contextmanager
+def told_unaligned(values: Sequence[Any]) -> Iterator[None]:
+    """Let Inductor know of these inputs that they are off alignment, though they are traced from where they begin.
+
+    It would take them for aligned, and copy each before every call, one that is written back again as well.
+    """
+    from torch._inductor import utils
+
+    named, off = utils.tensor_is_aligned, {id(value) for value in values}
+
+    def is_aligned(value: Tensor) -> bool:
+        return id(value) not in off and named(value)
+
+    with mock.patch.object(utils, "tensor_is_aligned", is_aligned):
+        yield
 
 
 def traced_offsets(piece: GraphModule) -> dict[int, int]:
@@ -129,17 +158,19 @@ def _say_where_views_begin(piece: GraphModule) -> None:
     piece.recompile()
 
 
-def _made_inside(piece: GraphModule) -> bool:
-    """Whether an op makes what begins inside of its storage, in a piece where a view says where in one it begins."""
-    made = any(
-        isinstance(n.target, torch._ops.OpOverload)
+def _made_inside(piece: GraphModule) -> Node | None:
+    """An op that makes what begins inside of its storage, in a piece where a view says where in one it begins."""
+    made = (
+        n
+        for n in piece.graph.nodes
+        if isinstance(n.target, torch._ops.OpOverload)
         and n.target.namespace not in ("aten", "prims")
         and any(map(_is_inside, tree_leaves(n.meta.get("val"))))
-        for n in piece.graph.nodes
     )
-    return made and any(
+    by_place = any(
         n.target in BY_PLACE or any(name.endswith("_storage_offset") for name in n.kwargs) for n in piece.graph.nodes
     )
+    return next(made, None) if by_place else None
 
 
 def _count_anew(node: Node, was: Mapping[Node, Any], known: Providers) -> bool:

@@ -53,6 +53,7 @@ from .stages import (
     Judged,
     Plan,
     TracedGraph,
+    as_lowered,
     callers_memory,
     find_sites,
     judge_graph,
@@ -192,7 +193,7 @@ class Backend(OneObject):
         report = CompileReport(
             sites=tuple(plan.sites),
             moe_sites=tuple(found.moe_sites),
-            pieces=plan.split.pieces,
+            pieces=as_lowered(plan.split.pieces, program),
             verdicts=tuple(plan.verdicts),
             options=self.options.as_dict(),
             versions=self._versions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule
@@ -38,7 +38,7 @@ from .compile_passes.returned_numbers import take_returned_numbers
 from .compile_passes.returned_views import take_returned_views, views_of_inputs
 from .compile_passes.sizes import padding, size_rule
 from .compile_passes.spec import check_parts
-from .compile_passes.split import SplitPlan, split
+from .compile_passes.split import Piece, SplitPlan, split
 from .compile_passes.storage_offsets import fix_storage_offsets
 from .compile_passes.switch_off import switch_off
 from .compile_passes.symbols import give_sizes
@@ -283,3 +283,9 @@ def lower_graph(
     compile_piece = inductor_piece if options.piece_compiler == "inductor" else eager_piece
     program = lower(split, whole, compile_piece, graph.inputs, graph.static, memory.kept, memory.views, memory.caches)
     return with_seams(program, graph.device) if options.outer_capture else program
+
+
+def as_lowered(pieces: Sequence[Piece], program: Program) -> tuple[Piece, ...]:
+    """The pieces, with why one runs op by op, which shows as it is compiled."""
+    reasons = {step.name: step.op_by_op for step in program.steps}
+    return tuple(replace(piece, op_by_op=reasons.get(piece.name)) for piece in pieces)

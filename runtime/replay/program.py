@@ -27,7 +27,7 @@ class Step:
     it goes. ``island`` steps run eagerly, always. A step may write into arguments of the program only, and what it
     returns is no alias of another argument: AOT traces graphs so, and captures rely on it.
     ``frees`` are the slots that nothing reads after this step; ``calls`` the process groups
-    of the collectives in it, in order.
+    of the collectives in it, in order. ``op_by_op``: why it is not compiled, or not for every call.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Step:
     island: bool
     frees: tuple[int, ...] = ()
     calls: tuple[str, ...] = ()
+    op_by_op: str | None = None
 
     def __post_init__(self) -> None:
         if self.outputs != tuple(range(self.into.start, self.into.stop)):

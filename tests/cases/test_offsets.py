@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -176,6 +177,32 @@ def of_what_was_written(x: Tensor, c: Tensor) -> Tensor:
     return x + c[4:].as_strided((2, H), (H, 1)).sum(0)
 
 
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (
+            what_is_before,
+            r"'as_strided\w*' \(.*test_offsets.py:\d+\) looks at what lies before an input in its storage",
+        ),
+        (made_inside, r"what 'inside\w*' \(cases/test_offsets.py:\d+\) returns begins inside of a storage"),
+        (by_aten, None),
+    ],
+)
+def test_a_piece_that_runs_op_by_op_is_in_the_report(program: Callable[..., Any], why: str | None) -> None:
+    (report,) = serve(program, given(1)).reports
+    (piece,) = report.to_dict()["pieces"]
+    if why is None:
+        assert piece["op_by_op"] is None and "op by op" not in report.text()
+    else:
+        assert re.match(why, piece["op_by_op"]) and f"submod_0 runs op by op: {piece['op_by_op']}" in report.text()
+
+
+def test_a_piece_that_is_compiled_for_one_place_is_in_the_report() -> None:
+    served = serve(from_the_storage, [(torch.randn(4, H), torch.randn(ROWS, H))], dynamic=False)
+    (piece,) = served.reports[-1].pieces
+    assert str(piece.op_by_op).startswith("only where an input begins elsewhere in its storage than when")
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("program", [of_a_slice, of_what_is_computed, of_what_was_written])
 def test_a_strided_view_of_a_slice_begins_with_the_slice(program: Callable[..., Any], dynamic: bool) -> None:
@@ -196,3 +223,26 @@ def test_none_is_copied_whole(setting: dict[str, Any]) -> None:
         for each in arguments[:2]:
             compiled(*each)
     assert not whole_copies(compiled, arguments[2], 1024 * H)
+
+
+@pytest.mark.parametrize(("before", "told"), [(0, []), (4, []), (3, ["c"])])
+def test_inductor_is_told_what_is_off_alignment(before: int, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would copy a cache before each call that it takes for aligned and that is not."""
+    from torch._inductor import compile_fx, utils
+
+    compile_inner = compile_fx.compile_fx_inner
+    seen = []
+
+    def look(piece: Any, inputs: Sequence[Any], **options: Any) -> Any:
+        named = zip(piece.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        tensors = [(n, value) for n, value in named if isinstance(value, Tensor)]
+        assert all(value.storage_offset() == 0 for _, value in tensors)
+        seen.extend(
+            "c" if value.shape[0] == ROWS else "x" for _, value in tensors if not utils.tensor_is_aligned(value)
+        )
+        return compile_inner(piece, inputs, **options)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", look)
+    cache = torch.randn(before + ROWS * H)[before:].view(ROWS, H)
+    served = serve(of_what_was_written, [(torch.randn(4, H), cache)] * 2, dynamic=False)
+    assert max(served.off) < 1e-5 and seen == told

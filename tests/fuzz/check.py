@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import ringfence
 import ringfence.backend
 
-from . import moves, writes  # noqa: F401  (they register their moves)
+from . import moves, places, writes  # noqa: F401  (they register their moves)
 from .draft import draw_program
 from .play import Plan, PlayError, Record, Stage
 from .program import Program

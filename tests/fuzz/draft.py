@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from .data import CONTIGUOUS, LAYOUTS, OVERLAPPING
 from .program import Program, Statement, Value
 
 Move = Callable[["Draft"], bool]
@@ -135,34 +137,85 @@ def _inputs(d: Draft) -> None:
         "buffer": f"keep {t}[8,16]",
         "stack": f"keep {t}[2,8,16]",
         "last": f"keep {t}[16]",
+        "pool": f"keep {t}[24,16]",
+        "wide": f"{t}[4,q]",
+        "total": f"keep {t}[]",
+        "none": f"{t}[0,16]",
+        "count": "keep int64[]",
+        "number": "number",
+        "scale": f"keep {t}[]",
     }
-    buffers = ("w", "g", "buffer", "stack", "last")
-    if d.chance(0.06):
-        shapes["c1"] = "= c0"  # two layers share one cache
-    if d.chance(0.03):
-        shapes["c1"] = d.one("= c0[:]", "= kv[0]", "= c0[:4]")
+    buffers = ("w", "g", "buffer", "stack", "last", "scale")
+    shapes |= _parts_of_others(d)
+    if d.chance(0.5):
+        for name in ("x", "r", "y", "c0", "c1", "kv", "caches", "state", "buffer", "stack", "pool", "wide"):
+            if not shapes[name].startswith("=") and d.chance(0.4):
+                shapes[name] = _laid_out(d, name, shapes[name])
     names = list(shapes)
     if d.chance(0.5):  # Dynamo gives inputs in order of use, AOT in order of the signature
         d.draw.shuffle(names)
-    if shapes["c1"].startswith("="):  # after what it is a part of
-        names.append(names.pop(names.index("c1")))
+    names.sort(key=lambda name: -1 if shapes[name][0] != "=" else list(shapes).index(name))  # parts after their whole
     for name in names:
         spec = shapes[name]
         (d.buffers if name in buffers else d.inputs)[name] = spec
-        kind, _, dims = spec.rpartition(" ")[2].partition("[")
-        if kind != t or name == "caches":
+        *words, last = spec.split(" ")
+        kind, _, dims = last.partition("[")
+        if kind != t or name == "caches" or spec[0] == "=":
             continue
-        shape = tuple(dims[:-1].split(","))
-        written = name not in ("w", "g") and (name in ("c0", "c1", "kv", "state") or name in buffers or d.chance(0.25))
-        d.values.append(Value(f"self.{name}" if name in buffers else name, shape, t, written))
-    if shapes["c1"] == "= c0[:4]":
-        d.values.append(Value("c1", ("4", "16"), t))
-    elif shapes["c1"].startswith("="):
-        d.values.append(Value("c1", ("8", "16"), t))
-    d.values.extend(Value(f"caches[{i}]", ("8", "16"), t) for i in range(2))
+        shape = tuple(size for size in dims[:-1].split(",") if size)
+        kept = name in ("c0", "c1", "kv", "state", "pool", "total") or name in buffers
+        layout = next((word for word in words if word in LAYOUTS), "")
+        written = name not in ("w", "g") and layout not in OVERLAPPING and (kept or d.chance(0.25))
+        called = f"self.{name}" if name in buffers else name
+        d.values.append(Value(called, shape, t, written, _is_plain(shapes, name)))
+    for name, shape in (("c0", ("8", "16")), ("c1", ("8", "16")), ("kv", ("2", "8", "16")), ("r", ("n", "16"))):
+        if shapes[name].startswith("="):
+            shape = ("4", "16") if shapes[name] == "= c0[:4]" else shape
+            contiguous = _is_plain(shapes, name)
+            d.values.append(Value(name, shape, t, name != "r" or d.chance(0.5), contiguous))
+    plain = _is_plain(shapes, "caches")
+    d.values.extend(Value(f"caches[{i}]", ("8", "16"), t, contiguous=plain) for i in range(2))
     d.statements.append(Statement("n = x.shape[0]"))
     d.statements.append(Statement("m = y.shape[0]"))
     d.statements.append(Statement("p = past.shape[0]"))
+
+
+def _parts_of_others(d: Draft) -> dict[str, str]:
+    """Inputs that are one tensor, or lie in one storage, beside each other or not."""
+    parts = {}
+    if d.chance(0.06):
+        parts["c1"] = "= c0"  # two layers share one cache
+    if d.chance(0.03):
+        parts["c1"] = d.one("= c0[:]", "= kv[0]", "= c0[:4]")
+    if d.chance(0.12):
+        parts["c0"] = d.one("= pool[3:11]", "= pool[1:9]", "= pool.view(-1)[5:133].view(8, 16)", "= pool[::3]")
+        if d.chance(0.6):
+            parts["c1"] = d.one("= pool[12:20]", "= pool[16:]", "= pool[7:15]", "= pool.view(12, 32)[:8, 16:]")
+        if d.chance(0.3):
+            parts["kv"] = d.one("= pool[4:20].view(2, 8, 16)", "= pool[8:].view(2, 8, 16)")
+    if d.chance(0.05):
+        parts["r"] = d.one("= x", "= x[:]")
+    return parts
+
+
+def _is_plain(shapes: dict[str, str], name: str) -> bool:
+    """Whether an input is contiguous, which a part of one is that is and takes no columns or steps."""
+    spec = shapes[name]
+    if spec[0] == "=":
+        whole = re.findall(r"\w+", spec)[0]
+        return not {"::", ", "} & set(re.findall(r"::|, ", spec.split(".view(2")[0])) and _is_plain(shapes, whole)
+    return not set(spec.split(" ")) & (set(LAYOUTS) - set(CONTIGUOUS))
+
+
+def _laid_out(d: Draft, name: str, spec: str) -> str:
+    """The same behind the word of a layout, which a tensor that is written holds each element of once."""
+    *words, last = spec.split(" ")
+    there = [word for word in LAYOUTS if word not in OVERLAPPING or name in ("y", "wide")]
+    if name == "pool":  # whose parts are views of other shapes
+        there = list(CONTIGUOUS)
+    if name == "state":
+        there = ["inside", "odd", "gaps"]
+    return " ".join([*words, d.one(*there), last])
 
 
 def draw_program(
@@ -199,7 +252,8 @@ def _returns(d: Draft) -> list[str]:
             else again.name
         )
     if d.chance(0.15):
-        chosen.append(d.one("x", "c0", "self.buffer", "kv[0]", "c0[2:4]", "self.last", "state"))
+        there = "x", "c0", "self.buffer", "kv[0]", "c0[2:4]", "self.last", "state", "x[1:]", "none", "pool[2:4]", "kv"
+        chosen.append(d.one(*there, "caches[1][:, 4:8]", "total", "count", "r", "self.scale"))
     if d.chance(0.15):
         chosen.append(d.one("n", "n + m", "n * 2", "None", "k", "p + 1", "3"))
     d.draw.shuffle(chosen)

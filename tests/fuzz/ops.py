@@ -16,7 +16,7 @@ _LIBRARY = torch.library.Library("fz", "DEF")
 calls: Counter[str] = Counter()
 
 #: Ops that write nothing: where nobody reads the result, they need not run.
-PURE = ("pure_unsafe", "peek_unsafe")
+PURE = ("pure_unsafe", "peek_unsafe", "parts_unsafe", "inside_unsafe", "turned_unsafe", "either_unsafe")
 
 
 def _define(schema: str, fake: Callable[..., Any], *, unsafe: bool = False) -> Callable[[Callable[..., Any]], None]:
@@ -129,3 +129,55 @@ def _head(x: Tensor, rows: int) -> Tensor:
 @_define("peek(Tensor x) -> Tensor", _like, unsafe=True)
 def _peek(x: Tensor) -> Tensor:
     return x + float(x.sum() > 0)
+
+
+@_define("parts(Tensor x) -> Tensor[]", lambda x: [torch.empty_like(x), x.new_empty(x.shape[1:])], unsafe=True)
+def _parts(x: Tensor) -> list[Tensor]:
+    return [x * 0.5, torch.tanh(x.sum(0))]
+
+
+@_define(
+    "keep(Tensor x, Tensor(a!)[] caches) -> Tensor[]",
+    lambda x, caches: [torch.empty_like(c) for c in caches],
+    unsafe=True,
+)
+def _keep(x: Tensor, caches: Sequence[Tensor]) -> list[Tensor]:
+    """What was there before, of each cache."""
+    old = [cache.clone() for cache in caches]
+    for cache in caches:
+        cache.mul_(0.5).add_(x.mean())
+    return old
+
+
+@_define(
+    "either(Tensor?[] xs) -> Tensor", lambda xs: torch.empty_like(next(x for x in xs if x is not None)), unsafe=True
+)
+def _either(xs: Sequence[Tensor | None]) -> Tensor:
+    """The sum of a tensor and of what is broadcast to it; None is nothing."""
+    first, *rest = (x for x in xs if x is not None)
+    return torch.tanh(first) + sum(x.mean() for x in rest)
+
+
+@_define("nothing(Tensor x, Tensor(a!)? out) -> ()", _nothing, unsafe=True)
+def _nothing_or_out(x: Tensor, out: Tensor | None) -> None:
+    if out is not None:
+        out.add_(x.mean())
+
+
+def _make_inside(x: Tensor) -> Tensor:
+    return x.new_zeros((x.shape[0] + 3, *x.shape[1:]))[3:]
+
+
+@_define("inside(Tensor x) -> Tensor", _make_inside, unsafe=True)
+def _inside(x: Tensor) -> Tensor:
+    """What begins inside of its storage."""
+    return _make_inside(x).copy_(torch.cos(x))
+
+
+def _make_turned(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[1], x.shape[0])).t()
+
+
+@_define("turned(Tensor x) -> Tensor", _make_turned, unsafe=True)
+def _turned(x: Tensor) -> Tensor:
+    return _make_turned(x).copy_(torch.cos(x))

@@ -13,7 +13,7 @@ import torch.distributed._functional_collectives as fc
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import data, ops
 from .program import Program
 
 Compile = Callable[[nn.Module], Callable[..., Any]]
@@ -39,12 +39,16 @@ class Plan:
 
 @dataclass
 class Record:
-    """What a step left: its outputs, what it was given, the module's buffers, the last step's outputs; op calls."""
+    """What a step left: its outputs, what it was given, the module's buffers, the last step's outputs; op calls.
+
+    around: the storages of tensors that lie inside of one.
+    """
 
     outputs: list[Any]
     arguments: dict[str, Any]
     buffers: dict[str, Any]
     held: list[Any]
+    around: dict[str, Any]
     counts: dict[str, int]
 
     def items(self) -> Iterator[tuple[str, Any]]:
@@ -52,6 +56,7 @@ class Record:
         yield from ((f"argument '{name}'", value) for name, value in self.arguments.items())
         yield from ((f"buffer '{name}'", value) for name, value in self.buffers.items())
         yield from ((f"last step's output {i}", value) for i, value in enumerate(self.held))
+        yield from ((f"the storage of {name}", value) for name, value in self.around.items())
 
 
 class PlayError(Exception):
@@ -70,10 +75,10 @@ def make_module(program: Program, device: str = "cpu") -> nn.Module:
     for i, (buffer, spec) in enumerate(program.buffers):
         generator = torch.Generator().manual_seed(1000 * (rank if spec.startswith("weight") else 0) + i)
         kind, _, spec = spec.partition(" ")
-        tensor = _tensor(spec, {}, generator).to(device)
+        tensor = data.tensor(spec, {}, generator, device)
         tensor = tensor / 4 if kind == "weight" else tensor + 1 if kind == "norm" else tensor
         if kind == "keep":
-            module.register_buffer(buffer, tensor)
+            module.register_buffer(buffer, tensor, persistent=i % 2 == 0)
         else:
             module.register_parameter(buffer, nn.Parameter(tensor, requires_grad=False))
     return module.eval()
@@ -86,7 +91,7 @@ class Stage:
         self.module = make_module(program, plan.device)
         self._program, self._plan = program, plan
         self._kept: dict[tuple[str, int], Any] = {}
-        self._before = [t.clone() for t in self.module.buffers()]
+        self._before = [data.whole(t).clone() for t in self.module.buffers()]
 
     def play(self, call: Callable[..., Any]) -> list[Record]:
         """Run the steps. The same data whoever calls. Raises :class:`PlayError` from what the program raised."""
@@ -94,11 +99,12 @@ class Stage:
         records: list[Record] = []
         fed, last = None, []
         for buffer, before in zip(self.module.buffers(), self._before, strict=True):
-            buffer.copy_(before)
+            data.whole(buffer).copy_(before)
         started: set[tuple[str, int]] = set()
         with torch.inference_mode() if plan.inference_mode else torch.no_grad():
             for i, sizes in enumerate(plan.steps):
                 arguments = self._arguments(i, started)
+                inside = {name: t for name, t in arguments.items() if _lies_inside(t)}
                 if fed is not None and plan.feed and "x" in arguments and fed.shape == arguments["x"].shape:
                     arguments["x"] = fed
                 ops.calls.clear()
@@ -109,7 +115,9 @@ class Stage:
                     raise PlayError(f"step {i}, sizes {sizes}: {_reason(error)}") from error
                 counts = {k: n for k, n in ops.calls.items() if k.endswith("_unsafe") and k not in ops.PURE}
                 outputs = [_waited(o) for o in outputs]
-                seen = (outputs, arguments, dict(self.module.named_buffers()), last)
+                buffers = dict(self.module.named_buffers())
+                around = {n: data.whole(t) for n, t in (inside | buffers).items() if _lies_inside(t)}
+                seen = (outputs, arguments, buffers, last, around)
                 records.append(Record(*map(_copies, seen), counts))
                 last = outputs
                 fed = next((o for o in outputs if isinstance(o, Tensor) and o.ndim == 2 and o.shape[1] == 16), None)
@@ -119,7 +127,7 @@ class Stage:
 
     def _arguments(self, step: int, started: set[tuple[str, int]]) -> dict[str, Any]:
         plan, (n, m, p) = self._plan, self._plan.steps[step]
-        sizes = {"n": n, "m": m, "p": p}
+        sizes = {"n": n, "m": m, "p": p, "q": 2 * n + p}
         given: dict[str, Any] = {}
         rank = dist.get_rank() if dist.is_initialized() else 0
         for i, (name, spec) in enumerate(self._program.inputs):
@@ -134,8 +142,10 @@ class Stage:
                 given[name] = eval(spec[1:], {**given})
             else:
                 given[name] = _data(spec, sizes, generator, plan)
-                if plan.mark_dynamic and isinstance(given[name], Tensor) and spec.partition("[")[2][:1] in "nmp":
-                    torch._dynamo.maybe_mark_dynamic(given[name], 0)
+                if plan.mark_dynamic and isinstance(given[name], Tensor):
+                    for dim, size in enumerate(spec.partition("[")[2][:-1].split(",")):
+                        if size in sizes:
+                            torch._dynamo.maybe_mark_dynamic(given[name], dim)
         return given
 
     def _start(self, key: tuple[str, int], value: Any) -> None:
@@ -143,7 +153,7 @@ class Stage:
         if key in self._kept:
             there = self._kept[key]
             for old, new in zip(*((v if isinstance(v, list) else [v]) for v in (there, value)), strict=True):
-                old.copy_(new)
+                data.whole(old).copy_(data.whole(new))
             return
         self._kept[key] = value
         if self._plan.mark_static:
@@ -163,6 +173,10 @@ def _share_memory(given: Any, outputs: list[Any]) -> bool:
     return bool(known) and known[0] is given and places[0] in places[1:]
 
 
+def _lies_inside(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.numel() * value.itemsize
+
+
 def _copies(values: Any) -> Any:
     """A snapshot of nested values."""
     if isinstance(values, Tensor):
@@ -179,25 +193,14 @@ def _reason(error: BaseException) -> str:
     return f"{type(inner).__name__}: {str(inner)[:600]}"
 
 
-# -- data ------------------------------------------------------------------------------
-
-
 def _data(spec: str, sizes: dict[str, int], generator: torch.Generator, plan: Plan) -> Any:
     if spec in ("int", "float"):
         second = plan.vary and float(torch.rand((), generator=generator)) < 0.5
         return {"int": (1, 2), "float": (0.5, 0.25)}[spec][second]
+    if spec == "number":  # on the CPU, as "host"
+        return torch.randint(0, 4, (), generator=generator)
     if spec.startswith("host "):  # on the CPU, whatever the device of the model
         return torch.randint(0, 100, (sizes["n"],), generator=generator)
     if spec.startswith("list "):
-        return [_tensor(spec.removeprefix("list "), sizes, generator).to(plan.device) for _ in range(2)]
-    return _tensor(spec, sizes, generator).to(plan.device)
-
-
-def _tensor(spec: str, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-    kind, _, dims = spec.partition("[")
-    shape = [sizes.get(d) or int(d) for d in dims[:-1].split(",")]
-    if kind == "positions":
-        return torch.randperm(8, generator=generator)[: shape[0]]
-    if kind == "bool":
-        return torch.rand(shape, generator=generator) < 0.5
-    return torch.randn(shape, generator=generator).to(getattr(torch, kind))
+        return [data.tensor(spec.removeprefix("list "), sizes, generator, plan.device) for _ in range(2)]
+    return data.tensor(spec, sizes, generator, plan.device)

@@ -47,8 +47,9 @@ class Statement:
 
 @dataclass(frozen=True)
 class Program:
-    """inputs, buffers: (name, spec). A spec is ``dtype[dimensions]``, a word of :mod:`fuzz.play`, or ``= EXPRESSION``
-    over earlier inputs; a leading ``keep`` means that the tensor lives on from step to step. moves: that made it."""
+    """inputs, buffers: (name, spec). A spec is ``[LAYOUT ]dtype[dimensions]`` (:mod:`fuzz.data`), a word of
+    :mod:`fuzz.play`, or ``= EXPRESSION`` over earlier inputs; a leading ``keep`` means that the tensor lives on from
+    step to step. moves: that made it."""
 
     inputs: tuple[tuple[str, str], ...]
     buffers: tuple[tuple[str, str], ...]
