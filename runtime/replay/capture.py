@@ -190,6 +190,8 @@ class CudaGraphs(GraphBackend):
             raise
 
     def is_capturing(self) -> bool:
+        if torch.cuda.current_device() == self._device.index:  # nearly always, and to change it costs microseconds
+            return torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 

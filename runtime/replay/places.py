@@ -26,11 +26,12 @@ import bisect
 import enum
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import AddressChangedError, CapturesWastedWarning, MovedInputWarning
@@ -44,6 +45,10 @@ from .stats import Counts, Uncaptured
 
 #: Asked of every kept argument in every call, so without a look-up of its name each time.
 _address, _size, _stride, _dtype = Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype")
+#: ``(tensors, addresses, indices)``: whether these of a list are at those addresses of another. In torch for CUDA.
+_are_at: Callable[[list[Any], list[Any], list[int]], bool] | None = getattr(
+    torch._C, "_tensors_data_ptrs_at_indices_equal", None
+)
 
 #: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
 CACHES = 8
@@ -115,6 +120,8 @@ class Places:
         #: The arguments that captures hold by address: parameters, then written inputs.
         self.kept = [*self.static, *self.written]
         self._take_kept, self._take_written = taker(self.kept), taker(self.written)
+        #: Addresses of the kept arguments in the last call: by themselves, and by position among all.
+        self._seen: tuple[tuple[int, ...], list[int]] = (), []
         #: Where the program may write, and the addresses that this was made of.
         self._writes: tuple[tuple[Any, ...], list[tuple[int, int]]] = (), []
         self._written = sorted(program.written)
@@ -127,12 +134,25 @@ class Places:
         self._modules: list[_Module] = []
         self._said: set[str] = set()
 
-    def key(self, sizes: tuple[int, ...], args: Sequence[Any]) -> Key:
+    def key(self, sizes: tuple[int, ...], args: list[Any]) -> Key:
         """By what an entry is found."""
-        addresses: tuple[Any, ...] = tuple(map(_address, self._take_kept(args)))
+        addresses: tuple[Any, ...] = self._addresses_of(args)
         if self.written:  # the layout of a parameter is guarded
             addresses += self._layouts(self._take_written(args))
         return sizes, addresses
+
+    def _addresses_of(self, args: list[Any]) -> tuple[int, ...]:
+        """Of the kept arguments. They are where they were in nearly every call, which torch tells in one go."""
+        if _are_at is None:
+            return tuple(map(_address, self._take_kept(args)))
+        before, listed = self._seen
+        if not before or not _are_at(args, listed, self.kept):
+            before = tuple(map(_address, self._take_kept(args)))
+            listed = [0] * len(args)
+            for i, address in zip(self.kept, before, strict=True):
+                listed[i] = address
+            self._seen = before, listed
+        return before
 
     def share_memory(self, key: Key, args: Sequence[Any], copied: Sequence[int]) -> bool:
         """Whether an input that is copied lies where the program writes: the copy would show the old value."""

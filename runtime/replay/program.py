@@ -179,7 +179,7 @@ class SizeRule:
     leading: int | None = None
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(args[i] if d is None else args[i].shape[d] for i, d in self.bindings)
+        return tuple([args[i] if d is None else args[i].shape[d] for i, d in self.bindings]) if self.bindings else ()
 
     def met(self, counts: Sequence[int]) -> tuple[int, ...]:
         """Those of these token counts that a call may have: a graph without dynamic sizes has one."""

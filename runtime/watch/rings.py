@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -87,16 +86,14 @@ class Rings(Marks):
         self._counting = threading.Lock()
         self._shown: dict[int, memoryview[int]] = {}
         # pieces
-        self._entered, self._left = (array("q", bytes(8 * pieces)) for _ in range(2))
+        self._entered, self._left = [0] * pieces, [0] * pieces  # lists: arrays take twice as long to be written
         self._piece_mask = pieces - 1
         self._submitted = self._returned = 0
         # steps
-        self._first, self._count, self._program, self._began, self._ended = (
-            array("q", bytes(8 * steps)) for _ in range(5)
-        )
+        self._first, self._count, self._program, self._began, self._ended = ([0] * steps for _ in range(5))
         self._how: list[str] = [""] * steps
         self._sizes: list[tuple[int, ...]] = [()] * steps
-        self._before: list[array[int]] = []  # calls of each group before each step
+        self._before: list[list[int]] = []  # calls of each group before each step
         self._refused: dict[str, int] = {}  # by group: calls of the model that began no step, since the last one began
         self._refused_before: list[dict[str, int]] = [self._refused] * steps
         self._refusal, self._refused_at = "", 0
@@ -106,7 +103,7 @@ class Rings(Marks):
         self._open = False
         self._caller = 0
         self._phase = "idle"
-        self._marked: array[int] = array("b", bytes(steps))
+        self._marked = [False] * steps
         self._oldest_unmarked = 0  # no step before this one is outstanding
 
     def register(self, note: ProgramNote) -> int:
@@ -129,7 +126,7 @@ class Rings(Marks):
     def group(self, name: str) -> int:
         """The number of a group, whose calls are counted from now on."""
         if name not in self._groups:
-            self._before.append(array("q", bytes(8 * (self._step_mask + 1))))
+            self._before.append([0] * (self._step_mask + 1))
             self._totals.append(0)
             self._beside.append(0)
             self._groups.append(name)
@@ -165,7 +162,7 @@ class Rings(Marks):
         self._program[slot] = program
         self._began[slot] = self._clock()
         self._ended[slot] = 0
-        self._marked[slot] = 0
+        self._marked[slot] = False
         self._how[slot] = how
         self._sizes[slot] = sizes
         for group, before in enumerate(self._before):

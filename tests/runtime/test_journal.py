@@ -282,8 +282,8 @@ def test_nothing_is_allocated_per_step() -> None:
         after = tracemalloc.take_snapshot()
     finally:
         tracemalloc.stop()
-    grown = sum(d.size_diff for d in after.compare_to(before, "filename") if "journal.py" in str(d.traceback))
-    assert grown < 2000  # the counters' last values
+    ours = [d for d in after.compare_to(before, "filename") if Path(d.traceback[0].filename).name == "rings.py"]
+    assert ours and sum(d.size_diff for d in ours) < 10_000  # the rings are full of values that were made since
 
 
 def test_positions_are_read_while_another_thread_writes() -> None:
@@ -614,7 +614,7 @@ def full_rings(folder: Path, ranks: int, pieces: int = 64) -> int:
 
 def test_sixty_megabytes_of_journals_are_merged_in_the_time_it_takes_to_parse_them(tmp_path: Path) -> None:
     """Or twice that. Seconds would measure the machine."""
-    assert 60e6 < full_rings(tmp_path, 170) < 80e6
+    assert 55e6 < full_rings(tmp_path, 170) < 80e6  # clocks have fewer digits after a restart
     began = time.process_time()
     for path in tmp_path.iterdir():
         json.loads(path.read_text())
