@@ -42,6 +42,12 @@ class Account:
         if self._on_report is not None:
             self._on_report(report)
 
+    def refuses(self, error: Exception) -> None:
+        """A call is an error before any graph was called: any of them tells it for all."""
+        runners = [runner for graph in self._graphs if (runner := graph.runner()) is not None and runner.groups]
+        if runners:
+            runners[0].refuses(error, frozenset[str]().union(*(runner.groups for runner in runners)))
+
     def stats(self) -> Stats:
         graphs = []
         for graph in self._graphs:
@@ -60,8 +66,10 @@ class RemarksOnNext(Remarks):
     def note(self, text: str) -> None:
         self._change(notes=(*self._account.reports[self._index].notes, text))
 
-    def wasted(self, why: str | None) -> bool:
+    def wasted(self, why: str | None) -> None:
         self._change(wasted=why)
+
+    def told_of_waste(self) -> bool:
         return self._account.told_that_caches_grow
 
     def _change(self, **fields: Any) -> None:

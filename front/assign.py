@@ -25,7 +25,7 @@ from .compile_passes.ranges import is_within
 from .compile_passes.reasons import Reason
 from .compile_passes.report import GroupCollective
 from .options import Options
-from .runtime.channel import Channel, ranks_text
+from .runtime.channel import Channel
 from .runtime.collectives.opt_outs import nccl_setting
 from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import ReadyCollective, Wanted, prepare, reference_collective, why_reference_only
@@ -37,7 +37,7 @@ from .runtime.groups import Group, nccl_version
 from .runtime.hazards.engine_default import barred_from_capture
 from .runtime.hazards.situation import Collective, Situation, facts_of_nccl
 from .runtime.replay.capture import CudaGraphs, GraphBackend, SimulatedGraphs
-from .runtime.spelling import group_word
+from .runtime.spelling import group_word, ranks_text
 from .runtime.watch.supervisor import Supervisor
 
 

@@ -127,6 +127,20 @@ class Backend(OneObject):
         leave(self.asked)
         self.asked = replace(self.asked, process={})
 
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Another one after each step that has begun, each call that was refused, and each compilation."""
+        journal = self.supervisor.journal
+        return journal.begun, journal.missed, journal.refusals, journal.changes
+
+    def refuses(self, error: Exception, before: tuple[int, ...]) -> None:
+        """A call of the model is an error. Where it came to no graph, the other ranks are told here.
+
+        before: :attr:`progress` when it began.
+        """
+        if self.progress == before:
+            self._account.refuses(error)
+
     def __enter__(self) -> Self:
         return self
 

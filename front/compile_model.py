@@ -100,10 +100,12 @@ class CompiledForward:
                     return self._eager(*args, **kwargs)
             if self._backend.options.capture_sizes and grows(cache):
                 self._backend.cache_grows(cache, self._backend.options.capture_sizes)
+            before = self._backend.progress
             try:
                 with _counts_are_dynamic(cache):
                     result = self._compiled(*args, **kwargs)
             except Exception as error:
+                self._backend.refuses(error, before)
                 if is_of_no_group(error):
                     raise GroupError(NO_GROUP) from error
                 raise

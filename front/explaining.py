@@ -32,7 +32,7 @@ from .layers import Folding
 from .machines import Planned, planned
 from .options import Options
 from .runtime.collectives.size_table import TABLE, read_table
-from .runtime.errors import OptionsError, RingfenceError, TargetError, first_lines
+from .runtime.errors import OptionsError, RingfenceError, TargetError, on_one_line, text_of
 from .runtime.protocol.plan import MODELLED_SUMS
 from .runtime.replay.runner import PiecewiseRunner
 from .stages import Judged, Plan, TracedGraph
@@ -287,13 +287,13 @@ def _compiled(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], back
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, RingfenceError):
             raise error.inner_exception from error
-        raise TargetError(f"the model does not compile: {first_lines(error)}") from error
+        raise TargetError(f"the model does not compile: {text_of(error)}") from error
     except Unsupported as error:
-        raise TargetError(f"the model breaks the graph, so no pass can see across: {first_lines(error)}") from error
+        raise TargetError(f"the model breaks the graph, so no pass can see across: {text_of(error)}") from error
     except RingfenceError:
         raise
     except Exception as error:  # whatever the user's model raises
-        raise TargetError(f"the model raised {type(error).__name__}: {first_lines(error)}") from error
+        raise TargetError(f"the model raised {on_one_line(error)}") from error
     finally:
         torch._dynamo.reset()
     if not backend.reports:

@@ -36,7 +36,7 @@ from .compile_passes.op_options import positive
 from .moe_assign import ready_pair
 from .options import Options
 from .runtime.capturing import is_capturing
-from .runtime.channel import Channel, first_difference
+from .runtime.channel import Channel
 from .runtime.collectives import moe
 from .runtime.collectives.epilogue import DTYPES
 from .runtime.collectives.moe_checks import check_num_experts
@@ -46,7 +46,7 @@ from .runtime.collectives.ops import PREPARED
 from .runtime.collectives.workspace import workspaces_of
 from .runtime.errors import InputError, OptionsError, RankMismatch, WorkspaceError
 from .runtime.groups import Group, describe_group, device_for, name_of_group, resolve_group
-from .runtime.spelling import group_word
+from .runtime.spelling import first_difference, group_word
 from .runtime.watch.agree import PlanDigest, agree
 from .runtime.watch.refusal import refused_by_all
 from .runtime.watch.supervision import Asked

@@ -25,17 +25,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
 from .errors import ChannelTimeoutError, GroupFailureError, PeerFailedError, RankLeftError, RankMismatch, RingfenceError
+from .spelling import Failures, by_value, failures_text, ranks_text
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-#: Which ranks failed, and why.
-Failures = tuple[tuple[int, str], ...]
 
 #: What most channels are opened for.
 COMPILING = "compile a graph"
@@ -79,6 +76,14 @@ class _Left:
 
 class _Skipped(_Left):
     """The same, of a rank that passes over a whole opening."""
+
+
+class _PassedOver(_Left):
+    """The same, of a rank that passes over one exchange, and comes to the next."""
+
+
+class _PassedOverError(RankLeftError):
+    """A rank has passed this exchange over, and so may all."""
 
 
 class Patience:
@@ -161,7 +166,7 @@ class Channel:
             self._opened = store.add(f"opened/{rank}", 1)
             self.post(_PURPOSE, purpose)
             store.delete_key(f"{self._opened - 1}/{_PURPOSE}/{rank}")  # who is behind asks about the last
-        self._exchanges = 0
+        self._exchanges = self._kept = 0  # kept: the first of which this rank's answer may still be there
         self.about = ""
 
     def post(self, what: str, value: str) -> None:
@@ -195,6 +200,8 @@ class Channel:
         self._answer(key, topic, value)
         try:
             answers = self._collect(key, topic, seconds)
+        except _PassedOverError as error:
+            raise RankLeftError(str(error), in_step=True) from None
         except BaseException as error:
             left = _Left(f"rank {self.ranks[self.rank]} left '{topic}': {_reason(error)}")
             if isinstance(error, RankLeftError):
@@ -202,10 +209,21 @@ class Channel:
             with contextlib.suppress(RuntimeError):  # it may be the store that is gone
                 self._answer(key, topic, left)
             raise
-        if self._exchanges:  # whoever is here has read the exchange before
-            self._store.delete_key(f"{self._opened}/{self._exchanges - 1}/{self.rank}")
+        for passed in range(self._kept, self._exchanges):  # whoever is here has come past them
+            self._store.delete_key(f"{self._opened}/{passed}/{self.rank}")
+        self._kept = self._exchanges
         self._exchanges += 1
         return answers
+
+    def pass_over(self, why: str) -> None:
+        """Come to the exchange after the next one, and wait for nobody.
+
+        Those that wait in it, or will, raise :class:`RankLeftError` with ``why``, and must pass it over too: all are in
+        step then.
+        """
+        with contextlib.suppress(RuntimeError):  # it may be the store that is gone
+            self._answer(f"{self._opened}/{self._exchanges}", "", _PassedOver(why, in_step=True))
+        self._exchanges += 1
 
     def leave(self, why: str, *, in_step: bool = False) -> None:
         """Say that this rank comes to no further exchange; the others raise :class:`RankLeftError` then.
@@ -253,6 +271,8 @@ class Channel:
                 if (again or rank not in answers) and self._has_answered(key, rank):
                     answers[rank] = self._answer_of(key, rank)
                     if isinstance(left := answers[rank][1], _Left):
+                        if isinstance(left, _PassedOver):
+                            raise _PassedOverError(left.sentence, in_step=True)
                         if left.in_step:  # it may have opened the next, to which this rank comes too
                             raise RankLeftError(left.sentence, in_step=True)
                         raise RankLeftError(self._catch_up() or left.sentence)
@@ -344,45 +364,3 @@ def store_of(group_name: str, start: str = "") -> tuple[Store, tuple[int, ...]]:
 
 def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, RingfenceError) else f"{type(error).__name__}: {error}"
-
-
-def failures_text(failures: Failures) -> str:
-    """Who failed, and why: ``rank 0: a; rank 2: b``."""
-    return "; ".join(f"rank {rank}: {reason}" for rank, reason in failures)
-
-
-def by_value(values: Sequence[Any], ranks: Sequence[int] | None = None) -> str:
-    """Which ranks hold which value: ``rank 0: a; ranks 1, 2: b``. ranks: what each is called, if not its place."""
-    holders: dict[Any, list[int]] = {}
-    for rank, value in zip(ranks if ranks is not None else range(len(values)), values, strict=True):
-        holders.setdefault(value, []).append(rank)
-    return "; ".join(f"{ranks_text(ranks)}: {value}" for value, ranks in holders.items())
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """``rank 3``, ``ranks 0, 2``, and of four or more in a row ``ranks 0, 2-7``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 3 else ", ".join(map(str, run)) for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
-
-
-def first_difference(
-    digests: Sequence[tuple[tuple[str, str], ...]],
-    ranks: Sequence[int] | None = None,
-    told: Sequence[tuple[tuple[str, str], ...]] | None = None,
-) -> str:
-    """The first part in which ranks differ, and which ranks hold which side.
-
-    told: the same parts in the words that people are shown.
-    """
-    compared = [dict(parts) for parts in digests]
-    shown = [dict(parts) for parts in told] if told is not None else compared
-    for name in dict.fromkeys(name for sides in zip_longest(*digests) for name, _ in filter(None, sides)):
-        if len({parts.get(name) for parts in compared}) > 1:
-            return f"{name} differs: {by_value([parts.get(name, 'nothing') for parts in shown], ranks)}"
-    return "no part differs"

@@ -246,7 +246,11 @@ class TooManyStatesError(NotDecidedError):
         self.states = states
 
 
-def first_lines(error: BaseException) -> str:
-    """The first lines of somebody else's message, in one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:4])
+def text_of(error: BaseException) -> str:
+    """What an error says, without line breaks and not too long."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:400]
+
+
+def on_one_line(error: BaseException) -> str:
+    """The same after its type."""
+    return f"{type(error).__name__}: {text_of(error)}"

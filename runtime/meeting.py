@@ -92,7 +92,7 @@ def meet(
             missing = tuple(ranks[r] for r, told in said.items() if len(told) != len(read) or told[rank] != read[rank])
             if patience.looks():
                 for r in missing:
-                    _raise_last_words(world, start, ranks[rank], r)
+                    raise_last_words(world, start, ranks[rank], r)
             patience.wait(missing or tuple(r for r in ranks if r != ranks[rank]))
 
 
@@ -110,7 +110,7 @@ def start_of(tokens: Sequence[str]) -> str:
 
 
 def leave_last_words(world: Store, start: Start, rank: int, size: int, sentence: str) -> None:
-    """For ranks that wait for this one, which dies before it has met them. May raise what the store raises."""
+    """For ranks that wait for this one, which dies. May raise what the store raises."""
     others = [r for r in range(size) if r != rank]
     read = {str(r): world.get(f"here/{r}").decode() for r in others if world.check([f"here/{r}"])}
     said = {"run": start.run, "attempt": start.attempt, "read": read, "sentence": sentence}
@@ -119,7 +119,8 @@ def leave_last_words(world: Store, start: Start, rank: int, size: int, sentence:
         time.sleep(2 * LOOK_SECONDS)
 
 
-def _raise_last_words(world: Store, start: Start, rank: int, missing: int) -> None:
+def raise_last_words(world: Store, start: Start, rank: int, missing: int) -> None:
+    """Raises :class:`GroupFailureError` where a rank of this start has left why it died. rank: this one."""
     with contextlib.suppress(ValueError, KeyError):
         if world.check([f"died/{missing}"]):
             said = json.loads(world.get(f"died/{missing}"))

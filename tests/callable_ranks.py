@@ -248,7 +248,7 @@ def compared(rank: int) -> list[str]:
                     pass
             except (ringfence.RankMismatch, ringfence.ArgumentError) as error:
                 said.append(f"{type(error).__name__}: {error}")
-        watch.close()
+        watch.close()  # only the last call was given up, so that all are in step still
     return said
 
 

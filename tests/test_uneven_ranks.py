@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ringfence
+from ringfence.runtime.errors import GroupFailureError, PoisonedError, RankLeftError
 from support import run_ranks
 
 H = 16
@@ -193,3 +196,74 @@ def test_other_collectives_are_refused_and_the_first_is_named() -> None:
         for name, (_, pattern) in REFUSED.items():
             assert said[name].startswith("RankMismatch"), (name, said)
             assert re.search(pattern, said[name]), (name, said[name])
+
+
+# -- a call that is an error on one rank alone
+
+
+WRONG: dict[str, Callable[[nn.Module], object]] = {
+    "an argument is missing": lambda model: model(torch.randn(4, H)),
+    "no tensor": lambda model: model("x", torch.randn(4, H)),
+    "another hidden size": lambda model: model(torch.randn(4, H + 1), torch.randn(4, H)),
+    "rows that do not fit": lambda model: model(torch.randn(4, H), torch.randn(5, H)),
+}
+
+
+def _called_wrongly(rank: int) -> dict[str, str]:
+    """Errors of Dynamo, and of Python before it: no graph is called."""
+    model, eager = Model(0), Model(0)
+    ringfence.compile(
+        model, fullgraph=True, dynamic=True, piece_compiler="eager", agree_seconds=300, check_every_step=True
+    )
+    said, compared = {}, []
+    torch.set_grad_enabled(False)
+    for step, (name, wrong) in enumerate(WRONG.items()):
+        torch.manual_seed(step)
+        inputs = torch.randn(step + 2, H), torch.randn(step + 2, H)
+        compared += [(a - b).abs().max() for a, b in zip(model(*inputs), eager(*inputs), strict=True)]
+        began = time.monotonic()
+        try:
+            wrong(model) if rank == 1 else model(*inputs)
+        except RankLeftError as error:
+            said[name] = str(error)
+        except Exception as error:
+            said[name] = type(error).__name__
+        assert time.monotonic() - began < 60
+    model(*inputs)
+    assert max(compared) <= 1e-4
+    return said
+
+
+def test_a_call_that_is_an_error_on_one_rank_is_given_up_by_all_where_steps_are_compared() -> None:
+    wrong, told = run_ranks(2, _called_wrongly)[::-1]
+    for name in WRONG:
+        assert told[name].startswith(f"rank 1 was called wrongly, and its step did not begin: {wrong[name]}: "), told
+        assert "what all ranks are called with must be the same" in told[name]
+    assert wrong["an argument is missing"] == "TypeError"
+
+
+def _dies(rank: int) -> str:
+    """What ends a process is told too, whoever compiled the model."""
+    torch.set_grad_enabled(False)
+    backend = ringfence.Backend(piece_compiler="eager", agree_seconds=300, check_every_step=True)
+    compiled = torch.compile(Model(0), backend=backend, fullgraph=True, dynamic=True)
+    inputs = torch.randn(4, H), torch.randn(4, H)
+    compiled(*inputs)
+    try:
+        compiled(inputs[0]) if rank == 1 else compiled(*inputs)
+    except TypeError as error:
+        sys.excepthook(type(error), error, None)  # as the interpreter does, which then ends
+        return "died"
+    except GroupFailureError as error:
+        assert error.ranks == (1,)
+        try:
+            compiled(*inputs)
+        except PoisonedError:
+            return str(error)
+    return "nobody told"
+
+
+def test_a_rank_that_dies_of_its_call_is_named_where_steps_are_compared() -> None:
+    told, died = run_ranks(2, _dies)
+    assert died == "died"
+    assert re.search(r"^rank 1 failed in its own code, after step 0 .*: TypeError: .*'r'", told), told

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from ..runtime.errors import TargetError, first_lines
+from ..runtime.errors import TargetError, on_one_line
 from ..runtime.spelling import meant, near
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def _called(what: str, call: Callable[[], T]) -> T:
             f"{what} ends the process (SystemExit: {error}); what a script does stands under if __name__ == '__main__'"
         ) from error
     except Exception as error:
-        raise TargetError(f"{what} raised {type(error).__name__}: {first_lines(error)}") from error
+        raise TargetError(f"{what} raised {on_one_line(error)}") from error
 
 
 def _meant_by(target: str) -> str:

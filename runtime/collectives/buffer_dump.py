@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..channel import ranks_text
 from ..hazards.situation import Strategy
+from ..spelling import ranks_text
 from .kernels import BUFFERS, KernelMemory
 
 #: Rows are whole multiples of it (the requirement "warp"), so a buffer is looked at in cells of this many bytes.

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch
 
-from ..channel import Channel, failures_text, first_difference
+from ..channel import Channel
 from ..errors import PeerFailedError, RankMismatch
+from ..spelling import failures_text, first_difference
 from .links import FULL
 from .peer_copy import CudaMemory, try_copies
 from .rank_facts import RankFacts, peers_out_of_reach, probe, topology_of

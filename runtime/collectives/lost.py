@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..channel import ranks_text
 from ..errors import HangError
+from ..spelling import ranks_text
 
 
 @dataclass(frozen=True)

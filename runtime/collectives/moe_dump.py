@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..channel import ranks_text
+from ..spelling import ranks_text
 from .moe_one_sided import MoeMemory
 
 

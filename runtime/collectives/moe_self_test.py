@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..channel import Channel, failures_text
+from ..channel import Channel
+from ..spelling import failures_text
 from .moe_reference import owner_of
 from .self_test import wait_for_device
 from .workspace import MoeWorkspace

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..channel import Channel, failures_text
+from ..channel import Channel
 from ..errors import WorkspaceError
+from ..spelling import failures_text
 
 #: Bytes of one copy: several pages.
 SIZE = 1 << 16

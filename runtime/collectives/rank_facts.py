@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..channel import by_value
 from ..hazards.situation import Fact
+from ..spelling import by_value
 from . import nvrtc
 from .flashinfer import Unavailable, load
 from .links import Links, Topology, between, read, topology

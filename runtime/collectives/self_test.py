@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..channel import Channel, failures_text
+from ..channel import Channel
 from ..errors import HangError, SelfTestHungError
 from ..hazards.situation import Strategy
+from ..spelling import failures_text
 from . import reference
 from .epilogue import Epilogue, RmsNorm
 from .kernels import KernelCall

@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..channel import Channel, failures_text
+from ..channel import Channel
 from ..errors import GroupError, WorkspaceError
 from ..groups import name_of_group, resolve_group
 from ..hazards.situation import Collective, Situation, Strategy
+from ..spelling import failures_text
 from .kernels import WAIT_SECONDS, Implementation, KernelCall, Kernels
 from .moe_one_sided import MoeSizes, OneSided
 from .peer_copy import Copies

@@ -192,3 +192,7 @@ def merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((begin, end))
     return found
+
+
+def mib(*tensors: Tensor) -> str:
+    return f"{sum(t.numel() * t.element_size() for t in tensors) / 2**20:.1f} MiB"

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import bisect
 import enum
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from torch import Tensor
 from ..errors import AddressChangedError, CapturesWastedWarning, MovedInputWarning
 from ..watch.journal import sizes_text
 from ..watch.supervision import Supervision
-from .buffers import merged, overlap, span
+from .buffers import merged, mib, overlap, span
 from .entry import Entry, Kept, Key
 from .program import Program, SizeRule, taker
 from .remarks import Remarks
@@ -72,6 +73,9 @@ class How(enum.Enum):
     CAPTURE = enum.auto()
     ALONE = enum.auto()
     UNCAPTURED = enum.auto()
+
+
+def nothing() -> None: ...
 
 
 @dataclass
@@ -133,6 +137,8 @@ class Places:
         self._met: dict[tuple[int, ...], int] = {}
         self._modules: list[_Module] = []
         self._said: set[str] = set()
+        #: Takes back what this call has counted, where it is given up before its step.
+        self.take_back: Callable[[], object] = nothing
 
     def key(self, sizes: tuple[int, ...], args: list[Any]) -> Key:
         """By what an entry is found."""
@@ -195,6 +201,7 @@ class Places:
         if module is None:
             return self._new(key, args)
         moved = self._moved(module, args)
+        self.take_back = functools.partial(vars(module).update, vars(module).copy())
         if self.lockstep and not module.off:
             self._compare(module, moved)
         if module.off:
@@ -258,7 +265,9 @@ class Places:
             self.drop(entry)
         tokens, shared = self._tokens(key[0]), self.compared(key[0])
         first = not self.lockstep and shared not in self._met
-        self._met.setdefault(shared, tokens)
+        if shared not in self._met:
+            self._met[shared] = tokens
+            self.take_back = lambda: self._met.pop(shared)
         if first:  # counted alike by all ranks; these sizes are among them already
             met = [sizes for sizes, n in self._met.items() if n == tokens]
             if len(met) > SIZES:
@@ -366,7 +375,7 @@ class Places:
             more = f" and {len(caches) - 1} more" if len(caches) > 1 else ""
             self._say(
                 "written",
-                f"input '{self._names[caches[0]]}'{more} ({_mib(*[args[i] for i in caches])}) is written, or read by "
+                f"input '{self._names[caches[0]]}'{more} ({mib(*[args[i] for i in caches])}) is written, or read by "
                 "its place in memory (as_strided), and stays where the caller has it: at another address it is "
                 "captured anew; a cache that stays is best marked with torch._dynamo.mark_static_address",
                 warns=False,
@@ -375,12 +384,10 @@ class Places:
             if isinstance(args[i], Tensor) and args[i].numel() * args[i].element_size() >= _LARGE:
                 self._say(
                     f"copied {i}",
-                    f"input '{self._names[i]}' ({_mib(args[i])}) is copied in every captured step; if it stays where "
+                    f"input '{self._names[i]}' ({mib(args[i])}) is copied in every captured step; if it stays where "
                     "it is, as a cache does, mark it with torch._dynamo.mark_static_address",
                     warns=False,
                 )
-
-    # -- words ----------------------------------------------------------------------------
 
     def _give_up(self, module: _Module, name: str) -> None:
         module.off = True
@@ -407,14 +414,11 @@ class Places:
         self._said.add(about)
         self._remarks.note(text)
         if wasted:
-            warns = not self._remarks.wasted(text)
+            self._remarks.wasted(text)
+            warns = not self._remarks.told_of_waste()
         if warns:
             kind = CapturesWastedWarning if about == "sizes" else MovedInputWarning
             warnings.warn(f"ringfence: {text}", kind, stacklevel=2)
-
-
-def _mib(*tensors: Tensor) -> str:
-    return f"{sum(t.numel() * t.element_size() for t in tensors) / 2**20:.1f} MiB"
 
 
 def _addresses(args: Sequence[Any], indices: Sequence[int]) -> tuple[int, ...]:

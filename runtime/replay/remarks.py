@@ -9,6 +9,9 @@ class Remarks:
     def note(self, text: str) -> None:
         """What the user should read, once each."""
 
-    def wasted(self, why: str | None) -> bool:
-        """Why no capture was replayed; None, once one is. Returns whether the user was told that before."""
+    def wasted(self, why: str | None) -> None:
+        """Why no capture was replayed; None, once one is."""
+
+    def told_of_waste(self) -> bool:
+        """Whether the user was told that captures are not replayed, and why, before any was made."""
         return False

@@ -49,7 +49,7 @@ from .buffers import Loads, narrow
 from .capture import GraphBackend
 from .entry import Entry, Key
 from .pending import Pending
-from .places import How, Places
+from .places import How, Places, nothing
 from .pool import Pool
 from .program import Padding, Program, SizeRule
 from .recording import Recording, reads_of
@@ -101,7 +101,7 @@ class PiecewiseRunner:
         lockstep = any(step.calls for step in program.steps if not step.island)
         shared = None if lockstep else sizes.shared  # as they are compared before a capture
         note = ProgramNote(notes, collective, self._supervision.graph, shared, lockstep)
-        self._number, self._groups = self._journal.register(note), note.groups
+        self._number, self.groups = self._journal.register(note), note.groups
         self._sizes = sizes
         self._graphs = graphs if capture_sizes and sizes.tokens is not None else None
         self._in_use = threading.Lock()
@@ -142,16 +142,18 @@ class PiecewiseRunner:
     def boxed(self, args: list[Any]) -> list[Any]:
         """A call with its arguments in a list, which is emptied: an uncaptured call holds each up to its last use."""
         begun = self._journal.begun, self._journal.missed  # steps, and those beside another's
+        self._places.take_back = nothing
         try:
             return self._call(args)
         except Exception as error:
             if (self._journal.begun, self._journal.missed) == begun:
+                self._places.take_back()
                 self.refuses(error)
             raise
 
-    def refuses(self, error: Exception) -> None:
-        """A call that was to come here is an error, and its step does not begin."""
-        self._supervision.refuses(error, self._groups)
+    def refuses(self, error: Exception, groups: Collection[str] = ()) -> None:
+        """A call that was to come here, or to a graph of these groups, is an error, and its step does not begin."""
+        self._supervision.refuses(error, groups or self.groups)
 
     def _call(self, args: list[Any]) -> list[Any]:
         self._supervision.check()
@@ -315,8 +317,6 @@ class PiecewiseRunner:
     def _run_steps(self, marks: Marks, slots: list[Any]) -> None:
         for run in marks.each(self._runs):
             run(slots)
-
-    # -- which captured size serves this call ----------------------------------------
 
     def _target(self, sizes: tuple[int, ...], args: Sequence[Any]) -> tuple[int, ...] | None:
         assert self._sizes.tokens is not None

@@ -15,17 +15,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..channel import Channel, Failures, by_value, first_difference
-from ..errors import RankMismatch
+from ..channel import Channel
+from ..errors import RankLeftError, RankMismatch, on_one_line
+from ..spelling import Failures, by_value, first_difference
 from .position import sizes_text
 
-#: Of a step's parts: whether it begins at all, and how it is run.
-BEGINS, HOW = "whether it begins", "how it runs"
+#: Of a step's parts: how it is run.
+HOW = "how it runs"
 
 
 @dataclass(frozen=True)
 class PlanDigest:
-    """What must be equal on all ranks: named parts, in the order in which a difference is looked for.
+    """What must be equal on all ranks: on_one_line parts, in the order in which a difference is looked for.
 
     Causes come before consequences (versions before ops), so that the first difference is
     the one to mend. ``sources`` say where in the user's code a part comes from; they may differ. ``lockstep``:
@@ -118,20 +119,28 @@ class GroupAgreement:
         for channel in self._channels:
             channel.leave(why)
 
-    def before_step(self, step: int, parts: tuple[tuple[str, str], ...], error: str = "") -> None:
+    def pass_over(self, error: Exception) -> None:
+        """A call of this rank begins no step. It waits for nobody; the others read why instead of beginning theirs."""
+        for channel in self._channels:
+            rank = channel.ranks[channel.rank]
+            why = (
+                f"rank {rank} was called wrongly, and its step did not begin: {on_one_line(error)}. "
+                "No other rank began it; what all ranks are called with must be the same, and they may call again"
+            )
+            channel.pass_over(str(error) if isinstance(error, RankLeftError) else why)
+
+    def before_step(self, step: int, parts: tuple[tuple[str, str], ...]) -> None:
         """The opt-in check of every step. parts: what it is; :data:`HOW` counts where collectives are captured.
 
-        error: why it does not begin here; the others read it where they differ.
-
-        Raises :class:`RankMismatch` where ranks choose differently, with the first part that differs.
+        Raises :class:`RankMismatch` where ranks choose differently, with the first part that differs, and
+        :class:`RankLeftError` where a rank begins none.
         """
         mine = (("number", str(step)), *(part for part in parts if self._digest.lockstep or part[0] != HOW))
         for channel in self._channels:
-            answers, errors = zip(*channel.exchange("step", (mine, error)), strict=True)
+            answers = channel.exchange("step", mine)
             if len(set(answers)) > 1:
-                difference = first_difference(answers, channel.ranks)
-                said = "".join(f"; rank {r} raised {e}" for r, e in zip(channel.ranks, errors, strict=True) if e)
                 raise RankMismatch(
-                    f"the ranks do not take the same step, their step {step}: {difference}{said}; what chooses a step "
-                    "or a graph (sizes, padding) must be equal on all ranks"
+                    f"the ranks do not take the same step, their step {step}: "
+                    f"{first_difference(answers, channel.ranks)}; what chooses a step or a graph (sizes, padding) must "
+                    "be equal on all ranks"
                 )

@@ -14,8 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..channel import ranks_text
-from ..spelling import group_word
+from ..spelling import group_word, ranks_text
 from . import checked
 from .position import COMPILES, CallSpan, Position, sizes_text
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch.distributed import DistError
 
 from ..channel import Store
+from ..errors import on_one_line
 from .culprit import place_of
 from .deadlines import Deadlines
 from .journal import Journal
@@ -284,9 +285,3 @@ class Heartbeat:
         for peer in self.peers.values():
             peer.heard += seconds
             peer.ended_at += seconds
-
-
-def on_one_line(error: BaseException) -> str:
-    """Its type and text, not too long."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return f"{type(error).__name__}: {text[:400]}"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..channel import ranks_text
 from ..errors import JournalError
+from ..spelling import ranks_text
 from . import checked
 from .culprit import Failure, Finding, find_alone, find_culprit, stood_still
 from .deadlines import Deadlines

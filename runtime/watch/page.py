@@ -20,6 +20,10 @@ import weakref
 from collections.abc import Sequence
 
 from ..channel import Channel
+from ..errors import RankMismatch, RecompiledAloneError
+from ..spelling import group_word
+from .culprit import alone_text
+from .journal import Journal
 
 _SIZE, _TOKEN, _MESSAGE = 8192, 64, 128
 #: How long it must look so: a rank that has answered, and has heard all, goes on before the slowest one has.
@@ -93,6 +97,17 @@ class Neighbours:
             self._since = (exchange if ahead else -1, time.monotonic())
             return ()
         return ahead if time.monotonic() - self._since[1] > SETTLED_SECONDS else ()
+
+    def check(self, journal: Journal, group: str) -> None:
+        """Raises :class:`RankMismatch` where ranks of this host wait in a call for this one, which waits for them."""
+        ahead = self.ahead(journal.calls(group), journal.changes)
+        if not ahead:
+            return
+        position = journal.position()
+        does = position.compiles or f"waits for the others in the exchange '{position.exchange}'"
+        text = alone_text((journal.rank,), ahead, does, f"call {journal.calls(group)} of group '{group_word(group)}'")
+        self.tell(text, (journal.rank,))
+        raise RecompiledAloneError(text, (journal.rank,)) if position.compiles else RankMismatch(text)
 
     def tell(self, text: str, ranks: Sequence[int]) -> None:
         """Leave with all of them why this rank does not come, and who is to blame."""

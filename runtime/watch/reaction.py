@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..channel import ranks_text
 from ..errors import GroupFailureError, HangError, RecompiledAloneError, RingfenceError
+from ..spelling import ranks_text
 from . import user_code
 from .bounded import BoundedWaits
 from .heartbeat import Heartbeat

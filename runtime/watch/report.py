@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..channel import ranks_text
 from ..errors import HangError
+from ..spelling import ranks_text
 from . import checked
 from .culprit import Failure, Finding, blamed_for
 

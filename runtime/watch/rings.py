@@ -73,6 +73,8 @@ class Rings(Marks):
         if pieces & (pieces - 1) or steps & (steps - 1):
             raise ValueError(f"a ring has a power of two of places, not {pieces} and {steps}")
         self.missed = 0
+        #: Calls of the model that began no step.
+        self.refusals = 0
         self.programs: list[ProgramNote] = []
         #: Refuse steps of two threads at once over one group: somebody judges by the order of its calls.
         self.one_caller = False
@@ -182,6 +184,7 @@ class Rings(Marks):
 
     def refuse(self, groups: Collection[str], why: str) -> None:
         """A call of the model began no step: so many of each group the others may have begun, and wait in now."""
+        self.refusals += 1
         if not groups:
             return
         if not self._refused:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..channel import Channel, by_value
+from ..channel import Channel
+from ..spelling import by_value
 from .deadlines import Deadlines
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import SupportsIndex
 
 import torch
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, RingfenceError
 from ..groups import describe_group
 from .agree import PlanDigest
 from .journal import REPLAY, UNCAPTURED, Journal, PieceNote, ProgramNote
@@ -51,7 +51,8 @@ class Watch:
         if number is None:
             note = ProgramNote((PieceNote(name, not replay, (self._name,)),), name=name)
             number = self._numbers[name] = self.journal.register(note)
-        return WatchedStep(self._supervision, self.journal, name, number, tokens, REPLAY if replay else UNCAPTURED)
+        how = REPLAY if replay else UNCAPTURED
+        return WatchedStep(self._supervision, self.journal, self._name, name, number, tokens, how)
 
     def check(self) -> None:
         """Call it once the device has ended a step (a synchronisation of yours), before its outputs are used.
@@ -70,9 +71,9 @@ class WatchedStep:
     """What :meth:`Watch.step` returns: nothing is watched before ``with`` enters it."""
 
     def __init__(
-        self, supervision: Supervision, journal: Journal, name: str, number: int, tokens: int, how: str
+        self, supervision: Supervision, journal: Journal, group: str, name: str, number: int, tokens: int, how: str
     ) -> None:
-        self._supervision, self._journal = supervision, journal
+        self._supervision, self._journal, self._groups = supervision, journal, (group,)
         self._name, self._number, self._tokens, self._how = name, number, tokens, how
         self._marks: Marks | None = None
         self._entered = False
@@ -80,8 +81,12 @@ class WatchedStep:
     def __enter__(self) -> None:
         self._entered = True
         supervision, sizes = self._supervision, (self._tokens,)
-        supervision.check()
-        supervision.before_step(sizes, self._how, first=not self._journal.has_run(self._number), name=self._name)
+        try:
+            supervision.check()
+            supervision.before_step(sizes, self._how, first=not self._journal.has_run(self._number), name=self._name)
+        except RingfenceError as error:  # another rank begins none
+            supervision.refuses(error, self._groups)
+            raise
         marks = self._journal.begin(self._number, sizes, self._how)
         try:
             marks.enter()

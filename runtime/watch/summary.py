@@ -6,9 +6,8 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from ..channel import ranks_text
 from ..drawing import wrapped
-from ..spelling import group_word
+from ..spelling import group_word, ranks_text
 from .culprit import came_with
 from .journals import Merged, RankJournal
 from .position import COMPILES, Position, sizes_text

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from ..channel import DEFAULT_SECONDS, failures_text
-from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch, RingfenceError
-from .agree import BEGINS, HOW, GroupAgreement
+from ..channel import DEFAULT_SECONDS
+from ..errors import CaptureError, ChannelTimeoutError, GroupFailureError, HangError, RankMismatch
+from ..spelling import failures_text
+from .agree import HOW, GroupAgreement
 from .bounded import BoundedWaits
 from .health import Health
 from .journal import CAPTURE
@@ -26,13 +27,14 @@ class Asked:
     process: of the options that are the process's (:data:`.settings.OF_PROCESS`), those that it was given. The rest
     is for its own graphs: agree_seconds, how long an exchange waits; every_step, compare sizes and choice of graph
     before each step; raise_on_capture, a capture that fails on one rank is an error on all, instead of a step down for
-    all.
+    all. agreements: of its graphs, while they live.
     """
 
     process: Mapping[str, Any] = field(default_factory=dict)
     agree_seconds: float = DEFAULT_SECONDS
     every_step: bool = False
     raise_on_capture: bool = False
+    agreements: weakref.WeakSet[GroupAgreement] = field(default_factory=weakref.WeakSet, repr=False)
 
 
 class Watching(Protocol):
@@ -76,6 +78,10 @@ class Supervision:
     graph: str = ""
     _steps: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        if self.agreement is not None and self.asked is not None:
+            self.asked.agreements.add(self.agreement)
+
     def check(self) -> None:
         """Before anything else of a call. Raises :class:`PoisonedError` where the ranks are out of step.
 
@@ -106,25 +112,22 @@ class Supervision:
         if self.agreement is None or self.asked is None or not self.asked.every_step:
             return
         agreement, step = self.agreement, self._steps
+        self._agreed(lambda: agreement.before_step(step, (("name", name), ("sizes", sizes_text(sizes)), (HOW, how))))
         self._steps += 1
-        parts = ((BEGINS, "yes"), ("name", name), ("sizes", sizes_text(sizes)), (HOW, how))
-        self._agreed(lambda: agreement.before_step(step, parts))
 
     def refuses(self, error: Exception, groups: Collection[str]) -> None:
         """A call ends with ``error``, and its step does not begin: the others may begin theirs, and wait for this rank.
 
-        The watch tells them so, unless they refuse the call too; where every step is compared, the comparison does.
+        The watch tells them so, unless they refuse the call too. Where every step is compared they read it at once, in
+        whichever graph of the backend they come to, and give the call up: then all are in step, and may call again.
         groups: those that the step has calls of.
         """
         if self.supervisor is None or self.supervisor.health.poisoned is not None:
             return
         self.supervisor.refused(error, groups)
-        if self.agreement is not None and self.asked is not None and self.asked.every_step:
-            agreement, step = self.agreement, self._steps
-            self._steps += 1
-            text = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(RingfenceError):  # this rank raises its own
-                self._agreed(lambda: agreement.before_step(step, ((BEGINS, "no"),), text))
+        if self.asked is not None and self.asked.every_step:
+            for agreement in tuple(self.asked.agreements):
+                agreement.pass_over(error)
 
     def before_capture(self, sizes: tuple[int, ...]) -> None:
         """Before a size is captured. Raises :class:`RankMismatch` where ranks would capture different things."""
@@ -185,7 +188,9 @@ class Supervision:
     def _agreed(self, body: Callable[[], T]) -> T:
         try:
             return body()
-        except (RankMismatch, ChannelTimeoutError) as error:
+        except (RankMismatch, ChannelTimeoutError, GroupFailureError) as error:
+            if isinstance(error, RankMismatch) and error.in_step:
+                raise
             if self.agreement is not None:
                 self.agreement.leave(str(error))  # of a mesh only the ranks of one group raise it by themselves
             if self.supervisor is not None:

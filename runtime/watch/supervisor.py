@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..channel import COMPILING, Channel, open_channel, store_of
+from ..channel import COMPILING, LOOK_SECONDS, Channel, open_channel, store_of
 from ..errors import (
     ChannelTimeoutError,
     GroupFailureError,
@@ -28,20 +29,19 @@ from ..errors import (
     PeerFailedError,
     RankMismatch,
     RecompiledAloneError,
+    on_one_line,
 )
 from ..groups import Group, ranks_of, with_peers
-from ..meeting import Start, leave_last_words, meet, start_of, world_store
-from ..spelling import group_word
+from ..meeting import Start, leave_last_words, meet, raise_last_words, start_of, world_store
 from . import user_code
 from .agree import GroupAgreement, PlanDigest
 from .bounded import BoundedWaits
 from .cause import is_of_a_peer
-from .culprit import Finding, alone_text, place_of
+from .culprit import Finding, place_of
 from .deadlines import Deadlines
 from .ending import broken_off, how_it_ends, on_uncaught
 from .folder import Origin
 from .health import Health
-from .heartbeat import on_one_line
 from .journal import Journal
 from .marks import CudaMarks
 from .page import Neighbours, Page
@@ -84,6 +84,7 @@ class Supervisor:
         self._forget_uncaught: Callable[[], None] | None = None
         self._neighbours: dict[str, Neighbours] = {}
         self._has_marks, self._first = False, 0
+        self._looked = 0.0  # whether a rank has died, which it left in the store
         self._told: set[str] = set()  # what of the ranks' own options differs
 
     # -- who asks for what -------------------------------------------------------------------
@@ -100,7 +101,7 @@ class Supervisor:
         weakref.finalize(asked, _rest, weakref.ref(self)).atexit = False
         if self.watchdog is not None and self._settings:
             self.watchdog.configure(self._reaction(), self.deadlines)
-        if self._forget_uncaught is None and self._settings.get("on_hang") is not None:
+        if self._forget_uncaught is None and self._tells_of_its_death:
             died, supervisor = Supervisor._died, weakref.ref(self)
             self._forget_uncaught = on_uncaught(lambda error: died(found, error) if (found := supervisor()) else None)
 
@@ -114,8 +115,10 @@ class Supervisor:
 
     def rest(self) -> None:
         """Stop watching if nobody asks for it any more; else watch as those ask that are left."""
-        if self._settings.get("on_hang") is None:
+        if not self._tells_of_its_death:
             self.close()
+        elif self.watchdog is not None and self._settings.get("on_hang") is None:
+            self.watchdog.close()
         elif self.watchdog is not None:
             self.watchdog.configure(self._reaction(), self.deadlines)
 
@@ -126,6 +129,11 @@ class Supervisor:
             self._forget_uncaught = None
         if self.watchdog is not None:
             self.watchdog.close()
+
+    @property
+    def _tells_of_its_death(self) -> bool:
+        """Whether the others are to hear of an exception that ends this process between two calls of the model."""
+        return self._settings.get("on_hang") is not None or any(asked.every_step for asked in self._asked)
 
     @property
     def folder(self) -> str | None:
@@ -208,20 +216,14 @@ class Supervisor:
         """Raise why nobody comes to an exchange, as far as that is known."""
         if self.watchdog is not None and self.watchdog.runs:  # it hears of ranks on other hosts too, and tells them
             self.watchdog.interrupt()
-        elif (neighbours := self._neighbours.get(group)) is not None:
-            self._check_together(group, neighbours)
-
-    def _check_together(self, group: str, neighbours: Neighbours) -> None:
-        """Raises :class:`RankMismatch` where ranks of this host wait in a call for this one, which waits for them."""
-        journal = self.journal
-        ahead = neighbours.ahead(journal.calls(group), journal.changes)
-        if not ahead:
             return
-        position = journal.position()
-        does = position.compiles or f"waits for the others in the exchange '{position.exchange}'"
-        text = alone_text((journal.rank,), ahead, does, f"call {journal.calls(group)} of group '{group_word(group)}'")
-        neighbours.tell(text, (journal.rank,))
-        raise RecompiledAloneError(text, (journal.rank,)) if position.compiles else RankMismatch(text)
+        now = time.monotonic()
+        if group in self._met and now > self._looked + LOOK_SECONDS:
+            self._looked = now
+            for rank in ranks_of(group):
+                raise_last_words(world_store(), self.start, self.journal.rank, rank)
+        if (neighbours := self._neighbours.get(group)) is not None:
+            neighbours.check(self.journal, group)
 
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:

@@ -26,14 +26,14 @@ import time
 from collections.abc import Callable
 
 from ..channel import Store
-from ..errors import ChannelTimeoutError, HangError, RingfenceError
+from ..errors import ChannelTimeoutError, HangError, RingfenceError, on_one_line
 from . import looping
 from .cause import cause_of, is_of_a_peer, is_of_the_store, waited_for
 from .culprit import Failure, Finding, compiles_too_long, find_alone, find_culprit, find_refused, place_of, where
 from .deadlines import Deadlines
 from .ending import how_it_ends, is_in_order
 from .health import SECONDS_TO_ACT, Health
-from .heartbeat import Heartbeat, on_one_line
+from .heartbeat import Heartbeat
 from .in_vain import InVain
 from .journal import Journal
 from .position import Position
@@ -115,7 +115,7 @@ class Watchdog:
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
             self._follows.wait(SECONDS_TO_ACT)
             return self._error(self.report)
-        if isinstance(error, HangError):  # a kernel has named who did not come
+        if isinstance(error, HangError):  # a kernel has on_one_line who did not come
             return self._given_up(error)
         position = self.journal.position()
         text = on_one_line(error)

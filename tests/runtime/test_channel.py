@@ -12,8 +12,9 @@ import torch.distributed as dist
 from watchdogs import Clock
 
 from ringfence.runtime import channel as module
-from ringfence.runtime.channel import Channel, by_value, open_channel, ranks_text
+from ringfence.runtime.channel import Channel, open_channel
 from ringfence.runtime.errors import ChannelTimeoutError, HangError, RankLeftError, RankMismatch, WorkspaceError
+from ringfence.runtime.spelling import by_value, ranks_text
 from support import run_ranks, run_threaded
 
 

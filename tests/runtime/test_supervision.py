@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from ringfence.runtime.errors import (
     InputError,
     NestedCaptureError,
     PoisonedError,
+    RankLeftError,
     RankMismatch,
     WorkspaceReplacedError,
 )
@@ -61,13 +63,15 @@ def of_rank(rank: int, asked: Asked) -> Supervisor:
     return supervisor
 
 
-def runner(rank: int, *, fail: bool = False, folder: Path | None = None, **options: Any) -> PiecewiseRunner:
+def runner(
+    rank: int, *, fail: bool = False, folder: Path | None = None, asked: Asked | None = None, **options: Any
+) -> PiecewiseRunner:
     """One piece that doubles; sizes 2 and 4 are captured."""
     step = Step("submod_0", lambda x: (x * 2,), (0,), (1,), False)
     program = Program((step,), ("x",), (1,), 2, (), frozenset())
     channel = open_channel(dist.group.WORLD.group_name, seconds=120)
     agreement = GroupAgreement([channel], PlanDigest((("plan", "the same"),)))
-    asked = Asked({"journal_dir": str(folder)} if folder is not None else {}, **options)
+    asked = asked or Asked({"journal_dir": str(folder)} if folder is not None else {}, **options)
     supervision = Supervision(of_rank(rank, asked), agreement, asked)
     return PiecewiseRunner(program, SIZES, Graphs(fail), [2, 4], supervision=supervision)
 
@@ -224,20 +228,47 @@ def test_what_ranks_should_have_alike_is_told_once() -> None:
     assert "journal_dir differs (rank 0: None; rank 1: given)" in said[1] and "on all ranks" in said[1]
 
 
-def test_where_steps_are_compared_the_others_hear_of_a_call_that_is_an_error() -> None:
+def test_where_steps_are_compared_all_give_up_a_call_that_is_an_error_on_one_rank() -> None:
+    """At once, and whoever was called wrongly waits for nobody. Then all are in step, and may call again."""
+
     def body(rank: int) -> None:
         run = runner(rank, every_step=True)
-        with pytest.raises(ArgumentError):
-            run()
-        run(twos(3))  # all were called wrongly, and no step began
-        if rank:
+        for _ in range(2):
             with pytest.raises(ArgumentError):
                 run()
-        else:
-            with pytest.raises(RankMismatch, match=r"step 2: whether it begins .*rank 1: no; rank 1 raised Argument"):
-                run(twos(3))
-        with pytest.raises(PoisonedError):
-            run(twos(3))
+        run(twos(3))  # all were called wrongly, and no step began
+        for sizes in (3, 4):  # of which one is captured, so that the ranks ask each other before
+            if rank == 1:
+                with pytest.raises(ArgumentError):
+                    run()
+            else:
+                with pytest.raises(RankLeftError, match=r"^rank 1 was called wrongly.*takes 1 .*may call again$"):
+                    run(twos(sizes))
+            began = time.monotonic()
+            with pytest.raises(GradModeError):
+                run(twos(3).requires_grad_())
+            assert time.monotonic() - began < 60
+            for _ in range(3):
+                run(twos(sizes))
+        assert run.captured_sizes == [(4,)]
+
+    run_threaded(3, body)
+
+
+def test_a_call_that_is_given_up_is_given_up_in_every_graph_of_the_backend() -> None:
+    """Whoever was called wrongly need not know which of them the others come to."""
+
+    def body(rank: int) -> None:
+        one, other = (runner(rank, asked=asked) for asked in [Asked(every_step=True)] for _ in range(2))
+        for run in (one, other, one):
+            if rank:
+                with pytest.raises(ArgumentError):
+                    one()
+            else:
+                with pytest.raises(RankLeftError, match="rank 1 was called wrongly"):
+                    run(twos(3))
+            one(twos(3))
+            other(twos(3))
 
     run_threaded(2, body)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...installed import versions
-from ...runtime.channel import Channel, failures_text
+from ...runtime.channel import Channel
 from ...runtime.collectives import mnnvl, trtllm
 from ...runtime.collectives.epilogue import Epilogue
 from ...runtime.collectives.kernels import EndlessWaits, Implementation
@@ -31,6 +31,7 @@ from ...runtime.hazards.catalogue import applicable
 from ...runtime.hazards.hazard import Action, Hazard
 from ...runtime.hazards.situation import Fact, Situation, Strategy
 from ...runtime.hazards.table import HAZARDS
+from ...runtime.spelling import failures_text
 
 log = logging.getLogger("vllm.ringfence")
 
