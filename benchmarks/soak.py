@@ -38,9 +38,10 @@ import torch
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from faults.catalogue import Fault, Outcome, faults, quiet
 from faults.gpus import left_behind, used
 from faults.own_kernels import on_gpus
-from faults.ranks import Ahead, Fault, Outcome, faults, quiet, run_fault
+from faults.run import Ahead, run_fault
 
 
 def key(fault: Fault) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from faults.ranks import DEADLINE, HARD_END, Fault, faults
+from faults.catalogue import DEADLINE, HARD_END, Fault, faults
 
 #: How long the kernels wait, unless they are told otherwise.
 BOUND = DEADLINE / 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from faults.ranks import FAULTS, Fault, run_fault
+from faults.catalogue import FAULTS, Fault
+from faults.run import run_fault
 
 
 def _name(fault: Fault) -> str:

@@ -10,8 +10,10 @@ from unittest import mock
 import pytest
 from fake_flashinfer import FakeFlashInfer
 from faults import gpus
+from faults.catalogue import DEADLINE, HARD_END, Fault
 from faults.own_kernels import BOUND, on_gpus, without_gpus
-from faults.ranks import DEADLINE, HARD_END, Ahead, Fault, _while_a_workspace_is_made, run_fault
+from faults.ranks import while_a_workspace_is_made
+from faults.run import Ahead, run_fault
 
 from ringfence.runtime.collectives import flashinfer, mnnvl, ringfence, table, trtllm
 
@@ -49,7 +51,7 @@ def test_the_faults_of_two_gpus_hold_what_the_kernels_are_there_for() -> None:
     assert {"other size", "late"}.isdisjoint(f.name for f in on_gpus("trtllm", 0))
 
 
-def test_a_fault_while_a_workspace_is_made_strikes_whatever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faultwhile_a_workspace_is_made_strikes_whatever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     struck: list[str] = []
     kept: tuple[tuple[Any, str], ...] = (
         *((FakeFlashInfer, "make"), (mnnvl, "create_peer"), (trtllm, "create"), (ringfence, "create")),
@@ -58,7 +60,7 @@ def test_a_fault_while_a_workspace_is_made_strikes_whatever_makes_it(monkeypatch
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(flashinfer, "installed", lambda: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    _while_a_workspace_is_made(lambda: struck.append("struck"))
+    while_a_workspace_is_made(lambda: struck.append("struck"))
     made = [one for one in table.ALL if one.make is not None and one.transport != "multicast"]
     for one in made:
         assert one.make is not None

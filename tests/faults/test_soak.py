@@ -8,9 +8,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from faults import gpus, ranks
+from faults import gpus
+from faults.catalogue import FAULTS, Ending, Fault, Outcome, faults, quiet
 from faults.gpus import Used
-from faults.ranks import FAULTS, Ending, Fault, Outcome, faults, quiet, run_fault
+from faults.run import run_fault
 
 
 @pytest.mark.slow
@@ -78,8 +79,8 @@ def test_jobs_share_pairs_and_nothing_may_be_left_on_a_gpu(
         return "512 MiB of device 3" if 3 in before.memory and len(asked) == 3 * after_each + 2 else ""
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
-    monkeypatch.setattr(ranks, "run_fault", run)
-    monkeypatch.setattr(ranks, "Ahead", lambda *given: ahead.append(given) or mock.Mock())
+    monkeypatch.setattr("faults.run.run_fault", run)
+    monkeypatch.setattr("faults.run.Ahead", lambda *given: ahead.append(given) or mock.Mock())
     monkeypatch.setattr(gpus, "used", lambda devices: Used(dict.fromkeys(devices, 0)))
     monkeypatch.setattr(gpus, "left_behind", left)
     with pytest.raises(SystemExit, match="1"):
