@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# For the contract tests of tests/runtime/test_flashinfer.py, which read the real package without a GPU. Without its
+# For the contract tests of tests/runtime/test_flashinfer_real.py, which read the real package without a GPU. Without its
 # dependencies: they are gigabytes of CUDA. These are what an import needs beside what is installed already.
 FLASHINFER := flashinfer-python apache-tvm-ffi charset-normalizer cuda-bindings cuda-pathfinder nvidia-ml-py requests urllib3
 

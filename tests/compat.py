@@ -4,7 +4,7 @@
 
 Each release is installed below ``.compat/``, without what it depends on, and laid over the pinned environment. For
 each pair: ringfence is imported; the real FlashInfer's Python side is held against what ringfence calls
-(tests/runtime/test_flashinfer.py); a small model goes through ``Backend`` with simulated captures on a gloo rank
+(tests/runtime/test_flashinfer_real.py); a small model goes through ``Backend`` with simulated captures on a gloo rank
 (this file, ``smoke``); Hugging Face's Llama does, split over two (examples/demo.py). ``--write`` puts the table
 into docs/support.md. Answers are kept in ``.compat/answers.json`` with their day, so that ``--only`` runs some pairs
 and the table still has all. What pip cannot install here is said in the table. 12 GB and half an hour.
@@ -132,7 +132,7 @@ def run(layers: Sequence[Layer], *arguments: str) -> Answer:
 
 def contract(torch: Layer, flashinfer: Layer) -> Answer:
     quiet = ("-q", "-x", "-n", "0", "-p", "no:cacheprovider")
-    return run((flashinfer, torch), "-m", "pytest", *quiet, "tests/runtime/test_flashinfer.py", "-k", "real")
+    return run((flashinfer, torch), "-m", "pytest", *quiet, "tests/runtime/test_flashinfer_real.py")
 
 
 def imports(torch: Layer, smoke: Future[Answer]) -> Answer:

@@ -25,6 +25,7 @@ from ringfence.runtime.collectives.kernels import (
 from ringfence.runtime.collectives.links import Links
 from ringfence.runtime.collectives.lost import Lost
 from ringfence.runtime.collectives.rank_facts import RankFacts
+from ringfence.runtime.collectives.size_table import SizeRow
 from ringfence.runtime.errors import HangError, WorkspaceError
 from ringfence.runtime.groups import resolve_group
 from ringfence.runtime.hazards.situation import Collective, Strategy
@@ -43,6 +44,11 @@ FACTS = RankFacts(
     peers=None,
     links=Links("0000:01:00.0", switch=18),
 )
+#: Of ranks that reach each other's memory, and nothing is turned off.
+H200 = replace(FACTS, opt_outs=(), peers=True, links=Links("gpu", switch=18, fabric="a rack"))
+B200 = replace(H200, device="NVIDIA B200", capability=(10, 0), multiprocessors=148, multicast=True)
+#: One-shot up to 8 tokens of 256 float32, two-shot up to 16, all-reduces up to 4.
+SMALL = SizeRow(Collective.TRTLLM, "peer", (9, 0), 2, 8 << 10, 16 << 10, 4 << 10, "a test", bitwise=True)
 
 
 def memory(collective: Collective = Collective.TRTLLM, **other: Any) -> KernelMemory:
