@@ -6,9 +6,10 @@ What vLLM would do around them is as little as the tests need. `make engines` co
 from __future__ import annotations
 
 import enum
+import logging
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from ringfence.integrations.targets import Target, resolve
+from ringfence.integrations.vllm import hooked
 
 if __name__ != "fake_vllm":  # of the clone's root, which is no package
     raise ImportError("import fake_vllm, with tests/ on the path")
@@ -245,3 +247,33 @@ def replaced(target: Target, by: Callable[..., Any] | None, patch: pytest.Monkey
         patch.delattr(resolve(owner), name)
     else:
         patch.setattr(resolve(owner), name, by)
+
+
+ALL_TARGETS = tuple(dict.fromkeys(t for targets in hooked.TARGETS.values() for t in targets))
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
+    monkeypatch.delenv("RINGFENCE", raising=False)
+    monkeypatch.delenv("RINGFENCE_OPTIONS", raising=False)
+    return FakeVllm(monkeypatch)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What is logged where vLLM shows it, by line."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("vllm.ringfence")
+    log.addHandler(handler)
+    before = log.level
+    log.setLevel(logging.INFO)
+    yield lines
+    log.setLevel(before)
+    log.removeHandler(handler)
+
+
+def wrapped(*targets: Target) -> list[str]:
+    """Which of vLLM's functions have something of ours around them."""
+    return [t.path for t in targets or ALL_TARGETS if hasattr(resolve(t.path), "__ringfence_wraps__")]

@@ -151,6 +151,17 @@ def test_nothing_is_importable_from_the_clone_by_accident(module: str, instead: 
     assert result.returncode == 1 and instead in result.stderr.splitlines()[-1], result.stderr
 
 
+def test_no_file_is_longer_than_a_reader_can_hold() -> None:
+    """CONTRIBUTING.md, Size."""
+    kinds = ("*.py", "*.cu", "*.cuh")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--", *kinds], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    paths = [ROOT / name for name in listed.stdout.split("\0")[:-1]]
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in paths if path.is_file()}
+    assert len(lines) > 200 and {name: count for name, count in lines.items() if count > 400} == {}
+
+
 _TYPE_NAME = re.compile(r"[A-Z][a-z]\w+$")
 
 

@@ -53,8 +53,7 @@ _are_at: Callable[[list[Any], list[Any], list[int]], bool] | None = getattr(
 
 #: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
 CACHES = 8
-#: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
-#: A size that grows in every step would otherwise fill the memory with graphs that are used once.
+#: Captures of one token count that differ in another size: one that grows in every step would fill memory with them.
 SIZES = 8
 #: Calls of one token count after which a size that grows by as much each time is taken to go on so.
 _GROWTH = 3
