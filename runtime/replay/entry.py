@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -30,6 +31,27 @@ class Kept:
     def __init__(self, tensor: Tensor) -> None:
         self._reference = StorageWeakRef(tensor.untyped_storage())
         self.memory: int = self._reference.cdata
+
+
+@dataclass
+class SizedModule:
+    """Sizes and a set of parameters, wherever those are: what all ranks tell apart alike.
+
+    places: their addresses at the last capture. captures, replayed: how many there were, and how many of them were
+    replayed. recent: the numbers of those that are kept, or whose cache is gone, the last used at the end. Ranks that
+    capture collectives use them alike, and so drop them alike; when memory is gone is luck.
+    moves, calls: how often parameters moved, the calls since the last capture. off: it runs uncaptured from now on.
+    """
+
+    sizes: tuple[int, ...]
+    parameters: list[weakref.ref[Tensor]]
+    places: tuple[int, ...]
+    captures: int = 0
+    replayed: int = 0
+    recent: list[int] = field(default_factory=list)
+    moves: int = 0
+    calls: int = 0
+    off: bool = False
 
 
 @dataclass

@@ -28,7 +28,6 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -39,7 +38,7 @@ from ..errors import AddressChangedError, CapturesWastedWarning, MovedInputWarni
 from ..watch.journal import sizes_text
 from ..watch.supervision import Supervision
 from .buffers import merged, mib, overlap, span
-from .entry import Entry, Kept, Key
+from .entry import Entry, Kept, Key, SizedModule
 from .program import Program, SizeRule, taker
 from .remarks import Remarks
 from .stats import Counts, Uncaptured
@@ -53,7 +52,8 @@ _are_at: Callable[[list[Any], list[Any], list[int]], bool] | None = getattr(
 
 #: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
 CACHES = 8
-#: Captures of one token count that differ in another size: one that grows in every step would fill memory with them.
+#: Captures of one token count that differ in another size (a batch of sequences, the length of a cache).
+#: A size that grows in every step would otherwise fill the memory with graphs that are used once.
 SIZES = 8
 #: Calls of one token count after which a size that grows by as much each time is taken to go on so.
 _GROWTH = 3
@@ -75,27 +75,6 @@ class How(enum.Enum):
 
 
 def nothing() -> None: ...
-
-
-@dataclass
-class _Module:
-    """Sizes and a set of parameters, wherever those are: what all ranks tell apart alike.
-
-    places: their addresses at the last capture. captures, replayed: how many there were, and how many of them were
-    replayed. recent: the numbers of those that are kept, or whose cache is gone, the last used at the end. Ranks that
-    capture collectives use them alike, and so drop them alike; when memory is gone is luck.
-    moves, calls: how often parameters moved, the calls since the last capture. off: it runs uncaptured from now on.
-    """
-
-    sizes: tuple[int, ...]
-    parameters: list[weakref.ref[Tensor]]
-    places: tuple[int, ...]
-    captures: int = 0
-    replayed: int = 0
-    recent: list[int] = field(default_factory=list)
-    moves: int = 0
-    calls: int = 0
-    off: bool = False
 
 
 class Places:
@@ -134,7 +113,7 @@ class Places:
         self.lockstep = supervision.peers and any(s.calls for s in program.steps if not s.island)
         #: Sizes of all ranks that were captured, or tried -> their token count.
         self._met: dict[tuple[int, ...], int] = {}
-        self._modules: list[_Module] = []
+        self._modules: list[SizedModule] = []
         self._said: set[str] = set()
         #: Takes back what this call has counted, where it is given up before its step.
         self.take_back: Callable[[], object] = nothing
@@ -210,7 +189,7 @@ class Places:
         self._release_unusable(module, moved is not None)
         if moved is not None:
             module.moves += 1
-            module.places = _addresses(args, self.static)
+            module.places = tuple(args[i].data_ptr() for i in self.static)
         if module.moves > MOVES:
             self._give_up(module, moved or "a parameter")
             return self._uncaptured(Uncaptured.PARAMETERS)
@@ -224,7 +203,7 @@ class Places:
         module = self._module(entry.key, args)
         if module is None:
             parameters = [weakref.ref(args[i]) for i in self.static]
-            module = _Module(entry.sizes, parameters, _addresses(args, self.static))
+            module = SizedModule(entry.sizes, parameters, tuple(args[i].data_ptr() for i in self.static))
             self._modules = [m for m in self._modules if all(p() is not None for p in m.parameters)]
             self._modules.append(module)
         module.captures, module.calls, module.off = module.captures + 1, 0, failed
@@ -241,7 +220,7 @@ class Places:
 
     def replays(self, entry: Entry) -> None:
         """A call is served by ``entry``."""
-        module: _Module = entry.module
+        module: SizedModule = entry.module
         self._counts.replays += 1
         if entry.replays == 0:
             module.replayed += 1
@@ -319,23 +298,23 @@ class Places:
         """What of a step's sizes must be the same on all ranks."""
         return sizes if self.lockstep else self._rule.of_all_ranks(sizes)
 
-    def _module(self, key: Key, args: Sequence[Any]) -> _Module | None:
+    def _module(self, key: Key, args: Sequence[Any]) -> SizedModule | None:
         return next((m for m in self._modules if m.sizes == key[0] and self._same(m, key, args)), None)
 
-    def _same(self, module: _Module, key: Key, args: Sequence[Any]) -> bool:
+    def _same(self, module: SizedModule, key: Key, args: Sequence[Any]) -> bool:
         """Whether a call's parameters are those of ``module``."""
         if module.places == key[1][: len(self.static)]:
             return True
         return all(ref() is args[i] for ref, i in zip(module.parameters, self.static, strict=True))
 
-    def _moved(self, module: _Module, args: Sequence[Any]) -> str | None:
+    def _moved(self, module: SizedModule, args: Sequence[Any]) -> str | None:
         """The first parameter that is not where it was at the last capture."""
         for i, place in zip(self.static, module.places, strict=True):
             if args[i].data_ptr() != place:
                 return self._names[i]
         return None
 
-    def _compare(self, module: _Module, moved: str | None) -> None:
+    def _compare(self, module: SizedModule, moved: str | None) -> None:
         if module.calls < _COMPARED:
             module.calls += 1
             said = self._supervision.moved(module.sizes, moved)
@@ -349,7 +328,7 @@ class Places:
                 "on all ranks with torch._dynamo.reset()"
             )
 
-    def _release_unusable(self, module: _Module, moved: bool) -> None:
+    def _release_unusable(self, module: SizedModule, moved: bool) -> None:
         for entry in [e for e in self.entries.values() if e.sizes == module.sizes]:
             places = entry.addresses[: len(self.static)]
             if entry.gone or (moved and places == module.places):
@@ -388,7 +367,7 @@ class Places:
                     warns=False,
                 )
 
-    def _give_up(self, module: _Module, name: str) -> None:
+    def _give_up(self, module: SizedModule, name: str) -> None:
         module.off = True
         self._say(
             "parameter",
@@ -418,7 +397,3 @@ class Places:
         if warns:
             kind = CapturesWastedWarning if about == "sizes" else MovedInputWarning
             warnings.warn(f"ringfence: {text}", kind, stacklevel=2)
-
-
-def _addresses(args: Sequence[Any], indices: Sequence[int]) -> tuple[int, ...]:
-    return tuple(args[i].data_ptr() for i in indices)
