@@ -20,6 +20,7 @@ from ..errors import on_one_line
 from .culprit import place_of
 from .deadlines import Deadlines
 from .journal import Journal
+from .line import Line
 from .position import Position
 from .process import ENDED, this_process, why_silent
 from .report import Report
@@ -83,6 +84,7 @@ class Heartbeat:
         self._journal, self._connect, self.deadlines = journal, connect, deadlines
         self._token = token if token is not None else str(self.rank)
         self._store: Store | None = None
+        self.line = Line()
         self._store_error: str | None = None
         self._outbox: list[Report] = []
         self._end_said = ""
@@ -105,7 +107,7 @@ class Heartbeat:
             return
         try:
             if self._store is None:
-                self._store = self._connect()
+                self._store = self.line.connect(self._connect)
             self._say(self._store)
             self._hear(self._store)
             self._talked = time.monotonic()

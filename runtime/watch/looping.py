@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from .deadlines import Deadlines
 from .journal import Journal
+from .line import Line
 
 log = logging.getLogger(__name__)
 
 #: What a verdict may take that is written while the process ends.
 _SECONDS_AT_THE_END = 3.0
+#: What the host of the store may take for its last answer.
+_SECONDS_TO_ANSWER = 1.0
 
 
 class Looping(Protocol):
@@ -43,11 +47,15 @@ def acting(rests: threading.Event) -> Iterator[None]:
 
 
 def start(
-    watchdog: Looping, stop: threading.Event, rests: threading.Event, names: dict[str, Callable[[], None] | None]
+    watchdog: Looping,
+    stop: threading.Event,
+    rests: threading.Event,
+    names: dict[str, Callable[[], None] | None],
+    line: Line,
 ) -> None:
     """A daemon thread for each name, which calls that method at every beat; its value is what is done at the end.
 
-    rests: not set while a verdict is written, which a process that ends would lose.
+    rests: not set while a verdict is written, which a process that ends would lose. line: on which they may wait.
     """
     threads = [
         threading.Thread(
@@ -55,18 +63,29 @@ def start(
         )
         for name, last in names.items()
     ]
-    weakref.finalize(watchdog, _end, stop, rests, threads)  # also when the interpreter exits
+    weakref.finalize(watchdog, _end, stop, rests, threads, line)  # also when the interpreter exits
     for thread in threads:
         thread.start()
 
 
-def _end(stop: threading.Event, rests: threading.Event, threads: Sequence[threading.Thread]) -> None:
-    """Stop the threads, and wait a moment: one that is inside torch when the interpreter is gone aborts the process."""
+def _end(stop: threading.Event, rests: threading.Event, threads: Sequence[threading.Thread], line: Line) -> None:
+    """Stop the threads, and wait for them: one that is inside torch when the interpreter is gone aborts the process.
+
+    One that gets no answer is not waited for: its request is broken off.
+    """
     stop.set()
     rests.wait(_SECONDS_AT_THE_END)
+    others = [t for t in threads if t.ident is not None and t is not threading.current_thread()]
+    if not _ended(others, _SECONDS_TO_ANSWER):
+        line.hang_up()
+        _ended(others, _SECONDS_AT_THE_END)
+
+
+def _ended(threads: Sequence[threading.Thread], seconds: float) -> bool:
+    until = time.monotonic() + seconds
     for thread in threads:
-        if thread.ident is not None and thread is not threading.current_thread():
-            thread.join(0.5)
+        thread.join(max(0.0, until - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 def _loop(reference: weakref.ref[Looping], stop: threading.Event, name: str, last: Callable[[], None] | None) -> None:

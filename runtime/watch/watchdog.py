@@ -84,7 +84,9 @@ class Watchdog:
         self._runs, self._stop = True, threading.Event()
         self.others.goes_on()
         self.told.listen()
-        looping.start(self, self._stop, self._rests, {"talk": self.others.bid_farewell, "watch": None})
+        looping.start(
+            self, self._stop, self._rests, {"talk": self.others.bid_farewell, "watch": None}, self.others.line
+        )
 
     def close(self) -> None:
         """Stop watching, and say so. The threads end within a beat, unless the store keeps one of them."""

@@ -12,8 +12,9 @@ import pytest
 import torch.distributed as dist
 from watchdogs import Clock
 
-from ringfence.runtime.channel import Channel, ranks_text
+from ringfence.runtime.channel import Channel
 from ringfence.runtime.errors import ChannelTimeoutError, HangError, RankLeftError
+from ringfence.runtime.spelling import ranks_text
 from support import HARD_END, run_threaded
 
 T = TypeVar("T")

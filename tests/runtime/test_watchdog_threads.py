@@ -180,3 +180,39 @@ def test_a_signal_is_seen_until_the_main_thread_has_moved() -> None:
     thread.start()
     thread.join()
     assert signal.set_wakeup_fd(-1) == -1, "only the main thread may"
+
+
+_UNANSWERED = """
+import os, sys, threading, time
+import torch.distributed as dist
+from datetime import timedelta
+from ringfence.runtime.watch.deadlines import Deadlines
+from ringfence.runtime.watch.journal import Journal
+from ringfence.runtime.watch.watchdog import Reaction, Watchdog
+server, waits = dist.TCPStore("127.0.0.1", 0, is_master=True), threading.Event()
+class Unanswered:
+    def __init__(self): self.store = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=120))
+    def set(self, *given): waits.set(); self.store.get("never set until the end")
+    def __getattr__(self, name): return getattr(self.store, name)
+class AtTheEnd:
+    set = server.set
+    sleep = time.sleep
+    def __del__(self):
+        self.set("never set until the end", "an answer, when the interpreter is gone")
+        self.sleep(2)
+watchdog = Watchdog(Journal(0), Unanswered, Reaction("raise"), Deadlines(1, beat=0.001))
+watchdog.start()
+assert waits.wait(60)
+sys.modules["at the end"] = AtTheEnd()
+began = time.monotonic()
+import atexit
+atexit._run_exitfuncs()  # as the interpreter does first
+print(time.monotonic() - began)
+"""
+
+
+def test_a_process_ends_normally_though_its_store_does_not_answer() -> None:
+    """It aborted where the answer came after Python had gone: in C++, a thread cannot end then."""
+    result = run_python("-c", _UNANSWERED)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 60, "half of what a request may wait"
