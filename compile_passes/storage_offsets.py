@@ -48,17 +48,24 @@ def fix_storage_offsets(gm: GraphModule) -> None:
 
 @contextlib.contextmanager
 def slices_of_their_base() -> Iterator[None]:
-    """Let AOT name slices that an op writes only where their base begins its storage.
+    """Let AOT name slices that an op writes only where their base begins its storage, and sizes tell which they are.
 
     AOT divides the slice's offset in the storage by a stride (``try_use_slice``), so of a base that begins inside of
-    other memory it names later rows. Of such a slice it says the offset itself instead.
+    other memory it names later rows; and it gives up at a slice by a number of the data's, whose size it compares. Of
+    both it says the offset itself instead.
     """
     from torch._higher_order_ops import auto_functionalize
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     named: Any = auto_functionalize.try_use_slice
 
     def slice_of(base: Tensor, tensor: Tensor) -> Any:
-        return named(base, tensor) if same_size(base.storage_offset(), 0) else None
+        if not same_size(base.storage_offset(), 0):
+            return None
+        try:
+            return named(base, tensor)
+        except GuardOnDataDependentSymNode:
+            return None
 
     with mock.patch.object(auto_functionalize, "try_use_slice", slice_of):
         yield

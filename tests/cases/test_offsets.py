@@ -116,19 +116,51 @@ def test_caches_inside_of_other_memory(program: Callable[..., Any], setting: dic
     assert max(served.off) < 1e-5, served.off
 
 
+def rows_from(c: Tensor, n: int) -> Tensor:
+    return c[n : n + 8]
+
+
+def narrowed(c: Tensor, n: int) -> Tensor:
+    return c.narrow(0, n, 8)
+
+
+def all_from(c: Tensor, n: int) -> Tensor:
+    return c[n:]
+
+
+def columns_from(c: Tensor, n: int) -> Tensor:
+    return c.t()[:, n:].t()
+
+
 @pytest.mark.parametrize("setting", SETTINGS[:2], ids=name_of)
-def test_a_slice_by_a_number_of_the_data(setting: dict[str, Any]) -> None:
-    """Its size is a minimum of two others, and only its own offset is no size of the inputs."""
+@pytest.mark.parametrize(
+    ("part", "before", "dynamic"),
+    [
+        *((rows_from, before, dynamic) for before in (0, BEFORE) for dynamic in (False, True)),
+        (narrowed, 0, True),
+        (all_from, 0, False),
+        (columns_from, BEFORE, True),
+    ],
+)
+def test_a_slice_by_a_number_of_the_data(
+    part: Callable[[Tensor, int], Tensor], before: int, dynamic: bool, setting: dict[str, Any]
+) -> None:
+    """Its size is a minimum of two others, and only its own offset is no size of the inputs.
+
+    torch refuses most of it: it asks whether the slice is all of the cache, which no size tells.
+    """
 
     def run(x: Tensor, c: Tensor, position: Tensor) -> Tensor:
         n, out = int(position.item()), torch.empty_like(x)
         torch._check(n >= 0)
-        op.attend(x, c[n : n + 8], out)
+        torch._check(n < 8)
+        op.attend(x, part(c, n), out)
         return out + c[:8].sum(0)
 
-    cache = torch.randn(BEFORE + ROWS, H)[BEFORE:]
+    cache = torch.randn(before + ROWS, H)[before:]
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        served = serve(run, [(torch.randn(4, H), cache, torch.tensor(n)) for n in (2, 4, 3)], **setting)
+        steps = [(torch.randn(4, H), cache, torch.tensor(n)) for n in (2, 4, 3)]
+        served = serve(run, steps, dynamic=dynamic, **setting)
     assert max(served.off) < 1e-5, served.off
 
 

@@ -61,8 +61,8 @@ def written_parts(d: Draft) -> bool:
         "p{a}[0].add_(p{b}[-1].mean())",
         "p{a} += 0.25",
         "torch.ops.fz.scale_(p{a}, 0.5)",
-        "torch.ops.fz.many({v}, [p{a}])",
-        "torch.ops.fz.nothing({v}, p{a})",
+        "torch.ops.fz.many(r * 1, [p{a}])",
+        "torch.ops.fz.nothing(r * 1, p{a})",
     )
     read = d.one("p{b}.sum()", "p{a}.sum() + p{b}.mean()", "{v}.mean() - p{b}.mean()")
     said = {"a": a, "b": b, "v": v.name}
