@@ -251,8 +251,11 @@ def _planes_left_alone(piece: GraphModule) -> contextlib.AbstractContextManager[
 
 
 def _current(value: Any) -> Any:
-    """A size in the symbols that hold now: Inductor would bind one that was found equal to another since."""
-    if not isinstance(value, torch.SymInt):
+    """A size in the symbols that hold now: Inductor would bind one that was found equal to another since.
+
+    One that was found to be a number stays as it is, as the graph of a branch or a loop has it too.
+    """
+    if not isinstance(value, torch.SymInt) or value.node.expr.is_Integer:
         return value
     return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 

@@ -117,3 +117,25 @@ def test_a_size_that_another_replaces(
     given = [(torch.randn(n, H), torch.randn(n, H)) for n in (2, 4, 2, 3, 4, 2, 5)]
     served = serve(function, given, dynamic=dynamic, split_ops=["sized::attention"], **setting)
     assert max(served.off) < 1e-4, served.off
+
+
+def chosen(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.cond(x.sum() > 0, lambda x: torch.tanh(x @ w), lambda x: x @ w.t(), (x,))
+    return site(y, x)
+
+
+def repeated(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    _, y = torch.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, torch.tanh(y @ w)), (torch.tensor(0), x))
+    return site(y, x)
+
+
+@every_setting
+@pytest.mark.parametrize("function", [chosen, repeated])
+def test_a_branch_or_loop_is_given_a_size_that_is_a_number_by_now(
+    function: Callable[..., Any], setting: dict[str, Any]
+) -> None:
+    """The width is a symbol until a weight says how wide: also inside of the branch."""
+    w = nn.Parameter(torch.randn(H, H) / 8, requires_grad=False)
+    given = [(sign * torch.rand(n, H), w) for n, sign in ((4, 1), (2, -1), (3, 1), (4, -1))]
+    served = serve(function, given, **setting)
+    assert max(served.off) < 1e-4, served.off
