@@ -4,6 +4,7 @@
     python benchmarks/soak.py --minutes 60          mixed sizes, captures and faults for an hour
     python benchmarks/soak.py --repetitions 3 --collective mnnvl    on two GPUs, with that collective
     python benchmarks/soak.py --repetitions 9 --collective ringfence --jobs 4 --only "late, rank 1"    one row
+    python benchmarks/soak.py --repetitions 9 --collective ringfence --ranks 4     on four GPUs
 
 Among them are Ctrl-C on a frozen job ("interrupted"), SIGTERM to all ranks ("told to end"), a full disk, a debugger's
 pause ("paused") and a job that is started again in place ("restarted"). In all of them the ranks' clocks are two hours
@@ -12,10 +13,10 @@ apart.
 Prints a row per fault: runs, misses (a rank that did not end in time, or named no rank or the wrong one),
 false alarms, and how long the slowest rank took. Exits with 1 where there is a miss or a false alarm.
 
-Jobs on GPUs take the pairs of devices in turn, so there may be more of them than pairs. Processes of several jobs on
-one GPU run in time slices of milliseconds, and what faults are told apart by is seconds. While a run is at work, the
-next one's ranks import what they need. Nothing may be left on a GPU: looked at after each run where no other job has
-the pair, and after the last.
+Jobs on GPUs take the pairs (or fours) of devices in turn, so there may be more jobs than pairs. Processes of several
+jobs on one GPU run in time slices of milliseconds, and what faults are told apart by is seconds. While a run works,
+the next one's ranks import what they need. Nothing may be left on a GPU: looked at after each run where no other job
+has the devices, and after the last.
 """
 
 from __future__ import annotations
@@ -95,23 +96,23 @@ def main() -> int:
     length.add_argument("--repetitions", type=int)
     parser.add_argument("--only", action="append", default=[], metavar="FAULT")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; on GPUs each takes a pair")
-    parser.add_argument(
-        "--collective", choices=("ringfence", "mnnvl", "trtllm", "reference"), help="on GPUs, two ranks"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; on GPUs each takes --ranks of them")
+    parser.add_argument("--collective", choices=("ringfence", "mnnvl", "trtllm", "reference"), help="on GPUs")
+    parser.add_argument("--ranks", type=int, choices=(2, 4), default=2, help="of a job on GPUs (default: 2)")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
-    every = faults() if arguments.collective is None else on_gpus(arguments.collective, 0)
+    ranks = arguments.ranks
+    every = faults() if arguments.collective is None else on_gpus(arguments.collective, 0, ranks)
     if unknown := set(arguments.only) - {f.name for f in every} - set(map(key, every)):
         parser.error(f"there is no fault {sorted(unknown)}; there are {sorted({f.name for f in every})}")
-    pairs = torch.cuda.device_count() // 2 if arguments.collective is not None else 0
+    pairs = torch.cuda.device_count() // ranks if arguments.collective is not None else 0
     if arguments.collective is not None and not pairs:
-        parser.error(f"--collective takes two GPUs; there are {torch.cuda.device_count()}")
-    first_devices = [2 * (job % pairs) if pairs else 0 for job in range(arguments.jobs)]
+        parser.error(f"--collective takes {ranks} GPUs; there are {torch.cuda.device_count()}")
+    first_devices = [ranks * (job % pairs) if pairs else 0 for job in range(arguments.jobs)]
     before = {}
     try:
-        before = {first: used((first, first + 1)) for first in sorted(set(first_devices)) if pairs}
+        before = {first: used(range(first, first + ranks)) for first in sorted(set(first_devices)) if pairs}
     except (OSError, subprocess.SubprocessError) as error:
         print(f"what is left on the GPUs is not looked at: {error}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts this in the background ignores SIGINT
@@ -120,13 +121,13 @@ def main() -> int:
     start, stop, lock = time.monotonic(), threading.Event(), threading.Lock()
 
     def work(job: int) -> None:
-        every = faults() if not pairs else on_gpus(arguments.collective, first_devices[job])
+        every = faults() if not pairs else on_gpus(arguments.collective, first_devices[job], ranks)
         some = tuple(f for f in every if not arguments.only or {f.name, key(f)} & set(arguments.only))
         if arguments.minutes is not None:
             turns = at_random(some, every[0], 60 * arguments.minutes, arguments.seed + job)
         else:
             turns = itertools.islice(in_turn(some, arguments.repetitions), job, None, arguments.jobs)
-        ahead = Ahead("cuda", 2) if pairs else None
+        ahead = Ahead("cuda", ranks) if pairs else None
         try:
             for fault in turns:
                 if stop.is_set():

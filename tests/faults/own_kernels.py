@@ -1,4 +1,4 @@
-"""Faults among kernels that end their waits by themselves: on two GPUs ringfence's own, without one stand-ins of torch.
+"""Faults among kernels that end their waits by themselves: on GPUs ringfence's own, without one stand-ins of torch.
 
 They wait for half of the step's deadline. So the watch comes to its verdict because one has given up, and says what
 that one reported. Whoever is late by less is no culprit, and who is late by more is.
@@ -23,28 +23,37 @@ _PATIENT = ("slow", "paused")
 
 
 def of_own_kernels(some: Sequence[Fault]) -> tuple[Fault, ...]:
-    """The same faults of two ranks, as such kernels meet them, and those that only they can meet."""
+    """The same faults, as such kernels meet them, and those that only they can meet."""
     like = replace(some[0], rank=1, journal=None, on_hang="raise", settles=SETTLES)
-    too_late = rf"rank 1 did not come to call 14 .*in which rank 0 waits: rank 1 is in step 7.*{_waited(1)}"
+    too_late = rf"rank 1 did not come to call 14 .*in which ranks? 0.* waits?: rank 1 is in step 7.*{_waited(like)}"
     late = (
         replace(like, name="late", says=None, late=BOUND / 2),
         replace(like, name="late", says=too_late, late=1.6 * BOUND),
     )
-    # Of two that differ, none is the odd one: both are named. Which one's kernels give up first is chance. Both sizes
-    # are captured before: a rank that captured one alone would wait in an exchange.
-    came = {r: f"rank 0 came with {one} tokens, rank 1 with {12 - one}.*waited in vain" for r, one in ((0, 4), (1, 8))}
-    sizes = (replace(like, name="other size", rank=r, says=came[r], sizes=(4, 8), blamed=(0, 1)) for r in came)
     known = (_as_they_meet_it(fault) for fault in some)
-    return (*known, *late, *(() if like.device == "cpu" else sizes))  # gloo ends a process that receives more
+    return (*known, *late, *(() if like.device == "cpu" else _other_sizes(like)))  # gloo ends who receives more
 
 
-def _waited(lost: int) -> str:
-    return rf"rank {1 - lost} waited in vain for the \w+ of rank {lost} \(call \d+"
+def _other_sizes(like: Fault) -> tuple[Fault, ...]:
+    """Both sizes are captured before: a rank that captured one alone would wait in an exchange.
+
+    Of two ranks that differ, none is the odd one: both are named, and whose kernels give up first is chance.
+    """
+    like = replace(like, name="other size", sizes=(4, 8))
+    if like.ranks > 2:
+        return (replace(like, says=rf"rank {like.rank} came with 4 tokens, the others with 8.*waited in vain"),)
+    came = {r: f"rank 0 came with {one} tokens, rank 1 with {12 - one}.*waited in vain" for r, one in ((0, 4), (1, 8))}
+    return tuple(replace(like, rank=r, says=came[r], blamed=(0, 1)) for r in came)
 
 
-def on_gpus(collective: str, first_device: int) -> tuple[Fault, ...]:
-    """The faults on two GPUs. The reference makes no workspace, so it cannot fail at that."""
-    some = faults(2, "cuda", first_device, collective=collective)
+def _waited(fault: Fault) -> str:
+    others = "".join(str(rank) for rank in range(fault.ranks) if rank != fault.rank)
+    return rf"rank [{others}] waited in vain for the \w+ of rank {fault.rank} \(call \d+"
+
+
+def on_gpus(collective: str, first_device: int, ranks: int = 2) -> tuple[Fault, ...]:
+    """The faults on so many GPUs. The reference makes no workspace, so it cannot fail at that."""
+    some = faults(ranks, "cuda", first_device, collective=collective)
     if collective == "ringfence":
         return of_own_kernels(some)
     return tuple(f for f in some if collective != "reference" or "preparing" not in f.name)
@@ -63,6 +72,6 @@ def _as_they_meet_it(fault: Fault) -> Fault:
         return replace(fault, options={**fault.options, "kernel_wait_seconds": HARD_END})
     if fault.name not in _IN_A_CALL or "check_every_step" in fault.options:
         return fault
-    said = f".*{_waited(fault.rank)}"
+    said = f".*{_waited(fault)}"
     says, journal = f"{fault.says}{said}", f"{fault.journal or fault.says}{said}"
     return replace(fault, says=says, journal=journal, settles=SETTLES)

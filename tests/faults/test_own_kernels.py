@@ -51,7 +51,20 @@ def test_the_faults_of_two_gpus_hold_what_the_kernels_are_there_for() -> None:
     assert {"other size", "late"}.isdisjoint(f.name for f in on_gpus("trtllm", 0))
 
 
-def test_a_faultwhile_a_workspace_is_made_strikes_whatever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_four_gpus_the_odd_one_alone_is_blamed() -> None:
+    some = on_gpus("ringfence", 0, 4)
+    (size,) = (f for f in some if f.name == "other size")
+    assert size.ranks == 4 and not size.blamed
+    assert re.search(str(size.says), "rank 1 came with 4 tokens, the others with 8; rank 0 waited in vain for the part")
+    for fault in some:
+        if fault.name in ("killed", "stopped", "stuck", "skipped call"):
+            words = str(fault.says).rsplit(".*", 1)[1]
+            for rank in range(4):
+                said = f"rank {rank} waited in vain for the sum of rank {fault.rank} (call 3 of the workspace, token 0)"
+                assert bool(re.search(words, said)) == (rank != fault.rank)
+
+
+def test_a_fault_while_a_workspace_is_made_strikes_whatever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     struck: list[str] = []
     kept: tuple[tuple[Any, str], ...] = (
         *((FakeFlashInfer, "make"), (mnnvl, "create_peer"), (trtllm, "create"), (ringfence, "create")),

@@ -133,8 +133,8 @@ def soak(world_size: int, calls: int, captured: bool) -> dict[str, Any]:
 
 
 def over_a_link(rank: int, calls: int, eager: float) -> dict[str, Any]:
-    """The same of two ranks, each on a GPU of its own; the body of a rank of a process group."""
-    ranks = OneRank(rank, 2, 64, 2048)
+    """The same of ranks that have a GPU each; the body of a rank of a process group."""
+    ranks = OneRank(rank, dist.get_world_size(), 64, 2048)
     found = mixed(ranks, calls, eager)
     dist.barrier()
     ranks.kernels[rank].close()

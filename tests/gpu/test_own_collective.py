@@ -70,13 +70,15 @@ def test_ten_thousand_mixed_calls_return_the_bits_of_the_first_time(
     assert found["calls"] >= CALLS and found["counts_alike"] and found["noticed"]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs two CUDA devices, {torch.cuda.device_count()} here")
-def test_a_million_mixed_calls_over_a_link() -> None:
+@pytest.mark.parametrize(("world_size", "calls"), [(2, 1_000_000), (4, 100_000)])
+def test_many_mixed_calls_over_a_link(world_size: int, calls: int) -> None:
     """Eager and captured in turn, each a programmatic dependent launch."""
-    for found in run_ranks(2, own_ranks.over_a_link, 1_000_000, 0.05, backend="nccl", timeout=150):
+    if world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {world_size} CUDA devices, {torch.cuda.device_count()} here")
+    for found in run_ranks(world_size, own_ranks.over_a_link, calls, 0.05, backend="nccl", timeout=150):
         print(found)
         assert found["wrong"] == [] and found["lost"] == [] and found["bad"] == 0
-        assert found["calls"] >= 1_000_000 and found["eager"] > 10_000 and found["counts_alike"] and found["noticed"]
+        assert found["calls"] >= calls and found["eager"] > calls / 100 and found["counts_alike"] and found["noticed"]
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), [(2, "one-shot"), (4, "one-shot"), (4, "two-shot")])

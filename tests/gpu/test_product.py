@@ -121,13 +121,16 @@ def test_two_ranks_serve_mixed_sizes(collective: str) -> None:
 
 
 @pytest.mark.skipif(GPUS < 4, reason=f"needs four CUDA devices, {GPUS} here")
-def test_four_ranks_serve_mixed_sizes() -> None:
-    results = run_ranks(4, serve, {"collective": "auto"}, backend="nccl", timeout=150)
+@pytest.mark.parametrize("collective", ["trtllm", "ringfence", "auto"])
+def test_four_ranks_serve_mixed_sizes(collective: str) -> None:
+    results = run_ranks(4, serve, {"collective": collective}, backend="nccl", timeout=150)
     for result in results:
-        check(result, "trtllm")
-        assert result["report"]["candidates"][2].startswith(
-            "mnnvl/peer: one-shot over the peer's own pointer is for two"
-        )
+        check(result, "ringfence" if collective == "auto" else collective)
+        if collective == "auto":
+            assert result["report"]["candidates"] == [
+                "mnnvl/multicast: multicast is turned off (NCCL_NVLS_ENABLE=0 on rank 0)",
+                "ringfence/peer: chosen",
+            ]
         assert result["words"] == results[0]["words"]
 
 
