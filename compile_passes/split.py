@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.graph_module import _assign_attr
 from torch.fx.node import map_arg
 from torch.fx.passes.split_module import split_module
@@ -71,7 +72,8 @@ def _split(gm: GraphModule, index_of: Mapping[Node, int]) -> GraphModule:
     unread = [n for n in output.all_input_nodes if n.op == "get_attr" and len(n.users) == 1]
     output.args = map_arg(returned, lambda n: None if n in unread else n)
     try:
-        whole = split_module(gm, gm, index_of.__getitem__, keep_original_order=True)
+        with _use_lazy_graph_module(True):  # code of a piece is written by whoever runs it, once
+            whole = split_module(gm, gm, index_of.__getitem__, keep_original_order=True)
     finally:
         output.args = returned
     if unread:

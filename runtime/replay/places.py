@@ -28,27 +28,19 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import AddressChangedError, CapturesWastedWarning, MovedInputWarning
 from ..watch.journal import sizes_text
 from ..watch.supervision import Supervision
+from .addresses import Addresses, layouts
 from .buffers import merged, mib, overlap, span
 from .entry import Entry, Kept, Key, SizedModule
 from .program import Program, SizeRule, taker
 from .remarks import Remarks
 from .stats import Counts, Uncaptured
-
-#: Asked of every kept argument in every call, so without a look-up of its name each time.
-_address, _size, _stride, _dtype = Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype")
-#: ``(tensors, addresses, indices)``: whether these of a list are at those addresses of another. In torch for CUDA.
-_are_at: Callable[[list[Any], list[Any], list[int]], bool] | None = getattr(
-    torch._C, "_tensors_data_ptrs_at_indices_equal", None
-)
 
 #: Captures of one set of sizes that differ in where caches are: how many are kept, and how many may be of no use.
 CACHES = 8
@@ -101,9 +93,7 @@ class Places:
         self.written = sorted(program.written - program.static_inputs)
         #: The arguments that captures hold by address: parameters, then written inputs.
         self.kept = [*self.static, *self.written]
-        self._take_kept, self._take_written = taker(self.kept), taker(self.written)
-        #: Addresses of the kept arguments in the last call: by themselves, and by position among all.
-        self._seen: tuple[tuple[int, ...], list[int]] = (), []
+        self._addresses, self._take_written = Addresses(self.kept), taker(self.written)
         #: Where the program may write, and the addresses that this was made of.
         self._writes: tuple[tuple[Any, ...], list[tuple[int, int]]] = (), []
         self._written = sorted(program.written)
@@ -120,23 +110,10 @@ class Places:
 
     def key(self, sizes: tuple[int, ...], args: list[Any]) -> Key:
         """By what an entry is found."""
-        addresses: tuple[Any, ...] = self._addresses_of(args)
+        addresses: tuple[Any, ...] = self._addresses.of(args)
         if self.written:  # the layout of a parameter is guarded
             addresses += self._layouts(self._take_written(args))
         return sizes, addresses
-
-    def _addresses_of(self, args: list[Any]) -> tuple[int, ...]:
-        """Of the kept arguments. They are where they were in nearly every call, which torch tells in one go."""
-        if _are_at is None:
-            return tuple(map(_address, self._take_kept(args)))
-        before, listed = self._seen
-        if not before or not _are_at(args, listed, self.kept):
-            before = tuple(map(_address, self._take_kept(args)))
-            listed = [0] * len(args)
-            for i, address in zip(self.kept, before, strict=True):
-                listed[i] = address
-            self._seen = before, listed
-        return before
 
     def share_memory(self, key: Key, args: Sequence[Any], copied: Sequence[int]) -> bool:
         """Whether an input that is copied lies where the program writes: the copy would show the old value."""
@@ -165,7 +142,7 @@ class Places:
 
     def _layouts(self, caches: Sequence[Tensor]) -> tuple[Any, ...]:
         identities = tuple([cache.untyped_storage()._cdata for cache in caches]) if self.lockstep else ()
-        return tuple(map(_size, caches)), tuple(map(_stride, caches)), tuple(map(_dtype, caches)), identities
+        return *layouts(caches), identities
 
     def how(self, key: Key, args: Sequence[Any]) -> How:
         """How a call is served. Captures that cannot be used any more are released.

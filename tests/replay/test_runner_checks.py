@@ -30,24 +30,24 @@ from ringfence.runtime.errors import (
     MovedInputWarning,
     NestedCaptureError,
 )
-from ringfence.runtime.replay import places
+from ringfence.runtime.replay import addresses
 from ringfence.runtime.replay.capture import GraphBackend, SimulatedGraphs
 from ringfence.runtime.replay.pending import Pending
 from ringfence.runtime.replay.program import Program, Step
 from ringfence.runtime.replay.runner import PiecewiseRunner
 
 
-def are_at(tensors: list[Any], addresses: list[int], indices: list[int]) -> bool:
+def are_at(tensors: list[Any], places: list[int], indices: list[int]) -> bool:
     """What torch for CUDA has in C++."""
-    assert type(tensors) is list and type(addresses) is list and type(indices) is list
-    return all(tensors[i].data_ptr() == addresses[i] for i in indices)
+    assert type(tensors) is list and type(places) is list and type(indices) is list
+    return all(tensors[i].data_ptr() == places[i] for i in indices)
 
 
 @pytest.fixture(autouse=True, params=["one by one", "in one go"])
 def addresses_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test here with both ways to see where arguments are."""
     of_torch = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", are_at)
-    monkeypatch.setattr(places, "_are_at", of_torch if request.param == "in one go" else None)
+    monkeypatch.setattr(addresses, "_are_at", of_torch if request.param == "in one go" else None)
 
 
 @both_backends
