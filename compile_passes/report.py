@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex, overload
 
 import torch
 
-from ..runtime.errors import ArgumentError, NotFusedError
+from ..runtime.errors import ArgumentError, NotFusedError, OptionsError
 from ..runtime.hazards.situation import Collective
 from ..runtime.spelling import group_word
 from .judge import Decision, Verdict
@@ -94,6 +94,12 @@ class CompileReport:
     def _main(self) -> GroupCollective:
         counts = Counter(site.group for site in self.fused)
         return max(self.collectives, key=lambda c: counts[c.group], default=GroupCollective("", "reference"))
+
+    def carrier(self, site: Site) -> str:
+        """Who carries out a fused site."""
+        refused = any(verdict.site == site.index for verdict in self.refused)
+        found = next((c.collective for c in self.collectives if c.group == site.group), None)
+        return found if found is not None and not refused else str(Collective.REFERENCE)
 
     @property
     def fused(self) -> tuple[Site, ...]:
@@ -260,19 +266,34 @@ class Reports(list[CompileReport]):
         return super().__getitem__(index)
 
 
-def assert_fused(report: CompileReport, count: int | None = None) -> None:
-    """Check how many all-reduces of a compiled graph were fused.
+#: What :func:`assert_fused` may ask for: any collective but the reference, or one.
+_KERNELS = "kernels"
+_CARRIERS = (_KERNELS, *map(str, (Collective.RINGFENCE, Collective.TRTLLM, Collective.MNNVL, Collective.REFERENCE)))
 
-    ``count`` is the exact number expected; None expects all of them, and at least one.
+
+def assert_fused(report: CompileReport, count: int | None = None, *, collective: str | None = None) -> None:
+    """Check how many all-reduces of a compiled graph were fused, and by whom they are carried out.
+
+    ``count`` is the exact number expected; None expects all of them, and at least one. A fused site may run on the
+    reference (an all-reduce of NCCL or gloo, then add and norm), where no kernels are or where they are refused;
+    ``collective`` says what counts: None anything, ``"kernels"`` what is not the reference, a name (``"ringfence"``,
+    ``"trtllm"``, ``"mnnvl"``, ``"reference"``) that one.
     Raises :class:`NotFusedError` (an ``AssertionError``) with the reason of every site
-    that was not fused.
+    that was not fused, or is carried out by another collective.
     """
     if not isinstance(report, CompileReport):
         raise ArgumentError(f"assert_fused takes a CompileReport (one of Backend.reports), not {type(report).__name__}")
+    if collective not in (None, *_CARRIERS):
+        raise OptionsError(f"collective={collective!r} is none of {', '.join(_CARRIERS)}")
     expected = count if count is not None else max(len(report.sites), 1)
-    if len(report.fused) == expected:
+    elsewhere = [(s, c) for s in report.fused if not _counts_as(collective, c := report.carrier(s))]
+    counted = len(report.fused) - len(elsewhere)
+    if counted == expected:
         return
-    lines = [f"{len(report.fused)} all-reduces were fused, {expected} were expected ({len(report.sites)} in the graph)"]
+    by = f" by {collective}" if collective is not None else ""
+    lines = [f"{counted} all-reduces were fused{by}, {expected} were expected ({len(report.sites)} in the graph)"]
+    lines += [f"  site {s.index} ({s.module or s.node}): carried out by {carrier}" for s, carrier in elsewhere]
+    lines += [f"  {text}" for text in report.candidates if elsewhere]
     lines += [
         f"  site {s.index} ({s.module or s.node}, {s.source or 'source unknown'}): "
         f"{s.decline.reason}: {s.decline.message}"
@@ -281,6 +302,10 @@ def assert_fused(report: CompileReport, count: int | None = None) -> None:
     ]
     lines += [f"  {note}" for note in report.notes]
     raise NotFusedError("\n".join(lines))
+
+
+def _counts_as(wanted: str | None, carrier: str) -> bool:
+    return carrier != Collective.REFERENCE if wanted == _KERNELS else wanted in (None, carrier)
 
 
 def _site(site: Site) -> dict[str, Any]:

@@ -134,7 +134,8 @@ class Options:
     agree_seconds: how long ranks wait for each other where they agree on something.
     check_every_step: compare sizes and choice of graph before every step: slow, and shows who diverges.
     on_capture_failure: a capture that fails on one rank makes all ranks run that size ``"uncaptured"``, or ``"raise"``.
-    journal_dir: folder for the journals that are written when something goes wrong; None writes none. Its last level is
+    journal_dir: folder for the journals that are written when something goes wrong, in a hang with ``on_hang`` only;
+        None writes none. Its last level is
         made; what is above it has to be there. It may be another path on each host.
     """
 

@@ -82,10 +82,6 @@ class _PassedOver(_Left):
     """The same, of a rank that passes over one exchange, and comes to the next."""
 
 
-class _PassedOverError(RankLeftError):
-    """A rank has passed this exchange over, and so may all."""
-
-
 class Patience:
     """A wait for other ranks: how long it lasts, what it says meanwhile, and what may break it off.
 
@@ -200,8 +196,6 @@ class Channel:
         self._answer(key, topic, value)
         try:
             answers = self._collect(key, topic, seconds)
-        except _PassedOverError as error:
-            raise RankLeftError(str(error), in_step=True) from None
         except BaseException as error:
             left = _Left(f"rank {self.ranks[self.rank]} left '{topic}': {_reason(error)}")
             if isinstance(error, RankLeftError):
@@ -209,8 +203,10 @@ class Channel:
             with contextlib.suppress(RuntimeError):  # it may be the store that is gone
                 self._answer(key, topic, left)
             raise
-        for passed in range(self._kept, self._exchanges):  # whoever is here has come past them
-            self._store.delete_key(f"{self._opened}/{passed}/{self.rank}")
+        if isinstance(passed := answers[0][1], _PassedOver):
+            raise RankLeftError(passed.sentence, in_step=True)
+        for earlier in range(self._kept, self._exchanges):  # whoever is here has come past them
+            self._store.delete_key(f"{self._opened}/{earlier}/{self.rank}")
         self._kept = self._exchanges
         self._exchanges += 1
         return answers
@@ -272,7 +268,7 @@ class Channel:
                     answers[rank] = self._answer_of(key, rank)
                     if isinstance(left := answers[rank][1], _Left):
                         if isinstance(left, _PassedOver):
-                            raise _PassedOverError(left.sentence, in_step=True)
+                            return [answers[rank]]
                         if left.in_step:  # it may have opened the next, to which this rank comes too
                             raise RankLeftError(left.sentence, in_step=True)
                         raise RankLeftError(self._catch_up() or left.sentence)

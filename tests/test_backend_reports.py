@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from test_backend_refusals import functional_all_reduce, functional_sum, refusal
 from torch import Tensor, nn
 
 import ringfence
+from ringfence.compile_passes.judge import Decision, Verdict
 from ringfence.compile_passes.reasons import Reason
-from ringfence.runtime.errors import (
-    NotFusedError,
-)
+from ringfence.compile_passes.report import GroupCollective
+from ringfence.runtime.errors import NotFusedError, OptionsError
 from support import TOLERANCE, relative_error
 
 
@@ -262,8 +263,35 @@ def test_assert_fused_tells_why_not() -> None:
     with pytest.raises(NotFusedError):
         ringfence.assert_fused(backend.reports[0])
     ringfence.assert_fused(backend.reports[0], count=0)
+    ringfence.assert_fused(backend.reports[0], count=0, collective="kernels")
     with pytest.raises(TypeError, match="CompileReport"):
         ringfence.assert_fused(backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_assert_fused_tells_what_runs_on_the_reference() -> None:
+    backend = ringfence.Backend(piece_compiler="eager")
+    with torch.no_grad():
+        torch.compile(Model(), backend=backend)(rows(3))
+    report = backend.reports[0]
+    assert len(report.fused) == len(report.sites) > 1
+    for by in (None, "reference"):
+        ringfence.assert_fused(report, collective=by)
+    for by in ("kernels", "ringfence"):
+        with pytest.raises(NotFusedError, match=f"^0 all-reduces were fused by {by}, .*") as error:
+            ringfence.assert_fused(report, collective=by)
+        assert str(error.value).count("carried out by reference") == len(report.fused)
+    served = replace(report, collectives=(GroupCollective(str(report.fused[0].group), "ringfence"),))
+    for by in (None, "kernels", "ringfence"):
+        ringfence.assert_fused(served, collective=by)
+    for by in ("reference", "trtllm"):
+        with pytest.raises(NotFusedError, match="carried out by ringfence"):
+            ringfence.assert_fused(served, collective=by)
+    refuse = Verdict("node", "op", Decision.REFUSE, "rule", "why", "source", site=report.fused[0].index)
+    with pytest.raises(NotFusedError, match="carried out by reference"):
+        ringfence.assert_fused(replace(served, verdicts=(*served.verdicts, refuse)), collective="kernels")
+    with pytest.raises(OptionsError, match="collective='nccl' is none of kernels, ringfence"):
+        ringfence.assert_fused(report, collective="nccl")
 
 
 @pytest.mark.usefixtures("fake_group")

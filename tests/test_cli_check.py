@@ -56,6 +56,7 @@ def test_check_prints_the_plan_that_it_assumed(ringfence: Run) -> None:
     [
         (["--skip-rank", "9", "--skip-call", "0"], "--skip-rank 9 is not within 0 to 3"),
         (["--skip-rank", "0", "--skip-call", "9999"], "--skip-call 9999 is not within 0 to "),
+        (["--skip-rank", "9"], "--skip-rank 9 is not within 0 to 3, the ranks of --tp 4"),
         (["--skip-rank", "1"], "--skip-rank (0 to 3) and --skip-call (from 0 on) belong together"),
     ],
 )

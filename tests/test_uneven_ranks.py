@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,3 +269,18 @@ def test_a_rank_that_dies_of_its_call_is_named_where_steps_are_compared() -> Non
     told, died = run_ranks(2, _dies)
     assert died == "died"
     assert re.search(r"^rank 1 failed in its own code, after step 0 .*: TypeError: .*'r'", told), told
+
+
+def _watches(rank: int, folder: str) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ringfence").addHandler(handler)
+    for on_hang in (None, None, "report"):
+        ringfence.watch(None, journal_dir=folder, on_hang=on_hang, agree_seconds=300).close()
+    return [line for line in said if "nobody watches" in line]
+
+
+def test_journals_that_no_hang_will_write_are_told_once(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _watches, str(tmp_path))
+    assert second == [] and len(first) == 1 and "journal_dir=" in first[0] and "give on_hang on all ranks" in first[0]

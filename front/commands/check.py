@@ -177,6 +177,10 @@ def _ask(arguments: argparse.Namespace) -> Answer:
         )
     if arguments.collective in OWN and arguments.flashinfer is not None:
         raise OptionsError(f"--collective {arguments.collective} uses no FlashInfer; leave --flashinfer out")
+    if arguments.skip_rank is not None and arguments.skip_rank >= arguments.tp:
+        raise OptionsError(
+            f"--skip-rank {arguments.skip_rank} is not within 0 to {arguments.tp - 1}, the ranks of --tp {arguments.tp}"
+        )
     if (arguments.skip_rank is None) != (arguments.skip_call is None):
         raise OptionsError(
             f"--skip-rank (0 to {arguments.tp - 1}) and --skip-call (from 0 on) belong together: which rank leaves out "
@@ -187,12 +191,8 @@ def _ask(arguments: argparse.Namespace) -> Answer:
     rank = exercise(_pieces(arguments, collective, strategy), _sizes(arguments.capture_sizes), arguments.tp)
     ranks = list(programs([rank] * arguments.tp))
     if arguments.skip_rank is not None:
-        for name, value, count in (
-            ("--skip-rank", arguments.skip_rank, arguments.tp),
-            ("--skip-call", arguments.skip_call, len(ranks[0])),
-        ):
-            if value >= count:
-                raise OptionsError(f"{name} {value} is not within 0 to {count - 1}")
+        if arguments.skip_call >= (calls := len(ranks[0])):
+            raise OptionsError(f"--skip-call {arguments.skip_call} is not within 0 to {calls - 1}, the calls of a rank")
         ranks[arguments.skip_rank] = without(ranks[arguments.skip_rank], arguments.skip_call)
     situation = Situation(collective, arguments.flashinfer, world_size=arguments.tp, strategy=strategy, payload=payload)
     if arguments.flashinfer is not None:

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 _MARKED_STEPS = 8
 
 
+#: Of a rank whose file says that it began, and no more.
+WROTE_NOTHING = "wrote nothing since it began"
+
+
 @dataclass(frozen=True)
 class Mark:
     """One piece of one step as a rank wrote it down. Times are in seconds of the rank's wall clock."""
@@ -170,6 +174,8 @@ def _read(path: Path, written_by: Collection[int]) -> RankJournal:
     """written_by: the ranks that have files; where one knows what happened, what it heard of those is not needed."""
     if not path.is_file():  # a FIFO would be waited for
         raise JournalError(f"'{path.name}' is no file")
+    if path.stat().st_size == 0:
+        raise JournalError(f"'{path.name}' is empty, as where its disk was full")
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -264,7 +270,7 @@ def merge(journals: Sequence[RankJournal]) -> Merged:
     silent = {rank: how for j in journals for rank, how in j.silent.items()}
     could_not_write = tuple(rank for rank in missing if rank in heard and rank not in silent)
     told = _told(journals)
-    finding = told.finding if told is not None else _found(journals, members, missing, could_not_write, silent)
+    finding = told.finding if told is not None else _found(journals, members, missing, could_not_write, silent, begun)
     ends = [j.report for j in journals if j.report is not None and j.report.kind == "end"]
     brief = ""
     if told is None and ends and finding is not None:
@@ -302,10 +308,12 @@ def _found(
     missing: Sequence[int],
     could_not_write: Sequence[int],
     silent: Mapping[int, str],
+    begun: Sequence[int],
 ) -> Finding | None:
     """The same by where the ranks were, as one of them saw it: the others may have gone on before they wrote."""
     failures = tuple(dict.fromkeys(f for j in journals for f in j.failures))
-    gone = {rank: silent.get(rank, "left no journal") for rank in missing if rank not in could_not_write}
+    left = {rank: WROTE_NOTHING if rank in begun else "left no journal that can be read" for rank in missing}
+    gone = {rank: how for rank, how in {**left, **silent}.items() if rank in missing and rank not in could_not_write}
     own = {j.rank: j.position for j in journals}
     heard = {rank: p for j in journals for rank, p in j.heard.items() if rank in missing}
     # A rank that others did not hear was stopped; one that waits saw what it waited for.

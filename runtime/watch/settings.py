@@ -68,6 +68,17 @@ def tell_differences(owns: Sequence[Own], channel: Channel, told: set[str]) -> N
         told.add(differs)
 
 
+def tell_unwatched(folder: str, rank: int, told: set[str]) -> None:
+    """One rank logs, once, that nobody watches though somebody wants journals. told: as above."""
+    says = (
+        f"journal_dir={folder!r} is given and on_hang is not: a rank writes its journal where a call of the model "
+        "fails on it, and none where the ranks hang, because nobody watches; give on_hang on all ranks"
+    )
+    if says not in told and rank == 0:
+        log.warning("ringfence: %s", says)
+    told.add(says)
+
+
 def differences(owns: Sequence[Own], ranks: Sequence[int]) -> Iterator[str]:
     """ranks: what each is called."""
     if len({own.agree_seconds for own in owns}) > 1:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ..drawing import wrapped
 from ..spelling import group_word, ranks_text
 from .culprit import came_with
-from .journals import Merged, RankJournal
+from .journals import WROTE_NOTHING, Merged, RankJournal
 from .position import COMPILES, Position, sizes_text
 
 WIDTH = 80
@@ -69,9 +69,9 @@ def rank_line(merged: Merged, rank: int) -> str:
 
 def no_file(merged: Merged, rank: int) -> str:
     """What is known of a rank without one."""
-    said = "left no file"
+    said = "left no file that can be read"
     if rank in merged.begun:  # its disk may be full; it may have been ended, or have closed its backend
-        said = "wrote nothing since it began"
+        said = WROTE_NOTHING
     elif rank in merged.could_not_write:
         said = "could not write its file"
     last = last_heard(merged, rank)

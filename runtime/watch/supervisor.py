@@ -48,7 +48,7 @@ from .page import Neighbours, Page
 from .reaction import Reaction, abort_groups
 from .recompile import CompiledGraph, graph_being_compiled
 from .report import Report
-from .settings import Own, alike, deadlines_of, differs_here, tell_differences
+from .settings import Own, alike, deadlines_of, differs_here, tell_differences, tell_unwatched
 from .supervision import Asked, Supervision
 from .watchdog import Watchdog, open_watchdog
 
@@ -179,6 +179,8 @@ class Supervisor:
             self._has_marks = True
         if self._settings.get("on_hang") is not None:
             self._watch()
+        elif self.folder is not None:
+            tell_unwatched(self.folder, self.journal.rank, self._told)
         return {group.name: self._open(group.name, turn) for group, turn in real}
 
     def _watch(self) -> None:

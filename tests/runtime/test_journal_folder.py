@@ -69,9 +69,22 @@ def test_a_rank_without_a_journal_is_to_blame(tmp_path: Path) -> None:
     merged = journals.merge(journals.read_folder(dumped(tmp_path, waits)))
     assert merged.missing == (1,)
     assert merged.sentence == (
-        "rank 1 left no journal; "
+        "rank 1 left no journal that can be read; "
         "rank 0 waits in step 0 of sizes (4,), piece 1 'submod_1' (island), call 0 of group 'tp'"
     )
+
+
+def test_what_is_said_of_a_rank_is_what_its_file_shows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It has begun one; or there is an empty one, which a full disk leaves."""
+    waits, other = journal(0), journal(1)
+    step(waits, enter=2, leave=1)
+    dumped(tmp_path, waits)
+    other.begin_file(tmp_path, other.origin)
+    assert journals.merge(journals.read_folder(tmp_path)).sentence.startswith("rank 1 wrote nothing since it began; ")
+    (tmp_path / "journal-rank1.json").write_bytes(b"")
+    merged = journals.merge(journals.read_folder(tmp_path))
+    assert merged.sentence.startswith("rank 1 left no journal that can be read; ")
+    assert "'journal-rank1.json' is empty, as where its disk was full" in capfd.readouterr().err
 
 
 def test_a_rank_that_left_out_a_call_is_told_from_its_victims(tmp_path: Path) -> None:
