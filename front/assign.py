@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -192,15 +192,21 @@ def wanted_by(options: Options, hidden: int, dtype: torch.dtype, sizes: Sequence
     )
 
 
-def _prepare(
-    wanted: Wanted, group: Group, channel: Channel, device: torch.device, supervisor: Supervisor
-) -> ReadyCollective:
+@contextlib.contextmanager
+def real_memory(group: Group, device: torch.device, supervisor: Supervisor) -> Iterator[None]:
+    """Around real memory of a group and real launches, in a trace with fake tensors; a hang looks at it."""
     supervisor.health.share(workspaces_of(group.name))
-    # Real memory and real launches, in the midst of a trace with fake tensors.
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
         if (probed := f"workspaces of group '{group_word(group.name)}'") not in supervisor.probes:
             supervisor.probes[probed] = make_probe(group.name, device)
+        yield
+
+
+def _prepare(
+    wanted: Wanted, group: Group, channel: Channel, device: torch.device, supervisor: Supervisor
+) -> ReadyCollective:
+    with real_memory(group, device, supervisor):
         ready = prepare(channel, group, device, wanted)
         if ready.workspace is not None:
             supervisor.waits.add(group.name, workspaces_of(group.name), wanted.wait_seconds)

@@ -122,7 +122,7 @@ class Backend(OneObject):
         return f"<ringfence.Backend({given}), {count} report{'' if count == 1 else 's'}>"
 
     def close(self) -> None:
-        """Ask for no watch any more; it ends with the last backend that does. What was compiled goes on working."""
+        """Ask for no watch any more; it ends with the last backend that does. Calls go on as before, unwatched."""
         self._unused()
         leave(self.asked)
         self.asked = replace(self.asked, process={})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .assign import real_memory
 from .compile_passes.assignment import Assignment
 from .compile_passes.moe_calls import calls_of, carried_out_by, in_pairs, sizes_of, sizes_of_sites
 from .compile_passes.moe_sites import MoeCandidate
@@ -20,21 +19,18 @@ from .options import Options
 from .runtime.channel import Channel
 from .runtime.collectives.moe_one_sided import MoeSizes
 from .runtime.collectives.moe_ready import (
-    MOE,
     REFERENCE,
     MoeReady,
     MoeWanted,
     prepare_moe,
     ready_by,
     reference_pair,
+    without_kernels,
 )
-from .runtime.collectives.probe import make_probe
 from .runtime.collectives.ready import why_reference_only
 from .runtime.collectives.size_table import MOE_TABLE, read_moe_rows
 from .runtime.collectives.workspace import workspaces_of
-from .runtime.errors import CollectiveUnavailableError
 from .runtime.groups import Group
-from .runtime.spelling import group_word
 from .runtime.watch.supervisor import Supervisor
 
 
@@ -60,7 +56,7 @@ def assign_moe(
             continue
         sizes = sizes_of(calls, _capacities(options))
         if isinstance(sizes, str) or assigned.planned is not None:
-            found[name] = _without_kernels(options.moe_collective, group, sizes if isinstance(sizes, str) else None)
+            found[name] = without_kernels(options.moe_collective, group, sizes if isinstance(sizes, str) else None)
         else:
             found[name] = ready_pair(_wanted(sizes, options), group, channels.get(name), device, supervisor)
         carried_out_by(calls, found[name].collective, fuses=options.piece_compiler == "inductor")
@@ -118,26 +114,12 @@ def _capacities(options: Options) -> tuple[int, ...]:
     return (*options.capture_sizes, *([options.max_tokens] if options.max_tokens is not None else []))
 
 
-def _without_kernels(wanted: str, group: Group, why: str | None) -> MoeReady:
-    if wanted == MOE and why is not None and group.size > 1:
-        raise CollectiveUnavailableError(
-            f"moe_collective='{MOE}' cannot be had over group '{group_word(group.name)}': {why}; leave it 'auto' to "
-            "fall back"
-        )
-    return reference_pair(group.size, why)
-
-
 def ready_pair(
     wanted: MoeWanted, group: Group, channel: Channel | None, device: torch.device, supervisor: Supervisor
 ) -> MoeReady:
     """Who carries out the pairs of one group. Every rank must call. Raises what :func:`prepare_moe` raises."""
     why = why_reference_only(group, device)
     if channel is None or wanted.collective == REFERENCE or why is not None:
-        return _without_kernels(wanted.collective, group, why)
-    supervisor.health.share(workspaces_of(group.name))
-    # Real memory and real launches, in the midst of a trace with fake tensors.
-    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad(), here:
-        if (probed := f"workspaces of group '{group_word(group.name)}'") not in supervisor.probes:
-            supervisor.probes[probed] = make_probe(group.name, device)
+        return without_kernels(wanted.collective, group, why)
+    with real_memory(group, device, supervisor):
         return prepare_moe(channel, group, device, wanted)

@@ -34,6 +34,24 @@ def no_grad() -> object:
 # -- the job -------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fake_group")
+def test_after_close_calls_go_on_and_nobody_watches() -> None:
+    """What was compiled, and what is compiled then; another backend may ask for another watch."""
+    model = Model()
+    backend = ringfence.Backend(piece_compiler="eager", capture_sizes=[3], graphs="simulated", on_hang="report")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled(rows(3))
+    for _ in range(2):
+        backend.close()
+        for n in (3, 4, 3):
+            x = rows(n)
+            assert relative_error(compiled(x), model(x)) <= 8 * TOLERANCE[torch.float32]
+    assert len(backend.reports) == 2 and backend.stats.graphs[0].replays >= 1
+    with ringfence.Backend(on_hang="abort") as other:
+        assert other.supervisor is backend.supervisor
+    assert other.supervisor.watchdog is None or not other.supervisor.watchdog.runs
+
+
 @pytest.mark.parametrize("capture_sizes", [(), (3, 5)])
 @pytest.mark.parametrize("piece_compiler", ["eager", "inductor"])
 @pytest.mark.usefixtures("fake_group")

@@ -93,12 +93,12 @@ def prepare_moe(channel: Channel, group: Group, device: torch.device, wanted: Mo
     try:
         ranks = facts_of_all(channel, device, wanted, workspaces)
     except PeerFailedError as error:
-        return _other(group, wanted, str(error))
+        return without_kernels(wanted.collective, group, str(error))
     ranks, _ = with_copies(channel, device, ranks, wanted, workspaces)
     ranks = numbered(ranks, channel.ranks)
     row = find_moe_row(wanted.table, ranks[0].capability, len(ranks), topology_of(ranks))
     if why := workspaces.failed.get(MOE_WAY) or _why_not(ranks, wanted, row):
-        return _other(group, wanted, why)
+        return without_kernels(wanted.collective, group, why)
     sizes = wanted.sizes
     if row is not None and wanted.collective == "auto":
         sizes = dataclasses.replace(sizes, capacity=min(sizes.capacity, row.most))
@@ -106,18 +106,20 @@ def prepare_moe(channel: Channel, group: Group, device: torch.device, wanted: Mo
         sizes |= earlier.sizes
     fitting = within(sizes, len(ranks), wanted.limit)
     if fitting is None:
-        return _other(group, wanted, f"moe_workspace_bytes={wanted.limit} does not hold the rows of one token")
+        return without_kernels(
+            wanted.collective, group, f"moe_workspace_bytes={wanted.limit} does not hold the rows of one token"
+        )
     workspace = workspaces.moe[-1] if workspaces.moe and workspaces.moe[-1].device == device else None
     if workspace is None or not workspace.sizes.covers(fitting):
         situation = situation_of(ranks, part_of_world=group.size < torch.distributed.get_world_size())
         made = workspaces.create(channel, lambda: _make(channel, device, fitting, situation), *MOE_WAY)
         if made.workspace is None:
-            return _other(group, wanted, str(made.failure))
+            return without_kernels(wanted.collective, group, str(made.failure))
         workspace = made.workspace
     if not workspace.tested or (wanted.capture and not workspace.captures_tested):
         why = _tested(workspaces, workspace, channel, wanted)
         if why is not None:
-            return _other(group, wanted, why)
+            return without_kernels(wanted.collective, group, why)
     return ready_by(workspace)
 
 
@@ -127,8 +129,9 @@ def ready_by(workspace: MoeWorkspace) -> MoeReady:
     return MoeReady(MOE, workspace.situation, chosen, workspace, workspace.capture_failure)
 
 
-def _other(group: Group, wanted: MoeWanted, why: str) -> MoeReady:
-    if wanted.collective == MOE:
+def without_kernels(wanted: str, group: Group, why: str | None) -> MoeReady:
+    """The reference, and why. wanted: the collective that was asked for; raises where that was the kernels'."""
+    if wanted == MOE and why is not None and group.size > 1:
         raise CollectiveUnavailableError(
             f"moe_collective='{MOE}' cannot be had over group '{group_word(group.name)}': {why}; leave it 'auto' to "
             "fall back"

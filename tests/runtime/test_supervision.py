@@ -168,6 +168,37 @@ def test_a_call_that_is_an_error_before_its_step_is_where_the_others_can_see_it(
     assert len(told) == len(calls)
 
 
+def test_a_step_beside_another_that_fails_is_no_call_that_was_refused() -> None:
+    """It has made its calls, or some, though the journal counts it only; one that is refused there has made none."""
+
+    class Told(Supervisor):
+        def refused(self, error: Exception, groups: Collection[str]) -> None:
+            told.append(type(error))
+
+    def fails(x: Tensor) -> tuple[Tensor]:
+        raise ValueError("in a step")
+
+    def around(x: Tensor) -> tuple[Tensor]:
+        with pytest.raises(ValueError, match="in a step"):
+            inner(x)
+        with pytest.raises(ArgumentError):
+            inner(x, x)
+        return (x * 2,)
+
+    def of(body: Callable[[Tensor], tuple[Tensor]]) -> PiecewiseRunner:
+        step = Step("submod_0", body, (0,), (1,), False, calls=("tp",))
+        program = Program((step,), ("x",), (1,), 2, (), frozenset())
+        supervision = Supervision(supervisor, asked=Asked())
+        return PiecewiseRunner(program, SIZES, journal=supervisor.journal, supervision=supervision)
+
+    told: list[type[Exception]] = []
+    supervisor = Told()
+    outer, inner = of(around), of(fails)
+    (out,) = outer(twos(3))
+    assert torch.equal(out, twos(3) * 2) and supervisor.journal.missed == 1
+    assert told == [ArgumentError]
+
+
 @pytest.mark.parametrize(
     ("mine", "others", "message"),
     [
