@@ -148,8 +148,9 @@ def _inputs(d: Draft) -> None:
     buffers = ("w", "g", "buffer", "stack", "last", "scale")
     shapes |= _parts_of_others(d)
     if d.chance(0.5):
-        for name in ("x", "r", "y", "c0", "c1", "kv", "caches", "state", "buffer", "stack", "pool", "wide"):
-            if not shapes[name].startswith("=") and d.chance(0.4):
+        caches = ("c0", "c1", "kv", "caches", "stack", "pool")
+        for name in ("x", "r", "y", *caches, "state", "buffer", "wide"):
+            if not shapes[name].startswith("=") and d.chance(0.7 if name in caches else 0.3):
                 shapes[name] = _laid_out(d, name, shapes[name])
     names = list(shapes)
     if d.chance(0.5):  # Dynamo gives inputs in order of use, AOT in order of the signature
@@ -210,7 +211,7 @@ def _is_plain(shapes: dict[str, str], name: str) -> bool:
 def _laid_out(d: Draft, name: str, spec: str) -> str:
     """The same behind the word of a layout, which a tensor that is written holds each element of once."""
     *words, last = spec.split(" ")
-    there = [word for word in LAYOUTS if word not in OVERLAPPING or name in ("y", "wide")]
+    there = [word for word in LAYOUTS if word not in OVERLAPPING or name in ("y", "wide")] + [*CONTIGUOUS]
     if name == "pool":  # whose parts are views of other shapes
         there = list(CONTIGUOUS)
     if name == "state":

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from .data import LAYOUTS
+
 #: The width of activations and the rows of a cache; every token count is smaller.
 H, ROWS = 16, 8
 
@@ -87,6 +89,15 @@ class Program:
             for s in self.statements
         ]
         return replace(self, statements=tuple(statements), returns=tuple(pattern.sub(new, r) for r in self.returns))
+
+    def compact(self) -> Program:
+        """This program with inputs that each fill a storage of their own."""
+        specs = {name: " ".join(w for w in spec.split(" ") if w not in LAYOUTS) for name, spec in self.inputs}
+        for name, spec in specs.items():
+            if spec.startswith("= pool"):
+                specs[name] = f"{specs['pool'].partition('[')[0]}[{'2,8,16' if name == 'kv' else '8,16'}]"
+        buffers = tuple((n, " ".join(w for w in spec.split(" ") if w not in LAYOUTS)) for n, spec in self.buffers)
+        return replace(self, inputs=tuple(specs.items()), buffers=buffers)
 
     def pruned(self) -> Program:
         """Without the inputs and buffers that nothing mentions."""

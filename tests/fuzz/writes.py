@@ -124,7 +124,9 @@ def engine_op(d: Draft) -> bool:
     made = d.new(v.shape)
     target = c.name
     if d.chance(0.25):
-        target = d.one("kv[0]", "kv[1]", "self.stack[1]", "self.stack.select(0, 0)", "caches[1]")
+        target = d.one("kv[0]", "kv[1]", "self.stack[1]", "self.stack.select(0, 0)", "caches[1]", "kv[1, 2:]")
+    elif d.chance(0.3):
+        target = f"{c.name}{d.one('[2:]', '[3:]', '[:6]')}"
     unsafe = d.one("", "", "_unsafe")
     kind = d.draw.randrange(12)
     if kind < 3:
@@ -137,7 +139,7 @@ def engine_op(d: Draft) -> bool:
         ).format(v.name)
         return d.add(f"{made.name} = {o}\ntorch.ops.fz.attn{unsafe}({v.name}, {target}, {made.name})", made)
     if kind == 3:
-        return d.add(f"torch.ops.fz.append{unsafe}({target}, {v.name}, pos)")
+        return d.add(f"torch.ops.fz.append{unsafe}({c.name}, {v.name}, pos)")
     if kind == 4:
         source = d.one("", "[:4]", "[2:6]", "[:, :8]", ".t()")
         shape = {"": c.shape, "[:4]": ("4", "16"), "[2:6]": ("4", "16"), "[:, :8]": ("8", "8"), ".t()": ("16", "8")}[
