@@ -33,7 +33,9 @@ class PeerMemory(Protocol):
     def allocate(self, size: int) -> int: ...
     def handle(self, address: int) -> bytes: ...
     def map(self, handle: bytes) -> int: ...
-    def write(self, address: int, data: bytes) -> None: ...
+    def write(self, address: int, data: bytes) -> None:
+        """It is there when this returns, also for another process and another stream."""
+
     def read(self, address: int, size: int) -> bytes: ...
     def copy(self, to: int, of: int, size: int, seconds: float) -> bool:
         """Device to device; False where it has not come back in time."""
@@ -193,7 +195,10 @@ class CudaMemory:
         return int(address.value)
 
     def write(self, address: int, data: bytes) -> None:
-        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)))
+        """``cuMemcpyHtoD`` of pageable memory returns before the data is there, which a busy device makes long."""
+        self._call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)), self._stream)
+        if not self._done(_SECONDS):
+            raise WorkspaceError(f"{len(data)} bytes did not reach the device within {_SECONDS:g} s")
 
     def read(self, address: int, size: int) -> bytes:
         data = ctypes.create_string_buffer(size)
@@ -203,6 +208,10 @@ class CudaMemory:
     def copy(self, to: int, of: int, size: int, seconds: float) -> bool:
         places = ctypes.c_uint64(to), ctypes.c_uint64(of)
         self._call("cuMemcpyAsync", *places, ctypes.c_size_t(size), self._stream)
+        return self._done(seconds)
+
+    def _done(self, seconds: float) -> bool:
+        """Whether the stream has got so far within the time."""
         self._call("cuEventRecord", self._event, self._stream)
         deadline = time.monotonic() + seconds
         while (status := int(self._driver.cuEventQuery(self._event))) == _NOT_READY:

@@ -149,7 +149,8 @@ def _follow(fault: Fault, processes: list[Any], pipes: list[Connection], folder:
     for rank, ending in enumerate(endings):
         ending.exit_code = _exit_code(processes[rank], 5 if rank in ended else 0)  # its files are closed before
         written = Path(folder, f"stderr-{rank}").read_text(errors="replace")
-        said = [line for line in written.splitlines() if line.startswith(f"ringfence: rank {rank}")]
+        ours = f"ringfence: rank {rank}"  # a library that sets logging up puts its own words before it
+        said = [line[line.index(ours) :] for line in written.splitlines() if ours in line]
         if (
             not ending.error and said and "ends with exit code" in said[-1] and ending.exit_code
         ):  # in brief, after the whole sentence

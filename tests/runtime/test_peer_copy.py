@@ -195,6 +195,7 @@ class Driver:
     def __init__(self, ready_after: int = 3) -> None:
         self.ready_after, self.queries = ready_after, 0
         self.memory: dict[int, Any] = {}
+        self.queued: tuple[Any, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         return {"cuStreamCreate": self._make, "cuEventCreate": self._make, "cuEventRecord": lambda *_: 0}[name]
@@ -225,8 +226,9 @@ class Driver:
     def cuIpcCloseMemHandle(self, address: Any) -> int:
         return 0
 
-    def cuMemcpyHtoD_v2(self, to: Any, data: bytes, size: Any) -> int:
-        ctypes.memmove(to.value, data, size.value)
+    def cuMemcpyHtoDAsync_v2(self, to: Any, data: bytes, size: Any, stream: Any) -> int:
+        self.queued = (to.value, data, size.value)  # it is there once somebody has seen the event
+        self.queries = 0
         return 0
 
     def cuMemcpyDtoH_v2(self, to: Any, of: Any, size: Any) -> int:
@@ -240,7 +242,12 @@ class Driver:
 
     def cuEventQuery(self, event: Any) -> int:
         self.queries += 1
-        return 0 if self.queries >= self.ready_after else 600
+        if self.queries < self.ready_after:
+            return 600
+        if self.queued:
+            ctypes.memmove(*self.queued)
+            self.queued = ()
+        return 0
 
 
 @pytest.fixture
