@@ -83,7 +83,10 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        from support import fork_server
+
+        # Who was forked after CUDA was looked for cannot use it.
+        context: Any = fork_server() if self._arguments[0]["device"] == "cpu" else multiprocessing.get_context("spawn")
         self.pipe, out = context.Pipe(duplex=False)
         batch = self.seeds[:_PER_WORKER]
         self.process = context.Process(target=_work, args=(batch, *self._arguments, out), daemon=True)
