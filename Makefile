@@ -20,7 +20,7 @@ INTO_SGLANG := $(ENGINES)/sglang/bin/python -m pip install --quiet --disable-pip
 
 .PHONY: support demo demo-moe test fuzz gpu-test lint package bench engines engines-sglang compat clean
 
-# What is fused of each architecture of transformers, into docs/support.md; then generate() of six, and starts of five that
+# What is fused of each architecture of transformers, into docs/support.md; then generate() of six, and starts of four that
 # find Inductor's cache warm. Half an hour.
 support: $(VENV)/.ready
 	$(PYTHON) tests/architectures.py --write

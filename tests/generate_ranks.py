@@ -35,9 +35,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 EXPERT_PARALLEL = ("gpt_oss",)
 
 
-def save(folder: Path, kind: str) -> None:
+def save(folder: Path, kind: str, layers: int = LAYERS) -> None:
     tokens = {"max_position_embeddings": 128, "bos_token_id": 2, "eos_token_id": None, "pad_token_id": 0}
-    save_tiny_model(folder / kind, kind, num_hidden_layers=LAYERS, **tokens, **ARCHITECTURES[kind])
+    save_tiny_model(folder / kind, kind, num_hidden_layers=layers, **tokens, **ARCHITECTURES[kind])
 
 
 def load(folder: Path, kind: str) -> Any:

@@ -23,13 +23,11 @@ def test_later_starts_find_what_two_ranks_left_that_filled_the_cache_at_once(
 
 
 @pytest.mark.slow
-def test_so_do_later_starts_of_models_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two of the suite's architectures that cost the least; ``make support`` starts all five, in four minutes."""
+def test_so_does_a_later_start_of_a_model_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the suite's architectures; ``make support`` starts all."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    kinds = ["llama", "mistral"]
-    save_models(tmp_path / "models", kinds)
-    first, second = (start(kinds, tmp_path / "models") for _ in range(2))
-    for kind in kinds:
-        assert first[kind].misses > 0
-        assert second[kind].hits > 0 and second[kind].misses == 0
-        assert second[kind].logits == first[kind].logits
+    save_models(tmp_path / "models", ["llama"])
+    first, second = (start(["llama"], tmp_path / "models")["llama"] for _ in range(2))
+    assert first.misses > 0
+    assert second.hits > 0 and second.misses == 0
+    assert second.logits == first.logits
