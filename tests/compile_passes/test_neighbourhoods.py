@@ -153,7 +153,7 @@ def test_no_neighbourhood_changes_its_answer() -> None:
     reasons: Counter[Reason] = Counter()
     fused: list[bool] = []
     random = Random(1)
-    for program in (draw(random) for _ in range(500)):
+    for program in (draw(random) for _ in range(250)):
         wrong, sites = _look(program)
         if wrong is not None:
             smallest = shrink(program, lambda p: _look(p)[0] is not None)
