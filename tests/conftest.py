@@ -9,18 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from grouping import pytest_collection_modifyitems as pytest_collection_modifyitems
+from torch._inductor import config as inductor_config
 from watchdogs import clock as clock
 
 from support import measure_no_guards, start_fake_group
 
 torch.set_num_threads(1)
+inductor_config.cpp.simdlen = 1  # torch's headers of vectors are a third of what a kernel takes to compile
 measure_no_guards()
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a child that crashes says where
 gc.freeze()  # what imports made stays: a twelfth of a tracing test's time went into walking it again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-runs", type=int, default=3, help="how many pairs of runs tests/faults/test_soak.py makes")
+    parser.addoption("--soak-runs", type=int, default=1, help="how many pairs of runs tests/faults/test_soak.py makes")
     parser.addoption("--fuzz-seed", type=int, default=1, help="from where the programs of tests/fuzz are drawn")
     parser.addoption("--fuzz-programs", type=int, default=12, help="how many programs of tests/fuzz")
 
