@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from faults.catalogue import DEADLINE, DTYPE, HIDDEN, LAYERS, Fault
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from support import NO_MULTICAST
 
@@ -219,6 +220,7 @@ def _run(fault: Fault, rank: int, port: int, attempt: int | None, folder: str, s
     from ringfence.runtime.watch import agree
 
     mine = rank == fault.rank
+    dynamo_config.specialize_float = True  # else the epsilon is an input at first, and the model is traced three times
     torch.set_num_threads(2 + rank if fault.name == "other thread count" else 1)
     device = None
     where: dict[str, Any] = {"init_method": f"tcp://127.0.0.1:{port}"}
