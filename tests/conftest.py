@@ -9,13 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from grouping import pytest_collection_modifyitems as pytest_collection_modifyitems
-from torch._inductor import config as inductor_config
 from watchdogs import clock as clock
 
 from support import measure_no_guards, start_fake_group
 
 torch.set_num_threads(1)
-inductor_config.cpp.simdlen = 1  # torch's headers of vectors are a third of what a kernel takes to compile
 measure_no_guards()
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a child that crashes says where
 gc.freeze()  # what imports made stays: a twelfth of a tracing test's time went into walking it again

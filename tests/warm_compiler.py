@@ -35,7 +35,6 @@ class _Layer(nn.Module):
 
 def warm() -> None:
     torch.set_num_threads(1)  # threads do not outlive a fork, and whoever waits for them would wait for ever
-    inductor_config.cpp.simdlen = 1  # as in conftest.py
     measure_no_guards()
     start_fake_group(2)
     with mock.patch.object(tqdm, "monitor_interval", 0):  # else its monitor is a thread
