@@ -58,7 +58,7 @@ def test_jobs_are_refused_that_have_no_gpus(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(SystemExit, match="2"):
         run_soak(monkeypatch, "--jobs=2", "--collective=mnnvl")
-    assert "--collective takes two GPUs; there are 1" in capsys.readouterr().err
+    assert "--collective takes 2 GPUs; there are 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("jobs", "after_each"), [(2, True), (4, False)])
