@@ -36,6 +36,7 @@ from .keywords import OptionKeywords
 from .moe_assign import assign_moe
 from .notes import GRAD_MODE, WITHOUT_FUSION, notes
 from .options import Options
+from .rebuilt import only_where_traced, rebuilds_inputs
 from .runtime.channel import COMPILING
 from .runtime.errors import OptionsError, RingfenceError
 from .runtime.hazards.situation import Situation
@@ -169,9 +170,11 @@ class Backend(OneObject):
             return self._without_fusion(gm, example_inputs)
         inductor = self.options.piece_compiler == "inductor"
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-        floats = float_inputs(gm)
+        floats, rebuilt = float_inputs(gm), False
 
         def compile_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            nonlocal rebuilt
+            rebuilt = rebuilds_inputs(gm)
             settle_floats(gm, names, floats, self.options, self._constants)
             with self.supervisor.compilation():
                 return self._compile(gm, example_inputs, names)
@@ -183,7 +186,8 @@ class Backend(OneObject):
             decompositions=inductor_decompositions() if inductor else {},
         )
         with slices_of_their_base():
-            return compiler(gm, example_inputs)
+            run: Callable[..., Any] = compiler(gm, example_inputs)
+        return only_where_traced(run, gm, example_inputs, names) if rebuilt else run
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any], names: Sequence[str]) -> Callable[..., Any]:
         """Compile one functional ATen graph, for AOT: its tensors are fake. names: of the inputs, by Dynamo."""

@@ -167,7 +167,8 @@ class CaptureFailedWarning(UserWarning):
 
 
 class MovedInputWarning(UserWarning):
-    """A parameter or a cache is at another address in every call, so that what was captured is of no use."""
+    """A parameter or a cache is at another address in every call, so that what was captured is of no use; or inputs
+    that share memory begin elsewhere in it than when they were traced, so that what was compiled is of none."""
 
 
 class NotFusedWarning(UserWarning):

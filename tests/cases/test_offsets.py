@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from cases.serve import SETTINGS, attend, name_of, serve, whole_copies, write_each
+from cases.serve import SETTINGS, attend, difference, name_of, serve, whole_copies, write_each
 from torch import Tensor
 
 import ringfence
@@ -194,6 +195,32 @@ def test_what_is_looked_at_by_place_may_move(program: Callable[..., Any], order:
     served = serve(program, [(torch.randn(4, H), pool[i : i + ROWS]) for i in order], dynamic=dynamic)
     assert max(served.off) < 1e-5, served.off
     assert len(served.reports) < len(order)
+
+
+def overlapping(x: Tensor, c: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.tanh(part @ part.t()).sum()
+    c[1:3] = x[:2]
+    return x + y, part * 2
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
+def test_inputs_that_share_memory_may_move_in_it(setting: dict[str, Any]) -> None:
+    """AOT rebuilds them where they were traced, which nothing guards: plain torch.compile is wrong."""
+    torch._dynamo.reset()
+    compiled = torch.compile(overlapping, backend=ringfence.Backend(**setting), dynamic=False, fullgraph=True)
+    ours = torch.randn(20 + ROWS, H)
+    theirs = ours.clone()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ringfence.MovedInputWarning)
+        for begin in (0, 3, 0, 5, 5, 0):
+            x = torch.randn(4, H)
+            seen, right = (
+                f(x, pool[begin : begin + 8], pool[begin + 1 : begin + 5])
+                for f, pool in ((compiled, ours), (overlapping, theirs))
+            )
+            assert difference([*seen, ours], [*right, theirs]) < 1e-5
+    told = [str(w.message) for w in caught if w.category is ringfence.MovedInputWarning]
+    assert len(told) == 1 and re.match(r"'(c_', 'part|part_', 'c)_' share memory", told[0]), told
 
 
 def of_a_slice(x: Tensor, c: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import ringfence
 import ringfence.backend
 from ringfence.compile_passes.storage_offsets import slices_of_their_base
+from ringfence.rebuilt import only_where_traced, rebuilds_inputs
 
 from . import moves, places, writes  # noqa: F401  (they register their moves)
 from .draft import draw_program
@@ -163,7 +164,11 @@ class AtOnce:
                 backend(gm, example_inputs)
         assert len(given) == len(self._backends)
 
+        rebuilt = False
+
         def compile_all(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            nonlocal rebuilt
+            rebuilt = rebuilds_inputs(gm)
             calls = [_compiled(options["inference_compiler"], gm, inputs) for options in given]
 
             def call(arguments: list[Any]) -> Any:
@@ -174,7 +179,9 @@ class AtOnce:
 
         compiled = aot_autograd(**{**given[0], "fw_compiler": compile_all, "inference_compiler": compile_all})
         with slices_of_their_base():
-            return compiled(gm, example_inputs)
+            run: Callable[..., Any] = compiled(gm, example_inputs)
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        return only_where_traced(run, gm, example_inputs, names) if rebuilt else run
 
 
 def _compiled(compiler: Callable[..., Any], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

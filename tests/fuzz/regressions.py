@@ -298,4 +298,13 @@ v10 = F.linear(v9, self.w)
             ("what mul_ wrote", "c0.mul_(0.5)", "times itself", "c0.view(-1).mul_(c0.view(-1))"),
         )
     },
+    "inputs that share memory begin elsewhere in the next call": Regression(
+        parse(
+            {"x": "float32[n,16]", "c0": "keep gaps float32[8,16]", "c1": "= c0[:4]", "pos": "positions[n]"},
+            "v1 = torch.tanh(c1 @ self.w)\nc0.index_fill_(0, pos, 0.5)",
+            "v1, x * 2",
+            {"w": "weight float32[16,16]"},
+        ),
+        Setting(Plan(_STEPS * 2, alternate=True), dynamic=True, group=None, options=_EAGER),
+    ),
 }
