@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex, overload
 
 import torch
 
+from ..runtime.collectives import table
 from ..runtime.errors import ArgumentError, NotFusedError, OptionsError
 from ..runtime.hazards.situation import Collective
 from ..runtime.spelling import group_word
@@ -268,7 +269,7 @@ class Reports(list[CompileReport]):
 
 #: What :func:`assert_fused` may ask for: any collective but the reference, or one.
 _KERNELS = "kernels"
-_CARRIERS = (_KERNELS, *map(str, (Collective.RINGFENCE, Collective.TRTLLM, Collective.MNNVL, Collective.REFERENCE)))
+_CARRIERS = (_KERNELS, *sorted({str(one.name) for one in table.ALL} | {str(Collective.REFERENCE)}))
 
 
 def assert_fused(report: CompileReport, count: int | None = None, *, collective: str | None = None) -> None:
@@ -276,8 +277,8 @@ def assert_fused(report: CompileReport, count: int | None = None, *, collective:
 
     ``count`` is the exact number expected; None expects all of them, and at least one. A fused site may run on the
     reference (an all-reduce of NCCL or gloo, then add and norm), where no kernels are or where they are refused;
-    ``collective`` says what counts: None anything, ``"kernels"`` what is not the reference, a name (``"ringfence"``,
-    ``"trtllm"``, ``"mnnvl"``, ``"reference"``) that one.
+    ``collective`` says what counts: None anything, ``"kernels"`` what is not the reference, a name that one, such as
+    ``"ringfence"`` or ``"reference"``.
     Raises :class:`NotFusedError` (an ``AssertionError``) with the reason of every site
     that was not fused, or is carried out by another collective.
     """

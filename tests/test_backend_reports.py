@@ -290,7 +290,7 @@ def test_assert_fused_tells_what_runs_on_the_reference() -> None:
     refuse = Verdict("node", "op", Decision.REFUSE, "rule", "why", "source", site=report.fused[0].index)
     with pytest.raises(NotFusedError, match="carried out by reference"):
         ringfence.assert_fused(replace(served, verdicts=(*served.verdicts, refuse)), collective="kernels")
-    with pytest.raises(OptionsError, match="collective='nccl' is none of kernels, ringfence"):
+    with pytest.raises(OptionsError, match="collective='nccl' is none of kernels, mnnvl, reference, ringfence, trtllm"):
         ringfence.assert_fused(report, collective="nccl")
 
 
