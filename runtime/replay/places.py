@@ -166,7 +166,7 @@ class Places:
         self._release_unusable(module, moved is not None)
         if moved is not None:
             module.moves += 1
-            module.places = tuple(args[i].data_ptr() for i in self.static)
+            module.places = key[1][: len(self.static)]
         if module.moves > MOVES:
             self._give_up(module, moved or "a parameter")
             return self._uncaptured(Uncaptured.PARAMETERS)

@@ -26,7 +26,7 @@ HOW = "how it runs"
 
 @dataclass(frozen=True)
 class PlanDigest:
-    """What must be equal on all ranks: on_one_line parts, in the order in which a difference is looked for.
+    """What must be equal on all ranks: named parts, in the order in which a difference is looked for.
 
     Causes come before consequences (versions before ops), so that the first difference is
     the one to mend. ``sources`` say where in the user's code a part comes from; they may differ. ``lockstep``:

@@ -117,7 +117,7 @@ class Watchdog:
         if self.report is not None and self.reaction.on_hang != "report":  # this is how the main thread was woken
             self._follows.wait(SECONDS_TO_ACT)
             return self._error(self.report)
-        if isinstance(error, HangError):  # a kernel has on_one_line who did not come
+        if isinstance(error, HangError):  # a kernel has named who did not come
             return self._given_up(error)
         position = self.journal.position()
         text = on_one_line(error)

@@ -234,11 +234,9 @@ def nothing_and_numbers(d: Draft) -> bool:
         )
     if kind == 5:
         empty = d.new(("0", "16"))
-        return d.add(
-            f"{empty.name} = {d.one('none * 2', f'{v.name}[:0]', f'{c.name}[2:2] + none', 'torch.sin(none)')}",
-            empty,
-            hidden=True,
-        ) and (d.returned.append(empty.name) is None)
+        text = d.one("none * 2", f"{v.name}[:0]", f"{c.name}[2:2] + none", "torch.sin(none)")
+        d.returned.append(empty.name)
+        return d.add(f"{empty.name} = {text}", empty, hidden=True)
     text = d.one(
         "torch.cat([{v}, none])",
         "torch.cat([none, {v}, {c}[:0]])",
